@@ -1,0 +1,30 @@
+# The commands of the README. Each target sets up .venv first, if that is not done already.
+PY := .venv/bin/python
+
+.PHONY: help setup demo test slow lint clean
+
+help:
+	@echo 'make demo               raw pictures -> shards -> training -> evaluation -> a page (about 3 minutes)'
+	@echo 'make demo RAW=DIR       the same on at most 5,000 of your pictures (LIMIT=N for more)'
+	@echo 'make test               the tests        make slow   the long proofs'
+	@echo 'make lint               ruff and mypy    make setup  only set up .venv'
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt tools/setup.sh
+	@bash tools/setup.sh
+
+demo: setup
+	@$(PY) tools/demo.py $(if $(RAW),'$(RAW)') $(if $(LIMIT),--limit $(LIMIT))
+
+test: setup
+	@$(PY) -m pytest -q
+
+slow: setup
+	@$(PY) -m pytest -q -m slow
+
+lint: setup
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools
+
+clean:
+	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
