@@ -1,0 +1,1 @@
+"""Raw ImageNet to shards (offline), shards to batches on the device (online)."""

@@ -1,0 +1,1 @@
+"""What a person runs: thin commands around `pipeline` and `trainer`."""

@@ -1,0 +1,1 @@
+"""The trainer: AlexNet as two columns on two devices. `python -m trainer --help`."""

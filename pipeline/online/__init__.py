@@ -1,0 +1,5 @@
+"""The online stage: a dataset directory to batches on the device. Never the offline stage."""
+
+from pipeline.online.loader import Batch, Loader
+
+__all__ = ["Batch", "Loader"]

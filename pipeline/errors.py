@@ -1,0 +1,5 @@
+"""What a user can get wrong: one line that names the value, the limit and the remedy."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Commands print its message and exit with code 2, without a traceback."""

@@ -1,0 +1,132 @@
+"""Bytes of any picture → a square RGB picture → JPEG bytes. Pure functions, shared by the builder and by prediction."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+from pipeline.errors import UserError
+
+# Why a picture is left out: a closed list, so that reasons can be counted and compared between builds.
+REASONS = {
+    "empty": "the file has no bytes",
+    "too_many_bytes": "more bytes than max_bytes",
+    "too_many_pixels": "more pixels than max_pixels",
+    "too_many_scans": "a JPEG with more scans than max_scans",
+    "unrecognised": "no picture format that we read",
+    "truncated": "the data ends before the picture does",
+    "corrupt": "the decoder rejects the data",
+    "unsupported": "a pixel type without a meaning as RGB (floating point)",
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# What Pillow's format plugins raise on bad data (they parse with struct, zlib and plain indexing).
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+)
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class ImageError(UserError):
+    """A picture that cannot be used. `code` is a key of `REASONS`."""
+
+    def __init__(self, code: str) -> None:
+        assert code in REASONS, code
+        super().__init__(f"{code}: {REASONS[code]}")
+        self.code = code
+
+
+def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int) -> Image.Image:
+    """Decode the first frame of a picture in any of `FORMATS`, whatever its file name says.
+
+    CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. EXIF
+    orientation and colour profiles are ignored. Limits are counts, so that the verdict is the same on every machine.
+
+    Returns:
+        An image of mode RGB.
+    Raises:
+        ImageError: with the reason's code.
+    """
+    if not data:
+        raise ImageError("empty")
+    if len(data) > max_bytes:
+        raise ImageError("too_many_bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of metadata that we do not read
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ImageError("unrecognised") from error
+        except Image.DecompressionBombError as error:
+            raise ImageError("too_many_pixels") from error
+        except _DECODER_ERRORS as error:
+            raise ImageError("corrupt") from error
+        if image.width * image.height > max_pixels:
+            raise ImageError("too_many_pixels")
+        # FF DA starts a scan and cannot occur inside one; libjpeg's time grows with pixels × scans
+        if image.format == "JPEG" and data.count(b"\xff\xda") > max_scans:
+            raise ImageError("too_many_scans")
+        try:
+            image.load()
+            return _to_rgb(image)
+        except _DECODER_ERRORS as error:
+            if isinstance(error, ImageError):
+                raise
+            short = isinstance(error, EOFError) or "truncated" in str(error)
+            raise ImageError("truncated" if short else "corrupt") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError("unsupported")
+    if image.mode in _SIXTEEN_BIT:
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def rescale(image: Image.Image, size: int) -> np.ndarray:
+    """Bring the shorter side to `size` (bicubic, antialiased) and cut the central square, in one resampling.
+
+    The grid is that of the two steps: the longer side becomes int(size·long/short) and the square starts at
+    int(round((that − size)/2)), as in torchvision's Resize and CenterCrop; only the pixels of the square are computed.
+
+    Returns:
+        (size, size, 3) uint8, RGB.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    rescaled_long = max(size, int(size * long / short))
+    start = round((rescaled_long - size) / 2)
+    step = long / rescaled_long  # raw pixels per rescaled pixel along the longer side
+    low, high = start * step, min((start + size) * step, float(long))
+    box = (low, 0.0, high, float(height)) if width >= height else (0.0, low, float(width), high)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def encode(pixels: np.ndarray, *, quality: int, subsampling: str) -> bytes:
+    """(height, width, 3) uint8 RGB → baseline JPEG bytes without metadata."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=subsampling)
+    return out.getvalue()
+
+
+def codec_versions() -> dict[str, str]:
+    """Names and versions of what decodes, resamples and encodes: other versions may give other bytes."""
+    names = {"jpeg": "libjpeg_turbo", "png": "zlib", "webp": "webp", "tiff": "libtiff"}
+    return {"pillow-simd": Image.__version__} | {key: str(features.version(name)) for key, name in names.items()}

@@ -1,0 +1,251 @@
+"""The contract: what a dataset directory holds, and how its manifest is loaded, saved and validated."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+FORMAT = 1
+FILE_NAME = "dataset.json"
+STATISTICS_FILE = "statistics.npz"
+IDENTITY_KEYS = ("format", "recipe", "classes", "splits", "statistics")
+
+# One line of samples.npy, 40 bytes. offset and size (bytes) locate the JPEG inside the shard; label −1: none;
+# crc32 is that of the stored JPEG; digest is the first half of the raw image's SHA-256.
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("label", "<i4"),
+        ("crc32", "<u4"),
+        ("digest", "u1", (16,)),
+    ]
+)
+
+
+class DatasetError(UserError):
+    """A dataset directory that is missing, damaged, or not one."""
+
+
+@dataclass(frozen=True)
+class BuildRecipe:
+    """The options that determine the bytes of a dataset directory (together with the raw images and the codecs)."""
+
+    size: int = 256  # pixels: the stored images are size × size
+    crop: str = "centre"
+    filter: str = "bicubic"  # antialiased
+    quality: int = 95  # JPEG, libjpeg's scale
+    subsampling: str = "4:2:0"
+    exif: str = "ignore"  # the orientation tag, as torchvision and the original do
+    seed: int = 2012  # order of the training split
+    samples_per_shard: int = 4096
+    holdout: float = 0.1  # share of the training images that becomes the validation split where the raw data has none
+    limit: int = 0  # use at most this many raw images (0: all)
+    max_bytes: int = 64 * 2**20  # a raw image with more bytes, pixels or JPEG scans is skipped
+    max_pixels: int = 64 * 10**6
+    max_scans: int = 100
+
+
+@dataclass(frozen=True)
+class ClassRecord:
+    """One class. `label` is the rank of `wnid` in sorted order; `devkit_id` is ILSVRC's own number, where there is one."""
+
+    label: int
+    wnid: str
+    words: str
+    devkit_id: int | None
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard: its path below the dataset directory and the exact sums over its rescaled pixels (RGB grey levels)."""
+
+    name: str
+    samples: int
+    bytes: int
+    sum_color: tuple[int, int, int]
+    second_moments: tuple[tuple[int, int, int], ...]  # (3, 3): sum over pixels of x·xᵀ
+
+
+@dataclass(frozen=True)
+class Split:
+    samples: int
+    skipped: int
+    shards: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of the training split's rescaled pixels in RGB grey levels (0 … 255), before JPEG encoding."""
+
+    n: int  # images
+    sum_image: np.ndarray  # (size, size, 3) int64
+    second_moments: np.ndarray  # (3, 3) int64: sum over pixels of x·xᵀ
+    mean_image: np.ndarray  # (size, size, 3) float64
+    mean_color: np.ndarray  # (3,) float64
+    covariance: np.ndarray  # (3, 3) float64
+    eigenvalues: np.ndarray  # (3,) float64, descending
+    eigenvectors: np.ndarray  # (3, 3) float64, one per column, largest component positive
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest repeats of the statistics: everything but the images."""
+        return {
+            "n": self.n,
+            "mean_color": self.mean_color.tolist(),
+            "covariance": self.covariance.tolist(),
+            "eigenvalues": self.eigenvalues.tolist(),
+            "eigenvectors": self.eigenvectors.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """dataset.json, and the directory it stands in."""
+
+    root: Path
+    recipe: BuildRecipe
+    classes: tuple[ClassRecord, ...]
+    splits: Mapping[str, Split]
+    statistics_summary: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    built_with: Mapping[str, str]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) over format, recipe, classes, splits and statistics: equal for equal data."""
+        body = self._body()
+        return sha256(canonical_json({key: body[key] for key in IDENTITY_KEYS}))
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise DatasetError(f"{self.root}: no split named {name!r}; there are: {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def samples(self, split: str) -> np.ndarray:
+        """The records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError where damaged."""
+        path = self.root / split / "samples.npy"
+        try:
+            samples = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DatasetError(f"{path}: missing or damaged ({error})") from error
+        if samples.dtype != SAMPLE or samples.shape != (self.split(split).samples,):
+            raise DatasetError(
+                f"{path}: holds {samples.shape} records of {samples.dtype}, "
+                f"the manifest promises ({self.split(split).samples},) of {SAMPLE}"
+            )
+        return samples
+
+    def statistics(self) -> Statistics:
+        """Load statistics.npz. Raises DatasetError where it is missing or damaged."""
+        path = self.root / STATISTICS_FILE
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                fields = {key: arrays[key] for key in Statistics.__dataclass_fields__}
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            raise DatasetError(f"{path}: missing or damaged ({error})") from error
+        statistics = Statistics(**{**fields, "n": int(fields["n"])})
+        if statistics.summary() != self.statistics_summary:
+            raise DatasetError(f"{path}: differs from the statistics in {FILE_NAME}")
+        return statistics
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "recipe": asdict(self.recipe),
+            "classes": [asdict(record) for record in self.classes],
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+            "statistics": dict(self.statistics_summary),
+            "files": {name: asdict(record) for name, record in self.files.items()},
+            "built_with": dict(self.built_with),
+        }
+
+    def to_json(self) -> bytes:
+        """The one canonical form, with `identity`, and a `checksum` over everything but itself."""
+        body = self._body() | {"identity": self.identity}
+        return canonical_json(body | {"checksum": sha256(canonical_json(body))})
+
+
+def load(root: str | os.PathLike[str]) -> Manifest:
+    """Load and validate the manifest of the dataset directory `root`.
+
+    Checks the manifest's own checksum and form, and that every listed file exists with the promised size; what is
+    inside them is the business of tools/verify_shards.py and, for each sample used, of the loader (CRC-32).
+
+    Raises:
+        DatasetError: one line that names the file.
+    """
+    root = Path(root)
+    path = root / FILE_NAME
+    if not root.is_dir():
+        raise DatasetError(f"{root}: no such directory; build one with: python tools/build_shards.py RAW {root}")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        hint = (
+            "its build has not finished; run the same command again"
+            if (root / ".build").is_dir()
+            else "not a dataset directory"
+        )
+        raise DatasetError(f"{path}: missing ({hint})") from error
+    manifest = parse(data, root)
+    for name, record in manifest.files.items():
+        size = (root / name).stat().st_size if (root / name).is_file() else None
+        if size != record.bytes:
+            found = "missing" if size is None else f"has {size} bytes"
+            raise DatasetError(f"{root / name}: {found}, the manifest promises {record.bytes} bytes; build it again")
+    return manifest
+
+
+def parse(data: bytes, root: Path) -> Manifest:
+    """dataset.json's bytes → Manifest. Raises DatasetError where a byte was changed or the format is another."""
+    path = root / FILE_NAME
+    try:
+        body = json.loads(data)
+        checksum = body.pop("checksum")
+        version = body["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path}: not a manifest ({error})") from error
+    if version != FORMAT:
+        raise DatasetError(f"{path}: format {version}, this version of Penstock reads format {FORMAT}; build it again")
+    if data != canonical_json(body | {"checksum": checksum}) or checksum != sha256(canonical_json(body)):
+        raise DatasetError(f"{path}: damaged (its checksum does not fit its content); build it again")
+    return Manifest(
+        root=root,
+        recipe=BuildRecipe(**body["recipe"]),
+        classes=tuple(ClassRecord(**record) for record in body["classes"]),
+        splits={
+            name: Split(split["samples"], split["skipped"], tuple(_shard(shard) for shard in split["shards"]))
+            for name, split in body["splits"].items()
+        },
+        statistics_summary=body["statistics"],
+        files={name: FileRecord(**record) for name, record in body["files"].items()},
+        built_with=body["built_with"],
+    )
+
+
+def _shard(record: dict[str, Any]) -> ShardRecord:
+    moments = tuple(tuple(row) for row in record["second_moments"])
+    return ShardRecord(**{**record, "sum_color": tuple(record["sum_color"]), "second_moments": moments})
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one form in which we write and hash JSON: sorted keys, one space of indentation, ASCII, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
