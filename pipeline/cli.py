@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 
 
 class Command(click.Command):
-    """A click command that reports `UserError` and errors of the operating system (a full disk, no permission) in one line."""
+    """A click command that reports `UserError` and the operating system's errors (a full disk) in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -19,6 +19,8 @@ class Command(click.Command):
             if error.strerror is None:
                 raise
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        failure = click.ClickException(message)
-        failure.exit_code = 2
-        raise failure
+        raise _Failure(message)
+
+
+class _Failure(click.ClickException):
+    exit_code = 2

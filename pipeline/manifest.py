@@ -56,7 +56,7 @@ class BuildRecipe:
 
 @dataclass(frozen=True)
 class ClassRecord:
-    """One class. `label` is the rank of `wnid` in sorted order; `devkit_id` is ILSVRC's own number, where there is one."""
+    """One class. `label` is the rank of `wnid` in sorted order; `devkit_id` is ILSVRC's own number, if any."""
 
     label: int
     wnid: str
@@ -136,7 +136,7 @@ class Manifest:
         return self.splits[name]
 
     def samples(self, split: str) -> np.ndarray:
-        """The records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError where damaged."""
+        """The records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
         path = self.root / split / "samples.npy"
         try:
             samples = np.load(path, allow_pickle=False)

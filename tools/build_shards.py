@@ -115,7 +115,8 @@ def _report(built: Manifest, sources: Sources, seconds: float) -> None:
     for name, split in built.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         click.echo(
-            f"  {name:5} {split.samples:9,} samples  {split.skipped:5,} skipped  {len(split.shards):4} shards  {size / 1e6:9,.1f} MB"
+            f"  {name:5} {split.samples:9,} samples  {split.skipped:5,} skipped  "
+            f"{len(split.shards):4} shards  {size / 1e6:9,.1f} MB"
         )
     if skipped:
         reasons = Counter(_skip_reasons(built.root))
@@ -126,7 +127,8 @@ def _report(built: Manifest, sources: Sources, seconds: float) -> None:
         )
     color = ", ".join(f"{value:.1f}" for value in built.statistics_summary["mean_color"])
     click.echo(
-        f"mean colour (RGB) {color}; {(samples + skipped) / seconds:,.0f} images/s; {seconds:.1f} s; {built.root / 'dataset.json'}"
+        f"mean colour (RGB) {color}; {(samples + skipped) / seconds:,.0f} images/s; {seconds:.1f} s; "
+        f"{built.root / 'dataset.json'}"
     )
 
 

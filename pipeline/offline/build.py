@@ -12,11 +12,12 @@ from PIL import Image
 
 from pipeline import manifest
 from pipeline.errors import UserError
+from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import FileRecord, Manifest, ShardRecord, Split
 from pipeline.offline import executors
 from pipeline.offline.plan import Plan
-from pipeline.offline.shards import BUILD_FOLDER, ShardResult, ShardTask, write_aside
+from pipeline.offline.shards import BUILD_FOLDER, ShardResult, ShardTask
 from pipeline.offline.statistics import Sums, finish
 
 PLAN_FILE = "plan.json"
@@ -75,12 +76,13 @@ def _begin(plan: Plan, root: Path) -> None:
             ]
         if differing:
             raise BuildError(
-                f"{root}: holds an unfinished build that differs in {', '.join(differing)}; run that one again, or delete {root}"
+                f"{root}: holds an unfinished build that differs in {', '.join(differing)}; "
+                f"run that one again, or delete {root}"
             )
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise BuildError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
-    write_aside(state, lambda out: out.write(fingerprint))
+    write_bytes_aside(state, fingerprint)
 
 
 def _merge(plan: Plan, root: Path, results: list[ShardResult]) -> Manifest:
@@ -88,7 +90,7 @@ def _merge(plan: Plan, root: Path, results: list[ShardResult]) -> Manifest:
     files = {name: FileRecord(**record) for result in results for name, record in result.files.items()}
 
     def put(name: str, data: bytes) -> None:
-        files[name] = FileRecord(**write_aside(root / name, lambda out: out.write(data)))
+        files[name] = FileRecord(**write_bytes_aside(root / name, data))
 
     total = Sums.zero(plan.recipe.size)
     splits, skipped = {}, []
@@ -113,7 +115,7 @@ def _merge(plan: Plan, root: Path, results: list[ShardResult]) -> Manifest:
     put("mean.png", _png(statistics.mean_image))
     put("skipped.jsonl", "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode())
     built = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
-    write_aside(root / manifest.FILE_NAME, lambda out: out.write(built.to_json()))
+    write_bytes_aside(root / manifest.FILE_NAME, built.to_json())
     return built
 
 

@@ -27,7 +27,7 @@ class Plan:
     splits: dict[str, list[PlannedImage]]  # in the order of the sample ids, skipped images included
 
     def fingerprint(self) -> bytes:
-        """What must be equal for a build to be resumed: recipe, codecs, classes, and a digest of all raw images. JSON."""
+        """What must be equal for a build to be resumed: recipe, codecs, classes, a digest of all raw images. JSON."""
         digest = hashlib.sha256()
         for split, images in self.splits.items():
             for image in images:
@@ -56,7 +56,7 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
         UserError: no training image is left.
     """
     keys = assign_keys([image.path for image in sources.images])
-    chosen = range(len(keys))
+    chosen = list(range(len(keys)))
     if recipe.limit:
         chosen = sorted(chosen, key=lambda i: _uniform("limit", keys[i]))[: recipe.limit]
     hold_out = recipe.holdout if not any(image.split == "val" for image in sources.images) else 0.0

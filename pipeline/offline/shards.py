@@ -3,16 +3,15 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import ImageError, decode, encode, rescale
 from pipeline.manifest import SAMPLE, BuildRecipe, canonical_json
 from pipeline.offline.plan import PlannedImage
@@ -65,7 +64,7 @@ def write_shard(task: ShardTask) -> ShardResult:
         return done
     sums, skipped, samples, index = Sums.zero(task.recipe.size), [], [], []
 
-    def write_tar(out: BinaryIO) -> None:
+    def write_tar(out: HashingFile) -> None:
         for image in task.images:
             try:
                 data = _read(image, task.recipe)
@@ -88,7 +87,7 @@ def write_shard(task: ShardTask) -> ShardResult:
     tar, idx = f"{task.name}.tar", f"{task.name}.idx"
     files = {tar: write_aside(task.root / tar, write_tar)}
     text = f"v1.2 {len(index)}\n" + "".join(line + "\n" for line in index)
-    files[idx] = write_aside(task.root / idx, lambda out: out.write(text.encode()))
+    files[idx] = write_bytes_aside(task.root / idx, text.encode())
     if not samples:
         for name in files:
             (task.root / name).unlink()
@@ -101,27 +100,6 @@ def write_shard(task: ShardTask) -> ShardResult:
 def decode_raw(data: bytes, recipe: BuildRecipe) -> Any:
     """`image.decode` within the limits of a build recipe."""
     return decode(data, max_bytes=recipe.max_bytes, max_pixels=recipe.max_pixels, max_scans=recipe.max_scans)
-
-
-def write_aside(path: Path, write: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-    """Write a file under a temporary name, fsync, rename: it exists whole or not at all. Returns its bytes and SHA-256."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(aside, "wb") as file:
-            hashing = _Hashing(file)
-            write(hashing)  # type: ignore[arg-type]  # has all of BinaryIO that we write with
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
 
 
 def load_record(task: ShardTask) -> ShardResult | None:
@@ -151,7 +129,7 @@ def _save_record(task: ShardTask, result: ShardResult) -> None:
         second_moments=result.sums.second_moments,
         meta=np.frombuffer(meta, np.uint8),
     )
-    write_aside(task.record_path, lambda out: out.write(buffer.getvalue()))
+    write_bytes_aside(task.record_path, buffer.getvalue())
 
 
 def _read(image: PlannedImage, recipe: BuildRecipe) -> bytes:
@@ -160,29 +138,12 @@ def _read(image: PlannedImage, recipe: BuildRecipe) -> bytes:
     return image.raw.read()
 
 
-def _write_member(out: BinaryIO, name: str, data: bytes) -> int:
+def _write_member(out: HashingFile, name: str, data: bytes) -> int:
     """Append one regular file to a USTAR archive (mtime, uid, gid 0); returns the offset of its data."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     out.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = out.tell()
+    offset = out.bytes
     out.write(data)
     out.write(bytes(-len(data) % BLOCK))
     return offset
-
-
-class _Hashing:
-    """A binary file that hashes and counts what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.bytes

@@ -41,7 +41,7 @@ class RawImage:
         return self.path.rpartition("/")[2]
 
     def read(self) -> bytes:
-        """The raw bytes, by one positioned read. Raises SourceError where the file is shorter than when it was listed."""
+        """The raw bytes, by one positioned read. Raises SourceError where the file became shorter since the plan."""
         with open(self.file, "rb") as file:
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:
@@ -67,7 +67,8 @@ def find_sources(raw: Path) -> Sources:
     """
     if not raw.is_dir():
         raise SourceError(
-            f"{raw}: {'not a directory' if raw.exists() else 'no such directory'}; RAW is the folder with the raw images or archives"
+            f"{raw}: {'not a directory' if raw.exists() else 'no such directory'}; "
+            "RAW is the folder with the raw images or archives"
         )
     folders = sorted(entry.name for entry in os.scandir(raw) if entry.is_dir() and not entry.name.startswith("."))
     files = sorted(entry.name for entry in os.scandir(raw) if entry.is_file() and not entry.name.startswith("."))
@@ -106,7 +107,8 @@ def _official(raw: Path, files: list[str]) -> Sources:
             members = sorted(_members(file, sources, 0, os.fstat(file.fileno()).st_size))
         if len(members) != len(devkit.validation):
             raise SourceError(
-                f"{raw / VAL_TAR}: {len(members)} images, but the devkit has {len(devkit.validation)} labels; fetch it again"
+                f"{raw / VAL_TAR}: {len(members)} images, but the devkit has {len(devkit.validation)} labels; "
+                "fetch it again"
             )
         for (name, offset, length), wnid in zip(members, devkit.validation):
             sources.images.append(RawImage("val", f"{VAL_TAR}/{name}", wnid, file.name, offset, length))
@@ -114,7 +116,8 @@ def _official(raw: Path, files: list[str]) -> Sources:
     unknown = [wnid for wnid in wnids if devkit.ids and wnid not in devkit.ids]
     if unknown:
         raise SourceError(
-            f"{raw / TRAIN_TAR}: synsets that the devkit lacks: {', '.join(unknown[:5])}; archive and devkit are of different years"
+            f"{raw / TRAIN_TAR}: synsets that the devkit lacks: {', '.join(unknown[:5])}; "
+            "archive and devkit are of different years"
         )
     sources.classes = tuple(
         ClassRecord(label, wnid, devkit.words.get(wnid, wnid), devkit.ids.get(wnid)) for label, wnid in enumerate(wnids)
@@ -135,7 +138,7 @@ def _split_folders(raw: Path, folders: list[str]) -> Sources:
 
 
 def _class_folders(sources: Sources, raw: Path, folder: str, split: str) -> None:
-    """Add every picture of raw/folder/CLASS/…; pictures directly in raw/folder have no label (only allowed for test)."""
+    """Add every picture of raw/folder/CLASS/…; one directly in raw/folder has no label (allowed for test only)."""
     for directory, names, files in os.walk(raw / folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         inner = Path(directory).relative_to(raw / folder)
@@ -178,7 +181,7 @@ def _flat(raw: Path, files: list[str]) -> Sources:
 
 
 def _members(file: BinaryIO, sources: Sources, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file of the tar at [start, end) of `file`; headers only, nothing is unpacked."""
+    """Name, offset and size of each regular file of the tar at [start, end) of `file`: only headers are read."""
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -1,4 +1,4 @@
-"""What happens to each sample: keyed draws of crop, flip and lighting, and the numpy reference of the whole transform."""
+"""What happens to each sample: keyed draws of crop, flip and lighting; the numpy reference of the transform."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Draws:
 def draw(seed: int, epoch: int, ids: np.ndarray, size: int) -> Draws:
     """The random numbers of samples `ids` (n,) int64 in an epoch: a function of (seed, epoch, id) alone.
 
-    Crop positions are uniform over all (size − 224 + 1)² offsets, 33 × 33 for 256 (2012 code), flips have probability ½.
+    Crop positions are uniform over all (size − 224 + 1)² offsets, 33 × 33 for 256 (2012 code); half are flipped.
     """
     low, high = ids & 0xFFFFFFFF, ids >> 32
     words = philox(key_of(seed), (VIEW, epoch, low, high)).astype(np.uint64)
@@ -70,7 +70,7 @@ def reference_view(image: np.ndarray, top: int, left: int, flip: bool) -> np.nda
 
 
 def reference_normalise(view: np.ndarray, mean: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
-    """(224, 224, 3) uint8 → network input (3, 224, 224) float32; shift (3,) or None. What `loader.normalise` must equal."""
+    """(224, 224, 3) uint8 → network input (3, 224, 224) float32; shift (3,) or None. Oracle of `loader.normalise`."""
     x = view.astype(np.float32) - mean
     if shift is not None:
         x = (x + shift) * np.float32(LIGHTING_SCALE)

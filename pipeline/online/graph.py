@@ -22,7 +22,10 @@ def build_graph(
     pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2, seed=0)
     with pipeline:
         inputs: Any = fn.external_source(
-            source=source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 0]
+            source=source,
+            num_outputs=3,
+            dtype=[types.DALIDataType.UINT8, types.DALIDataType.INT32, types.DALIDataType.INT32],
+            ndim=[1, 1, 0],
         )
         jpeg, crop, flip = inputs
         image = fn.decoders.image_slice(
@@ -31,7 +34,7 @@ def build_graph(
             shape=[view, view],
             axis_names="HW",
             device="cpu" if device_id is None else "mixed",
-            output_type=types.RGB,
+            output_type=types.DALIImageType.RGB,
             adjust_orientation=False,
         )
         pipeline.set_outputs(fn.flip(image, horizontal=flip, vertical=0))

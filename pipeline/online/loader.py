@@ -72,7 +72,8 @@ class Loader:
 
     Args:
         data: a dataset directory, or its loaded manifest.
-        lighting: PCA colour noise and the factor 1/1.1; only for random views.
+        lighting_until: random views have PCA colour noise and the factor 1/1.1 in the steps below this one; None: in
+            all, 0: in none.
         device: where the images go; on a CUDA device DALI decodes there too.
         threads: DALI's; default: as many as the machine has cores.
         depth: batches prepared ahead.
@@ -87,7 +88,7 @@ class Loader:
         *,
         batch_size: int = 128,
         views: str = "random",
-        lighting: bool = True,
+        lighting_until: int | None = None,
         seed: int = 2012,
         step: int = 0,
         device: str | torch.device = "cpu",
@@ -99,12 +100,14 @@ class Loader:
         self.size = self.manifest.recipe.size
         if self.size < augment.VIEW_SIZE:
             raise UserError(
-                f"{self.manifest.root}: images of {self.size} pixels; a view needs {augment.VIEW_SIZE}; build with --size 256"
+                f"{self.manifest.root}: images of {self.size} pixels; a view needs {augment.VIEW_SIZE}; "
+                "build with --size 256"
             )
         self.reader = SampleReader(self.manifest, split)
         if not len(self.reader):
             raise UserError(f"{self.manifest.root}: the split {split!r} is empty")
-        self.views, self.lighting, self.device = views, lighting and views == "random", torch.device(device)
+        self.views, self.device = views, torch.device(device)
+        self._lighting_until = lighting_until if views == "random" else 0
         self.order = Order(len(self.reader), batch_size, seed, shuffle=views == "random")
         self.stall = StallMeter()
         self._statistics = self.manifest.statistics()
@@ -202,7 +205,8 @@ class Loader:
         if self.views == "ten":
             images = torch.stack([normalise(view, self._mean, None) for view in _cut_ten(prepared.view)], dim=1)
         else:
-            shift = torch.from_numpy(prepared.shift).to(self.device) if self.lighting else None
+            lit = self._lighting_until is None or prepared.step < self._lighting_until
+            shift = torch.from_numpy(prepared.shift).to(self.device) if lit else None
             images = normalise(prepared.view, self._mean, shift)
         return Batch(prepared.step, prepared.epoch, prepared.ids, labels, images)
 

@@ -1,0 +1,66 @@
+"""Error rates over every image of a split: centre view, or the mean of the ten views' probabilities."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.online import Loader
+from trainer.parallel import TwoColumns
+
+BATCH_SIZE = {"centre": 128, "ten": 16}  # images; ten views make ten inputs of each
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Error rates in percent, and the mean negative log-likelihood in nats, over `samples` images."""
+
+    samples: int
+    top1_error: float
+    top5_error: float
+    nll: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Evaluation:
+    """Evaluate every labelled image of `split` exactly once. Raises UserError where it is empty or has no labels."""
+    wrong1 = wrong5 = nll = 0.0
+    samples = 0
+    with Loader(data, split, batch_size=BATCH_SIZE[views], views=views, device=network.devices[0]) as loader:
+        for batch in loader:
+            if int(batch.labels.min()) < 0:
+                raise UserError(
+                    f"{data.root}: the split {split!r} has images without a label; it can be predicted, not evaluated"
+                )
+            chances = probabilities(network, batch.images)
+            wrong1 += float(top_k_errors(chances, batch.labels, 1).sum())
+            wrong5 += float(top_k_errors(chances, batch.labels, 5).sum())
+            nll -= float(chances.gather(1, batch.labels[:, None]).log().sum())
+            samples += len(batch.labels)
+    return Evaluation(samples, 100 * wrong1 / samples, 100 * wrong5 / samples, nll / samples)
+
+
+def probabilities(network: TwoColumns, images: Tensor) -> Tensor:
+    """(n, 3, 224, 224), or (n, 10, 3, 224, 224) whose views are averaged → softmax (n, classes) float64."""
+    if images.dim() == 4:
+        return network(images).double().softmax(1)
+    n, views = images.shape[:2]
+    return network(images.flatten(0, 1)).double().softmax(1).unflatten(0, (n, views)).mean(1)
+
+
+def top_k_errors(chances: Tensor, labels: Tensor, k: int) -> Tensor:
+    """(n, classes), (n,) → (n,) in [0, 1]: 1 if at least k classes are strictly likelier; ties share the credit.
+
+    As in the 2012 code: with `larger` classes strictly above and `equal` level with the true one (itself included),
+    the credit is (k − larger) / equal, at most 1.
+    """
+    true = chances.gather(1, labels[:, None])
+    larger = (chances > true).sum(1)
+    equal = (chances == true).sum(1)
+    return 1 - ((k - larger) / equal).clamp(0, 1)

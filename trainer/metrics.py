@@ -1,0 +1,48 @@
+"""What a run says of itself: lines on the console, and the same as JSON lines in metrics.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends to RUN/metrics.jsonl. Whatever depends on the machine's speed stands under the key `time`."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / FILE_NAME
+
+    def drop_after(self, step: int) -> None:
+        """Forget the lines past a checkpoint, which a resumed run writes again."""
+        if self.path.exists():
+            kept = [line for line in read(self.path.parent) if line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def train(self, steps: int, line: dict[str, Any]) -> None:
+        self._write({"kind": "train", **line})
+        time = line["time"]
+        click.echo(
+            f"step {line['step']:>{len(str(steps))}}/{steps}  epoch {line['epoch']:<3} "
+            f"loss {line['loss']:.4f}  lr {line['lr']:.2g}  "
+            f"{time['images_per_second']:6.0f} images/s  stall {100 * time['stall']:4.1f} %"
+        )
+
+    def validation(self, line: dict[str, Any]) -> None:
+        self._write({"kind": "validation", **line})
+        click.echo(
+            f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
+            f"top-5 error {line['top5_error']:.1f} % (centre view)"
+        )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl; none where there is no such file."""
+    path = run / FILE_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

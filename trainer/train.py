@@ -1,0 +1,124 @@
+"""A training run, from the first step or from a checkpoint."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+
+from pipeline import manifest
+from pipeline.errors import UserError
+from pipeline.files import write_bytes_aside
+from pipeline.online import Loader
+from trainer import checkpoint as checkpoints
+from trainer.checkpoint import Checkpoint
+from trainer.dropout import masks
+from trainer.evaluate import evaluate
+from trainer.metrics import Metrics
+from trainer.model import initial_weights
+from trainer.optim import Momentum, rates
+from trainer.parallel import TwoColumns
+from trainer.recipe import Recipe, to_dict
+
+
+def train(
+    data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, torch.device], resumed: Checkpoint | None
+) -> None:
+    """Train on the split `train` of `data` until `recipe.train.steps`; leave recipe, metrics and a checkpoint in `run`.
+
+    Raises:
+        UserError: `run` exists and is not resumed; the data are others than the checkpoint's; the loss is not finite.
+    """
+    dataset = manifest.load(data)
+    classes = len(dataset.classes)
+    if resumed:
+        checkpoints.require_same_data(resumed, dataset.identity, run)
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
+    write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
+    metrics = Metrics(run)
+
+    # network and optimiser
+    network = TwoColumns(recipe.model, classes, devices)
+    optimiser = Momentum(network.parts(), recipe.optim)
+    network.load(resumed.weights if resumed else initial_weights(recipe.model, classes, recipe.train.seed))
+    start = 0
+    if resumed:
+        start = resumed.step
+        optimiser.velocity = network.scatter(resumed.velocity)
+        metrics.drop_after(start)
+    if start >= recipe.train.steps:
+        raise UserError(f"{run}: has done {start} of {recipe.train.steps} steps; raise them with --set train.steps=N")
+
+    # the loop; losses are summed on the device and looked at every log_every steps
+    lighting_until = int(recipe.train.lighting_until * recipe.train.steps) if recipe.train.lighting else 0
+    with Loader(
+        dataset,
+        "train",
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        step=start,
+        lighting_until=lighting_until,
+        device=devices[0],
+    ) as loader:
+        window = _Window(devices[0], loader)
+        for batch in loader:
+            now = rates(recipe.optim, batch.step, recipe.train.steps)
+            drop = masks(recipe.train.seed, batch.step, len(batch.ids), recipe.model.units, recipe.model.dropout)
+            losses = F.cross_entropy(network(batch.images, drop), batch.labels, reduction="sum")
+            (losses / recipe.train.batch_size).backward()  # a short batch counts for less, as in the 2012 code
+            optimiser.step(now)
+            window.add(losses, len(batch.ids))
+
+            done = batch.step + 1
+            last = done == recipe.train.steps
+            if done % recipe.train.log_every == 0 or last:
+                metrics.train(
+                    recipe.train.steps, {"step": done, "epoch": batch.epoch, "lr": now.weights, **window.close()}
+                )
+            if last or (recipe.train.validate_every and done % recipe.train.validate_every == 0):
+                if "val" in dataset.splits:
+                    found = evaluate(network, dataset, "val", "centre")
+                    metrics.validation({"step": done, "epoch": batch.epoch, **found.to_dict()})
+                window.restart()
+            if last:
+                break
+
+    path = checkpoints.save(
+        run,
+        Checkpoint(done, recipe, classes, dataset.identity, network.gathered(), network.gathered(optimiser.velocity)),
+    )
+    click.echo(f"checkpoint: {path}")
+
+
+class _Window:
+    """Loss, speed and stall of the steps since the last log line."""
+
+    def __init__(self, device: torch.device, loader: Loader) -> None:
+        self._device, self._loader = device, loader
+        self.restart()
+
+    def restart(self) -> None:
+        self._losses, self._images = torch.zeros((), device=self._device), 0
+        self._since, self._waited = time.perf_counter(), self._loader.stall.waited
+
+    def add(self, losses: torch.Tensor, images: int) -> None:
+        self._losses += losses.detach()
+        self._images += images
+
+    def close(self) -> dict[str, Any]:
+        """Mean loss, images/s and stall; raises UserError where the loss is not a finite number."""
+        loss = float(self._losses) / self._images  # waits for the device
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss}: training has diverged; lower optim.lr (--set optim.lr=…) and start again"
+            )
+        seconds = time.perf_counter() - self._since
+        stall = (self._loader.stall.waited - self._waited) / seconds
+        line = {"loss": loss, "time": {"images_per_second": self._images / seconds, "stall": stall}}
+        self.restart()
+        return line
