@@ -19,7 +19,7 @@ REASONS = {
     "unrecognised": "no picture format that we read",
     "truncated": "the data ends before the picture does",
     "corrupt": "the decoder rejects the data",
-    "unsupported": "a pixel type without a meaning as RGB (floating point)",
+    "unsupported": "a pixel type that is not converted to RGB (floating point, CIELAB)",
 }
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -89,7 +89,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int) -> I
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
+    if image.mode in ("F", "LAB"):
         raise ImageError("unsupported")
     if image.mode in _SIXTEEN_BIT:
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)

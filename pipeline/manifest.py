@@ -137,15 +137,16 @@ class Manifest:
 
     def samples(self, split: str) -> np.ndarray:
         """The records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
+        promised = (self.split(split).samples,)
         path = self.root / split / "samples.npy"
         try:
             samples = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DatasetError(f"{path}: missing or damaged ({error})") from error
-        if samples.dtype != SAMPLE or samples.shape != (self.split(split).samples,):
+        if samples.dtype != SAMPLE or samples.shape != promised:
             raise DatasetError(
                 f"{path}: holds {samples.shape} records of {samples.dtype}, "
-                f"the manifest promises ({self.split(split).samples},) of {SAMPLE}"
+                f"the manifest promises {promised} of {SAMPLE}"
             )
         return samples
 

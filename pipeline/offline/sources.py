@@ -194,6 +194,10 @@ def _members(file: BinaryIO, sources: Sources, start: int, end: int) -> Iterator
                 if member.offset_data + member.size > end:
                     raise SourceError(f"{file.name}: cut short inside {member.name}; fetch it again")
                 yield member.name, member.offset_data, member.size
+            else:  # tarfile ends silently at a header that it cannot read
+                file.seek(tar.offset)
+                if tar.offset < end and file.read(512).strip(b"\0"):
+                    raise SourceError(f"{file.name}: damaged at byte {tar.offset}; fetch it again")
     except tarfile.TarError as error:
         raise SourceError(f"{file.name}: damaged ({error}); fetch it again") from error
 

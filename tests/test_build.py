@@ -1,0 +1,309 @@
+"""The dataset directory: other people's readers, the same bytes every time, resume, and every refusal."""
+
+import collections
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+from wds2idx import IndexCreator
+
+from conftest import ROOT, build
+from pipeline import manifest
+from pipeline.image import rescale
+from pipeline.manifest import DatasetError
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def shard_paths(root: Path, split: str) -> list[Path]:
+    return [root / shard.name for shard in manifest.load(root).split(split).shards]
+
+
+def test_what_the_directory_holds(dataset: Path, raw: Path):
+    built = manifest.load(dataset)
+    assert {name: (split.samples, split.skipped) for name, split in built.splits.items()} == {
+        "train": (41, 1),
+        "val": (9, 0),
+    }
+    assert set(built.files) | {"dataset.json"} == set(digests(dataset))
+    assert all(digests(dataset)[name] == record.sha256 for name, record in built.files.items())
+    lines = [json.loads(line) for line in (dataset / "skipped.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"key": "train_checks_0003", "reason": "truncated", "source": "train/checks/0003.jpg", "split": "train"}
+    ]
+    for name in built.files:
+        if not name.endswith((".tar", ".npz", ".npy", ".png")):
+            assert str(raw) not in (dataset / name).read_text()
+
+
+def test_gnu_tar_lists_ustar_members_without_time_or_owner(dataset: Path):
+    for path in shard_paths(dataset, "train"):
+        listing = subprocess.run(
+            ["tar", "--utc", "--full-time", "--numeric-owner", "-tvf", str(path)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        lines = listing.stdout.splitlines()
+        assert lines
+        assert listing.stderr == ""
+        assert all("0/0" in line and "1970-01-01 00:00:00" in line for line in lines)
+        assert path.read_bytes()[257:265] == b"ustar\x0000"
+
+
+def test_index_is_what_wds2idx_writes(dataset: Path, tmp_path: Path):
+    paths = shard_paths(dataset, "train") + shard_paths(dataset, "val")
+    assert len(paths) == 4
+    for path in paths:
+        with IndexCreator(str(path), str(tmp_path / "theirs.idx"), verbose=False) as creator:
+            creator.create_index()
+        assert (tmp_path / "theirs.idx").read_bytes() == path.with_suffix(".idx").read_bytes()
+
+
+def test_webdataset_reads_the_shards(dataset: Path, raw: Path):
+    built = manifest.load(dataset)
+    shards = [str(path) for path in shard_paths(dataset, "train")]
+    theirs = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert len(theirs) == 41
+    records = built.samples("train")
+    for sample, record in zip(theirs, records):
+        assert int(sample["cls"]) == record["label"]
+        assert len(sample["jpg"]) == record["size"]
+        name = built.classes[record["label"]].wnid
+        original = raw / "train" / name / f"{sample['__key__'][-4:]}.jpg"
+        assert sample["__key__"] == f"train_{name}_{original.stem}"
+        assert bytes(record["digest"]) == hashlib.sha256(original.read_bytes()).digest()[:16]
+        stored = np.asarray(Image.open(io.BytesIO(sample["jpg"]))).astype(int)
+        assert np.abs(stored - rescale(Image.open(original), 256)).mean() < 12
+
+
+def test_dali_reads_the_shards_with_our_index(dataset: Path):
+    paths = shard_paths(dataset, "train")
+
+    @pipeline_def(batch_size=41, num_threads=2, device_id=None)
+    def graph():
+        jpegs, labels = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg", "cls"],
+        )
+        return jpegs, labels
+
+    pipe = graph()
+    pipe.build()
+    jpegs, labels = pipe.run()
+    records = manifest.load(dataset).samples("train")
+    for i, record in enumerate(records):
+        assert len(np.array(jpegs[i])) == record["size"]
+        assert int(bytes(np.array(labels[i]))) == record["label"]
+
+
+def test_statistics_are_those_of_the_rescaled_pixels(dataset: Path, raw: Path):
+    pixels = [
+        rescale(Image.open(path), 256)
+        for path in sorted((raw / "train").rglob("*.jpg"))
+        if path != raw / "train" / "checks" / "0003.jpg"
+    ]
+    built = manifest.load(dataset)
+    found = built.statistics()
+    assert found.n == len(pixels) == 41
+    np.testing.assert_allclose(found.mean_image, np.mean(pixels, 0, dtype=np.float64), rtol=1e-12)
+    flat = np.stack(pixels).reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(found.covariance, np.cov(flat.T, bias=True), rtol=1e-9)
+    shards = built.split("train").shards
+    assert np.sum([shard.sum_color for shard in shards], 0).tolist() == flat.sum(0).tolist()
+    assert np.sum([shard.second_moments for shard in shards], 0).tolist() == (flat.T @ flat).tolist()
+
+
+def test_same_bytes_with_two_workers_and_another_seed_differs(dataset: Path, raw: Path, tmp_path: Path):
+    assert build(raw, tmp_path / "two", "--workers", 2, "--samples-per-shard", 16).exit_code == 0
+    assert digests(tmp_path / "two") == digests(dataset)
+    assert build(raw, tmp_path / "seed", "--workers", 1, "--samples-per-shard", 16, "--seed", 1).exit_code == 0
+    other = digests(tmp_path / "seed")
+    assert other["train/train-000000.tar"] != digests(dataset)["train/train-000000.tar"]
+    assert other["val/val-000000.tar"] == digests(dataset)["val/val-000000.tar"]
+
+
+def test_killed_builds_resume_to_the_same_bytes(dataset: Path, raw: Path, tmp_path: Path):
+    root = tmp_path / "dataset"
+    command = [sys.executable, str(ROOT / "tools/build_shards.py"), str(raw), str(root), "--workers", "2"]
+    command += ["--samples-per-shard", "16"]
+    kills = 0
+    for delay in (0.4, 0.7, 0.9, 1.0, 1.1, 1.2):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(delay)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        assert not (root / "dataset.json").exists()
+    assert kills >= 1
+    if not (root / "dataset.json").exists():
+        result = build(raw, root, "--workers", 1, "--samples-per-shard", 16)
+        assert result.exit_code == 0, result.output
+    assert digests(root) == digests(dataset)
+
+
+def half_built(raw: Path, root: Path) -> None:
+    """An unfinished build: the plan, and the first shard with its record."""
+    process = subprocess.run(
+        [sys.executable, "-c", HALF, str(raw), str(root)], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 9, process.stderr
+
+
+HALF = """
+import os, sys
+from pipeline.offline import build
+save = build.executors.run
+def run(tasks, workers):
+    for result in save(tasks, 1):
+        yield result
+        os._exit(9)
+build.executors.run = run
+from tools.build_shards import main
+main([sys.argv[1], sys.argv[2], "--samples-per-shard", "16"])
+"""
+
+
+def test_resume_goes_on_and_another_recipe_is_refused(dataset: Path, raw: Path, tmp_path: Path):
+    root = tmp_path / "dataset"
+    half_built(raw, root)
+    first = root / "train" / "train-000000.tar"
+    before = first.stat().st_mtime_ns
+    refused = build(raw, root, "--samples-per-shard", 16, "--quality", 80)
+    assert refused.exit_code == 2
+    assert "quality 95 → 80" in refused.output
+    with pytest.raises(DatasetError, match="its build has not finished"):
+        manifest.load(root)
+    assert build(raw, root, "--workers", 1, "--samples-per-shard", 16).exit_code == 0
+    assert first.stat().st_mtime_ns == before
+    assert digests(root) == digests(dataset)
+
+
+def test_an_existing_dataset_or_folder_is_refused_and_left_alone(dataset: Path, raw: Path, tmp_path: Path):
+    before = digests(dataset)
+    result = build(raw, dataset, "--samples-per-shard", 16)
+    assert result.exit_code == 2
+    assert "a finished dataset is there already" in result.output
+    assert digests(dataset) == before
+    (tmp_path / "mine.txt").write_text("mine")
+    result = build(raw, tmp_path)
+    assert result.exit_code == 2
+    assert "exists and is not an unfinished build" in result.output
+    assert digests(tmp_path) == {"mine.txt": hashlib.sha256(b"mine").hexdigest()}
+
+
+def test_no_training_picture_that_decodes_is_an_error(raw: Path, tmp_path: Path):
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    (tmp_path / "raw" / "a" / "1.jpg").write_bytes(b"")
+    result = build(tmp_path / "raw", tmp_path / "out", "--holdout", 0)
+    assert result.exit_code == 2
+    assert "no training image could be decoded; the reasons: empty" in result.output
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_holdout_and_limit(raw: Path, tmp_path: Path):
+    assert build(raw / "train", tmp_path / "a", "--workers", 1, "--holdout", 0.3).exit_code == 0
+    splits = manifest.load(tmp_path / "a").splits
+    assert sum(split.samples + split.skipped for split in splits.values()) == 42
+    assert 5 <= splits["val"].samples <= 20
+    assert build(raw, tmp_path / "b", "--workers", 1, "--limit", 10).exit_code == 0
+    splits = manifest.load(tmp_path / "b").splits
+    assert sum(split.samples + split.skipped for split in splits.values()) == 10
+    bad = build(raw, tmp_path / "c", "--holdout", 0.9)
+    assert bad.exit_code == 2
+    assert "0.9" in bad.output
+
+
+def test_every_flipped_byte_of_the_manifest_is_found(dataset: Path):
+    data = (dataset / "dataset.json").read_bytes()
+    manifest.parse(data, dataset)
+    random = np.random.default_rng(3)
+    for place in random.choice(len(data), 300, replace=False):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << int(random.integers(8))
+        with pytest.raises(DatasetError, match=r"dataset\.json"):
+            manifest.parse(bytes(damaged), dataset)
+
+
+def test_a_damaged_dataset_is_an_error_that_names_the_file(dataset: Path, tmp_path: Path):
+    def damaged(name: str, content: bytes | None) -> str:
+        root = tmp_path / "copy"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(dataset, root)
+        if content is None:
+            (root / name).unlink()
+        else:
+            (root / name).write_bytes(content)
+        with pytest.raises(DatasetError) as caught:
+            loaded = manifest.load(root)
+            loaded.statistics()
+            loaded.samples("train")
+        assert str(root / name) in str(caught.value)
+        return str(caught.value)
+
+    size = (dataset / "statistics.npz").stat().st_size
+    assert "missing" in damaged("train/train-000001.tar", None)
+    assert "has 5 bytes" in damaged("train/train-000001.idx", b"short")
+    assert "damaged" in damaged("statistics.npz", bytes(size))
+    assert "damaged" in damaged("train/samples.npy", bytes((dataset / "train/samples.npy").stat().st_size))
+    assert "not a manifest" in damaged("dataset.json", b"[]")
+    with pytest.raises(DatasetError, match="no such directory"):
+        manifest.load(tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match="not a dataset directory"):
+        manifest.load(tmp_path)
+
+
+def test_identity_is_of_the_data_and_not_of_the_place(dataset: Path, tmp_path: Path):
+    shutil.copytree(dataset, tmp_path / "copy")
+    assert manifest.load(tmp_path / "copy").identity == manifest.load(dataset).identity
+
+
+def test_cifar10_keeps_all_its_samples(shared: Path, tmp_path: Path):
+    """The same file names stand in every class folder; the sides are 32, so a small square keeps this short."""
+    with zipfile.ZipFile(shared / "cifar10.zip") as archive:
+        archive.extractall(tmp_path / "raw")
+        names = [name for name in archive.namelist() if name.endswith(".jpg")]
+    result = build(tmp_path / "raw", tmp_path / "out", "--size", 32)
+    assert result.exit_code == 0, result.output
+    built = manifest.load(tmp_path / "out")
+    assert sum(split.samples for split in built.splits.values()) == len(names) == 60_000
+    assert built.split("test").samples == 10_000
+    keys = collections.Counter()
+    for split in built.splits:
+        for path in shard_paths(tmp_path / "out", split):
+            with tarfile.open(path) as tar:
+                keys.update(name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg"))
+    assert len(keys) == 60_000
+    labels = np.bincount(np.concatenate([built.samples(split)["label"] for split in built.splits]))
+    assert labels.tolist() == [6000] * 10
+
+
+def test_flat_files_of_imagenet(shared: Path, tmp_path: Path):
+    result = build(shared / "imagenet-sample", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    built = manifest.load(tmp_path / "out")
+    assert sum(split.samples for split in built.splits.values()) == 401
+    assert [record.wnid for record in built.classes] == sorted(
+        path.name[:9] for path in (shared / "imagenet-sample").iterdir()
+    )
+    assert built.classes[0].words == "tench"

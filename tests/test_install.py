@@ -1,0 +1,35 @@
+"""What is installed is what constraints.txt says, and Pillow-SIMD stands alone."""
+
+import importlib.metadata
+import re
+
+import PIL
+from PIL import features
+
+from conftest import ROOT
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines if "==" in line}
+
+
+def test_pillow_simd_is_the_only_pillow():
+    installed = {normal(dist.name) for dist in importlib.metadata.distributions()}
+    assert "pillow-simd" in installed
+    assert "pillow" not in installed
+    assert PIL.__version__ == pins()["pillow-simd"]
+    assert all(features.check(name) for name in ("jpg", "zlib", "webp", "libtiff"))
+
+
+def test_everything_installed_has_its_exact_version_in_constraints():
+    pinned = pins()
+    for dist in importlib.metadata.distributions():
+        name = normal(dist.name)
+        if name == "penstock" or (name.startswith("nvidia-") and name not in pinned):  # torch pins its CUDA packages
+            continue
+        assert pinned.get(name) == dist.version.partition("+")[0], name

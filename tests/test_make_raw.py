@@ -1,0 +1,282 @@
+"""tools/make_raw.py: the layout by plain readers, the promises about bytes and oddities, and no leak through colour."""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.io import loadmat
+
+from tools import make_raw
+
+SEED, CLASSES, TRAIN, VAL = 7, 10, 24, 6
+NAMES = ["ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"]
+
+
+def invoke(out: Path, *options: object) -> Result:
+    return CliRunner().invoke(make_raw.main, [str(out), *map(str, options)])
+
+
+def members(data: bytes) -> dict[str, bytes]:
+    """The files of a tar by name, read with nothing of ours; mtime, uid and gid must be 0 and the format USTAR."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.pax_headers) == (0, 0, 0, {})
+            file = archive.extractfile(member)
+            assert file is not None
+            found[member.name] = file.read()
+    return found
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A small set, and the line that the command printed."""
+    out = tmp_path_factory.mktemp("raw") / "imagenet"
+    result = invoke(out, "--classes", CLASSES, "--train", TRAIN, "--val", VAL, "--seed", SEED)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+@pytest.fixture(scope="module")
+def train(drawn: tuple[Path, str]) -> dict[str, dict[str, bytes]]:
+    """WNID → file name → bytes."""
+    outer = members((drawn[0] / "ILSVRC2012_img_train.tar").read_bytes())
+    return {name.removesuffix(".tar"): members(data) for name, data in outer.items()}
+
+
+@pytest.fixture(scope="module")
+def val(drawn: tuple[Path, str]) -> dict[str, bytes]:
+    return members((drawn[0] / "ILSVRC2012_img_val.tar").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def devkit(drawn: tuple[Path, str]) -> dict[str, bytes]:
+    """File name → bytes, of what lies in the devkit's data folder."""
+    files = members((drawn[0] / "ILSVRC2012_devkit_t12.tar.gz").read_bytes())  # tarfile unpacks the gzip itself
+    return {name.removeprefix("ILSVRC2012_devkit_t12/data/"): data for name, data in files.items()}
+
+
+@pytest.fixture(scope="module")
+def synsets(devkit: dict[str, bytes]) -> list[dict[str, Any]]:
+    """The rows of meta.mat, each field as loadmat gives it."""
+    table = loadmat(io.BytesIO(devkit["meta.mat"]))["synsets"]
+    assert table.shape == (CLASSES + 2, 1)
+    return [{name: row[name] for name in table.dtype.names} for row in table[:, 0]]
+
+
+def test_files_are_the_three_official_ones(drawn: tuple[Path, str]) -> None:
+    assert sorted(path.name for path in drawn[0].iterdir()) == NAMES
+
+
+def test_training_pictures_lie_in_a_tar_of_tars(train: dict[str, dict[str, bytes]]) -> None:
+    assert list(train) == sorted(c.wnid for c in make_raw.CLASSES[:CLASSES])
+    for wnid, pictures in train.items():
+        assert len(pictures) == TRAIN
+        stems = [name.removesuffix(".JPEG").split("_") for name in pictures]
+        assert {stem[0] for stem in stems} == {wnid}
+        numbers = sorted(int(stem[1]) for stem in stems)
+        assert all(name == f"{wnid}_{int(n)}.JPEG" for name, (_, n) in zip(pictures, stems))  # no leading zeros
+        assert len({len(str(n)) for n in numbers}) > 1
+        assert numbers != list(range(numbers[0], numbers[0] + TRAIN))
+
+
+def test_validation_pictures_lie_flat_and_are_numbered(val: dict[str, bytes]) -> None:
+    assert list(val) == [f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, CLASSES * VAL + 1)]
+
+
+def test_synsets_have_the_fields_and_forms_of_the_published_ones(synsets: list[dict[str, Any]]) -> None:
+    numbers = ["ILSVRC2012_ID", "num_children", "wordnet_height", "num_train_images"]
+    assert list(synsets[0]) == [numbers[0], "WNID", "words", "gloss", numbers[1], "children", *numbers[2:]]
+    for place, row in enumerate(synsets, start=1):
+        assert all(row[name].shape == (1, 1) and row[name].dtype.kind == "u" for name in numbers)
+        assert all(row[name].shape == (1,) and row[name].dtype.kind == "U" for name in ("WNID", "words", "gloss"))
+        assert row["children"].shape == (1, row["num_children"].item())
+        assert row["ILSVRC2012_ID"].item() == place
+    assert len({row["WNID"].item() for row in synsets}) == len(synsets)
+
+
+def test_leaves_come_first_and_every_other_synset_leads_to_them(synsets: list[dict[str, Any]]) -> None:
+    leaves, inner = synsets[:CLASSES], synsets[CLASSES:]
+    assert all(row["num_children"].item() == 0 and row["num_train_images"].item() == TRAIN for row in leaves)
+    assert all(row["num_children"].item() > 0 and row["num_train_images"].item() == 0 for row in inner)
+    reached = np.concatenate([row["children"].ravel() for row in inner])
+    assert sorted(reached) == [*range(1, CLASSES + 1), CLASSES + 2]  # all but the root, once
+
+
+@pytest.mark.parametrize("classes", range(2, len(make_raw.CLASSES) + 1))
+def test_devkit_ids_are_not_in_the_order_of_wnids(classes: int) -> None:
+    wnids = [row["WNID"].item() for row in loadmat(io.BytesIO(make_raw.meta_mat(classes, 1)))["synsets"][:, 0]]
+    assert wnids[:classes] == [c.wnid for c in make_raw.CLASSES[:classes]]
+    assert wnids[:classes] != sorted(wnids[:classes])
+    assert len(set(wnids)) == classes + 2
+
+
+def test_ground_truth_tells_the_class_of_each_validation_picture(
+    devkit: dict[str, bytes], val: dict[str, bytes]
+) -> None:
+    """Drawn again as the class that the ground truth tells, one of the class's pictures has the very same bytes."""
+    truth = [int(line) for line in devkit["ILSVRC2012_validation_ground_truth.txt"].decode().splitlines()]
+    assert len(truth) == CLASSES * VAL
+    assert set(truth) == set(range(1, CLASSES + 1))
+    assert truth != sorted(truth)
+    again = {c: {make_raw.picture(SEED, "val", c, i) for i in range(VAL)} for c in range(3)}
+    for data, identity in zip(val.values(), truth):
+        for c, pictures in again.items():
+            assert (data in pictures) == (identity == c + 1)
+
+
+def test_training_pictures_are_of_the_class_that_their_name_tells(train: dict[str, dict[str, bytes]]) -> None:
+    odd = make_raw.odd_pictures(SEED, CLASSES, TRAIN)
+    for c in range(CLASSES):
+        wnid, numbers = make_raw.CLASSES[c].wnid, make_raw.training_numbers(SEED, c, TRAIN)
+        for i in (0, TRAIN - 1):
+            assert train[wnid][f"{wnid}_{numbers[i]}.JPEG"] == make_raw.picture(SEED, "train", c, i, odd.get((c, i)))
+
+
+def loads(image: Image.Image) -> bool:
+    try:
+        image.load()
+    except OSError as error:
+        return "truncated" not in str(error)
+    return True
+
+
+def test_oddities_are_there_and_the_command_counts_them(
+    drawn: tuple[Path, str], train: dict[str, dict[str, bytes]], val: dict[str, bytes]
+) -> None:
+    kinds, sizes = Counter[str](), set()
+    odd_splits = []
+    for split, files in [("val", val), *(("train", pictures) for pictures in train.values())]:
+        for data in files.values():
+            with Image.open(io.BytesIO(data)) as image:
+                kind = {"L": "grayscale", "CMYK": "cmyk"}.get(image.mode, "rgb") if image.format == "JPEG" else "png"
+                assert (image.mode == "CMYK") == ("adobe" in image.info)
+                sizes.add(image.size)
+                if not loads(image):
+                    kind = "truncated"
+            kinds[kind] += 1
+            odd_splits += [split] * (kind in ("png", "truncated"))
+    assert (kinds["png"], kinds["truncated"], odd_splits) == (1, 1, ["train", "train"])
+    total = CLASSES * (TRAIN + VAL)
+    assert 0.02 * total <= kinds["grayscale"] <= 0.09 * total
+    assert 0 < kinds["cmyk"] <= 0.05 * total
+    counts = f"{kinds['grayscale']} grayscale, {kinds['cmyk']} CMYK, 1 PNG named .JPEG, 1 truncated"
+    assert drawn[1].count("\n") == 1
+    assert f"{CLASSES * TRAIN} training and {CLASSES * VAL} validation pictures of {CLASSES} classes" in drawn[1]
+    assert counts in drawn[1]
+    sides = np.array(sorted(sizes))
+    assert len(sides) > total / 2
+    assert sides.min() >= 200
+    assert sides.max() <= 520
+    assert (sides[:, 0] > sides[:, 1]).any()
+    assert (sides[:, 0] < sides[:, 1]).any()
+
+
+def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    for out, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        assert invoke(tmp_path / out, "--classes", 2, "--train", 2, "--val", 2, "--seed", seed).exit_code == 0
+    first, second, third = (digests(tmp_path / out) for out in "abc")
+    assert first == second
+    assert all(third[name] != first[name] for name in NAMES[1:])
+
+
+def test_metadata_tells_no_time_and_no_machine(drawn: tuple[Path, str], devkit: dict[str, bytes]) -> None:
+    assert b"Created on" not in devkit["meta.mat"][:128]  # scipy's header has the time and the platform
+    packed = (drawn[0] / "ILSVRC2012_devkit_t12.tar.gz").read_bytes()
+    assert packed[3:8] == bytes(5)  # no flags, so no file name, and mtime 0
+
+
+def test_a_picture_depends_on_nothing_but_its_key() -> None:
+    assert make_raw.picture(3, "train", 4, 5) == make_raw.picture(3, "train", 4, 5)
+    keys = [(3, "train", 4, 5), (4, "train", 4, 5), (3, "val", 4, 5), (3, "train", 5, 5), (3, "train", 4, 6)]
+    assert len({make_raw.pixels(*key).tobytes() for key in keys}) == len(keys)
+
+
+def accuracy(
+    train_x: NDArray[np.float64], train_y: NDArray[np.int64], val_x: NDArray[np.float64], val_y: NDArray[np.int64]
+) -> float:
+    """Validation accuracy of ridge regression on one-hot labels from colours (n, 3), their squares and a constant."""
+    mean, deviation = train_x.mean(0), train_x.std(0)
+
+    def features(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        z = (x - mean) / deviation
+        return np.hstack([z, z**2, np.ones((len(z), 1))])
+
+    a, targets = features(train_x), np.eye(train_y.max() + 1)[train_y]
+    weights = np.linalg.solve(a.T @ a + 1e-3 * np.eye(a.shape[1]), a.T @ targets)
+    return float(((features(val_x) @ weights).argmax(1) == val_y).mean())
+
+
+def test_mean_colours_do_not_tell_the_class() -> None:
+    """A classifier that sees only mean colours stays near chance, and would not if the classes were tinted."""
+    classes, per_class = 10, {"train": 40, "val": 20}
+
+    def colour(split: str, c: int, i: int) -> NDArray[np.float64]:
+        with Image.open(io.BytesIO(make_raw.picture(SEED, split, c, i))) as image:
+            return np.asarray(image.convert("RGB")).reshape(-1, 3)[::7].mean(0)
+
+    x = {s: np.array([colour(s, c, i) for c in range(classes) for i in range(n)]) for s, n in per_class.items()}
+    y = {split: np.repeat(np.arange(classes), n) for split, n in per_class.items()}
+    assert abs(accuracy(x["train"], y["train"], x["val"], y["val"]) - 1 / classes) < 0.10
+    tints = 200 * np.random.default_rng(0).random((classes, 3))  # the control: the same classifier, a leak
+    tinted = {split: x[split] + tints[y[split]] for split in x}
+    assert accuracy(tinted["train"], y["train"], tinted["val"], y["val"]) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--classes", 1], ["--classes 1", "2 to 11"]),
+        (["--classes", 12], ["--classes 12", "2 to 11"]),
+        (["--train", 0], ["--train 0", "1 to"]),
+        (["--val", -3], ["--val -3", "1 to"]),
+        (["--seed", -1], ["--seed -1", "0 to"]),
+        (["--seed", 2**32], ["--seed 4294967296", "0 to 4294967295"]),
+    ],
+)
+def test_a_number_out_of_range_is_an_error_and_nothing_is_written(
+    tmp_path: Path, options: list[object], words: list[str]
+) -> None:
+    result = invoke(tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    assert all(word in result.output for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_use_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
+    mine = tmp_path / "notes.txt"
+    mine.write_text("mine")
+    for out in (tmp_path, mine):
+        result = invoke(out)
+        assert result.exit_code == 2
+        assert result.output.count("\n") == 1
+        assert str(out) in result.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the renaming fails, nothing has an official name; the error is one line."""
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    result = invoke(tmp_path, "--classes", 2, "--train", 1, "--val", 1)
+    assert result.exit_code != 0
+    assert result.output.count("\n") == 1
+    assert "No space left on device" in result.output
+    assert list(tmp_path.iterdir()) == []

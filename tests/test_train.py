@@ -1,0 +1,186 @@
+"""Whole runs through the command line: learning, exact resume, evaluation against plain numpy, every refusal."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from conftest import build
+from pipeline import manifest
+from pipeline.online import Loader
+from trainer import checkpoint as checkpoints
+from trainer.__main__ import main
+from trainer.evaluate import top_k_errors
+from trainer.metrics import read
+from trainer.model import AlexNet
+
+TINY = [
+    "model.maps=[4, 8, 8, 8, 8]",
+    "model.units=[32, 32]",
+    "train.batch_size=12",
+    "train.log_every=1",
+    "train.validate_every=3",
+]
+
+
+def trainer(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def train(data: Path, run: Path, steps: int, *more: object) -> Result:
+    settings = [word for setting in [*TINY, f"train.steps={steps}"] for word in ("--set", setting)]
+    return trainer("train", "--data", data, "--recipe", "tiny", "--out", run, "--devices", "cpu,cpu", *settings, *more)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps; the schedule is that of 6 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = train(dataset, folder, 6)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def one_line(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert len(result.output.strip().splitlines()) == 1, result.output
+    for word in words:
+        assert word in result.output
+
+
+def test_a_run_leaves_recipe_metrics_and_checkpoint(run: Path, dataset: Path):
+    recipe = json.loads((run / "recipe.json").read_text())
+    assert recipe["train"]["steps"] == 6
+    lines = read(run)
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in trained] == [0, 0, 0, 0, 1, 1]  # 41 samples in batches of 12: 4 steps
+    assert all(np.isfinite(line["loss"]) and 0 <= line["time"]["stall"] <= 1 for line in trained)
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
+    saved = checkpoints.load(run)
+    assert (saved.step, saved.classes, saved.dataset) == (6, 3, manifest.load(dataset).identity)
+
+
+def test_the_first_loss_is_that_of_a_plain_grouped_network(run: Path, dataset: Path):
+    from trainer.dropout import masks
+    from trainer.model import initial_weights
+
+    recipe = checkpoints.load(run).recipe
+    network = AlexNet(recipe.model, 3)
+    network.load(initial_weights(recipe.model, 3, recipe.train.seed))
+    with Loader(dataset, "train", batch_size=12, seed=recipe.train.seed) as loader:
+        batch = next(loader)
+    drop = masks(recipe.train.seed, 0, 12, recipe.model.units, 0.5)
+    chances = network(batch.images, drop).detach().double().numpy()
+    chances = np.exp(chances) / np.exp(chances).sum(1, keepdims=True)
+    expected = -np.log(chances[np.arange(12), batch.labels.numpy()]).mean()
+    assert read(run)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_path: Path):
+    """Stopped after 4 of 6 steps and resumed: an epoch's end lies between. The rates are constant on both roads."""
+    flat = ["--set", "optim.lr_steps=1", "--set", "optim.bias_lr_steps=1", "--set", "train.lighting_until=1.0"]
+    assert train(dataset, tmp_path / "whole", 6, *flat).exit_code == 0
+    assert train(dataset, tmp_path / "parts", 3, *flat).exit_code == 0
+    result = trainer(
+        "train",
+        "--data",
+        dataset,
+        "--out",
+        tmp_path / "parts",
+        "--devices",
+        "cpu,cpu",
+        "--resume",
+        "--set",
+        "train.steps=6",
+    )
+    assert result.exit_code == 0, result.output
+    one, other = checkpoints.load(tmp_path / "whole"), checkpoints.load(tmp_path / "parts")
+    assert one.recipe == other.recipe
+    for kind in ("weights", "velocity"):
+        for name, value in getattr(one, kind).items():
+            assert torch.equal(value, getattr(other, kind)[name]), (kind, name)
+
+    def without_time(folder: Path) -> list[dict[str, object]]:
+        return [{key: value for key, value in line.items() if key != "time"} for line in read(folder)]
+
+    assert without_time(tmp_path / "whole") == without_time(tmp_path / "parts")
+
+
+def test_training_learns(dataset: Path, tmp_path: Path):
+    """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart."""
+    more = ["model.dropout=0.0", "model.maps=[24, 64, 96, 96, 64]", "model.units=[256, 256]", "optim.lr=0.005"]
+    settings = [word for setting in [*more, "train.validate_every=0"] for word in ("--set", setting)]
+    assert train(dataset, tmp_path / "run", 80, *settings).exit_code == 0
+    lines = read(tmp_path / "run")
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert abs(losses[0] - np.log(3)) < 0.3
+    assert np.mean(losses[-4:]) < 0.7
+    assert lines[-1]["top1_error"] < 25
+
+
+def test_evaluation_against_numpy(run: Path, dataset: Path):
+    result = trainer("evaluate", "--data", dataset, "--checkpoint", run, "--devices", "cpu,cpu")
+    assert result.exit_code == 0, result.output
+    found = json.loads((run / "evaluation.json").read_text())
+    saved = checkpoints.load(run)
+    network = AlexNet(saved.recipe.model, 3)
+    network.load(saved.weights)
+    for views in ("centre", "ten"):
+        chances, labels = [], []
+        with Loader(dataset, "val", batch_size=1, views=views) as loader:
+            for batch in loader:
+                logits = network(batch.images.reshape(-1, 3, 224, 224)).detach().double().numpy()
+                odds = np.exp(logits - logits.max(1, keepdims=True))
+                chances.append((odds / odds.sum(1, keepdims=True)).mean(0))
+                labels.append(int(batch.labels[0]))
+        order = np.argsort(-np.array(chances), axis=1)
+        assert len(labels) == found[views]["samples"] == 9
+        assert found[views]["top1_error"] == pytest.approx(100 * np.mean(order[:, 0] != labels))
+        assert found[views]["top5_error"] == 0  # of three classes
+        expected = -np.mean([np.log(row[label]) for row, label in zip(chances, labels)])
+        assert found[views]["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ties_share_the_credit():
+    chances = torch.tensor(
+        [[0.4, 0.3, 0.3], [0.4, 0.3, 0.3], [0.4, 0.4, 0.2], [0.2, 0.2, 0.2], [0.1, 0.5, 0.4]], dtype=torch.float64
+    )
+    labels = torch.tensor([0, 1, 0, 2, 0])
+    assert top_k_errors(chances, labels, 1).tolist() == pytest.approx([0, 1, 1 / 2, 2 / 3, 1])
+    assert top_k_errors(chances, labels, 2).tolist() == pytest.approx([0, 1 / 2, 0, 1 / 3, 1])
+    assert top_k_errors(chances, labels, 5).tolist() == [0] * 5
+
+
+def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_path: Path):
+    one_line(train(tmp_path / "nothing", tmp_path / "r", 2), "no such directory", "build_shards.py")
+    assert not (tmp_path / "r").exists()
+    one_line(train(dataset, run, 2), "exists already", "--resume")
+    one_line(trainer("train", "--data", dataset, "--out", tmp_path / "none", "--resume"), "no checkpoint")
+    one_line(trainer("train", "--data", dataset, "--out", run, "--resume"), "has done 6 of 6 steps", "train.steps")
+    one_line(train(dataset, tmp_path / "r", 2, "--devices", "cuda:99,cpu"), "cuda:99,cpu", "CUDA devices")
+    one_line(train(dataset, tmp_path / "r", 2, "--set", "train.step=1"), "unknown key train.step")
+    one_line(trainer("evaluate", "--data", dataset, "--checkpoint", tmp_path), "no checkpoint")
+    one_line(trainer("evaluate", "--data", dataset, "--checkpoint", run, "--split", "dev"), "no split named 'dev'")
+
+
+def test_divergence_stops_the_run(dataset: Path, tmp_path: Path):
+    result = train(dataset, tmp_path / "r", 20, "--set", "optim.lr=1e6")
+    assert result.exit_code == 2
+    assert "training has diverged; lower optim.lr" in result.output.splitlines()[-1]
+
+
+def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(run: Path, raw: Path, dataset: Path, tmp_path: Path):
+    assert build(raw / "train", tmp_path / "other", "--workers", 1).exit_code == 0
+    resumed = trainer("train", "--data", tmp_path / "other", "--out", run, "--resume", "--set", "train.steps=9")
+    one_line(resumed, "trained on the data set")
+    shutil.copytree(run, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "checkpoints").iterdir()
+    data = file.read_bytes()
+    for damaged in (b"", data[:100], data[: len(data) // 2], b"\x80\x04pickle" + data):
+        file.write_bytes(damaged)
+        one_line(trainer("evaluate", "--data", dataset, "--checkpoint", tmp_path / "run"), file.name, "damaged")
