@@ -1,0 +1,85 @@
+"""`make demo`: raw pictures → shards → training → evaluation → a page, by the very commands of the README."""
+
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import manifest
+from pipeline.cli import Command
+from pipeline.errors import UserError
+from trainer.metrics import read
+
+ROOT = Path(__file__).parent.parent
+FOLDER = Path("demo")
+
+
+@click.command(cls=Command)
+@click.argument("raw", type=click.Path(path_type=Path), required=False)
+@click.option("--limit", type=click.IntRange(min=10), default=5000, show_default=True, help="Use at most this many of your pictures.")
+def main(raw: Path | None, limit: int) -> None:
+    """Run the whole chain on RAW, or without RAW on pictures that are drawn for it. Everything goes to demo/NAME."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", raw.resolve().name) if raw else "drawn"
+    place = FOLDER / name
+    for folder in ("raw", "dataset", "run"):  # all of an earlier demo; nothing else is ever touched
+        shutil.rmtree(place / folder, ignore_errors=True)
+    seconds: dict[str, float] = {}
+
+    def step(what: str, *command: object) -> None:
+        words = [str(word) for word in command]
+        click.secho(f"\n{what}: python {shlex.join(words)}", bold=True)
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, *words], check=False)
+        if done.returncode:
+            raise UserError(f"demo: stopped at this step ({what.lower()}); what it said stands above")
+        seconds[what] = time.monotonic() - began
+
+    source: object = raw
+    if raw is None:
+        source = place / "raw"
+        step("Draw raw pictures", "tools/make_raw.py", source)
+    else:
+        click.echo(f"demo: at most {limit:,} pictures of {raw}, drawn evenly over it (LIMIT=N for more)")
+    dataset, run = place / "dataset", place / "run"
+    step("Build shards", "tools/build_shards.py", source, dataset, "--samples-per-shard", 256, "--limit", limit)
+    step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run)
+    step("Evaluate", "-m", "trainer", "evaluate", "--data", dataset, "--checkpoint", run)
+    step("Write the page", "-m", "trainer", "report", "--data", dataset, "--checkpoint", run)
+    _print_table(dataset, run, seconds)
+
+
+def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
+    built = manifest.load(dataset)
+    samples = sum(split.samples for split in built.splits.values())
+    skipped = sum(split.skipped for split in built.splits.values())
+    lines = [line["time"] for line in read(run) if line["kind"] == "train"]
+    errors = json.loads((run / "evaluation.json").read_text())
+    speed, stall = (statistics.median(line[key] for line in lines) for key in ("images_per_second", "stall"))
+    found = {
+        "Build shards": f"{samples:,} samples, {skipped} skipped, {len(built.classes)} classes, {samples / seconds['Build shards']:,.0f} images/s",
+        "Train": f"{read(run)[-1]['step']} steps, {speed:,.0f} images/s, stall {100 * stall:.1f} % (medians)",
+        "Evaluate": ", ".join(
+            f"{name} top-1 error {errors[key]['top1_error']:.1f} %" for key, name in (("centre", "centre view"), ("ten", "ten views"))
+        )
+        + f" (guessing: {100 - 100 / len(built.classes):.0f} %)",
+        "Write the page": f"{run / 'report.html'}",
+    }
+    table = Table("step", "seconds", "result", title="demo")
+    for what, spent in seconds.items():
+        table.add_row(what, f"{spent:.0f}", found.get(what, ""))
+    table.add_row("total", f"{sum(seconds.values()):.0f}", "")
+    Console(width=max(100, Console().width)).print(table)
+    click.echo(f"The page: {(ROOT / run / 'report.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()
