@@ -80,7 +80,7 @@ def main(
     click.echo(f"{raw}: {sources.layout}; {_counted(plan)}, {len(plan.classes)} classes")
     if sources.ignored:
         click.echo(
-            "not pictures, ignored: "
+            "ignored beside the layout: "
             + ", ".join(f"{count} × {kind}" for kind, count in sorted(sources.ignored.items()))
         )
     built = _build_with_progress(plan, dataset, workers)

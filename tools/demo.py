@@ -25,7 +25,13 @@ FOLDER = Path("demo")
 
 @click.command(cls=Command)
 @click.argument("raw", type=click.Path(path_type=Path), required=False)
-@click.option("--limit", type=click.IntRange(min=10), default=5000, show_default=True, help="Use at most this many of your pictures.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=10),
+    default=5000,
+    show_default=True,
+    help="Use at most this many of your pictures.",
+)
 def main(raw: Path | None, limit: int) -> None:
     """Run the whole chain on RAW, or without RAW on pictures that are drawn for it. Everything goes to demo/NAME."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", raw.resolve().name) if raw else "drawn"
@@ -65,10 +71,12 @@ def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
     errors = json.loads((run / "evaluation.json").read_text())
     speed, stall = (statistics.median(line[key] for line in lines) for key in ("images_per_second", "stall"))
     found = {
-        "Build shards": f"{samples:,} samples, {skipped} skipped, {len(built.classes)} classes, {samples / seconds['Build shards']:,.0f} images/s",
+        "Build shards": f"{samples:,} samples, {skipped} skipped, {len(built.classes)} classes, "
+        f"{samples / seconds['Build shards']:,.0f} images/s",
         "Train": f"{read(run)[-1]['step']} steps, {speed:,.0f} images/s, stall {100 * stall:.1f} % (medians)",
         "Evaluate": ", ".join(
-            f"{name} top-1 error {errors[key]['top1_error']:.1f} %" for key, name in (("centre", "centre view"), ("ten", "ten views"))
+            f"{name} top-1 error {errors[key]['top1_error']:.1f} %"
+            for key, name in (("centre", "centre view"), ("ten", "ten views"))
         )
         + f" (guessing: {100 - 100 / len(built.classes):.0f} %)",
         "Write the page": f"{run / 'report.html'}",

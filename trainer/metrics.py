@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from pipeline.files import write_bytes_aside
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -19,7 +21,7 @@ class Metrics:
         """Forget the lines past a checkpoint, which a resumed run writes again."""
         if self.path.exists():
             kept = [line for line in read(self.path.parent) if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_bytes_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def train(self, steps: int, line: dict[str, Any]) -> None:
         self._write({"kind": "train", **line})
@@ -43,6 +45,7 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; none where there is no such file."""
+    """The lines of RUN/metrics.jsonl, if there is one; a last line that a kill cut off does not count."""
     path = run / FILE_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -81,7 +81,7 @@ def train(
                     recipe.train.steps, {"step": done, "epoch": batch.epoch, "lr": now.weights, **window.close()}
                 )
             if last or (recipe.train.validate_every and done % recipe.train.validate_every == 0):
-                if "val" in dataset.splits:
+                if "val" in dataset.splits and dataset.splits["val"].samples:
                     found = evaluate(network, dataset, "val", "centre")
                     metrics.validation({"step": done, "epoch": batch.epoch, **found.to_dict()})
                 window.restart()

@@ -39,6 +39,8 @@ def build(
         BuildError: `root` holds something else, or no training image decodes.
         OSError: as the file system says; what is finished stays.
     """
+    if ended := _ended(plan, root):
+        return ended
     _begin(plan, root)
     tasks = shard_tasks(plan, root)
     results: dict[str, ShardResult] = {}
@@ -57,6 +59,17 @@ def shard_tasks(plan: Plan, root: Path) -> list[ShardTask]:
         for split, images in plan.splits.items()
         for number in range(-(-len(images) // size))
     ]
+
+
+def _ended(plan: Plan, root: Path) -> Manifest | None:
+    """The manifest of a run that was killed after writing it, and before it had deleted its build state."""
+    if not ((root / manifest.FILE_NAME).exists() and (root / BUILD_FOLDER).exists()):
+        return None
+    built = manifest.load(root)
+    if built.recipe != plan.recipe or built.classes != plan.classes:
+        return None
+    shutil.rmtree(root / BUILD_FOLDER)
+    return built
 
 
 def _begin(plan: Plan, root: Path) -> None:
@@ -80,7 +93,7 @@ def _begin(plan: Plan, root: Path) -> None:
                 f"run that one again, or delete {root}"
             )
         return
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if root.exists() and (not root.is_dir() or any(entry.name != BUILD_FOLDER for entry in root.iterdir())):
         raise BuildError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
     write_bytes_aside(state, fingerprint)
 

@@ -74,11 +74,11 @@ def find_sources(raw: Path) -> Sources:
     files = sorted(entry.name for entry in os.scandir(raw) if entry.is_file() and not entry.name.startswith("."))
     pictures = [name for name in files if _is_picture(name)]
     if TRAIN_TAR in files:
-        return _official(raw, files)
+        return _official(raw, files, folders)
     if any(SPLIT_FOLDERS.get(name) == "train" for name in folders):
-        return _split_folders(raw, folders)
+        return _split_folders(raw, files, folders)
     if pictures and all(WNID_NAME.fullmatch(name) for name in pictures):
-        return _flat(raw, files)
+        return _flat(raw, files, folders)
     if folders and not pictures:
         sources = Sources("one folder per class", [])
         _class_folders(sources, raw, "", "train")
@@ -91,12 +91,13 @@ def find_sources(raw: Path) -> Sources:
     )
 
 
-def _official(raw: Path, files: list[str]) -> Sources:
+def _official(raw: Path, files: list[str], folders: list[str]) -> Sources:
     """The archives as they are downloaded: a tar of one tar per synset, a flat tar, the devkit."""
     if VAL_TAR in files and DEVKIT_TAR not in files:
         raise SourceError(f"{raw / VAL_TAR}: its labels are in {DEVKIT_TAR}, which is missing beside it")
     devkit = read_devkit(raw / DEVKIT_TAR) if DEVKIT_TAR in files else Devkit({}, {}, [])
     sources = Sources("the official ILSVRC2012 archives", [])
+    _ignore(sources, [name for name in files if name not in (TRAIN_TAR, VAL_TAR, DEVKIT_TAR)], folders)
     with open(raw / TRAIN_TAR, "rb") as file:
         for synset, start, size in _members(file, sources, 0, os.fstat(file.fileno()).st_size):
             for name, offset, length in _members(file, sources, start, start + size):
@@ -125,7 +126,7 @@ def _official(raw: Path, files: list[str]) -> Sources:
     return sources
 
 
-def _split_folders(raw: Path, folders: list[str]) -> Sources:
+def _split_folders(raw: Path, files: list[str], folders: list[str]) -> Sources:
     sources = Sources("", [])
     used = {name: SPLIT_FOLDERS[name] for name in folders if name in SPLIT_FOLDERS}
     if len(set(used.values())) != len(used):
@@ -133,7 +134,7 @@ def _split_folders(raw: Path, folders: list[str]) -> Sources:
     for folder, split in used.items():
         _class_folders(sources, raw, folder, split)
     sources.layout = " and ".join(f"{folder}/" for folder in used) + " with one folder per class"
-    sources.ignored.update({"folder": len(folders) - len(used)} if len(folders) > len(used) else {})
+    _ignore(sources, files, [name for name in folders if name not in used])
     return _with_folder_classes(sources)
 
 
@@ -164,9 +165,10 @@ def _with_folder_classes(sources: Sources) -> Sources:
     return sources
 
 
-def _flat(raw: Path, files: list[str]) -> Sources:
+def _flat(raw: Path, files: list[str], folders: list[str]) -> Sources:
     """Files named WNID_…; where the rest is words (n01440764_tench.JPEG) and not a number, it names the class."""
     sources = Sources("one flat folder of WNID_… files", [])
+    _ignore(sources, [], folders)
     words: dict[str, str] = {}
     for name in files:
         match = WNID_NAME.fullmatch(name)
@@ -200,6 +202,12 @@ def _members(file: BinaryIO, sources: Sources, start: int, end: int) -> Iterator
                     raise SourceError(f"{file.name}: damaged at byte {tar.offset}; fetch it again")
     except tarfile.TarError as error:
         raise SourceError(f"{file.name}: damaged ({error}); fetch it again") from error
+
+
+def _ignore(sources: Sources, files: list[str], folders: list[str]) -> None:
+    """Count what lies in RAW beside the layout, so that the user is told of it."""
+    sources.ignored.update(_kind(name) for name in files)
+    sources.ignored.update("folder" for _ in folders)
 
 
 def _is_picture(name: str) -> bool:

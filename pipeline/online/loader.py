@@ -148,8 +148,10 @@ class Loader:
         return self._finish(prepared)
 
     def close(self) -> None:
-        """End the thread and close the files."""
+        """End the thread, close the files, and free the graph; there is no next batch after it."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+        del self._graph  # it holds a method of ours: without this, only the garbage collector would free both
         self.reader.close()
 
     def __enter__(self) -> "Loader":
