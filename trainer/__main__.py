@@ -111,5 +111,19 @@ def load_network(
     return network
 
 
+@main.command(cls=Command)
+@DATA
+@CHECKPOINT
+@DEVICES
+def report(data: Path, run: Path, devices: str) -> None:
+    """Write RUN/report.html: results, samples, curves, kernels and predictions of the run directory --checkpoint."""
+    from trainer.report import write_report  # here, because plotly takes long to import
+
+    two = parse_devices(devices)
+    checkpoint = checkpoints.load(run)
+    network = load_network(checkpoint, manifest.load(data), two, run)
+    click.echo(write_report(run, data, network, checkpoint))
+
+
 if __name__ == "__main__":
     main(prog_name="python -m trainer")

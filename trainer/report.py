@@ -1,0 +1,249 @@
+"""The page RUN/report.html: what a run was given, what it learned, how it errs. One file, which needs no network."""
+
+import io
+import json
+import shlex
+from collections.abc import Callable
+from html import escape
+from importlib import metadata
+from math import nan
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia import dali
+from PIL import Image
+
+from pipeline import manifest
+from pipeline.errors import UserError
+from pipeline.files import write_bytes_aside
+from pipeline.manifest import BuildRecipe, Manifest
+from pipeline.online import Loader, augment
+from pipeline.online.samples import SampleReader
+from trainer import figures, metrics
+from trainer import recipe as recipes
+from trainer.checkpoint import Checkpoint, require_same_data
+from trainer.evaluate import probabilities
+from trainer.figures import picture, table
+from trainer.parallel import TwoColumns
+
+FILE_NAME = "report.html"
+TRAINING_SAMPLES, VALIDATION_SAMPLES = 16, 8  # how many are shown
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # and no network
+NO_VALIDATION = "<p>The data set has no validation images.</p>"
+
+Lines = list[dict[str, Any]]
+
+
+def write_report(run: Path, data: Path, network: TwoColumns, checkpoint: Checkpoint) -> Path:
+    """Write RUN/report.html and return its path. `network` holds the weights of `checkpoint`, the newest of `run`.
+
+    Raises:
+        UserError: `run` is not a directory; `data` is not what it was trained on; a file of either is damaged.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: not a directory; a report is of a whole run: name its directory as --checkpoint")
+    dataset = manifest.load(data)
+    require_same_data(checkpoint, dataset.identity, run)
+    lines = _recorded(run / metrics.FILE_NAME, lambda path: metrics.read(path.parent)) or []
+    evaluation = _recorded(run / "evaluation.json", lambda path: json.loads(path.read_text()))
+    commands = _commands(run, dataset, checkpoint.recipe)
+    sections = {
+        "Result": _facts(dataset, checkpoint, lines) + _errors(dataset, checkpoint, evaluation, commands["evaluate"]),
+        "Mean image and colours": _mean(dataset),
+        "Training samples": _training_samples(dataset, checkpoint.recipe),
+        "Curves": _curves(dataset, lines),
+        "First-layer kernels": _kernels(network),
+        "Validation images": _predictions(dataset, network),
+    }
+    path = run / FILE_NAME
+    title = f"Run {run.resolve().name} on {dataset.root.resolve().name}"
+    write_bytes_aside(path, _page(title, sections, _shell(commands)).encode())
+    return path
+
+
+def _recorded(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a run wrote down; None where there is no such file."""
+    try:
+        return read(path) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
+
+
+def _validation(dataset: Manifest) -> int:
+    return dataset.splits["val"].samples if "val" in dataset.splits else 0
+
+
+def _words(dataset: Manifest, label: int) -> str:
+    return dataset.classes[label].words if label >= 0 else "no label"
+
+
+# The sections, each a fragment of HTML.
+
+
+def _facts(dataset: Manifest, checkpoint: Checkpoint, lines: Lines) -> str:
+    model, train = checkpoint.recipe.model, checkpoint.recipe.train
+    maps, units = (" · ".join(str(width) for width in widths) for widths in (model.maps, model.units))
+    samples = ", ".join(f"{split.samples:,} {escape(name)}" for name, split in dataset.splits.items())
+    times = [line["time"] for line in lines if line["kind"] == "train"]
+    speed, stall = (median([time[key] for time in times] or [nan]) for key in ("images_per_second", "stall"))
+    measured = f"{speed:,.0f} images/s, stall {100 * stall:.1f} % of the time (medians over the training log)"
+    facts = {
+        "Data set": f"{escape(dataset.root.resolve().name)}: {samples} samples, {len(dataset.classes):,} classes, "
+        f"identity <code>{dataset.identity[:12]}</code>",
+        "Network": f"{maps} maps (conv1 to conv5), {units} units (fc6, fc7), both columns together",
+        "Training": f"{checkpoint.step:,} of {train.steps:,} steps of {train.batch_size} images, seed {train.seed}",
+        "Speed": measured if times else "not recorded",
+    }
+    rows = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts.items())
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def _errors(dataset: Manifest, checkpoint: Checkpoint, evaluation: Any, command: list[str]) -> str:
+    if evaluation is None:
+        hint = f"<p>Not evaluated yet; the command is <code>{escape(shlex.join(command))}</code></p>"
+        return hint if _validation(dataset) else NO_VALIDATION
+    images, step = evaluation["centre"]["samples"], evaluation["step"]
+    caption = f"Errors on the split {evaluation['split']} ({images:,} images) at step {step:,}"
+    if (step, evaluation["dataset"]) != (checkpoint.step, checkpoint.dataset):
+        caption += f"; out of date, the newest checkpoint is that of step {checkpoint.step:,}: evaluate again"
+    rows = []
+    for name, key in (("centre view", "centre"), ("ten views", "ten")):
+        found = evaluation[key]
+        rows.append([name, f"{found['top1_error']:.1f} %", f"{found['top5_error']:.1f} %", f"{found['nll']:.3f}"])
+    return table(caption, ("view", "top-1 error", "top-5 error", "negative log-likelihood, nats"), rows)
+
+
+def _mean(dataset: Manifest) -> str:
+    statistics = dataset.statistics()
+    colour, deviations = statistics.mean_color, np.sqrt(np.maximum(statistics.eigenvalues, 0.0))
+    image = picture((dataset.root / "mean.png").read_bytes(), "png", "The mean of the training images", "mean")
+    rows = []
+    for i, (deviation, along) in enumerate(zip(deviations, statistics.eigenvectors.T), 1):
+        strip = figures.gradient(colour - deviation * along, colour + deviation * along)
+        cells = (f"{i} {strip}", f"{deviation:.1f}", ", ".join(f"{part:.2f}".replace("-", "−") for part in along))
+        rows.append([f'<span class="whole">{cell}</span>' for cell in cells])
+    caption = "Principal components of the pixels’ colours; each strip ends one standard deviation off the mean colour"
+    heads = ("no.", "standard deviation, grey levels", "direction (R, G, B)")
+    levels = ", ".join(f"{level:.1f}" for level in colour)
+    return (
+        f'<div class="beside"><figure>{image}<figcaption>Mean of {statistics.n:,} training images</figcaption></figure>'
+        f"<div><p>{figures.gradient(colour, colour)} Mean colour: {levels} grey levels of red, green and blue</p>"
+        f"{table(caption, heads, rows)}</div></div>"
+    )
+
+
+def _training_samples(dataset: Manifest, recipe: recipes.Recipe) -> str:
+    """The first samples of the run's first batch: as stored, and as the network saw them in the first epoch."""
+    train, side = recipe.train, dataset.recipe.size
+    lit = int(train.lighting_until * train.steps) if train.lighting else 0  # steps, as in train.py
+    with Loader(dataset, "train", batch_size=TRAINING_SAMPLES, seed=train.seed, lighting_until=lit) as loader:
+        batch = next(loader)
+    with SampleReader(dataset, "train") as reader:
+        stored = reader.read(batch.ids)
+    cards = ""
+    for number, jpeg, label, x in zip(batch.ids, stored, batch.labels.tolist(), batch.images.numpy()):
+        cards += figures.pair(f"Training sample {number}", _words(dataset, label), jpeg.tobytes(), x)
+    return (
+        f"<p>Above, each sample as it is stored ({side} × {side} pixels, JPEG). Beneath, as the network sees it in the "
+        "first epoch: a random view of 224 × 224 pixels, mirrored or not, minus the mean image"
+        f"{', with its colours shifted (lighting) and divided by 1.1' if lit else ''}. To show it, "
+        f"{figures.MID_GREY} grey levels are added, and what falls outside 0 to 255 is clipped.</p>"
+        f'<div class="samples">{cards}</div>'
+    )
+
+
+def _curves(dataset: Manifest, lines: Lines) -> str:
+    if not lines:
+        return "<p>No steps are recorded.</p>"
+    note = "<p>Training is measured with dropout on random views, validation without, on the centre view.</p>"
+    return f'{note if _validation(dataset) else NO_VALIDATION}<div class="charts">{figures.curves(lines)}</div>'
+
+
+def _kernels(network: TwoColumns) -> str:
+    grids = ""
+    for column, kernels in enumerate(np.split(network.gathered()["conv1.weight"].numpy(), 2)):
+        pixels = figures.kernel_grid(kernels)
+        alt = f"The {len(kernels)} kernels of conv1 in column {column}"
+        image = picture(figures.png(pixels), "png", alt, "pixelated")
+        grids += f"<div><h3>Column {column}</h3><figure>{image}<figcaption>{alt}</figcaption></figure></div>"
+    note = "11 × 11 weights of red, green and blue each; the least of a column is shown as 0, the greatest as 255."
+    return f'<p>{note}</p><div class="grids">{grids}</div>'
+
+
+@torch.inference_mode()
+def _predictions(dataset: Manifest, network: TwoColumns) -> str:
+    """Validation images spread evenly over the split, each with the most probable labels for its centre view."""
+    samples = _validation(dataset)
+    if not samples:
+        return NO_VALIDATION
+    shown = min(VALIDATION_SAMPLES, samples)
+    ids = (2 * np.arange(shown) + 1) * samples // (2 * shown)
+    with SampleReader(dataset, "val") as reader:
+        stored, labels = reader.read(ids), reader.labels(ids).tolist()
+    side, mean = dataset.recipe.size, augment.mean_view(dataset.statistics())
+    ((top, left),) = augment.centre(1, side).crop
+    pixels = [np.asarray(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in stored]
+    views = [augment.reference_normalise(augment.reference_view(p, top, left, False), mean, None) for p in pixels]
+    chances = probabilities(network, torch.from_numpy(np.stack(views))).cpu().numpy()
+    words, cards = [record.words for record in dataset.classes], ""
+    for number, jpeg, label, row in zip(ids, stored, labels, chances):
+        cards += figures.prediction(f"Validation sample {number}", jpeg.tobytes(), row, words, label)
+    return f'<p>The most probable labels of the centre view; ✓ marks the true one.</p><div class="cards">{cards}</div>'
+
+
+# The page around them.
+
+
+def _commands(run: Path, dataset: Manifest, recipe: recipes.Recipe) -> dict[str, list[str]]:
+    """The commands that make the page from raw images; RAW, which nobody recorded, is left open."""
+    build = ["python", "tools/build_shards.py", "RAW", str(dataset.root)]
+    for name in ("size", "quality", "samples_per_shard", "seed", "holdout", "limit"):
+        if getattr(dataset.recipe, name) != getattr(BuildRecipe, name):
+            build += [f"--{name.replace('_', '-')}", str(getattr(dataset.recipe, name))]
+    trainer, data, checkpoint = ["python", "-m", "trainer"], ["--data", str(dataset.root)], ["--checkpoint", str(run)]
+    commands = {"build": build, "train": [*trainer, "train", *data, "--out", str(run), *_recipe_options(recipe)]}
+    return commands | {name: [*trainer, name, *data, *checkpoint] for name in ("evaluate", "report")}
+
+
+def _shell(commands: dict[str, list[str]]) -> str:
+    """Commands to copy into a shell, an option a line."""
+    quoted = ([shlex.quote(word) for word in command] for command in commands.values())
+    return "\n".join(" ".join(f"\\\n  {word}" if word[:2] == "--" else word for word in words) for words in quoted)
+
+
+def _recipe_options(recipe: recipes.Recipe) -> list[str]:
+    """The fewest --recipe and --set options of `train` that give this recipe."""
+    choices = []
+    for file in sorted(recipes.FOLDER.glob("*.toml")):
+        choice, base = ["--recipe", file.stem], recipes.to_dict(recipes.load(file.stem))
+        for section, values in recipes.to_dict(recipe).items():
+            for key, value in values.items():
+                if value != base[section][key]:
+                    choice += ["--set", f"{section}.{key}={json.dumps(value)}"]
+        choices.append(choice)
+    return min(choices, key=len)
+
+
+def _page(title: str, sections: dict[str, str], commands: str) -> str:
+    versions = [f"penstock {metadata.version('penstock')}", f"torch {torch.__version__}", f"DALI {dali.__version__}"]
+    links = body = ""
+    for name, content in sections.items():
+        anchor = name.lower().replace(" ", "-")
+        links += f'<li><a href="#{anchor}">{name}</a></li>'
+        body += f'<section id="{anchor}"><h2>{name}</h2>{content}</section>\n'
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>{figures.STYLE}</style>
+</head><body>
+<header><h1>{escape(title)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>
+<main>{body}</main>
+<footer><h2>How this page was made</h2><pre>{escape(commands)}</pre>
+<p>{escape(", ".join([*versions, f"pillow-simd {Image.__version__}"]))}</p></footer>
+</body></html>
+"""
