@@ -59,7 +59,7 @@ def write_report(run: Path, data: Path, network: TwoColumns, checkpoint: Checkpo
         "Validation images": _predictions(dataset, network),
     }
     path = run / FILE_NAME
-    title = f"Run {run.resolve().name} on {dataset.root.resolve().name}"
+    title = f"AlexNet, run {run}"
     write_bytes_aside(path, _page(title, sections, _shell(commands)).encode())
     return path
 
