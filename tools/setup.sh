@@ -5,6 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 2; }
+quietly() { # the output of a command only where it fails
+  local log
+  log=$(mktemp)
+  "$@" >"$log" 2>&1 || { cat "$log" >&2; rm -f "$log"; fail "failed, for the reason above: $*"; }
+  rm -f "$log"
+}
 
 # 1. Python >= 3.11
 python=${PYTHON:-}
@@ -26,10 +32,8 @@ have tiffio.h || packages+=(libtiff-dev)
 if [ ${#packages[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing ${packages[*]} (Pillow-SIMD is compiled against them)"
-    log=$(mktemp)
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}"; } >"$log" 2>&1 ||
-      { cat "$log" >&2; fail "apt-get could not install ${packages[*]}"; }
-    rm -f "$log"
+    quietly apt-get update -qq
+    quietly env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}"
   else
     fail "missing: ${packages[*]}. Run: sudo apt-get install -y ${packages[*]}   (other systems: the same libraries under their names there), then the same command again"
   fi
@@ -39,7 +43,7 @@ fi
 say "virtual environment .venv ($("$python" --version))"
 "$python" -m venv .venv 2>/dev/null || fail "$python cannot make virtual environments. Run: sudo apt-get install -y python3-venv, then the same command again"
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-pip install -q -c constraints.txt pip setuptools wheel pybind11 2>&1 | { grep -v '^WARNING: Location' || true; }
+quietly pip install -c constraints.txt pip setuptools wheel pybind11
 
 # 4. Pillow-SIMD: compiled here, with AVX2 where the processor has it
 cc=${CC:-cc}
@@ -48,14 +52,14 @@ wanted=$(sed -n 's/^pillow-simd==//p' constraints.txt)
 built="pillow-simd $wanted by $cc"
 if [ "$(cat .venv/pillow-simd.built 2>/dev/null)" != "$built" ]; then
   say "compiling Pillow-SIMD $wanted ($cc; JPEG, zlib, WebP, TIFF)"
-  CC="$cc" pip install -q --no-build-isolation --no-cache-dir --force-reinstall --no-deps --no-binary pillow-simd \
+  CC="$cc" quietly pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps --no-binary pillow-simd \
     -C jpeg=enable -C zlib=enable -C webp=enable -C tiff=enable "pillow-simd==$wanted"
   printf '%s\n' "$built" >.venv/pillow-simd.built
 fi
 
 # 5. everything else
 say "installing torch, DALI and the rest (about 2 GB on disk; more with torch's CUDA build)"
-pip install -q -c constraints.txt --no-build-isolation -e '.[dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+quietly pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 .venv/bin/python - <<'PY' || fail "Pillow-SIMD lacks a format. Run: rm -r .venv, then the same command again"
 import sys
 from PIL import features
