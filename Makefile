@@ -1,12 +1,13 @@
 # The commands of the README. Each target sets up .venv first, if that is not done already.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test slow lint clean
+.PHONY: help setup demo test slow gpu lint clean
 
 help:
 	@echo 'make demo               raw pictures -> shards -> training -> evaluation -> a page (about 3 minutes)'
 	@echo 'make demo RAW=DIR       the same on at most 5,000 of your pictures (LIMIT=N for more)'
 	@echo 'make test               the tests        make slow   the long proofs'
+	@echo 'make gpu                the tests that need a CUDA device (skipped without one)'
 	@echo 'make lint               ruff and mypy    make setup  only set up .venv'
 
 setup: .venv/ready
@@ -22,6 +23,9 @@ test: setup
 
 slow: setup
 	@$(PY) -m pytest -q -m slow
+
+gpu: setup
+	@$(PY) -m pytest -q -m gpu
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools

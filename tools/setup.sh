@@ -21,7 +21,7 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || fail "no Python >= 3.11 found (looked for python3, python3.11 to python3.14); set PYTHON=/path/to/python3"
 
-# 2. a C compiler and the headers of the picture formats
+# 2. a C compiler, Python's headers and those of the picture formats
 packages=()
 command -v "${CC:-cc}" >/dev/null || packages+=(gcc libc6-dev)
 have() { printf '#include <stdio.h>\n#include <%s>\n' "$1" | "${CC:-cc}" -E -x c - >/dev/null 2>&1; }
@@ -29,6 +29,8 @@ have jpeglib.h || packages+=(libjpeg-dev)
 have zlib.h || packages+=(zlib1g-dev)
 have webp/decode.h && have webp/demux.h || packages+=(libwebp-dev)
 have tiffio.h || packages+=(libtiff-dev)
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+  packages+=(python3-dev)
 if [ ${#packages[@]} -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing ${packages[*]} (Pillow-SIMD is compiled against them)"
