@@ -6,7 +6,7 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from pipeline.errors import UserError
 
@@ -48,11 +48,12 @@ class ImageError(UserError):
         self.code = code
 
 
-def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int) -> Image.Image:
+def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif: str = "ignore") -> Image.Image:
     """Decode the first frame of a picture in any of `FORMATS`, whatever its file name says.
 
-    CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. EXIF
-    orientation and colour profiles are ignored. Limits are counts, so that the verdict is the same on every machine.
+    CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. Colour
+    profiles are ignored, and so is the EXIF orientation, as torchvision and the original do, unless `exif` is "apply".
+    Limits are counts, so that the verdict is the same on every machine.
 
     Returns:
         An image of mode RGB.
@@ -80,7 +81,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int) -> I
             raise ImageError("too_many_scans")
         try:
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(ImageOps.exif_transpose(image) if exif == "apply" else image)
         except _DECODER_ERRORS as error:
             if isinstance(error, ImageError):
                 raise
@@ -100,11 +101,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def rescale(image: Image.Image, size: int) -> np.ndarray:
-    """Bring the shorter side to `size` (bicubic, antialiased) and cut the central square, in one resampling.
+def rescale(image: Image.Image, size: int, kernel: str = "bicubic") -> np.ndarray:
+    """Bring the shorter side to `size` and cut the central square, in one resampling.
 
     The grid is that of the two steps: the longer side becomes int(size·long/short) and the square starts at
     int(round((that − size)/2)), as in torchvision's Resize and CenterCrop; only the pixels of the square are computed.
+    `kernel` is "bicubic" (antialiased), or "area": the mean over each pixel's share of the raw picture, as in
+    cuda-convnet2, where that is larger; smaller pictures are enlarged bicubically.
 
     Returns:
         (size, size, 3) uint8, RGB.
@@ -116,7 +119,31 @@ def rescale(image: Image.Image, size: int) -> np.ndarray:
     step = long / rescaled_long  # raw pixels per rescaled pixel along the longer side
     low, high = start * step, min((start + size) * step, float(long))
     box = (low, 0.0, high, float(height)) if width >= height else (0.0, low, float(width), high)
+    if kernel == "area" and short > size:
+        return _area(np.asarray(image), box, size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _area(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """Mean over the area that each of size × size pixels covers of `box`; pixels (height, width, 3) uint8.
+
+    Weights are integers and every sum stays below 2⁵³, so that float64 is exact and every machine rounds alike.
+    """
+    height, width, _ = pixels.shape
+    rows, columns = _coverage(box[1], box[3], size, height), _coverage(box[0], box[2], size, width)
+    down = rows @ pixels.reshape(height, width * 3).astype(np.float64)  # (size, width · 3)
+    both = columns @ down.reshape(size, width, 3)  # (size, size, 3)
+    return np.rint(both / _ONE**2).astype(np.uint8)
+
+
+_ONE = 2**14  # the sum of the weights of one pixel
+
+
+def _coverage(low: float, high: float, size: int, raw: int) -> np.ndarray:
+    """(size, raw) float64 integers: how much of raw pixel j lies in pixel i of `size` equal parts of [low, high)."""
+    edges = low + (high - low) / size * np.arange(size + 1)
+    share = (np.arange(raw + 1) - edges[:-1, None]) / (edges[1:] - edges[:-1])[:, None]
+    return np.diff(np.rint(_ONE * np.clip(share, 0.0, 1.0)), axis=1)
 
 
 def encode(pixels: np.ndarray, *, quality: int, subsampling: str) -> bytes:

@@ -50,6 +50,37 @@ def test_real_photographs_are_rescaled_as_in_two_steps(shared: Path):
     assert min(ratios) > 50
 
 
+@pytest.mark.parametrize("sides", [(512, 512), (1024, 768), (300, 257), (500, 375), (375, 900)])
+def test_area_is_the_mean_over_the_covered_area(sides: tuple[int, int]):
+    """Against pixels repeated so often that every covered area is whole: short side · 256 parts, means of blocks."""
+    image = picture("area", *sides)
+    found = rescale(image, 256, "area").astype(float)
+    width, height = sides
+    short, long = min(sides), max(sides)
+    rescaled = int(256 * long / short)
+    start = round((rescaled - 256) / 2)
+    for y, x in ((0, 0), (17, 200), (128, 128), (255, 255)):
+        low_x, low_y = (start, 0) if width >= height else (0, start)
+        step_x, step_y = (long / rescaled, short / 256) if width >= height else (short / 256, long / rescaled)
+        columns = np.clip(
+            np.minimum(np.arange(width) + 1, (low_x + x + 1) * step_x)
+            - np.maximum(np.arange(width), (low_x + x) * step_x),
+            0,
+            1,
+        )
+        rows = np.clip(
+            np.minimum(np.arange(height) + 1, (low_y + y + 1) * step_y)
+            - np.maximum(np.arange(height), (low_y + y) * step_y),
+            0,
+            1,
+        )
+        expected = np.einsum("h,w,hwc->c", rows, columns, np.asarray(image)) / (step_x * step_y)
+        assert np.abs(found[y, x] - expected).max() <= 0.51
+    assert (rescale(Image.new("RGB", sides, (7, 99, 250)), 256, "area") == [7, 99, 250]).all()
+    small = picture("small", 100, 80)
+    assert (rescale(small, 256, "area") == rescale(small, 256)).all()
+
+
 def test_grey_becomes_three_equal_channels():
     pixels = np.asarray(decode(saved(picture("grey", 40, 30).convert("L"), "PNG"), **LIMITS))
     assert pixels.shape == (30, 40, 3)
@@ -80,11 +111,14 @@ def test_cmyk_jpeg_is_near_the_rgb_it_came_from():
     assert np.abs(pixels - np.asarray(image)).mean() < 6
 
 
-def test_orientation_tag_is_ignored():
+def test_orientation_tag_is_ignored_unless_asked_for():
     image = picture("exif", 60, 30)
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode(saved(image, "JPEG", exif=exif), **LIMITS).size == (60, 30)
+    data = saved(image, "JPEG", exif=exif)
+    assert decode(data, **LIMITS).size == (60, 30)
+    turned = np.asarray(decode(data, **LIMITS, exif="apply"))
+    assert (turned == np.rot90(np.asarray(decode(data, **LIMITS)), -1)).all()  # 6: a quarter turn clockwise
 
 
 def test_reasons():

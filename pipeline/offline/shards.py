@@ -68,7 +68,7 @@ def write_shard(task: ShardTask) -> ShardResult:
         for image in task.images:
             try:
                 data = _read(image, task.recipe)
-                pixels = rescale(decode_raw(data, task.recipe), task.recipe.size)
+                pixels = rescale(decode_raw(data, task.recipe), task.recipe.size, task.recipe.filter)
             except ImageError as error:
                 skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
                 continue
@@ -99,7 +99,13 @@ def write_shard(task: ShardTask) -> ShardResult:
 
 def decode_raw(data: bytes, recipe: BuildRecipe) -> Any:
     """`image.decode` within the limits of a build recipe."""
-    return decode(data, max_bytes=recipe.max_bytes, max_pixels=recipe.max_pixels, max_scans=recipe.max_scans)
+    return decode(
+        data,
+        max_bytes=recipe.max_bytes,
+        max_pixels=recipe.max_pixels,
+        max_scans=recipe.max_scans,
+        exif=recipe.exif,
+    )
 
 
 def load_record(task: ShardTask) -> ShardResult | None:
