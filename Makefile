@@ -16,7 +16,7 @@ setup: .venv/ready
 	@bash tools/setup.sh
 
 demo: setup
-	@$(PY) tools/demo.py $(if $(RAW),'$(RAW)') $(if $(LIMIT),--limit $(LIMIT))
+	@$(PY) tools/demo.py $(if $(value RAW),'$(subst ','\'',$(value RAW))') $(if $(LIMIT),--limit $(LIMIT))
 
 test: setup
 	@$(PY) -m pytest -q

@@ -1,6 +1,7 @@
 """Bytes of any picture → a square RGB picture → JPEG bytes. Pure functions, shared by the builder and by prediction."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -76,9 +77,8 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             raise ImageError("corrupt") from error
         if image.width * image.height > max_pixels:
             raise ImageError("too_many_pixels")
-        # FF DA starts a scan and cannot occur inside one; libjpeg's time grows with pixels × scans
-        if image.format == "JPEG" and data.count(b"\xff\xda") > max_scans:
-            raise ImageError("too_many_scans")
+        if image.format in ("JPEG", "MPO") and count_scans(data, max_scans + 1) > max_scans:
+            raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
         try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image) if exif == "apply" else image)
@@ -87,6 +87,23 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
                 raise
             short = isinstance(error, EOFError) or "truncated" in str(error)
             raise ImageError("truncated" if short else "corrupt") from error
+
+
+def count_scans(jpeg: bytes, limit: int) -> int:
+    """The scans of a JPEG's first picture, at most `limit`: its segments are walked, not searched for FF DA."""
+    scans, place = 0, 2
+    while scans < limit and (found := _MARKER.search(jpeg, place)):
+        marker = found.group()[-1]
+        if marker == 0xD9:  # end of image; what follows is another picture, or no picture
+            break
+        scans += marker == 0xDA  # start of scan; what follows its header is searched for the next marker
+        standalone = marker == 0x01
+        length = 0 if standalone else int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+        place = found.end() + length
+    return scans
+
+
+_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

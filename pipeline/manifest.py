@@ -1,6 +1,7 @@
 """The contract: what a dataset directory holds, and how its manifest is loaded, saved and validated."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -139,10 +140,7 @@ class Manifest:
         """The records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
         promised = (self.split(split).samples,)
         path = self.root / split / "samples.npy"
-        try:
-            samples = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DatasetError(f"{path}: missing or damaged ({error})") from error
+        samples = np.load(io.BytesIO(self.read(f"{split}/samples.npy")), allow_pickle=False)
         if samples.dtype != SAMPLE or samples.shape != promised:
             raise DatasetError(
                 f"{path}: holds {samples.shape} records of {samples.dtype}, "
@@ -152,16 +150,23 @@ class Manifest:
 
     def statistics(self) -> Statistics:
         """Load statistics.npz. Raises DatasetError where it is missing or damaged."""
-        path = self.root / STATISTICS_FILE
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                fields = {key: arrays[key] for key in Statistics.__dataclass_fields__}
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            raise DatasetError(f"{path}: missing or damaged ({error})") from error
+        with np.load(io.BytesIO(self.read(STATISTICS_FILE)), allow_pickle=False) as arrays:
+            fields = {key: arrays[key] for key in Statistics.__dataclass_fields__}
         statistics = Statistics(**{**fields, "n": int(fields["n"])})
         if statistics.summary() != self.statistics_summary:
-            raise DatasetError(f"{path}: differs from the statistics in {FILE_NAME}")
+            raise DatasetError(f"{self.root / STATISTICS_FILE}: differs from the statistics in {FILE_NAME}")
         return statistics
+
+    def read(self, name: str) -> bytes:
+        """A listed file's bytes, once they have the SHA-256 that the manifest promises: they need no other distrust."""
+        path = self.root / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DatasetError(f"{path}: {error.strerror}; build it again") from error
+        if name not in self.files or sha256(data) != self.files[name].sha256:
+            raise DatasetError(f"{path}: damaged (its SHA-256 is not the one in {FILE_NAME}); build it again")
+        return data
 
     def _body(self) -> dict[str, Any]:
         return {
@@ -218,11 +223,12 @@ def parse(data: bytes, root: Path) -> Manifest:
         body = json.loads(data)
         checksum = body.pop("checksum")
         version = body["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        intact = data == canonical_json(body | {"checksum": checksum}) and checksum == sha256(canonical_json(body))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest ({error})") from error
     if version != FORMAT:
         raise DatasetError(f"{path}: format {version}, this version of Penstock reads format {FORMAT}; build it again")
-    if data != canonical_json(body | {"checksum": checksum}) or checksum != sha256(canonical_json(body)):
+    if not intact:
         raise DatasetError(f"{path}: damaged (its checksum does not fit its content); build it again")
     return Manifest(
         root=root,

@@ -1,6 +1,7 @@
 """The dataset directory: other people's readers, the same bytes every time, resume, and every refusal."""
 
 import collections
+import fcntl
 import hashlib
 import io
 import json
@@ -139,26 +140,37 @@ def test_same_bytes_with_two_workers_and_another_seed_differs(dataset: Path, raw
     assert other["val/val-000000.tar"] == digests(dataset)["val/val-000000.tar"]
 
 
-def test_killed_builds_resume_to_the_same_bytes(dataset: Path, raw: Path, tmp_path: Path):
+@pytest.mark.parametrize("victim", ["group", "parent"])
+def test_killed_builds_resume_to_the_same_bytes(dataset: Path, raw: Path, tmp_path: Path, victim: str):
+    """SIGKILL once 1, 2, 3, … shards are recorded. Killed alone, the parent must take its workers along."""
     root = tmp_path / "dataset"
     command = [sys.executable, str(ROOT / "tools/build_shards.py"), str(raw), str(root), "--workers", "2"]
-    command += ["--samples-per-shard", "16"]
+    command += ["--samples-per-shard", "8"]
+    whole = tmp_path / "whole"
+    assert build(raw, whole, "--workers", 1, "--samples-per-shard", 8).exit_code == 0
+
+    def recorded() -> int:
+        return len(list((root / ".build").glob("*.npz")))
+
     kills = 0
-    for delay in (0.4, 0.7, 0.9, 1.0, 1.1, 1.2):
+    for target in (1, 3, 5):
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        time.sleep(delay)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and recorded() < target and time.monotonic() < deadline:
+            time.sleep(0.002)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
             kills += 1
+            if victim == "group":
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-        if (root / "dataset.json").exists():  # a kill after this point comes too late to matter
-            break
-    assert kills >= 1
+    assert kills >= 2
     if not (root / "dataset.json").exists() or (root / ".build").exists():
-        result = build(raw, root, "--workers", 1, "--samples-per-shard", 16)
-        assert result.exit_code == 0, result.output
-    assert digests(root) == digests(dataset)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # at once: no orphan is in the way
+        assert done.returncode == 0, done.stderr
+    assert digests(root) == digests(whole)
 
 
 def half_built(raw: Path, root: Path) -> None:
@@ -199,14 +211,39 @@ def test_resume_goes_on_and_another_recipe_is_refused(dataset: Path, raw: Path, 
 
 
 def test_a_kill_between_the_manifest_and_the_end_is_cleaned_up(dataset: Path, raw: Path, tmp_path: Path):
-    root = tmp_path / "dataset"
+    root, half = tmp_path / "dataset", tmp_path / "half"
+    half_built(raw, half)
     shutil.copytree(dataset, root)
-    (root / ".build").mkdir()
-    (root / ".build" / "plan.json.tmp").write_text("torn")
+    shutil.copytree(half / ".build", root / ".build")
+    before = digests(root)
     refused = build(raw, root, "--samples-per-shard", 17)
     assert refused.exit_code == 2
+    assert "samples_per_shard 16 → 17" in refused.output
+    shutil.copytree(raw, tmp_path / "other")
+    (tmp_path / "other" / "val" / "blobs" / "0000.jpg").unlink()
+    refused = build(tmp_path / "other", root, "--samples-per-shard", 16)
+    assert refused.exit_code == 2
+    assert "images" in refused.output
+    assert before.items() <= digests(root).items()
     assert build(raw, root, "--samples-per-shard", 16).exit_code == 0
     assert digests(root) == digests(dataset)
+
+
+def test_two_builds_of_one_dataset_do_not_meet(raw: Path, tmp_path: Path):
+    (tmp_path / "dataset" / ".build").mkdir(parents=True)
+    with open(tmp_path / "dataset" / ".build" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = build(raw, tmp_path / "dataset")
+    assert result.exit_code == 2
+    assert "another build is writing there" in result.output
+
+
+def test_a_damaged_plan_is_named(raw: Path, tmp_path: Path):
+    half_built(raw, tmp_path / "dataset")
+    (tmp_path / "dataset" / ".build" / "plan.json").write_text("{")
+    result = build(raw, tmp_path / "dataset", "--samples-per-shard", 16)
+    assert result.exit_code == 2
+    assert "plan.json: damaged" in result.output
 
 
 def test_a_kill_before_the_plan_was_written_is_no_obstacle(dataset: Path, raw: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import picture
-from pipeline.image import REASONS, ImageError, decode, encode, rescale
+from pipeline.image import REASONS, ImageError, count_scans, decode, encode, rescale
 from reference import jpeg_pixels, two_step_rescale
 
 LIMITS = {"max_bytes": 64 * 2**20, "max_pixels": 64 * 10**6, "max_scans": 100}
@@ -121,6 +121,15 @@ def test_orientation_tag_is_ignored_unless_asked_for():
     assert (turned == np.rot90(np.asarray(decode(data, **LIMITS)), -1)).all()  # 6: a quarter turn clockwise
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scans_are_counted(progressive: bool):
+    """libjpeg's default progressive script has ten scans for colour pictures, a baseline file has one."""
+    data = saved(picture("scans", 200, 100), "JPEG", progressive=progressive, comment=b"\xff\xda" * 50)
+    assert count_scans(data, 1000) == (10 if progressive else 1)
+    assert count_scans(data, 5) == (5 if progressive else 1)
+    assert count_scans(data[:50], 1000) == 0
+
+
 def test_reasons():
     good = saved(picture("good", 200, 100), "JPEG")
     assert reason(b"") == "empty"
@@ -129,6 +138,7 @@ def test_reasons():
     assert reason(good, max_bytes=100) == "too_many_bytes"
     assert reason(good, max_pixels=100 * 200 - 1) == "too_many_pixels"
     assert reason(saved(picture("good", 200, 100), "JPEG", progressive=True), max_scans=3) == "too_many_scans"
+    assert np.asarray(decode(good + good * 200, **LIMITS)).shape == (100, 200, 3)  # what follows the end does not count
     png = bytearray(saved(picture("good", 200, 100), "PNG"))
     png[200:260] = bytes(60)
     assert reason(bytes(png)) == "corrupt"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from conftest import build
+from conftest import CLASSES, build
 from pipeline import manifest
 from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
@@ -62,7 +62,7 @@ def test_a_run_leaves_recipe_metrics_and_checkpoint(run: Path, dataset: Path):
     assert all(np.isfinite(line["loss"]) and 0 <= line["time"]["stall"] <= 1 for line in trained)
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
     saved = checkpoints.load(run)
-    assert (saved.step, saved.classes, saved.dataset) == (6, 3, manifest.load(dataset).identity)
+    assert (saved.step, saved.classes, saved.dataset) == (6, CLASSES, manifest.load(dataset).identity)
 
 
 def test_the_first_loss_is_that_of_a_plain_grouped_network(run: Path, dataset: Path):
@@ -82,22 +82,17 @@ def test_the_first_loss_is_that_of_a_plain_grouped_network(run: Path, dataset: P
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_path: Path):
-    """Stopped after 4 of 6 steps and resumed: an epoch's end lies between. The rates are constant on both roads."""
-    flat = ["--set", "optim.lr_steps=1", "--set", "optim.bias_lr_steps=1", "--set", "train.lighting_until=1.0"]
-    assert train(dataset, tmp_path / "whole", 6, *flat).exit_code == 0
-    assert train(dataset, tmp_path / "parts", 3, *flat).exit_code == 0
-    result = trainer(
-        "train",
-        "--data",
-        dataset,
-        "--out",
-        tmp_path / "parts",
-        "--devices",
-        "cpu,cpu",
-        "--resume",
-        "--set",
-        "train.steps=6",
-    )
+    """Lost after 3 of 8 steps: the end of an epoch, two drops of the rate and the end of lighting are still to come."""
+    every = ["--set", "train.checkpoint_every=3", "--set", "train.lighting_until=0.5"]
+    assert train(dataset, tmp_path / "whole", 8, *every).exit_code == 0
+    assert train(dataset, tmp_path / "parts", 8, *every).exit_code == 0
+    files = checkpoints.files(tmp_path / "parts")
+    assert [file.stem for file in files] == ["step-00000003", "step-00000006", "step-00000008"]
+    for file in files[1:]:
+        file.unlink()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"kind": "tra')  # a kill in the middle of a line
+    result = trainer("train", "--data", dataset, "--out", tmp_path / "parts", "--devices", "cpu,cpu", "--resume")
     assert result.exit_code == 0, result.output
     one, other = checkpoints.load(tmp_path / "whole"), checkpoints.load(tmp_path / "parts")
     assert one.recipe == other.recipe
@@ -168,10 +163,56 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
     one_line(trainer("evaluate", "--data", dataset, "--checkpoint", run, "--split", "dev"), "no split named 'dev'")
 
 
-def test_divergence_stops_the_run(dataset: Path, tmp_path: Path):
-    result = train(dataset, tmp_path / "r", 20, "--set", "optim.lr=1e6")
+@pytest.mark.parametrize("steps", [1, 20])
+def test_divergence_stops_the_run_and_leaves_no_checkpoint(dataset: Path, tmp_path: Path, steps: int):
+    """After one step the loss is finite, and the weights or outputs are not. The same --out may start over."""
+    result = train(dataset, tmp_path / "r", steps, "--set", "optim.lr=1e30")
     assert result.exit_code == 2
-    assert "training has diverged; lower optim.lr" in result.output.splitlines()[-1]
+    assert "diverged" in result.output.splitlines()[-1]
+    assert checkpoints.files(tmp_path / "r") == []
+    assert train(dataset, tmp_path / "r", 1).exit_code == 0
+    assert [line["step"] for line in read(tmp_path / "r") if line["kind"] == "train"] == [1]
+
+
+def test_what_cannot_change_on_resume_is_refused_and_changes_nothing(run: Path, dataset: Path):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    resume = ("train", "--data", dataset, "--out", run, "--resume", "--set", "train.steps=9")
+    one_line(trainer(*resume, "--set", "model.units=[16, 16]"), "--set model: cannot change on resume")
+    one_line(trainer(*resume, "--set", "train.seed=1"), "--set train.seed: cannot change on resume (2012 → 1)")
+    one_line(trainer(*resume, "--set", "train.batch_size=8"), "train.batch_size: cannot change")
+    one_line(trainer(*resume, "--recipe", "original"), "a resumed run keeps its recipe")
+    one_line(trainer("train", "--data", dataset, "--out", run, "--resume", "--set", "optim.lr=5.0"), "has done 6 of 6")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_damaged_metrics_are_named(run: Path, dataset: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in ("{broken\n", '{"a": 1}\n', "[]\n"):
+        path.write_text("".join([*lines[:2], damaged, *lines[2:]]))
+        result = trainer(
+            "train",
+            "--data",
+            dataset,
+            "--out",
+            tmp_path / "run",
+            "--resume",
+            "--set",
+            "train.steps=7",
+            "--devices",
+            "cpu,cpu",
+        )
+        assert result.exit_code == 2
+        assert "metrics.jsonl: line 3 is damaged" in result.output
+
+
+def test_other_classes_are_refused(run: Path, raw: Path, tmp_path: Path):
+    for name, other in (("blobs", "zebra"), ("checks", "checks"), ("stripes", "stripes")):
+        shutil.copytree(raw / "train" / name, tmp_path / "raw" / other)
+    assert build(tmp_path / "raw", tmp_path / "data", "--workers", 1).exit_code == 0
+    result = trainer("evaluate", "--data", tmp_path / "data", "--checkpoint", run, "--devices", "cpu,cpu")
+    one_line(result, "a network of 3 classes", "label 0 is blobs, there checks")
 
 
 def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(run: Path, raw: Path, dataset: Path, tmp_path: Path):

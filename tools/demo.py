@@ -1,6 +1,8 @@
 """`make demo`: raw pictures → shards → training → evaluation → a page, by the very commands of the README."""
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -19,7 +21,7 @@ from pipeline.cli import Command
 from pipeline.errors import UserError
 from trainer.metrics import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("demo")
 
 
@@ -34,22 +36,21 @@ FOLDER = Path("demo")
 )
 def main(raw: Path | None, limit: int) -> None:
     """Run the whole chain on RAW, or without RAW on pictures that are drawn for it. Everything goes to demo/NAME."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", raw.resolve().name) if raw else "drawn"
-    place = FOLDER / name
-    for folder in ("raw", "dataset", "run"):  # all of an earlier demo; nothing else is ever touched
-        shutil.rmtree(place / folder, ignore_errors=True)
+    place = _place(raw)
+    for folder in ("raw", "dataset", "run"):  # all of an earlier demo on the same RAW; nothing else is ever touched
+        shutil.rmtree(ROOT / place / folder, ignore_errors=True)
     seconds: dict[str, float] = {}
 
     def step(what: str, *command: object) -> None:
         words = [str(word) for word in command]
         click.secho(f"\n{what}: python {shlex.join(words)}", bold=True)
         began = time.monotonic()
-        done = subprocess.run([sys.executable, *words], check=False)
+        done = subprocess.run([sys.executable, *words], check=False, cwd=ROOT)
         if done.returncode:
             raise UserError(f"demo: stopped at this step ({what.lower()}); what it said stands above")
         seconds[what] = time.monotonic() - began
 
-    source: object = raw
+    source: object = raw.resolve() if raw and Path.cwd() != ROOT else raw
     if raw is None:
         source = place / "raw"
         step("Draw raw pictures", "tools/make_raw.py", source)
@@ -57,10 +58,25 @@ def main(raw: Path | None, limit: int) -> None:
         click.echo(f"demo: at most {limit:,} pictures of {raw}, drawn evenly over it (LIMIT=N for more)")
     dataset, run = place / "dataset", place / "run"
     step("Build shards", "tools/build_shards.py", source, dataset, "--samples-per-shard", 256, "--limit", limit)
+    if not manifest.load(ROOT / dataset).splits.get("val"):
+        raise UserError(f"{raw}: too few pictures to hold some out for validation; give 50 or more, or a val/ folder")
     step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run)
     step("Evaluate", "-m", "trainer", "evaluate", "--data", dataset, "--checkpoint", run)
     step("Write the page", "-m", "trainer", "report", "--data", dataset, "--checkpoint", run)
-    _print_table(dataset, run, seconds)
+    _print_table(ROOT / dataset, ROOT / run, seconds)
+
+
+def _place(raw: Path | None) -> Path:
+    """demo/drawn, or demo/NAME-DIGEST for RAW, below ROOT; raises UserError for a RAW that is missing or in the way."""
+    if raw is None:
+        return FOLDER / "drawn"
+    whole = raw.resolve()
+    if not whole.is_dir():
+        raise UserError(f"{raw}: no such directory; RAW is the folder with your raw images or archives")
+    if whole.is_relative_to(ROOT / FOLDER) or ROOT.is_relative_to(whole):
+        raise UserError(f"{raw}: holds the project, or lies in {FOLDER}/, where demos are written; move it elsewhere")
+    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:6]
+    return FOLDER / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', whole.name).strip('-')}-{digest}"
 
 
 def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
@@ -79,14 +95,13 @@ def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
             for key, name in (("centre", "centre view"), ("ten", "ten views"))
         )
         + f" (guessing: {100 - 100 / len(built.classes):.0f} %)",
-        "Write the page": f"{run / 'report.html'}",
     }
     table = Table("step", "seconds", "result", title="demo")
     for what, spent in seconds.items():
         table.add_row(what, f"{spent:.0f}", found.get(what, ""))
     table.add_row("total", f"{sum(seconds.values()):.0f}", "")
     Console(width=max(100, Console().width)).print(table)
-    click.echo(f"The page: {(ROOT / run / 'report.html').resolve()}")
+    click.echo(f"The page: {run / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import torch
 
 from pipeline import manifest
 from pipeline.cli import Command
+from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.evaluate import evaluate as evaluate_views
-from trainer.parallel import TwoColumns, default_devices, parse_devices
+from trainer.parallel import TwoColumns, default_devices, parse_devices, reference_precision
 from trainer.train import train as run_training
 
 DATA = click.option(
@@ -38,14 +39,13 @@ DEVICES = click.option(
 @click.group()
 def main() -> None:
     """AlexNet (2012) as two columns on two devices."""
+    reference_precision()
 
 
 @main.command(cls=Command)
 @DATA
 @click.option("--out", "run", type=click.Path(path_type=Path), required=True, help="The run directory.")
-@click.option(
-    "--recipe", default="original", show_default=True, help="A file in trainer/recipes without .toml, or a path."
-)
+@click.option("--recipe", help="A file in trainer/recipes without .toml, or a path.  [default: original]")
 @click.option(
     "--set",
     "settings",
@@ -55,7 +55,7 @@ def main() -> None:
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
 @DEVICES
-def train(data: Path, run: Path, recipe: str, settings: tuple[str, ...], resume: bool, devices: str) -> None:
+def train(data: Path, run: Path, recipe: str | None, settings: tuple[str, ...], resume: bool, devices: str) -> None:
     """Train on DATA's training split.
 
     \b
@@ -64,8 +64,10 @@ def train(data: Path, run: Path, recipe: str, settings: tuple[str, ...], resume:
       python -m trainer train --data photos-256 --recipe tiny --out runs/2 --devices cpu,cpu
     """
     two = parse_devices(devices)
+    if resume and recipe:
+        raise UserError(f"--recipe {recipe}: a resumed run keeps its recipe; change single keys with --set")
     resumed = checkpoints.load(run) if resume else None
-    chosen = recipes.override(resumed.recipe, settings) if resumed else recipes.load(recipe, settings)
+    chosen = recipes.override(resumed.recipe, settings) if resumed else recipes.load(recipe or "original", settings)
     run_training(data, run, chosen, two, resumed)
 
 
@@ -92,7 +94,7 @@ def evaluate(data: Path, run: Path, split: str, devices: str) -> None:
         result[views] = found.to_dict()
         click.echo(f"{name:12}{found.top1_error:>10.1f} %{found.top5_error:>10.1f} %{-found.nll:>16.4f}")
     if run.is_dir():
-        write_bytes_aside(run / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_bytes_aside(run / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
 def load_network(
@@ -101,12 +103,18 @@ def load_network(
     devices: tuple[torch.device, torch.device],
     where: Path,
 ) -> TwoColumns:
-    """The network of a checkpoint, on `devices`. Raises CheckpointError where the number of classes differs."""
-    if checkpoint.classes != len(dataset.classes):
-        raise checkpoints.CheckpointError(
-            f"{where}: a network of {checkpoint.classes} classes, {dataset.root} has {len(dataset.classes)}"
+    """The network of a checkpoint, on `devices`. Raises CheckpointError where its classes are not the data set's."""
+    mine, theirs = checkpoint.classes, tuple(record.wnid for record in dataset.classes)
+    if mine != theirs:
+        differing = next((pair for pair in zip(mine, theirs) if pair[0] != pair[1]), None)
+        how = (
+            f"label {mine.index(differing[0])} is {differing[0]}, there {differing[1]}" if differing else "fewer there"
         )
-    network = TwoColumns(checkpoint.recipe.model, checkpoint.classes, devices)
+        raise checkpoints.CheckpointError(
+            f"{where}: a network of {len(mine)} classes, {dataset.root} has {len(theirs)} others ({how}); "
+            "name a data set with the classes that it was trained on"
+        )
+    network = TwoColumns(checkpoint.recipe.model, len(mine), devices)
     network.load(checkpoint.weights)
     return network
 

@@ -27,7 +27,7 @@ class Checkpoint:
 
     step: int
     recipe: Recipe
-    classes: int
+    classes: tuple[str, ...]  # wnids, in the order of the labels
     dataset: str  # identity of the dataset directory
     weights: dict[str, Tensor]
     velocity: dict[str, Tensor]
@@ -56,6 +56,8 @@ def load(place: Path) -> Checkpoint:
     """
     path = place if place.is_file() else _newest(place)
     try:
+        with open(path, "rb"):  # the operating system's own words, where it cannot be read
+            pass
         with safe_open(path, framework="pt") as file:
             meta: dict[str, Any] = json.loads((file.metadata() or {})[META])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -66,20 +68,27 @@ def load(place: Path) -> Checkpoint:
             }
             for kind in ("weights", "velocity")
         }
-        return Checkpoint(meta["step"], recipe, meta["classes"], meta["dataset"], parts["weights"], parts["velocity"])
+        return Checkpoint(
+            meta["step"], recipe, tuple(meta["classes"]), meta["dataset"], parts["weights"], parts["velocity"]
+        )
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path}: not a checkpoint of ours, or damaged ({error}); delete it to use an older one"
         ) from error
 
 
+def files(run: Path) -> list[Path]:
+    """The checkpoints of a run directory, oldest first."""
+    return sorted((run / FOLDER).glob("step-*.safetensors"))
+
+
 def _newest(run: Path) -> Path:
-    files = sorted((run / FOLDER).glob("step-*.safetensors"))
-    if not files:
+    found = files(run)
+    if not found:
         raise CheckpointError(
             f"{run}: no checkpoint in {run / FOLDER}; train first: python -m trainer train --data DATASET --out {run}"
         )
-    return files[-1]
+    return found[-1]
 
 
 def require_same_data(checkpoint: Checkpoint, identity: str, where: Path) -> None:

@@ -39,6 +39,8 @@ def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Eva
                     f"{data.root}: the split {split!r} has images without a label; it can be predicted, not evaluated"
                 )
             chances = probabilities(network, batch.images)
+            if not bool(chances.isfinite().all()):
+                raise UserError("the network's outputs are not finite numbers: its training has diverged")
             wrong1 += float(top_k_errors(chances, batch.labels, 1).sum())
             wrong5 += float(top_k_errors(chances, batch.labels, 5).sum())
             nll -= float(chances.gather(1, batch.labels[:, None]).log().sum())

@@ -211,7 +211,7 @@ def _chart(name: str, title: str, unit: str, lines: Sequence[Curve], with_librar
     axis = {"gridcolor": "#e3e8ec", "linecolor": "#8a959e", "ticks": "outside", "automargin": True, "fixedrange": True}
     layout = {
         "template": "none",
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1c2733"},
+        "font": {"family": FONT, "size": 13, "color": "#1c2733"},
         "margin": {"l": 60, "r": 16, "t": 36, "b": 50},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hovermode": "x unified",

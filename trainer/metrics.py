@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 
 FILE_NAME = "metrics.jsonl"
@@ -47,5 +48,13 @@ class Metrics:
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl, if there is one; a last line that a kill cut off does not count."""
     path = run / FILE_NAME
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, text in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["step"], int) or line["kind"] not in ("train", "validation"):
+                raise ValueError("not a line of ours")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is damaged ({error}); delete that line") from error
+        found.append(line)
+    return found

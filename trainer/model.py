@@ -22,18 +22,32 @@ POOLED = 6  # pool5 gives 6 × 6 maps
 Shapes = dict[str, tuple[int, ...]]
 
 
-class AlexNet(nn.Module):
-    """The grouped network on one device: channels [column 0 | column 1]. The layout of saved weights; the oracle."""
+class Layers(nn.Module):
+    """Convolutions and fully-connected layers by name, on one device, zero until weights are put in."""
 
-    def __init__(self, recipe: ModelRecipe, classes: int) -> None:
+    def __init__(self, layers: Shapes, device: torch.device | None = None) -> None:
         super().__init__()
-        self.recipe, self.classes = recipe, classes
-        for name, shape in shapes(recipe, classes).items():
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.zeros(shape)))
+        for name, shape in layers.items():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.zeros(shape, device=device)))
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by layer: conv1.weight, conv1.bias, …"""
         return {name.replace("_", "."): parameter for name, parameter in self.named_parameters()}
+
+    def conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"))
+
+
+class AlexNet(Layers):
+    """The grouped network on one device: channels [column 0 | column 1]. The layout of saved weights; the oracle."""
+
+    def __init__(self, recipe: ModelRecipe, classes: int) -> None:
+        super().__init__(shapes(recipe, classes))
+        self.recipe = recipe
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over weights in the grouped layout."""
@@ -43,22 +57,14 @@ class AlexNet(nn.Module):
 
     def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """(n, 3, 224, 224) → logits (n, classes). `masks`: 0/1 dropout masks (n, units) of fc6, fc7; None: testing."""
-        w = self.weights()
-
-        def conv(name: str, x: Tensor, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-            return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], stride, padding, groups=groups)
-
-        def linear(name: str, x: Tensor) -> Tensor:
-            return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-        x = after_conv1(conv("conv1", overhang(x), stride=4), columns=2)
-        x = after_conv2(conv("conv2", x, padding=2, groups=2), columns=2)
-        x = F.relu(conv("conv3", x, padding=1))
-        x = F.relu(conv("conv4", x, padding=1, groups=2))
-        x = after_conv5(conv("conv5", x, padding=1, groups=2)).flatten(1)
+        x = after_conv1(self.conv("conv1", overhang(x), stride=4), columns=2)
+        x = after_conv2(self.conv("conv2", x, padding=2, groups=2), columns=2)
+        x = F.relu(self.conv("conv3", x, padding=1))
+        x = F.relu(self.conv("conv4", x, padding=1, groups=2))
+        x = after_conv5(self.conv("conv5", x, padding=1, groups=2)).flatten(1)
         for i, name in enumerate(("fc6", "fc7")):
-            x = dropout(F.relu(linear(name, x)), masks[i] if masks else None, self.recipe.dropout)
-        return linear("fc8", x)
+            x = dropout(F.relu(self.linear(name, x)), masks[i] if masks else None, self.recipe.dropout)
+        return self.linear("fc8", x)
 
 
 def shapes(recipe: ModelRecipe, classes: int) -> Shapes:

@@ -7,36 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from trainer.model import LAYERS, after_conv1, after_conv2, after_conv5, dropout, overhang, shapes
+from trainer.model import LAYERS, Layers, after_conv1, after_conv2, after_conv5, dropout, overhang, shapes
 from trainer.recipe import ModelRecipe
 
 
-class Column(nn.Module):
+class Column(Layers):
     """Half of every layer, on one device. Column 0 also holds the whole of fc8."""
 
     def __init__(self, place: int, recipe: ModelRecipe, classes: int, device: torch.device) -> None:
-        super().__init__()
+        mine = {
+            name: shape if name.startswith("fc8") else (shape[0] // 2, *shape[1:])
+            for name, shape in shapes(recipe, classes).items()
+            if place == 0 or not name.startswith("fc8")
+        }
+        super().__init__(mine, device)
         self.place, self.device = place, device
-        for name, shape in shapes(recipe, classes).items():
-            if name.startswith("fc8"):
-                if place == 0:
-                    self._register(name, shape)
-            else:
-                self._register(name, (shape[0] // 2, *shape[1:]))
-
-    def _register(self, name: str, shape: tuple[int, ...]) -> None:
-        self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.zeros(shape, device=self.device)))
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name.replace("_", "."): parameter for name, parameter in self.named_parameters()}
-
-    def conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-        w = self.weights()
-        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], stride, padding)
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        w = self.weights()
-        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
 
 class TwoColumns(nn.Module):
@@ -45,7 +30,7 @@ class TwoColumns(nn.Module):
     def __init__(self, recipe: ModelRecipe, classes: int, devices: Sequence[torch.device]) -> None:
         super().__init__()
         assert len(devices) == 2
-        self.recipe, self.classes, self.devices = recipe, classes, tuple(devices)
+        self.recipe, self.devices = recipe, tuple(devices)
         self.columns = nn.ModuleList(Column(i, recipe, classes, device) for i, device in enumerate(devices))
 
     def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
@@ -112,6 +97,12 @@ class TwoColumns(nn.Module):
             for column, part in zip(self._columns(), self.scatter(weights)):
                 for name, parameter in column.weights().items():
                     parameter.copy_(part[name])
+
+
+def reference_precision() -> None:
+    """float32 throughout, as in 2012: torch would let convolutions on a GPU run in TF32, with 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def parse_devices(text: str) -> tuple[torch.device, torch.device]:

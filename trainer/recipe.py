@@ -1,5 +1,6 @@
 """A training recipe: the options that determine a run. One frozen dataclass, read from TOML, validated once."""
 
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -49,6 +50,7 @@ class TrainRecipe:
     lighting_until: float = 0.75  # share of the run after which lighting and the factor 1/1.1 are off
     log_every: int = 20  # steps
     validate_every: int = 10_009  # steps; 0: only at the end
+    checkpoint_every: int = 10_009  # steps; 0: only at the end
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Recipe:
         _require(optim.decay >= 0, "optim.decay", optim.decay, "at least 0")
         for name in ("batch_size", "steps", "log_every"):
             _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "at least 1")
+        _require(train.checkpoint_every >= 0, "train.checkpoint_every", train.checkpoint_every, "at least 0")
         _require(
             train.validate_every >= 0, "train.validate_every", train.validate_every, "at least 0 (0: only at the end)"
         )
@@ -103,7 +106,7 @@ def load(name: str, settings: Sequence[str] = ()) -> Recipe:
     path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
     try:
         values = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise RecipeError(f"{name}: no such recipe; there are {known}, or give the path of a .toml file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -150,7 +153,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _typed(value: Any, wanted: Any, where: str) -> Any:
-    if wanted is float and type(value) in (int, float):
+    if wanted is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if wanted in (int, bool) and type(value) is wanted:
         return value

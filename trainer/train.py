@@ -19,10 +19,12 @@ from trainer.checkpoint import Checkpoint
 from trainer.dropout import masks
 from trainer.evaluate import evaluate
 from trainer.metrics import Metrics
-from trainer.model import initial_weights
+from trainer.model import initial_weights, parameter_count
 from trainer.optim import Momentum, rates
 from trainer.parallel import TwoColumns
 from trainer.recipe import Recipe, to_dict
+
+DIVERGED = "training has diverged; lower optim.lr (--set optim.lr=…) and start a new run"
 
 
 def train(
@@ -33,26 +35,33 @@ def train(
     Raises:
         UserError: `run` exists and is not resumed; the data are others than the checkpoint's; the loss is not finite.
     """
+    # everything that can be refused, before anything is written
     dataset = manifest.load(data)
-    classes = len(dataset.classes)
+    classes = tuple(record.wnid for record in dataset.classes)
+    start = resumed.step if resumed else 0
     if resumed:
         checkpoints.require_same_data(resumed, dataset.identity, run)
-    elif run.exists() and any(run.iterdir()):
-        raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
-    write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
-    metrics = Metrics(run)
+        _require_same_network(resumed.recipe, recipe, run)
+        if start >= recipe.train.steps:
+            raise UserError(f"{run}: has done {start} of {recipe.train.steps} steps; raise them: --set train.steps=N")
+    else:
+        _require_fresh(run)
 
     # network and optimiser
-    network = TwoColumns(recipe.model, classes, devices)
+    network = TwoColumns(recipe.model, len(classes), devices)
+    network.load(resumed.weights if resumed else initial_weights(recipe.model, len(classes), recipe.train.seed))
     optimiser = Momentum(network.parts(), recipe.optim)
-    network.load(resumed.weights if resumed else initial_weights(recipe.model, classes, recipe.train.seed))
-    start = 0
+    click.echo(
+        f"{parameter_count(recipe.model, len(classes)):,} parameters in two columns on {devices[0]} and {devices[1]}"
+    )
     if resumed:
-        start = resumed.step
         optimiser.velocity = network.scatter(resumed.velocity)
-        metrics.drop_after(start)
-    if start >= recipe.train.steps:
-        raise UserError(f"{run}: has done {start} of {recipe.train.steps} steps; raise them with --set train.steps=N")
+
+    def save(step: int) -> Path:
+        weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
+        if not all(bool(value.isfinite().all()) for value in weights.values()):
+            raise UserError(f"the weights after step {step} are not finite numbers: {DIVERGED}")
+        return checkpoints.save(run, Checkpoint(step, recipe, classes, dataset.identity, weights, velocity))
 
     # the loop; losses are summed on the device and looked at every log_every steps
     lighting_until = int(recipe.train.lighting_until * recipe.train.steps) if recipe.train.lighting else 0
@@ -65,6 +74,9 @@ def train(
         lighting_until=lighting_until,
         device=devices[0],
     ) as loader:
+        write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
+        metrics = Metrics(run)
+        metrics.drop_after(start)
         window = _Window(devices[0], loader)
         for batch in loader:
             now = rates(recipe.optim, batch.step, recipe.train.steps)
@@ -86,13 +98,31 @@ def train(
                     metrics.validation({"step": done, "epoch": batch.epoch, **found.to_dict()})
                 window.restart()
             if last:
+                click.echo(f"checkpoint: {save(done)}")
                 break
+            if recipe.train.checkpoint_every and done % recipe.train.checkpoint_every == 0:
+                save(done)
+                window.restart()
 
-    path = checkpoints.save(
-        run,
-        Checkpoint(done, recipe, classes, dataset.identity, network.gathered(), network.gathered(optimiser.velocity)),
-    )
-    click.echo(f"checkpoint: {path}")
+
+def _require_fresh(run: Path) -> None:
+    """A new run takes a new or empty directory, or that of a run which left no checkpoint."""
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if checkpoints.files(run):
+        raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
+    if not (run / "recipe.json").is_file():
+        raise UserError(f"{run}: exists and is not a run directory; name another --out")
+
+
+def _require_same_network(before: Recipe, now: Recipe, run: Path) -> None:
+    """Rates, steps and the like may change on resume; not what the weights and the order of the samples stand for."""
+    for section, key in (("model", None), ("train", "seed"), ("train", "batch_size")):
+        old, new = (getattr(recipe, section) for recipe in (before, now))
+        old, new = (getattr(value, key) if key else value for value in (old, new))
+        if old != new:
+            name = f"{section}.{key}" if key else section
+            raise UserError(f"{run}: --set {name}: cannot change on resume ({old} → {new}); start a new run")
 
 
 class _Window:
@@ -104,7 +134,7 @@ class _Window:
 
     def restart(self) -> None:
         self._losses, self._images = torch.zeros((), device=self._device), 0
-        self._since, self._waited = time.perf_counter(), self._loader.stall.waited
+        self._since, self._waited = time.perf_counter(), self._loader.waited
 
     def add(self, losses: torch.Tensor, images: int) -> None:
         self._losses += losses.detach()
@@ -118,7 +148,7 @@ class _Window:
                 f"the loss is {loss}: training has diverged; lower optim.lr (--set optim.lr=…) and start again"
             )
         seconds = time.perf_counter() - self._since
-        stall = (self._loader.stall.waited - self._waited) / seconds
+        stall = (self._loader.waited - self._waited) / seconds
         line = {"loss": loss, "time": {"images_per_second": self._images / seconds, "stall": stall}}
         self.restart()
         return line

@@ -1,9 +1,12 @@
 """The build: plan → one task per shard → merge → manifest last. Resumes where an earlier run stopped."""
 
+import fcntl
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,17 @@ class BuildError(UserError):
     """A build that cannot begin, or cannot end."""
 
 
+@dataclass(frozen=True)
+class FinishedShard:
+    """What the manifest needs of a finished shard; `record` is None where all its images were skipped."""
+
+    name: str
+    samples: np.ndarray  # (n,) of manifest.SAMPLE
+    record: ShardRecord | None
+    skipped: list[dict[str, str]]
+    files: dict[str, dict[str, Any]]
+
+
 def build(
     plan: Plan, root: Path, workers: int, progress: Callable[[ShardResult], None] = lambda result: None
 ) -> Manifest:
@@ -39,17 +53,18 @@ def build(
         BuildError: `root` holds something else, or no training image decodes.
         OSError: as the file system says; what is finished stays.
     """
-    if ended := _ended(plan, root):
-        return ended
-    _begin(plan, root)
-    tasks = shard_tasks(plan, root)
-    results: dict[str, ShardResult] = {}
-    for result in executors.run(tasks, workers):
-        results[result.name] = result
-        progress(result)
-    built = _merge(plan, root, [results[task.name] for task in tasks])
-    shutil.rmtree(root / BUILD_FOLDER)
-    return built
+    with _claimed(plan, root) as ended:
+        if ended:
+            return manifest.load(root)
+        tasks = shard_tasks(plan, root)
+        finished: dict[str, FinishedShard] = {}
+        total = Sums.zero(plan.recipe.size)
+        for result in executors.run(tasks, workers):
+            if result.name.startswith("train/"):
+                total.merge(result.sums)
+            finished[result.name] = finish_shard(result)  # without its sum image: a build has thousands
+            progress(result)
+        return merge(plan, root, [finished[task.name] for task in tasks], total)
 
 
 def shard_tasks(plan: Plan, root: Path) -> list[ShardTask]:
@@ -61,95 +76,118 @@ def shard_tasks(plan: Plan, root: Path) -> list[ShardTask]:
     ]
 
 
-def _ended(plan: Plan, root: Path) -> Manifest | None:
-    """The manifest of a run that was killed after writing it, and before it had deleted its build state."""
-    if not ((root / manifest.FILE_NAME).exists() and (root / BUILD_FOLDER).exists()):
-        return None
-    built = manifest.load(root)
-    if built.recipe != plan.recipe or built.classes != plan.classes:
-        return None
-    shutil.rmtree(root / BUILD_FOLDER)
-    return built
+@contextmanager
+def _claimed(plan: Plan, root: Path) -> Iterator[bool]:
+    """Claim `root` for this plan, and for this process alone; delete the build state at the end.
 
-
-def _begin(plan: Plan, root: Path) -> None:
-    """Claim `root` for this plan: empty or absent, or left by an interrupted run of the very same build."""
-    state = root / BUILD_FOLDER / PLAN_FILE
-    fingerprint = plan.fingerprint()
-    if (root / manifest.FILE_NAME).exists():
+    `root` must be empty or absent, or left by an interrupted run of the very same build. Yields whether that run had
+    finished but for the deletion of its state.
+    """
+    folder = root / BUILD_FOLDER
+    done = (root / manifest.FILE_NAME).exists()
+    if done and not folder.exists():
         raise BuildError(f"{root}: a finished dataset is there already; delete it or name another DATASET")
-    if state.exists():
+    others = root.exists() and (not root.is_dir() or any(entry.name != BUILD_FOLDER for entry in root.iterdir()))
+    if others and not (folder / PLAN_FILE).exists():
+        raise BuildError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(f"{root}: another build is writing there; wait for it, or stop it") from error
+        _require_same_plan(plan, root, folder / PLAN_FILE)
+        yield done
+        for entry in folder.iterdir():  # the plan last: until then the same command still ends this build
+            if entry.name != PLAN_FILE:
+                entry.unlink()
+        shutil.rmtree(folder)
+
+
+def _require_same_plan(plan: Plan, root: Path, state: Path) -> None:
+    fingerprint = plan.fingerprint()
+    if not state.exists():
+        write_bytes_aside(state, fingerprint)
+        return
+    try:
         before, now = json.loads(state.read_bytes()), json.loads(fingerprint)
         differing = [key for key in now if before.get(key) != now[key]]
         if "recipe" in differing:
-            differing = [
-                f"{key} {before['recipe'].get(key)} → {now['recipe'][key]}"
-                for key in now["recipe"]
-                if before["recipe"].get(key) != now["recipe"][key]
-            ]
-        if differing:
-            raise BuildError(
-                f"{root}: holds an unfinished build that differs in {', '.join(differing)}; "
-                f"run that one again, or delete {root}"
-            )
-        return
-    if root.exists() and (not root.is_dir() or any(entry.name != BUILD_FOLDER for entry in root.iterdir())):
-        raise BuildError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
-    write_bytes_aside(state, fingerprint)
+            old, new = before["recipe"], now["recipe"]
+            differing = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise BuildError(f"{state}: damaged ({error}); delete {root} and build again") from error
+    if differing:
+        raise BuildError(
+            f"{root}: holds an unfinished build that differs in {', '.join(differing)}; "
+            f"run that one again, or delete {root}"
+        )
 
 
-def _merge(plan: Plan, root: Path, results: list[ShardResult]) -> Manifest:
-    """Statistics, sample records and the list of skipped images from the shards' results; the manifest last."""
-    files = {name: FileRecord(**record) for result in results for name, record in result.files.items()}
+def merge(plan: Plan, root: Path, shards: list[FinishedShard], total: Sums) -> Manifest:
+    """Statistics, sample records and the list of skipped images from the finished shards; the manifest last.
+
+    `shards` in the order of the tasks; `total` is the sum over the training split.
+    """
+    files = {name: FileRecord(**record) for shard in shards for name, record in shard.files.items()}
 
     def put(name: str, data: bytes) -> None:
         files[name] = FileRecord(**write_bytes_aside(root / name, data))
 
-    total = Sums.zero(plan.recipe.size)
     splits, skipped = {}, []
     for split in plan.splits:
-        mine = [result for result in results if result.name.startswith(f"{split}/")]
-        if split == "train":
-            for result in mine:
-                total.merge(result.sums)
-        samples = np.concatenate([result.samples for result in mine])
-        put(f"{split}/samples.npy", _npy(samples))
-        left_out = [{"split": split, **line} for result in mine for line in result.skipped]
+        mine = [shard for shard in shards if shard.name.startswith(f"{split}/")]
+        samples = np.concatenate([shard.samples for shard in mine])
+        put(f"{split}/samples.npy", npy(samples))
+        left_out = [{"split": split, **line} for shard in mine for line in shard.skipped]
         skipped += left_out
-        splits[split] = Split(
-            len(samples), len(left_out), tuple(_shard_record(result) for result in mine if result.files)
-        )
+        splits[split] = Split(len(samples), len(left_out), tuple(shard.record for shard in mine if shard.record))
     if not total.n:
         raise BuildError(f"{root}: no training image could be decoded; the reasons: {_reasons(skipped)}")
     statistics = finish(total)
     arrays = io.BytesIO()
     np.savez(arrays, **{key: getattr(statistics, key) for key in manifest.Statistics.__dataclass_fields__})
     put(manifest.STATISTICS_FILE, arrays.getvalue())
-    put("mean.png", _png(statistics.mean_image))
+    put("mean.png", png(statistics.mean_image))
     put("skipped.jsonl", "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode())
     built = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
     write_bytes_aside(root / manifest.FILE_NAME, built.to_json())
     return built
 
 
-def _shard_record(result: ShardResult) -> ShardRecord:
-    red, green, blue = (int(value) for value in result.sums.sum_image.sum(axis=(0, 1)))
-    moments: Any = tuple(tuple(row) for row in result.sums.second_moments.tolist())
-    tar = f"{result.name}.tar"
-    return ShardRecord(tar, len(result.samples), result.files[tar]["bytes"], (red, green, blue), moments)
+def finish_shard(result: ShardResult) -> FinishedShard:
+    """A shard's record for the manifest, from its result."""
+    record = None
+    if result.files:
+        red, green, blue = (int(value) for value in result.sums.sum_image.sum(axis=(0, 1)))
+        moments: Any = tuple(tuple(row) for row in result.sums.second_moments.tolist())
+        tar = f"{result.name}.tar"
+        record = ShardRecord(tar, len(result.samples), result.files[tar]["bytes"], (red, green, blue), moments)
+    return FinishedShard(result.name, result.samples, record, result.skipped, result.files)
 
 
 def _reasons(skipped: list[dict[str, str]]) -> str:
     return ", ".join(sorted({line["reason"] for line in skipped}))
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray) -> bytes:
     out = io.BytesIO()
     np.save(out, array, allow_pickle=False)
     return out.getvalue()
 
 
-def _png(mean_image: np.ndarray) -> bytes:
+def png(mean_image: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.rint(mean_image).astype(np.uint8)).save(out, "PNG")
     return out.getvalue()
+
+
+def _merge(plan: Plan, root: Path, results: list[ShardResult]) -> Manifest:
+    total = Sums.zero(plan.recipe.size)
+    for result in results:
+        if result.name.startswith("train/"):
+            total.merge(result.sums)
+    return merge(plan, root, [finish_shard(result) for result in results], total)
+
+
+_npy, _png = npy, png

@@ -1,13 +1,18 @@
 """Who runs the shard tasks: this process, or a pool of processes."""
 
+import ctypes
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from pipeline.errors import UserError
 from pipeline.offline.shards import ShardResult, ShardTask, write_shard
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
@@ -20,7 +25,7 @@ def run(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
         yield from map(write_shard, tasks)
         return
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_leave_interrupts_to_parent)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=begin_worker)
     try:
         futures = [pool.submit(write_shard, task) for task in tasks]
         for future in as_completed(futures):
@@ -34,5 +39,14 @@ def run(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts_to_parent() -> None:
+def begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and die with it: an orphan would write where the next run writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before the line above
+        os._exit(1)
+
+
+_leave_interrupts_to_parent = begin_worker

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -34,24 +34,6 @@ class Batch:
     images: torch.Tensor  # (n, 3, 224, 224) float32, RGB grey levels minus the mean image, channels last in memory
 
 
-@dataclass
-class StallMeter:
-    """How long the consumer waited for batches, out of how long it ran."""
-
-    waited: float = 0.0  # seconds
-    elapsed: float = 0.0  # seconds, waiting included
-
-    _last: float = field(default_factory=time.perf_counter)
-
-    def add(self, waited: float, now: float) -> None:
-        self.waited += waited
-        self.elapsed += now - self._last
-        self._last = now
-
-    def share(self) -> float:
-        return self.waited / self.elapsed if self.elapsed > 0 else 0.0
-
-
 def normalise(view: torch.Tensor, mean: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
     """(n, 224, 224, 3) uint8 → network input (n, 3, 224, 224) float32, on the view's device.
 
@@ -75,7 +57,7 @@ class Loader:
         lighting_until: random views have PCA colour noise and the factor 1/1.1 in the steps below this one; None: in
             all, 0: in none.
         device: where the images go; on a CUDA device DALI decodes there too.
-        threads: DALI's; default: as many as the machine has cores.
+        threads: DALI's; default: as many as this process may use cores.
         depth: batches prepared ahead.
     Raises:
         UserError: a directory that is damaged or not one, an empty split, a size that no view fits in.
@@ -95,7 +77,11 @@ class Loader:
         threads: int | None = None,
         depth: int = 2,
     ) -> None:
-        assert views in VIEWS, views
+        if views not in VIEWS or batch_size < 1 or depth < 1:
+            raise UserError(
+                f"views={views!r}, batch_size={batch_size}, depth={depth}: views must be one of {', '.join(VIEWS)}, "
+                "the others at least 1"
+            )
         self.manifest = data if isinstance(data, manifest.Manifest) else manifest.load(data)
         self.size = self.manifest.recipe.size
         if self.size < augment.VIEW_SIZE:
@@ -109,7 +95,7 @@ class Loader:
         self.views, self.device = views, torch.device(device)
         self._lighting_until = lighting_until if views == "random" else 0
         self.order = Order(len(self.reader), batch_size, seed, shuffle=views == "random")
-        self.stall = StallMeter()
+        self.waited = 0.0  # seconds that the consumer, on the host, has waited for batches: the stall
         self._statistics = self.manifest.statistics()
         self._mean = torch.from_numpy(augment.mean_view(self._statistics)).to(self.device)
         self._next_read = step  # the step that the graph reads next
@@ -122,16 +108,12 @@ class Loader:
             self._read_next,
             view=self.size if views == "ten" else augment.VIEW_SIZE,
             batch_size=batch_size,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or len(os.sched_getaffinity(0)),
             device_id=None if self.device.type == "cpu" else self.device.index or 0,
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="penstock-loader")
         self._ahead: deque[Future[_Prepared]] = deque()
         self._ask()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -142,8 +124,7 @@ class Loader:
             raise StopIteration
         asked = time.perf_counter()
         prepared = self._ahead.popleft().result()
-        got = time.perf_counter()
-        self.stall.add(waited=got - asked, now=got)
+        self.waited += time.perf_counter() - asked
         self._ask()
         return self._finish(prepared)
 
@@ -175,7 +156,14 @@ class Loader:
         inputs = self._reading.popleft()
         assert inputs.step == step
         view = torch.empty(decoded.as_tensor().shape(), dtype=torch.uint8, device=self.device)
-        feed_ndarray(decoded.as_tensor(), view)
+        if self.device.type == "cuda":
+            # on the consumer's stream, as its earlier kernels may still read this memory; and to its end, as DALI
+            # takes its own memory back with the next run
+            stream = torch.cuda.current_stream(self.device)
+            feed_ndarray(decoded.as_tensor(), view, cuda_stream=stream)
+            stream.synchronize()
+        else:
+            feed_ndarray(decoded.as_tensor(), view)
         return replace(inputs, view=view)
 
     def _read_next(self) -> Inputs:

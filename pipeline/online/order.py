@@ -24,9 +24,6 @@ class Order:
     def steps_per_epoch(self) -> int:
         return -(-self.samples // self.batch_size)
 
-    def epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
     def permutation(self, epoch: int) -> np.ndarray:
         """(samples,) int64: the ids in the order of this epoch, by sorting one 64-bit keyed draw per id."""
         ids = np.arange(self.samples)
