@@ -133,7 +133,7 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
     for name, shape in shapes(RECIPE.model, len(CLASSES)).items():
         weights[name] = torch.randn(shape, generator=generator) * 1.5 / math.sqrt(math.prod(shape[1:]))
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
-    checkpoints.save(run, Checkpoint(STEP, RECIPE, len(CLASSES), dataset.identity, weights, velocity))
+    checkpoints.save(run, Checkpoint(STEP, RECIPE, tuple(c.wnid for c in dataset.classes), dataset.identity, weights, velocity))
     lines = [{"kind": "train", **line} for line in TRAIN] + [{"kind": "validation", **VALIDATION}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = {"step": STEP, "split": "val", "dataset": dataset.identity, "centre": CENTRE, "ten": TEN}
@@ -412,8 +412,9 @@ def test_mistakes_are_one_line(written: Written, tmp_path: Path) -> None:
     assert "not a directory" in fails_in_one_line(written.data, file)
     run = shutil.copytree(written.run, tmp_path / "run")
     (run / "report.html").unlink()
-    (run / "evaluation.json").write_text("{")
-    assert "evaluation.json: damaged" in fails_in_one_line(written.data, run)
+    for damaged in ("{", "{}", '{"step": 1, "split": "val", "dataset": "", "centre": {}, "ten": 3}'):
+        (run / "evaluation.json").write_text(damaged)
+        assert "evaluation.json: damaged" in fails_in_one_line(written.data, run)
     other = replace(checkpoints.load(written.run), dataset="0" * 64)
     checkpoints.save(run, other)
     assert "trained on the data set 000000000000" in fails_in_one_line(written.data, run)

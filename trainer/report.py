@@ -25,7 +25,7 @@ from pipeline.online.samples import SampleReader
 from trainer import figures, metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
-from trainer.evaluate import probabilities
+from trainer.evaluate import Evaluation, probabilities
 from trainer.figures import picture, table
 from trainer.parallel import TwoColumns
 
@@ -48,7 +48,7 @@ def write_report(run: Path, data: Path, network: TwoColumns, checkpoint: Checkpo
     dataset = manifest.load(data)
     require_same_data(checkpoint, dataset.identity, run)
     lines = _recorded(run / metrics.FILE_NAME, lambda path: metrics.read(path.parent)) or []
-    evaluation = _recorded(run / "evaluation.json", lambda path: json.loads(path.read_text()))
+    evaluation = _recorded(run / "evaluation.json", _evaluation)
     commands = _commands(run, dataset, checkpoint.recipe)
     sections = {
         "Result": _facts(dataset, checkpoint, lines) + _errors(dataset, checkpoint, evaluation, commands["evaluate"]),
@@ -60,7 +60,7 @@ def write_report(run: Path, data: Path, network: TwoColumns, checkpoint: Checkpo
     }
     path = run / FILE_NAME
     title = f"AlexNet, run {run}"
-    write_bytes_aside(path, _page(title, sections, _shell(commands)).encode())
+    write_bytes_aside(path, _page(title, sections, _shell(commands)).encode(errors="replace"))
     return path
 
 
@@ -68,8 +68,17 @@ def _recorded(path: Path, read: Callable[[Path], Any]) -> Any:
     """What a run wrote down; None where there is no such file."""
     try:
         return read(path) if path.exists() else None
-    except ValueError as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """What `evaluate` wrote. Raises KeyError, TypeError or ValueError where it is something else."""
+    found = json.loads(path.read_text())
+    about = {"step": int(found["step"]), "split": str(found["split"]), "dataset": str(found["dataset"])}
+    return about | {views: Evaluation(**found[views]).to_dict() for views in ("centre", "ten")}
 
 
 def _validation(dataset: Manifest) -> int:
