@@ -225,7 +225,7 @@ def parse(data: bytes, root: Path) -> Manifest:
         version = body["format"]
         intact = data == canonical_json(body | {"checksum": checksum}) and checksum == sha256(canonical_json(body))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DatasetError(f"{path}: not a manifest ({error})") from error
+        raise DatasetError(f"{path}: not a manifest ({error}); build it again") from error
     if version != FORMAT:
         raise DatasetError(f"{path}: format {version}, this version of Penstock reads format {FORMAT}; build it again")
     if not intact:

@@ -267,8 +267,9 @@ def test_an_existing_dataset_or_folder_is_refused_and_left_alone(dataset: Path, 
 
 
 def test_no_training_picture_that_decodes_is_an_error(raw: Path, tmp_path: Path):
-    (tmp_path / "raw" / "a").mkdir(parents=True)
-    (tmp_path / "raw" / "a" / "1.jpg").write_bytes(b"")
+    for name in ("a", "b"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        (tmp_path / "raw" / name / "1.jpg").write_bytes(b"")
     result = build(tmp_path / "raw", tmp_path / "out", "--holdout", 0)
     assert result.exit_code == 2
     assert "no training image could be decoded; the reasons: empty" in result.output

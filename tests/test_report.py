@@ -133,7 +133,8 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
     for name, shape in shapes(RECIPE.model, len(CLASSES)).items():
         weights[name] = torch.randn(shape, generator=generator) * 1.5 / math.sqrt(math.prod(shape[1:]))
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
-    checkpoints.save(run, Checkpoint(STEP, RECIPE, tuple(c.wnid for c in dataset.classes), dataset.identity, weights, velocity))
+    classes = tuple(record.wnid for record in dataset.classes)
+    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity))
     lines = [{"kind": "train", **line} for line in TRAIN] + [{"kind": "validation", **VALIDATION}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = {"step": STEP, "split": "val", "dataset": dataset.identity, "centre": CENTRE, "ten": TEN}

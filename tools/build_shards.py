@@ -11,18 +11,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.cli import Command
+from pipeline.errors import UserError
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.offline.build import build, shard_tasks
 from pipeline.offline.plan import Plan, make_plan
-from pipeline.offline.shards import ShardResult
-from pipeline.offline.sources import Sources, find_sources
+from pipeline.offline.shards import BUILD_FOLDER, ShardResult
+from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 
 
 @click.command(cls=Command)
 @click.argument("raw", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default="all cores", help="Processes."
+    "--workers",
+    type=click.IntRange(min=1),
+    default=len(os.sched_getaffinity(0)),
+    show_default="all cores",
+    help="Processes.",
 )
 @click.option(
     "--holdout",
@@ -49,6 +54,16 @@ from pipeline.offline.sources import Sources, find_sources
     default=0,
     help="Use at most this many images, drawn evenly over RAW (0: all).",
 )
+@click.option("--layout", metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}.")
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
+)
+@click.option(
+    "--allow-incomplete", is_flag=True, help="Build with what is there, where it is not what the layout promises."
+)
 def main(
     raw: Path,
     dataset: Path,
@@ -59,12 +74,16 @@ def main(
     samples_per_shard: int,
     seed: int,
     limit: int,
+    layout: str | None,
+    classes: Path | None,
+    allow_incomplete: bool,
 ) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
-    RAW holds the official ILSVRC2012 archives, or train/ and val/ with one folder per class, or one folder per class,
-    or files named WNID_….JPEG. Nothing is unpacked, and nothing is written outside DATASET. An interrupted build goes
-    on with the same command.
+    RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
+    (ImageNet Fall 2011), WebDataset shards, train/ and val/ with one folder per class, one folder per class, or files
+    named WNID_….JPEG. Nothing is unpacked, and nothing is written outside DATASET. An interrupted build goes on with
+    the same command.
 
     \b
     Examples:
@@ -75,14 +94,21 @@ def main(
         size=size, quality=quality, seed=seed, samples_per_shard=samples_per_shard, holdout=holdout, limit=limit
     )
     started = time.monotonic()
-    sources = find_sources(raw)
+    if dataset.resolve().is_relative_to(raw.resolve()):
+        raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
+    sources = find_sources(
+        raw, layout, classes=classes, allow_incomplete=allow_incomplete, cache=dataset / BUILD_FOLDER
+    )
     plan = make_plan(sources, recipe)
-    click.echo(f"{raw}: {sources.layout}; {_counted(plan)}, {len(plan.classes)} classes")
-    if sources.ignored:
-        click.echo(
-            "ignored beside the layout: "
-            + ", ".join(f"{count} × {kind}" for kind, count in sorted(sources.ignored.items()))
-        )
+    click.echo(f"{raw}: {sources.layout} ({sources.name}); {_counted(plan)}, {len(plan.classes)} classes")
+    for note in sources.notes:
+        click.echo(f"note: {note}")
+    for line in sources.ignored.lines():
+        click.echo(f"left out: {line}")
+    trained = {image.label for image in plan.splits["train"]}
+    if without := [record.wnid for record in plan.classes if record.label not in trained]:
+        more = f" and {len(without) - 5:,} more" if len(without) > 5 else ""
+        click.echo(f"note: classes without a training image: {', '.join(without[:5])}{more}")
     built = _build_with_progress(plan, dataset, workers)
     _report(built, sources, time.monotonic() - started)
 

@@ -1,218 +1,148 @@
 """Where raw images are: every layout that we know → split, class and locator of each image."""
 
-import os
 import re
-import tarfile
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.errors import UserError
-from pipeline.manifest import ClassRecord
-from pipeline.offline.devkit import Devkit, read_devkit
+from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webdataset
+from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
+from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
+from pipeline.offline.scans import Scans
+from pipeline.offline.words import read_text
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
-WNID_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
-TRAIN_TAR = "ILSVRC2012_img_train.tar"
-VAL_TAR = "ILSVRC2012_img_val.tar"
-DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
-
-
-class SourceError(UserError):
-    """RAW holds nothing that we know, or contradicts itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawImage:
-    """One raw image: `size` bytes of `file` from `offset`. `path` names it below RAW, through archives."""
-
-    split: str
-    path: str
-    wnid: str | None  # None: no label
-    file: str
-    offset: int
-    size: int
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    def read(self) -> bytes:
-        """The raw bytes, by one positioned read. Raises SourceError where the file became shorter since the plan."""
-        with open(self.file, "rb") as file:
-            data = os.pread(file.fileno(), self.size, self.offset)
-        if len(data) != self.size:
-            raise SourceError(f"{self.file}: changed since the build began; delete DATASET and start again")
-        return data
+__all__ = [
+    "DEVKIT_TAR",
+    "LAYOUTS",
+    "TRAIN_TAR",
+    "VAL_TAR",
+    "LeftOut",
+    "RawImage",
+    "SourceError",
+    "Sources",
+    "find_sources",
+]
 
 
-@dataclass
-class Sources:
-    """Every raw image below RAW, in no particular order, and its classes, in the order of their labels."""
-
-    layout: str
-    images: list[RawImage]
-    classes: tuple[ClassRecord, ...] = ()
-    ignored: Counter[str] = field(default_factory=Counter)  # what is no picture, by kind
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    looks_for: str
+    recognise: Callable[[Folder], bool]
+    read: Callable[[Folder, Scans], Sources]
 
 
-def find_sources(raw: Path) -> Sources:
+LAYOUTS = {
+    layout.name: layout
+    for layout in (  # in the order in which they are tried
+        Layout(
+            "ilsvrc2012",
+            f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked",
+            partial(ilsvrc.recognise, challenge=ILSVRC2012),
+            partial(ilsvrc.read, challenge=ILSVRC2012),
+        ),
+        Layout(
+            "ilsvrc2010",
+            "ILSVRC2010_images_train.tar and the like",
+            partial(ilsvrc.recognise, challenge=ILSVRC2010),
+            partial(ilsvrc.read, challenge=ILSVRC2010),
+        ),
+        Layout("kaggle", "Kaggle's ILSVRC/Data/CLS-LOC", kaggle.recognise, kaggle.read),
+        Layout("fall2011", "nXXXXXXXX.tar, or one tar of those", synsets.recognise, synsets.read),
+        Layout("webdataset", "WebDataset tars", webdataset.recognise, webdataset.read),
+        Layout(
+            "split-folders",
+            "train/ and val/ with one folder per class",
+            classfolders.recognise_splits,
+            classfolders.read_splits,
+        ),
+        Layout("flat", "files named WNID_….JPEG", classfolders.recognise_flat, classfolders.read_flat),
+        Layout("class-folders", "one folder per class", classfolders.recognise_classes, classfolders.read_classes),
+    )
+}
+
+
+def find_sources(
+    raw: Path,
+    layout: str | None = None,
+    *,
+    classes: Path | None = None,
+    allow_incomplete: bool = False,
+    cache: Path | None = None,
+) -> Sources:
     """Recognise the layout of RAW and list its images.
 
+    Args:
+        raw: a folder, or one tar.
+        layout: a name in LAYOUTS, to be used whatever RAW looks like.
+        classes: a file of class names; the other classes are left out, and labels are ranks among those chosen.
+        allow_incomplete: note, and do not refuse, other numbers of images than the layout promises.
+        cache: DATASET/.build, where the listings of archives are remembered.
+
     Raises:
-        SourceError: RAW does not exist, is empty, or has no layout that we know.
+        SourceError: RAW does not exist, is empty or damaged, has no layout that we know or not the one named, or has
+            not the images that its layout promises.
     """
-    if not raw.is_dir():
-        raise SourceError(
-            f"{raw}: {'not a directory' if raw.exists() else 'no such directory'}; "
-            "RAW is the folder with the raw images or archives"
-        )
-    folders = sorted(entry.name for entry in os.scandir(raw) if entry.is_dir() and not entry.name.startswith("."))
-    files = sorted(entry.name for entry in os.scandir(raw) if entry.is_file() and not entry.name.startswith("."))
-    pictures = [name for name in files if _is_picture(name)]
-    if TRAIN_TAR in files:
-        return _official(raw, files, folders)
-    if any(SPLIT_FOLDERS.get(name) == "train" for name in folders):
-        return _split_folders(raw, files, folders)
-    if pictures and all(WNID_NAME.fullmatch(name) for name in pictures):
-        return _flat(raw, files, folders)
-    if folders and not pictures:
-        sources = Sources("one folder per class", [])
-        _class_folders(sources, raw, "", "train")
-        if sources.images:
-            return _with_folder_classes(sources)
-    found = f"{len(folders)} folders and {len(files)} files" if folders or files else "nothing"
-    raise SourceError(
-        f"{raw}: no layout that Penstock knows. Looked for {TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}); "
-        f"train/ and val/ with one folder per class; one folder per class; files named WNID_….JPEG. Found {found}."
-    )
-
-
-def _official(raw: Path, files: list[str], folders: list[str]) -> Sources:
-    """The archives as they are downloaded: a tar of one tar per synset, a flat tar, the devkit."""
-    if VAL_TAR in files and DEVKIT_TAR not in files:
-        raise SourceError(f"{raw / VAL_TAR}: its labels are in {DEVKIT_TAR}, which is missing beside it")
-    devkit = read_devkit(raw / DEVKIT_TAR) if DEVKIT_TAR in files else Devkit({}, {}, [])
-    sources = Sources("the official ILSVRC2012 archives", [])
-    _ignore(sources, [name for name in files if name not in (TRAIN_TAR, VAL_TAR, DEVKIT_TAR)], folders)
-    with open(raw / TRAIN_TAR, "rb") as file:
-        for synset, start, size in _members(file, sources, 0, os.fstat(file.fileno()).st_size):
-            for name, offset, length in _members(file, sources, start, start + size):
-                path = f"{TRAIN_TAR}/{synset}/{name}"
-                sources.images.append(RawImage("train", path, Path(synset).stem, file.name, offset, length))
-    if VAL_TAR in files:
-        with open(raw / VAL_TAR, "rb") as file:
-            members = sorted(_members(file, sources, 0, os.fstat(file.fileno()).st_size))
-        if len(members) != len(devkit.validation):
-            raise SourceError(
-                f"{raw / VAL_TAR}: {len(members)} images, but the devkit has {len(devkit.validation)} labels; "
-                "fetch it again"
-            )
-        for (name, offset, length), wnid in zip(members, devkit.validation):
-            sources.images.append(RawImage("val", f"{VAL_TAR}/{name}", wnid, file.name, offset, length))
-    wnids = sorted({image.wnid for image in sources.images if image.wnid})
-    unknown = [wnid for wnid in wnids if devkit.ids and wnid not in devkit.ids]
-    if unknown:
-        raise SourceError(
-            f"{raw / TRAIN_TAR}: synsets that the devkit lacks: {', '.join(unknown[:5])}; "
-            "archive and devkit are of different years"
-        )
-    sources.classes = tuple(
-        ClassRecord(label, wnid, devkit.words.get(wnid, wnid), devkit.ids.get(wnid)) for label, wnid in enumerate(wnids)
-    )
-    return sources
-
-
-def _split_folders(raw: Path, files: list[str], folders: list[str]) -> Sources:
-    sources = Sources("", [])
-    used = {name: SPLIT_FOLDERS[name] for name in folders if name in SPLIT_FOLDERS}
-    if len(set(used.values())) != len(used):
-        raise SourceError(f"{raw}: {', '.join(used)}: two folders for one split; rename or remove one")
-    for folder, split in used.items():
-        _class_folders(sources, raw, folder, split)
-    sources.layout = " and ".join(f"{folder}/" for folder in used) + " with one folder per class"
-    _ignore(sources, files, [name for name in folders if name not in used])
-    return _with_folder_classes(sources)
-
-
-def _class_folders(sources: Sources, raw: Path, folder: str, split: str) -> None:
-    """Add every picture of raw/folder/CLASS/…; one directly in raw/folder has no label (allowed for test only)."""
-    for directory, names, files in os.walk(raw / folder):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        inner = Path(directory).relative_to(raw / folder)
-        wnid = inner.parts[0] if inner.parts else None
-        for name in sorted(files):
-            if not _is_picture(name):
-                sources.ignored[_kind(name)] += 1
-                continue
-            if wnid is None and split != "test":
-                raise SourceError(
-                    f"{raw / folder / name}: a picture outside the class folders has no label; move it into one"
-                )
-            path = (Path(folder) / inner / name).as_posix()
-            file = os.path.join(directory, name)
-            sources.images.append(RawImage(split, path, wnid, file, 0, os.stat(file).st_size))
-
-
-def _with_folder_classes(sources: Sources) -> Sources:
-    wnids = sorted({image.wnid for image in sources.images if image.wnid})
-    sources.classes = tuple(ClassRecord(label, wnid, wnid, None) for label, wnid in enumerate(wnids))
-    if not any(image.split == "train" for image in sources.images):
-        raise SourceError("no training pictures: train/ has no class folder with pictures in it")
-    return sources
-
-
-def _flat(raw: Path, files: list[str], folders: list[str]) -> Sources:
-    """Files named WNID_…; where the rest is words (n01440764_tench.JPEG) and not a number, it names the class."""
-    sources = Sources("one flat folder of WNID_… files", [])
-    _ignore(sources, [], folders)
-    words: dict[str, str] = {}
-    for name in files:
-        match = WNID_NAME.fullmatch(name)
-        if not match or not _is_picture(name):
-            sources.ignored[_kind(name)] += 1
-            continue
-        wnid, rest = match.groups()
-        sources.images.append(RawImage("train", name, wnid, str(raw / name), 0, (raw / name).stat().st_size))
-        words.setdefault(wnid, wnid if rest[0].isdigit() else rest.replace("_", " "))
-    sources.classes = tuple(ClassRecord(label, wnid, words[wnid], None) for label, wnid in enumerate(sorted(words)))
-    return sources
-
-
-def _members(file: BinaryIO, sources: Sources, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file of the tar at [start, end) of `file`: only headers are read."""
-    file.seek(start)
+    folder = _folder(raw)
+    chosen = _choose(folder, layout)
+    scans = Scans(cache)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.offset >= end:
-                    break
-                if not member.isfile():
-                    sources.ignored["link or folder in an archive"] += 1
-                    continue
-                if member.offset_data + member.size > end:
-                    raise SourceError(f"{file.name}: cut short inside {member.name}; fetch it again")
-                yield member.name, member.offset_data, member.size
-            else:  # tarfile ends silently at a header that it cannot read
-                file.seek(tar.offset)
-                if tar.offset < end and file.read(512).strip(b"\0"):
-                    raise SourceError(f"{file.name}: damaged at byte {tar.offset}; fetch it again")
-    except tarfile.TarError as error:
-        raise SourceError(f"{file.name}: damaged ({error}); fetch it again") from error
+        sources = chosen.read(folder, scans)
+    finally:
+        scans.save()
+    sources.name = chosen.name
+    if classes:
+        _keep_classes(sources, classes)
+    counts.check(sources, allow_incomplete, chosen=classes is not None)
+    if not any(image.split == "train" for image in sources.images):
+        raise SourceError(f"{raw}: {sources.layout}, but no training picture with a label is in it")
+    return sources
 
 
-def _ignore(sources: Sources, files: list[str], folders: list[str]) -> None:
-    """Count what lies in RAW beside the layout, so that the user is told of it."""
-    sources.ignored.update(_kind(name) for name in files)
-    sources.ignored.update("folder" for _ in folders)
+def _folder(raw: Path) -> Folder:
+    if raw.is_dir():
+        return Folder.of(raw)
+    if raw.is_file() and raw.suffix.lower() == ".tar":
+        return Folder(raw.parent, (raw.name,), ())
+    raise SourceError(
+        f"{raw}: {'not a directory and not a .tar' if raw.exists() else 'no such directory'}; "
+        "RAW is the folder with the raw images or archives"
+    )
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def _choose(folder: Folder, name: str | None) -> Layout:
+    if name is not None:
+        if name not in LAYOUTS:
+            raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
+        return LAYOUTS[name]
+    for layout in LAYOUTS.values():
+        if layout.recognise(folder):
+            return layout
+    some = folder.folders or folder.files
+    found = f"{len(folder.folders)} folders and {len(folder.files)} files" if some else "nothing"
+    raise SourceError(
+        f"{folder.path}: no layout that Penstock knows. Looked for "
+        f"{'; '.join(layout.looks_for for layout in LAYOUTS.values())}. Found {found}."
+    )
 
 
-def _kind(name: str) -> str:
-    return Path(name).suffix or name
+def _keep_classes(sources: Sources, file: Path) -> None:
+    """Leave out all classes that `file` does not name, one a line; blank lines and what follows a # say nothing."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in read_text(file).splitlines())
+    wanted = {line for line in lines if line}
+    known = {record.wnid for record in sources.classes}
+    if not wanted:
+        raise UserError(f"--classes {file}: names no class; write one wnid or folder name a line")
+    if unknown := sorted(wanted - known):
+        more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
+        raise UserError(
+            f"--classes {file}: {', '.join(unknown[:5])}{more}: not among the {len(known):,} classes of the raw data"
+        )
+    kept = [record for record in sources.classes if record.wnid in wanted]
+    sources.classes = tuple(replace(record, label=label) for label, record in enumerate(kept))
+    for image in sources.images:
+        if image.wnid not in wanted:
+            sources.ignored.add("picture of no class in --classes", image.path)
+    sources.images = [image for image in sources.images if image.wnid in wanted]

@@ -1,0 +1,430 @@
+"""Every damage to a dataset directory is found, whatever its hashes say; repair gives the same bytes, or nothing."""
+
+import io
+import json
+import re
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from conftest import build
+from pipeline import manifest
+from pipeline.manifest import DatasetError
+from pipeline.offline import repair
+from pipeline.offline.build import png
+from pipeline.offline.verify import check, load
+from test_build import digests
+from tools.verify_shards import main as verify_shards
+
+SHARD = "train/train-000000"
+
+
+def verify(*arguments: object) -> Result:
+    """Run tools/verify_shards.py in this process."""
+    result = CliRunner().invoke(verify_shards, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def small(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`raw` in pictures of 32 pixels: quick to check. Read only."""
+    root = tmp_path_factory.mktemp("small") / "dataset"
+    assert build(raw, root, "--workers", 1, "--samples-per-shard", 16, "--size", 32).exit_code == 0
+    return root
+
+
+@pytest.fixture
+def root(small: Path, tmp_path: Path) -> Path:
+    """A copy of `small` to damage."""
+    return Path(shutil.copytree(small, tmp_path / "dataset"))
+
+
+def remake(root: Path, change: Callable[[dict], object] = lambda body: None) -> None:
+    """Make all hashes and sizes in dataset.json fit what lies there; then change it, and sign it again."""
+    body = json.loads((root / "dataset.json").read_bytes())
+    for name in body["files"]:
+        data = (root / name).read_bytes()
+        body["files"][name] = {"bytes": len(data), "sha256": manifest.sha256(data)}
+    for shard in (shard for split in body["splits"].values() for shard in split["shards"]):
+        shard["bytes"] = body["files"][shard["name"]]["bytes"]
+    del body["checksum"], body["identity"]
+    change(body)
+    signed = {key: body[key] for key in manifest.IDENTITY_KEYS}
+    body.setdefault("identity", manifest.sha256(manifest.canonical_json(signed)))
+    checksum = manifest.sha256(manifest.canonical_json(body))
+    (root / "dataset.json").write_bytes(manifest.canonical_json(body | {"checksum": checksum}))
+
+
+def assert_one_failure(root: Path, file: str, words: str) -> None:
+    failures = check(load(root))
+    assert [failure.file for failure in failures] == [file], failures
+    assert words in failures[0].what
+
+
+def failing(root: Path, quick: bool = True) -> list[str]:
+    return [failure.file for failure in check(load(root), quick=quick)]
+
+
+def test_good_datasets_pass(dataset: Path, small: Path):
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
+    for root, options in ((dataset, ["--workers", 1]), (small, ["--quick"])):
+        result = verify(root, *options)
+        assert result.exit_code == 0, result.output
+        files, samples = len(digests(root)), 50
+        size = sum(path.stat().st_size for path in root.rglob("*") if path.name != "dataset.json" and path.is_file())
+        assert re.fullmatch(rf"all holds.*: {files} files, {samples} samples, {size:,} bytes, .* s\n", result.output)
+    assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
+
+
+def test_every_flipped_byte_is_found_and_only_its_file_is_blamed(root: Path):
+    random = np.random.default_rng(7)
+    names = sorted(digests(root))
+    assert len(names) > 12
+    for count in range(520):
+        name = names[count % len(names)]
+        good = (root / name).read_bytes()
+        bad = bytearray(good)
+        if not bad:
+            continue
+        bad[int(random.integers(len(bad)))] ^= 1 << int(random.integers(8))
+        (root / name).write_bytes(bad)
+        if name == "dataset.json":
+            with pytest.raises(DatasetError):
+                load(root)
+        else:
+            assert failing(root) == [name]
+        (root / name).write_bytes(good)
+    assert failing(root) == []
+
+
+def test_no_content_whose_hashes_fit_is_a_traceback(root: Path):
+    """Damage of every kind and length, with the manifest made to fit: found, or harmless, but never an exception."""
+    random = np.random.default_rng(8)
+    names = sorted(digests(root).keys() - {"dataset.json"})
+    good = {name: (root / name).read_bytes() for name in [*names, "dataset.json"]}
+    found = 0
+    for count in range(260):
+        name = names[count % len(names)]
+        bad = bytearray(good[name])
+        start, length = int(random.integers(min(len(bad), 700))), int(random.integers(1, 60))
+        kind = count // len(names) % 4
+        if kind == 0:
+            bad[start] ^= 1 << int(random.integers(8))
+        elif kind == 1:
+            bad[start : start + length] = random.bytes(length)
+        elif kind == 2:
+            del bad[start : start + length]
+        else:
+            del bad[int(random.integers(len(bad))) :]
+        (root / name).write_bytes(bad)
+        remake(root)
+        found += bool(failing(root, quick=False))
+        for changed in (name, "dataset.json"):
+            (root / changed).write_bytes(good[changed])
+    assert found > 230  # the others changed a digest of a raw image or the name of a skipped one
+
+
+def test_same_failures_in_the_same_order_with_two_workers(root: Path):
+    for name in ("train/train-000001.tar", "train/train-000002.idx", "val/samples.npy", "mean.png"):
+        (root / name).write_bytes(b"")
+    one, two = (verify(root, "--workers", workers) for workers in (1, 2))
+    assert one.exit_code == two.exit_code == 1
+    assert one.output.splitlines()[:-1] == two.output.splitlines()[:-1]
+    lines = [line.split(":")[0] for line in one.output.splitlines()]
+    assert lines == ["train/train-000001.tar", "train/train-000002.idx", "val/samples.npy", "mean.png", "4 failed"]
+
+
+def test_missing_unlisted_and_unfinished(root: Path):
+    (root / f"{SHARD}.tar").unlink()
+    (root / "skipped.jsonl").unlink()
+    (root / "val" / "notes\n.txt").write_text("mine")
+    (root / ".build").mkdir()
+    (root / ".build" / "plan.json").write_text("{}")
+    result = verify(root)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[:4] == [
+        ".build: unfinished: the build was killed at its very end; the same command again ends it",
+        r"'val/notes\n.txt': not listed in dataset.json",
+        f"{SHARD}.tar: missing",
+        "skipped.jsonl: missing",
+    ]
+
+
+def test_what_is_no_dataset_is_the_users_mistake(root: Path, raw: Path, tmp_path: Path):
+    for path, words in ((tmp_path / "nowhere", "no such directory"), (raw, "not a dataset directory")):
+        result = verify(path)
+        assert (result.exit_code, words in result.output) == (2, True)
+    (root / "dataset.json").write_bytes((root / "dataset.json").read_bytes()[:-2])
+    result = verify(root, "--repair", raw)
+    assert result.exit_code == 2
+    assert "build it again" in result.output
+
+
+# Violations whose hashes fit
+
+Members = list[tuple[str, bytes]]
+ALL = tuple(f"train/train-{number:06d}" for number in range(3))
+
+
+def members_of(root: Path, shard: str = SHARD) -> Members:
+    with tarfile.open(root / f"{shard}.tar") as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar]
+
+
+def rewrite(
+    root: Path, members: Members, shard: str = SHARD, end: bytes = bytes(1024), padding: bytes = b"\0", **header: object
+) -> None:
+    """Replace a shard: tar, index, and its sample records but for labels. `header` goes to its first member."""
+    tar, lines, places = b"", [], []
+    for name, data in members:
+        offset, info = len(tar) + 512, tarfile.TarInfo(name)
+        if name.endswith(".jpg"):
+            places.append((offset, len(data), zlib.crc32(data)))
+            lines.append(f"jpg {offset} {len(data)} {name}")
+        else:
+            lines[-1] += f" {name[-3:]} {offset} {len(data)} {name}"
+        info.size = len(data)
+        for field, value in header.items() if not tar else ():
+            setattr(info, field, value)
+        tar += info.tobuf(tarfile.USTAR_FORMAT) + data + padding * (-len(data) % 512)
+    (root / f"{shard}.tar").write_bytes(tar + end)
+    (root / f"{shard}.idx").write_text("".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]))
+    samples = np.load(root / "train/samples.npy")
+    for i, place in zip(np.flatnonzero(samples["shard"] == int(shard[-6:])), places):
+        samples["offset"][i], samples["size"][i], samples["crc32"][i] = place
+    np.save(root / "train/samples.npy", samples)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: [m[0], (m[1][0], b"3"), *m[2:]], "holds b'3', not a label from 0 to 2"),
+        (lambda m: [m[0], (m[1][0], b"01"), *m[2:]], "holds b'01', not a label"),
+        (lambda m: [m[0], *m[2:]], "has no label beside it"),
+        (lambda m: [m[0], m[3], m[2], m[1], *m[4:]], "does not stand behind its"),
+        (lambda m: [*m[:2], m[1], *m[2:]], "does not stand behind its"),
+        (lambda m: [*m, ("a.txt", b"")], "only KEY.jpg and KEY.cls belong here"),
+        (lambda m: [("a.b.jpg", m[0][1]), *m[1:]], "only KEY.jpg and KEY.cls belong here"),
+        (lambda m: [("a" * 91 + ".jpg", m[0][1]), *m[1:]], "only KEY.jpg and KEY.cls belong here"),
+        (lambda m: m[2:], "holds 14 samples, the manifest promises 15"),
+        (lambda m: [(m[2][0], m[0][1]), (m[3][0], m[1][1]), *m[2:]], f"stands in {SHARD}.tar"),
+        ({"mtime": 1}, "mtime is not"),
+        ({"uid": 5, "gname": "staff"}, "uid, gname is not"),
+        ({"type": tarfile.SYMTYPE}, "type is not"),
+        ({"padding": b"x"}, "not padded with zeros"),
+        ({"end": bytes(512)}, "does not end with two blocks"),
+        ({"end": bytes(1536)}, "does not end with two blocks"),
+        ({"end": b""}, "no header"),
+    ],
+)
+def test_tar_violations(root: Path, change: Callable[[Members], Members] | dict, words: str):
+    if isinstance(change, dict):
+        rewrite(root, members_of(root), **change)
+    else:
+        rewrite(root, change(members_of(root)))
+    remake(root)
+    assert_one_failure(root, f"{SHARD}.tar", words)
+
+
+@pytest.mark.parametrize(
+    ("change", "shards", "file", "words"),
+    [
+        (lambda image: image.resize((31, 32)), (SHARD,), f"{SHARD}.tar", "31×32 JPEG, not an RGB JPEG of 32×32"),
+        (lambda image: image.convert("L"), (SHARD,), f"{SHARD}.tar", "32×32 not RGB"),
+        (
+            lambda image: image.point(lambda level: 255 - level),
+            ALL,
+            "statistics.npz",
+            "mean colour of the stored JPEGs",
+        ),
+        (lambda image: image.point(lambda level: level // 2 + 64), ALL, "statistics.npz", "of the stored JPEGs"),
+    ],
+)
+def test_stored_pictures(
+    root: Path, change: Callable[[Image.Image], Image.Image], shards: tuple, file: str, words: str
+):
+    for shard in shards:
+        members = members_of(root, shard)
+        for i, (name, data) in enumerate(members):
+            if name.endswith(".jpg"):
+                out = io.BytesIO()
+                change(Image.open(io.BytesIO(data))).save(out, "JPEG", quality=95)
+                members[i] = (name, out.getvalue())
+        rewrite(root, members, shard)
+    remake(root)
+    assert failing(root) == []  # --quick does not decode
+    assert_one_failure(root, file, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (f"{SHARD}.idx", lambda text: text.replace(b"jpg 512 ", b"jpg 513 "), "not the index"),
+        ("train/samples.npy", lambda data: data[:-40], "does not load"),
+        ("train/samples.npy", lambda data: data[:-80] + data[-40:] + data[-80:-40], "sample 39: offset"),
+        ("skipped.jsonl", lambda text: text * 2, "lists {'train': 2}"),
+        ("skipped.jsonl", lambda text: b"", "lists {}"),
+        ("skipped.jsonl", lambda text: text.replace(b"truncated", b"boring"), "no reason"),
+        ("skipped.jsonl", lambda text: text.replace(b"checks_", b"checks."), "no key"),
+        ("skipped.jsonl", lambda text: text.replace(b"_0003", b"_0004"), "stands in"),
+        ("skipped.jsonl", lambda text: b"[" * 100_000, "line 1"),
+        ("mean.png", lambda data: data[:90], "truncated"),
+        ("mean.png", lambda _: png(np.zeros((32, 32, 3))), "not the rounded mean image"),
+    ],
+)
+def test_other_files_against_the_shards(root: Path, name: str, change: Callable[[bytes], bytes], words: str):
+    (root / name).write_bytes(change((root / name).read_bytes()))
+    remake(root)
+    assert_one_failure(root, name, words)
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard", 1), ("offset", 0), ("size", 1), ("label", 3), ("crc32", 1)])
+def test_every_field_of_the_sample_records(root: Path, field: str, value: int):
+    samples = np.load(root / "train/samples.npy")
+    samples[field][7] = value
+    np.save(root / "train/samples.npy", samples)
+    remake(root)
+    assert_one_failure(root, "train/samples.npy", f"sample 7: {field} {value}, but ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("mean_image", lambda mean: np.nextafter(mean, 300), "mean_image is not what its exact sums give"),
+        ("mean_image", lambda mean: mean.astype("f4"), "mean_image is not what its exact sums give"),
+        ("sum_image", lambda total: total + 1, "colour sums of the training shards"),
+        ("second_moments", lambda moments: moments[:2], "is not of 41 pictures"),
+        ("n", lambda n: n + 1, "differs from the statistics"),
+    ],
+)
+def test_statistics(root: Path, name: str, change: Callable[[np.ndarray], np.ndarray], words: str):
+    with np.load(root / "statistics.npz") as arrays:
+        changed = {key: change(arrays[key]) if key == name else arrays[key] for key in arrays}
+    np.savez(root / "statistics.npz", **changed)
+    remake(root)
+    assert_one_failure(root, "statistics.npz", words)
+
+
+@pytest.mark.parametrize(
+    ("change", "file", "words"),
+    [
+        (lambda body: body["splits"]["train"]["shards"][0]["sum_color"].reverse(), "statistics.npz", "colour sums"),
+        (lambda body: body["splits"]["val"].update(skipped=1), "skipped.jsonl", "the manifest promises"),
+        (lambda body: body["splits"]["train"]["shards"][0].update(bytes=1), "dataset.json", "1 bytes in one place"),
+        (lambda body: body["splits"]["train"]["shards"].reverse(), "dataset.json", "in ascending order"),
+        (lambda body: body["classes"].reverse(), "dataset.json", "ranks of the sorted wnids"),
+        (lambda body: body["recipe"].update(samples_per_shard=15), "dataset.json", "at most 15"),
+        (lambda body: body["files"].update(a={"bytes": 1, "sha256": ""}), "dataset.json", "lists 'a'"),
+        (lambda body: body["files"].pop("mean.png"), "mean.png", "not listed"),
+        (lambda body: body.update(identity="none"), "dataset.json", "its identity"),
+    ],
+)
+def test_dataset_json(root: Path, change: Callable[[dict], object], file: str, words: str):
+    remake(root, change)
+    failures = check(load(root))
+    assert any(failure.file == file and words in failure.what for failure in failures), failures
+
+
+# Repair
+
+
+def state(root: Path) -> dict[str, tuple[str, int]]:
+    return {name: (digest, (root / name).stat().st_mtime_ns) for name, digest in digests(root).items()}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{SHARD}.tar"],
+        [f"{SHARD}.idx"],
+        ["train/train-000002.tar", "train/train-000002.idx", "val/samples.npy"],
+        ["train/samples.npy"],
+        ["statistics.npz"],
+        ["mean.png"],
+        ["skipped.jsonl"],
+        ["mean.png", "skipped.jsonl", "statistics.npz", f"{SHARD}.tar", "val/val-000000.tar"],
+    ],
+)
+def test_repair_gives_the_same_bytes_and_touches_nothing_else(root: Path, raw: Path, names: list[str]):
+    before = state(root)
+    for name in names:
+        (root / name).write_bytes(b"damaged")
+    (root / names[0]).unlink()
+    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert f"repaired: {', '.join(sorted(names))}\n" in result.output
+    after = state(root)
+    assert {name for name in before if after.get(name) != before[name]} == set(names)
+    assert digests(root) == {name: digest for name, (digest, _) in before.items()}
+    assert not (root / ".repair").exists()
+
+
+def test_repair_names_unlisted_files_and_leaves_them(root: Path, raw: Path):
+    (root / "val" / "mine.txt").write_text("mine")
+    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
+    assert result.exit_code == 1
+    assert "nothing that RAW could repair" in result.output
+    (root / "mean.png").unlink()
+    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
+    assert result.exit_code == 1
+    assert result.output.count("val/mine.txt: not listed") == 2
+    assert "repaired: mean.png" in result.output
+    assert (root / "val" / "mine.txt").read_text() == "mine"
+
+
+def test_repair_from_other_pictures_or_codecs_is_refused(
+    root: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = Path(shutil.copytree(raw, tmp_path / "other"))
+    for folder in (other / "train").iterdir():
+        (folder / "0000.jpg").write_bytes((folder / "0001.jpg").read_bytes())
+    (root / f"{SHARD}.tar").unlink()
+    (root / "statistics.npz").write_bytes(b"")
+    before = state(root)
+    for workers in (1, 2):
+        result = verify(root, "--repair", other, "--quick", "--workers", workers)
+        assert result.exit_code == 2
+        assert re.search(
+            r"tar: RAW gives other bytes .*: RAW is not what it was built from; nothing was", result.output
+        )
+    monkeypatch.setattr(repair, "codec_versions", lambda: {**load(root).built_with, "jpeg": "9.9"})
+    assert "was built with jpeg " in verify(root, "--repair", other, "--quick").output
+    for split in ("train", "val"):
+        shutil.rmtree(other / split / "blobs")
+    result = verify(root, "--repair", other, "--quick")
+    assert result.exit_code == 2
+    assert "its classes or splits are not those" in result.output
+    assert state(root) == before
+    assert not (root / ".repair").exists()
+
+
+def test_duplicates_are_information(raw: Path, tmp_path: Path):
+    copies = Path(shutil.copytree(raw, tmp_path / "raw"))
+    for source, target in (
+        ("train/blobs/0001.jpg", "train/blobs/a.jpg"),
+        ("train/blobs/0001.jpg", "train/checks/b.jpg"),
+        ("train/blobs/0001.jpg", "val/blobs/c.jpg"),
+        ("train/stripes/0002.jpg", "val/stripes/d.jpg"),
+    ):
+        shutil.copyfile(copies / source, copies / target)
+    assert build(copies, tmp_path / "out", "--workers", 1, "--size", 32).exit_code == 0
+    result = verify(tmp_path / "out", "--quick", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == (
+        "duplicates (no failure): 2 raw images in 6 samples; "
+        "1 within a class of a split, 1 across labels, 2 across splits"
+    )
+    assert {frozenset(line.strip().split(" = ")) for line in lines[1:3]} == {
+        frozenset({"train/0 train_blobs_0001", "train/0 a", "train/1 b", "val/0 c"}),
+        frozenset({"train/2 train_stripes_0002", "val/2 d"}),
+    }
+    assert len(lines) == 4
