@@ -13,8 +13,10 @@ from rich.progress import Progress
 
 from pipeline.cli import Command
 from pipeline.manifest import Manifest
+from pipeline.offline.plan import make_plan
 from pipeline.offline.repair import repair
 from pipeline.offline.shards import BLOCK
+from pipeline.offline.sources import find_sources
 from pipeline.offline.verify import Failures, check, load
 
 EXAMPLES = 10  # duplicates that are shown
@@ -32,7 +34,11 @@ COPIES = 5  # samples of each that are shown
     help="Rebuild the files that fail from the raw images in RAW.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default="all cores", help="Processes."
+    "--workers",
+    type=click.IntRange(min=1),
+    default=len(os.sched_getaffinity(0)),
+    show_default="all cores",
+    help="Processes.",
 )
 @click.pass_context
 def main(context: click.Context, dataset: Path, quick: bool, raw: Path | None, workers: int) -> None:
@@ -53,7 +59,7 @@ def main(context: click.Context, dataset: Path, quick: bool, raw: Path | None, w
     failures = _check(found, quick, workers)
     failing = {failure.file for failure in failures} & found.files.keys()
     if raw and failing:
-        repair(found, failing, raw, workers)
+        repair(found, failing, make_plan(find_sources(raw), found.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(found, quick, workers)
     elif raw:

@@ -180,14 +180,3 @@ def png(mean_image: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.rint(mean_image).astype(np.uint8)).save(out, "PNG")
     return out.getvalue()
-
-
-def _merge(plan: Plan, root: Path, results: list[ShardResult]) -> Manifest:
-    total = Sums.zero(plan.recipe.size)
-    for result in results:
-        if result.name.startswith("train/"):
-            total.merge(result.sums)
-    return merge(plan, root, [finish_shard(result) for result in results], total)
-
-
-_npy, _png = npy, png

@@ -47,6 +47,3 @@ def begin_worker() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before the line above
         os._exit(1)
-
-
-_leave_interrupts_to_parent = begin_worker

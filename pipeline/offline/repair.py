@@ -4,13 +4,17 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import tarfile
+import tokenize
+import warnings
+import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,15 +26,18 @@ from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, Manifest
 from pipeline.offline import executors
 from pipeline.offline.build import FinishedShard, finish_shard, merge, npy, png, shard_tasks
 from pipeline.offline.keys import MAX_LENGTH
-from pipeline.offline.plan import Plan, make_plan
+from pipeline.offline.plan import Plan
 from pipeline.offline.shards import BLOCK
-from pipeline.offline.sources import find_sources
 from pipeline.offline.statistics import Sums
 
 REPAIR_FOLDER = ".repair"
 KEY = rf"[A-Za-z0-9_-]{{1,{MAX_LENGTH}}}"
 MAX_PIXELS, MAX_SCANS = 64 * 10**6, 100  # of a stored picture: as many as a raw one may have
 _HEADER_FIELDS = ("mode", "uid", "gid", "mtime", "type", "linkname", "uname", "gname")
+PARSER_ERRORS = (  # what numpy and zipfile raise on bad data
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, OSError, EOFError, ValueError, TypeError,
+    KeyError, SyntaxError, RuntimeError, OverflowError, MemoryError, Warning,
+)  # fmt: skip
 
 
 class RepairError(UserError):
@@ -74,15 +81,25 @@ def opened(found: Manifest, name: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, decode: bool) -> TarContent:
-    """Read shard `number` back from its tar, one member in memory at a time; with `decode`, its pictures as well.
+def loaded(load: Callable[[], Any]) -> Any:
+    """What a loader of the manifest returns. Raises Violation where the content is none, in whatever way."""
+    try:
+        with warnings.catch_warnings(action="error"):
+            return load()
+    except PARSER_ERRORS as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Violation(f"does not load ({what})") from error
+
+
+def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, pictures: bool) -> TarContent:
+    """Read shard `number` back from its tar, one member in memory at a time; with `pictures`, decode those as well.
 
     Raises:
         Violation: a byte that the builder would not have written, or a picture that is not size×size RGB.
     """
     samples: list[tuple[int, int, int, int, int, int]] = []
     keys, index = [], []
-    sums = Sums.zero(recipe.size) if decode else None
+    sums = Sums.zero(recipe.size) if pictures else None
     for name, offset, data in _members(file):
         key, _, extension = name.partition(".")
         if extension == "jpg":
@@ -154,19 +171,18 @@ def stored_pixels(data: bytes, form: str, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def repair(found: Manifest, failing: Collection[str], raw: Path, workers: int) -> None:
-    """Rebuild the files `failing` of a dataset directory from RAW, and put them into place once all of them fit.
+def repair(found: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
+    """Rebuild the files `failing` of a dataset directory, and put them into place once all of them fit.
 
-    Every rebuilt byte must be what the manifest promises, else nothing is changed. No other file is touched.
+    `plan` is that of the raw images and the build recipe of `found`. Every rebuilt byte must be what the manifest
+    promises, else nothing is changed. No other file is touched.
 
     Raises:
-        RepairError: RAW, or the codecs here, give other bytes.
-        UserError: RAW holds nothing that we know.
+        RepairError: the raw images, or the codecs here, give other bytes.
         OSError: as the file system says; what is in place by then is whole.
     """
-    plan = make_plan(find_sources(raw), found.recipe)
     if plan.classes != found.classes or plan.splits.keys() != found.splits.keys():
-        raise _refusal(found, f"{raw}: its classes or splits are not those of {found.root}")
+        raise _refusal(found, f"{found.root}: RAW has other classes or splits")
     aside = found.root / REPAIR_FOLDER
     if aside.exists():
         shutil.rmtree(aside)

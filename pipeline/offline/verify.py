@@ -4,20 +4,15 @@ import json
 import multiprocessing
 import os
 import re
-import struct
-import tokenize
-import warnings
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +21,8 @@ from pipeline.errors import UserError
 from pipeline.image import REASONS
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
 from pipeline.offline.executors import begin_worker
-from pipeline.offline.repair import KEY, REPAIR_FOLDER, TarContent, Violation, opened, read_tar, stored_pixels
+from pipeline.offline.plan import SPLITS
+from pipeline.offline.repair import KEY, REPAIR_FOLDER, TarContent, Violation, loaded, opened, read_tar, stored_pixels
 from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.statistics import Sums, finish
 
@@ -34,10 +30,6 @@ LEFT_OVER = {
     BUILD_FOLDER: "unfinished: the build was killed at its very end; the same command again ends it",
     REPAIR_FOLDER: "left by a repair that was killed; delete it",
 }
-PARSER_ERRORS = (  # what numpy and zipfile raise on bad data
-    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, OSError, EOFError, ValueError, TypeError,
-    KeyError, SyntaxError, RuntimeError, OverflowError, MemoryError, Warning,
-)  # fmt: skip
 
 
 class Failure(NamedTuple):
@@ -90,13 +82,15 @@ def check(
     """
     failures = Failures(Failure(FILE_NAME, what) for what in _manifest_violations(found))
     failures += _unlisted(found)
-    findings: dict[str, list[ShardFindings]] = {split: [] for split in found.splits}
-    for result in _check_shards(found, quick, workers):
-        findings[result.shard.name.partition("/")[0]].append(result)
-        failures += result.failures
-        progress()
+    results = _check_shards(found, quick, workers)
+    findings: dict[str, list[ShardFindings]] = {}
     seen: dict[str, str] = {}
     for split in found.splits:
+        findings[split] = []
+        for result in islice(results, len(found.splits[split].shards)):
+            findings[split].append(result)
+            failures += result.failures
+            progress()
         with failures.of(f"{split}/samples.npy"):
             _check_samples(found, split, findings[split])
         for shard, _, content in findings[split]:
@@ -121,10 +115,13 @@ def _manifest_violations(found: Manifest) -> Iterator[str]:
     wnids = [record.wnid for record in found.classes]
     if [record.label for record in found.classes] != list(range(len(wnids))) or wnids != sorted(set(wnids)):
         yield "the labels are not the ranks of the sorted wnids"
+    if not found.splits.keys() <= set(SPLITS):
+        yield f"its splits are not among {', '.join(SPLITS)}"
     limit = found.recipe.samples_per_shard
     for name, split in found.splits.items():
         names = [shard.name for shard in split.shards]
-        if names != sorted(set(names)) or not all(re.fullmatch(rf"{name}/{name}-\d{{6}}\.tar", tar) for tar in names):
+        form = re.compile(rf"({re.escape(name)})/\1-\d{{6}}\.tar")
+        if names != sorted(set(names)) or not all(form.fullmatch(tar) for tar in names):
             yield f"the shards of {name} are not named {name}/{name}-NNNNNN.tar in ascending order"
         if split.samples != sum(shard.samples for shard in split.shards):
             yield f"the shards of {name} do not add up to its {split.samples} samples"
@@ -152,7 +149,7 @@ def _unlisted(found: Manifest) -> Iterator[Failure]:
     known = _expected(found) | {FILE_NAME} | found.files.keys()
     for folder, folders, files in os.walk(found.root):
         inner = Path(folder).relative_to(found.root)
-        for name in LEFT_OVER.keys() & set(folders) if inner == Path() else ():
+        for name in sorted(LEFT_OVER.keys() & set(folders)) if inner == Path() else ():
             folders.remove(name)
             yield Failure(name, LEFT_OVER[name])
         links = [name for name in folders if name not in found.splits and os.path.islink(os.path.join(folder, name))]
@@ -183,8 +180,8 @@ def check_shard(found: Manifest, shard: ShardRecord, quick: bool) -> ShardFindin
     failures = Failures()
     content: TarContent | None = None
     with failures.of(shard.name), opened(found, shard.name) as file:
-        number = int(re.sub(r"\D", "", shard.name) or 0)
-        read = read_tar(file, number, len(found.classes), found.recipe, decode=not quick)
+        number = int(re.sub(r"\D", "", shard.name)[-6:] or 0)
+        read = read_tar(file, number, len(found.classes), found.recipe, pictures=not quick)
         if len(read.samples) != shard.samples:
             raise Violation(f"holds {len(read.samples)} samples, the manifest promises {shard.samples}")
         without = np.flatnonzero(read.samples["label"] < 0)
@@ -200,7 +197,7 @@ def check_shard(found: Manifest, shard: ShardRecord, quick: bool) -> ShardFindin
 def _check_samples(found: Manifest, split: str, findings: list[ShardFindings]) -> None:
     """samples.npy against those tars that hold."""
     with opened(found, f"{split}/samples.npy"):
-        samples = _loaded(lambda: found.samples(split))
+        samples = loaded(lambda: found.samples(split))
     end = 0
     for shard, _, content in findings:
         start, end = end, end + shard.samples
@@ -242,23 +239,14 @@ def _skipped_keys(found: Manifest) -> list[str]:
     return keys
 
 
-def _loaded(load: Callable[[], Any]) -> Any:
-    """What a loader of the manifest returns. Raises Violation where the content is none, in whatever way."""
-    try:
-        with warnings.catch_warnings(action="error"):
-            return load()
-    except PARSER_ERRORS as error:
-        raise Violation(f"does not load ({error or type(error).__name__})") from error
-
-
 def _check_statistics(found: Manifest) -> Statistics:
     """The exact sums against the manifest's shards; all else against the exact sums, bit for bit."""
     with opened(found, STATISTICS_FILE):
-        statistics: Statistics = _loaded(found.statistics)
+        statistics: Statistics = loaded(found.statistics)
     train, size = found.split("train"), found.recipe.size
     sums = Sums(statistics.n, statistics.sum_image, statistics.second_moments)
     forms = [(array.dtype, array.shape) for array in (sums.sum_image, sums.second_moments)]
-    if forms != [(np.int64, (size, size, 3)), (np.int64, (3, 3))] or sums.n != train.samples:
+    if forms != [(np.int64, (size, size, 3)), (np.int64, (3, 3))] or not 0 < sums.n == train.samples:
         raise Violation(f"is not of {train.samples} pictures of {size}×{size}")
     exact = np.sum([[shard.sum_color, *shard.second_moments] for shard in train.shards], axis=0)  # (4, 3) int64
     if not np.array_equal([sums.sum_image.sum(axis=(0, 1)), *sums.second_moments], exact):
