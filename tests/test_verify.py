@@ -269,6 +269,7 @@ def test_stored_pictures(
     [
         (f"{SHARD}.idx", lambda text: text.replace(b"jpg 512 ", b"jpg 513 "), "not the index"),
         ("train/samples.npy", lambda data: data[:-40], "does not load"),
+        ("train/samples.npy", lambda data: data + b"more", "not in the form"),
         ("train/samples.npy", lambda data: data[:-80] + data[-40:] + data[-80:-40], "sample 39: offset"),
         ("skipped.jsonl", lambda text: text * 2, "lists {'train': 2}"),
         ("skipped.jsonl", lambda text: b"", "lists {}"),

@@ -20,6 +20,7 @@ from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.image import REASONS
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
+from pipeline.offline.build import npy
 from pipeline.offline.executors import begin_worker
 from pipeline.offline.plan import SPLITS
 from pipeline.offline.repair import KEY, REPAIR_FOLDER, TarContent, Violation, loaded, opened, read_tar, stored_pixels
@@ -196,8 +197,10 @@ def check_shard(found: Manifest, shard: ShardRecord, quick: bool) -> ShardFindin
 
 def _check_samples(found: Manifest, split: str, findings: list[ShardFindings]) -> None:
     """samples.npy against those tars that hold."""
-    with opened(found, f"{split}/samples.npy"):
+    with opened(found, f"{split}/samples.npy") as file:
         samples = loaded(lambda: found.samples(split))
+        if file.read() != npy(samples):
+            raise Violation("is not in the form in which numpy writes it")
     end = 0
     for shard, _, content in findings:
         start, end = end, end + shard.samples

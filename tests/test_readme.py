@@ -1,0 +1,36 @@
+"""The README's Python runs, and every file that the documents link to is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+
+def test_python_blocks_run(dataset: Path, tmp_path: Path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    printed = []
+    for block in blocks:
+        code = block.replace("DATASET", str(dataset))
+        assert code != block
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.splitlines())
+    assert len(printed[0]) == 15  # the first shard: 16 images, of which one was skipped
+    assert all("(256, 256, 3)" in line for line in printed[0])
+    assert "torch.Size([41, 3, 224, 224])" in printed[1][0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/dataset.md", "docs/measurements.md"])
+def test_links_lead_to_files(page: str):
+    text = (ROOT / page).read_text()
+    linked = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    named = re.findall(r"`((?:pipeline|trainer|tools|tests|docs)/[\w./-]+)`", text)
+    for name in linked + named:
+        base = ROOT if name in named else (ROOT / page).parent
+        assert (base / name).exists(), name
+    assert "@" not in re.sub(r"\w@\w", "", text), "a placeholder is left"
