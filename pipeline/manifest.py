@@ -230,18 +230,24 @@ def parse(data: bytes, root: Path) -> Manifest:
         raise DatasetError(f"{path}: format {version}, this version of Penstock reads format {FORMAT}; build it again")
     if not intact:
         raise DatasetError(f"{path}: damaged (its checksum does not fit its content); build it again")
-    return Manifest(
-        root=root,
-        recipe=BuildRecipe(**body["recipe"]),
-        classes=tuple(ClassRecord(**record) for record in body["classes"]),
-        splits={
-            name: Split(split["samples"], split["skipped"], tuple(_shard(shard) for shard in split["shards"]))
-            for name, split in body["splits"].items()
-        },
-        statistics_summary=body["statistics"],
-        files={name: FileRecord(**record) for name, record in body["files"].items()},
-        built_with=body["built_with"],
-    )
+    try:
+        return Manifest(
+            root=root,
+            recipe=BuildRecipe(**body["recipe"]),
+            classes=tuple(ClassRecord(**record) for record in body["classes"]),
+            splits={
+                name: Split(split["samples"], split["skipped"], tuple(_shard(shard) for shard in split["shards"]))
+                for name, split in body["splits"].items()
+            },
+            statistics_summary=body["statistics"],
+            files={name: FileRecord(**record) for name, record in body["files"].items()},
+            built_with=body["built_with"],
+        )
+
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path}: lacks or adds a key ({error}); built by another version? Build it again"
+        ) from error
 
 
 def _shard(record: dict[str, Any]) -> ShardRecord:

@@ -300,6 +300,16 @@ def test_every_flipped_byte_of_the_manifest_is_found(dataset: Path):
             manifest.parse(bytes(damaged), dataset)
 
 
+def test_an_unknown_key_with_a_right_checksum_is_an_error(dataset: Path):
+    built = manifest.load(dataset)
+    body = json.loads(built.to_json())
+    del body["checksum"]
+    body["recipe"]["colour"] = "grey"
+    data = manifest.canonical_json(body | {"checksum": manifest.sha256(manifest.canonical_json(body))})
+    with pytest.raises(DatasetError, match="colour"):
+        manifest.parse(data, dataset)
+
+
 def test_a_damaged_dataset_is_an_error_that_names_the_file(dataset: Path, tmp_path: Path):
     def damaged(name: str, content: bytes | None) -> str:
         root = tmp_path / "copy"
