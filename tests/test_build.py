@@ -276,6 +276,29 @@ def test_no_training_picture_that_decodes_is_an_error(raw: Path, tmp_path: Path)
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+def test_filter_subsampling_and_orientation_are_options(raw: Path, tmp_path: Path):
+    """One picture with an orientation tag, stored as asked, against Pillow and `image.rescale`."""
+    for name in ("a", "b"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    picture = Image.open(next((raw / "val" / "blobs").iterdir()))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    picture.save(tmp_path / "raw" / "a" / "1.png", exif=exif)
+    picture.save(tmp_path / "raw" / "b" / "2.png")
+    options = ("--filter", "area", "--subsampling", "4:4:4", "--exif", "apply", "--quality", 100, "--holdout", 0)
+    result = build(tmp_path / "raw", tmp_path / "out", "--workers", 1, *options)
+    assert result.exit_code == 0, result.output
+    recipe = manifest.load(tmp_path / "out").recipe
+    assert (recipe.filter, recipe.subsampling, recipe.exif) == ("area", "4:4:4", "apply")
+    for sample in webdataset.WebDataset(str(tmp_path / "out/train/train-000000.tar"), shardshuffle=False):
+        stored = Image.open(io.BytesIO(sample["jpg"]))
+        assert stored.layer[0][1:3] == (1, 1)  # type: ignore[attr-defined]  # chroma at the full resolution
+        raw_picture = picture.rotate(-90, expand=True) if sample["__key__"] == "1" else picture
+        expected = io.BytesIO()
+        Image.fromarray(rescale(raw_picture, 256, "area")).save(expected, "JPEG", quality=100, subsampling=0)
+        assert sample["jpg"] == expected.getvalue()
+
+
 def test_holdout_and_limit(raw: Path, tmp_path: Path):
     assert build(raw / "train", tmp_path / "a", "--workers", 1, "--holdout", 0.3).exit_code == 0
     splits = manifest.load(tmp_path / "a").splits

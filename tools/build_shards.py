@@ -54,6 +54,28 @@ from pipeline.offline.sources import LAYOUTS, Sources, find_sources
     default=0,
     help="Use at most this many images, drawn evenly over RAW (0: all).",
 )
+@click.option(
+    "--filter",
+    "kernel",
+    type=click.Choice(["bicubic", "area"]),
+    default="bicubic",
+    show_default=True,
+    help="How pictures are rescaled; area as in cuda-convnet2.",
+)
+@click.option(
+    "--subsampling",
+    type=click.Choice(["4:2:0", "4:2:2", "4:4:4"]),
+    default="4:2:0",
+    show_default=True,
+    help="Of the stored JPEGs' chroma.",
+)
+@click.option(
+    "--exif",
+    type=click.Choice(["ignore", "apply"]),
+    default="ignore",
+    show_default=True,
+    help="The orientation tag: ignored as by torchvision and the original, or the picture turned.",
+)
 @click.option("--layout", metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}.")
 @click.option(
     "--classes",
@@ -74,6 +96,9 @@ def main(
     samples_per_shard: int,
     seed: int,
     limit: int,
+    kernel: str,
+    subsampling: str,
+    exif: str,
     layout: str | None,
     classes: Path | None,
     allow_incomplete: bool,
@@ -91,7 +116,15 @@ def main(
       python tools/build_shards.py photos/ photos-256/ --holdout 0.2
     """
     recipe = BuildRecipe(
-        size=size, quality=quality, seed=seed, samples_per_shard=samples_per_shard, holdout=holdout, limit=limit
+        size=size,
+        quality=quality,
+        seed=seed,
+        samples_per_shard=samples_per_shard,
+        holdout=holdout,
+        limit=limit,
+        filter=kernel,
+        subsampling=subsampling,
+        exif=exif,
     )
     started = time.monotonic()
     if dataset.resolve().is_relative_to(raw.resolve()):
