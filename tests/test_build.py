@@ -229,6 +229,19 @@ def test_a_kill_between_the_manifest_and_the_end_is_cleaned_up(dataset: Path, ra
     assert digests(root) == digests(dataset)
 
 
+def test_a_damaged_record_costs_its_shard_and_nothing_else(dataset: Path, raw: Path, tmp_path: Path):
+    root = tmp_path / "dataset"
+    half_built(raw, root)
+    (record,) = (root / ".build").glob("*.npz")
+    data = record.read_bytes()
+    for damaged in (b"", data[: len(data) // 2], data[:-30] + bytes(30)):
+        record.write_bytes(damaged)
+        copy = tmp_path / f"copy{len(damaged)}"
+        shutil.copytree(root, copy)
+        assert build(raw, copy, "--workers", 1, "--samples-per-shard", 16).exit_code == 0
+        assert digests(copy) == digests(dataset)
+
+
 def test_two_builds_of_one_dataset_do_not_meet(raw: Path, tmp_path: Path):
     (tmp_path / "dataset" / ".build").mkdir(parents=True)
     with open(tmp_path / "dataset" / ".build" / "lock", "w") as lock:

@@ -14,7 +14,6 @@ from pipeline.offline.raw import LeftOut, SourceError, shown
 BLOCK = 512
 MAX_EXTENDED = 2**20  # bytes of an extended header; a real one has some hundred
 MAX_NAME = 4096  # bytes, as PATH_MAX
-_END = bytes(BLOCK)
 _REGULAR, _EXTENDED, _SPARSE = b"0\x007", b"LKxXg", b"S"
 _WITHOUT_DATA = {
     b"1": "link in an archive",

@@ -4,12 +4,14 @@ import hashlib
 import io
 import json
 import tarfile
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import ImageError, decode, encode, rescale
@@ -97,7 +99,7 @@ def write_shard(task: ShardTask) -> ShardResult:
     return result
 
 
-def decode_raw(data: bytes, recipe: BuildRecipe) -> Any:
+def decode_raw(data: bytes, recipe: BuildRecipe) -> Image.Image:
     """`image.decode` within the limits of a build recipe."""
     return decode(
         data,
@@ -109,14 +111,14 @@ def decode_raw(data: bytes, recipe: BuildRecipe) -> Any:
 
 
 def load_record(task: ShardTask) -> ShardResult | None:
-    """The result of a shard that an earlier run finished, or None."""
+    """The result of a shard that an earlier run finished; None where there is none, or none that can be read."""
     try:
         with np.load(task.record_path, allow_pickle=False) as record:
             meta = json.loads(record["meta"].tobytes())
             sums = Sums(int(record["n"]), record["sum_image"].astype(np.int64), record["second_moments"])
             samples = record["samples"]
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
+        return None  # the shard is built again
     for name, file in meta["files"].items():
         path = task.root / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
