@@ -61,7 +61,7 @@ fi
 
 # 5. everything else
 say "installing torch, DALI and the rest (about 2 GB on disk; more with torch's CUDA build)"
-quietly pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+quietly pip install -c constraints.txt --no-build-isolation -e '.[dev,s3,parquet,ray]'
 .venv/bin/python - <<'PY' || fail "Pillow-SIMD lacks a format. Run: rm -r .venv, then the same command again"
 import sys
 from PIL import features
