@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A mistake that the user can mend. Commands print its message and exit with code 2, without a traceback."""
+
+
+class SourceError(UserError):
+    """RAW holds nothing that we know, contradicts itself, or is not what it was."""

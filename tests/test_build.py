@@ -185,8 +185,8 @@ HALF = """
 import os, sys
 from pipeline.offline import build
 save = build.executors.run
-def run(tasks, workers):
-    for result in save(tasks, 1):
+def run(function, tasks, workers):
+    for result in save(function, tasks, 1):
         yield result
         os._exit(9)
 build.executors.run = run

@@ -397,7 +397,7 @@ def test_the_scan_of_archives_is_remembered_until_they_change(official: Path, tm
     (raw / TRAIN_TAR).write_bytes(b"\xaa" * status.st_size)
     os.utime(raw / TRAIN_TAR, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = find_sources(raw, cache=state)
-    assert (again.images, again.ignored, again.classes) == (first.images, first.ignored, first.classes)
+    assert (list(again.images), again.ignored, again.classes) == (list(first.images), first.ignored, first.classes)
     assert scans.read_bytes() == remembered
     os.utime(raw / TRAIN_TAR, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     with pytest.raises(SourceError, match="damaged at byte 0"):
@@ -416,7 +416,7 @@ def test_a_damaged_memory_of_scans_is_ignored_and_written_again(tmp_path: Path):
         bad[int(random.integers(len(bad)))] ^= 1 << int(random.integers(8))
         scans.write_bytes(bad if i % 3 else good[: int(random.integers(len(good)))])
         again = find_sources(raw, cache=state)
-        assert (again.images, again.ignored.lines()) == (first.images, first.ignored.lines())
+        assert (list(again.images), again.ignored.lines()) == (list(first.images), first.ignored.lines())
         assert scans.read_bytes() == good
 
 
@@ -470,7 +470,7 @@ def test_chosen_classes_have_ranks_among_themselves(official: Path, tmp_path: Pa
         (1, last.wnid, last.words, last.devkit_id),
     ]
     wanted = {second.wnid, last.wnid}
-    assert sources.images == [image for image in whole.images if image.wnid in wanted]
+    assert list(sources.images) == [image for image in whole.images if image.wnid in wanted]
     assert sources.ignored["picture of no class in --classes"] == 18
     chosen.write_text(f"{last.wnid}\nn00000000\ntench\n")
     result = build(official, tmp_path / "out", "--classes", chosen)

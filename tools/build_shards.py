@@ -1,108 +1,34 @@
 """Raw images → a dataset directory: shards, their indexes, exact statistics, and dataset.json last."""
 
 import json
-import os
-import time
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.cli import Command
 from pipeline.errors import UserError
-from pipeline.manifest import BuildRecipe, Manifest
-from pipeline.offline.build import build, shard_tasks
+from pipeline.manifest import Manifest
+from pipeline.offline.build import build, merge_parts, slots
 from pipeline.offline.plan import Plan, make_plan
-from pipeline.offline.shards import BUILD_FOLDER, ShardResult
-from pipeline.offline.sources import LAYOUTS, Sources, find_sources
+from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
+from pipeline.offline.sources import Sources, find_sources
+from tools.build_options import recipe_options, run_options, skip_options, source_options, split_recipe
+from tools.estimate import estimate
+from tools.progress import BuildProgress, closing_table, duration, event
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, interrupted="the finished shards stay, and the same command goes on")
 @click.argument("raw", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=len(os.sched_getaffinity(0)),
-    show_default="all cores",
-    help="Processes.",
-)
-@click.option(
-    "--holdout",
-    type=click.FloatRange(0, 0.5),
-    default=0.1,
-    show_default=True,
-    help="Share of the training images that becomes the validation split, where RAW has none.",
-)
-@click.option(
-    "--size",
-    type=click.IntRange(16, 1024),
-    default=256,
-    show_default=True,
-    help="Pixels of a side of the stored square.",
-)
-@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="JPEG quality.")
-@click.option("--samples-per-shard", type=click.IntRange(1, 65536), default=4096, show_default=True)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=2012, show_default=True, help="Of the order of the training split."
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Use at most this many images, drawn evenly over RAW (0: all).",
-)
-@click.option(
-    "--filter",
-    "kernel",
-    type=click.Choice(["bicubic", "area"]),
-    default="bicubic",
-    show_default=True,
-    help="How pictures are rescaled; area as in cuda-convnet2.",
-)
-@click.option(
-    "--subsampling",
-    type=click.Choice(["4:2:0", "4:2:2", "4:4:4"]),
-    default="4:2:0",
-    show_default=True,
-    help="Of the stored JPEGs' chroma.",
-)
-@click.option(
-    "--exif",
-    type=click.Choice(["ignore", "apply"]),
-    default="ignore",
-    show_default=True,
-    help="The orientation tag: ignored as by torchvision and the original, or the picture turned.",
-)
-@click.option("--layout", metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}.")
-@click.option(
-    "--classes",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
-)
-@click.option(
-    "--allow-incomplete", is_flag=True, help="Build with what is there, where it is not what the layout promises."
-)
-def main(
-    raw: Path,
-    dataset: Path,
-    workers: int,
-    holdout: float,
-    size: int,
-    quality: int,
-    samples_per_shard: int,
-    seed: int,
-    limit: int,
-    kernel: str,
-    subsampling: str,
-    exif: str,
-    layout: str | None,
-    classes: Path | None,
-    allow_incomplete: bool,
-) -> None:
+@run_options
+@source_options
+@skip_options
+@recipe_options
+def main(raw: Path, dataset: Path, **options: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
     RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
@@ -113,90 +39,112 @@ def main(
     \b
     Examples:
       python tools/build_shards.py /data/imagenet /data/imagenet-256
+      python tools/build_shards.py /data/imagenet /data/imagenet-256 --dry-run
       python tools/build_shards.py photos/ photos-256/ --holdout 0.2
+      python tools/build_shards.py RAW DATASET --part 3/16      (job 3 of an array of 16)
+      python tools/build_shards.py RAW DATASET --merge          (once all 16 have ended)
     """
-    recipe = BuildRecipe(
-        size=size,
-        quality=quality,
-        seed=seed,
-        samples_per_shard=samples_per_shard,
-        holdout=holdout,
-        limit=limit,
-        filter=kernel,
-        subsampling=subsampling,
-        exif=exif,
-    )
-    started = time.monotonic()
-    if dataset.resolve().is_relative_to(raw.resolve()):
-        raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
+    recipe, asked = split_recipe(options)
+    _require_apart(raw, dataset)
+    limit = SkipLimit.parse(asked["max_skipped"]) if asked["max_skipped"] else SKIP_LIMIT
     sources = find_sources(
-        raw, layout, classes=classes, allow_incomplete=allow_incomplete, cache=dataset / BUILD_FOLDER
+        raw,
+        asked["layout"],
+        classes=Path(asked["classes"]) if asked["classes"] else None,
+        allow_incomplete=asked["allow_incomplete"],
+        cache=None if asked["dry_run"] else dataset / BUILD_FOLDER,
     )
     plan = make_plan(sources, recipe)
-    click.echo(f"{raw}: {sources.layout} ({sources.name}); {_counted(plan)}, {len(plan.classes)} classes")
+    _tell_plan(raw, sources, plan, asked["as_json"])
+    if asked["dry_run"]:
+        _tell_estimate(plan, asked["workers"], asked["as_json"])
+    elif asked["merge"]:
+        _finish(merge_parts(plan, dataset, limit), None, asked["as_json"])
+    else:
+        _build(plan, dataset, limit, asked)
+
+
+def _require_apart(raw: Path, dataset: Path) -> None:
+    if dataset.resolve().is_relative_to(raw.resolve()):
+        raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
+
+
+def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any]) -> None:
+    part = asked["part"]
+    mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
+    form = "json" if asked["as_json"] else "bar" if sys.stderr.isatty() else "lines"
+    with BuildProgress(sum(slot.stop - slot.start for slot in mine), form) as progress:
+        built = build(
+            plan,
+            dataset,
+            asked["workers"],
+            progress.add,
+            skip_limit=limit,
+            retry_skipped=asked["retry_skipped"],
+            part=part,
+        )
+    if built:
+        _finish(built, progress, asked["as_json"])
+    elif asked["as_json"]:
+        event("part", number=part.number, of=part.of, shards=len(mine), **progress.figures())
+    else:
+        click.echo(f"part {part.number} of {part.of}: {len(mine):,} shards are built; end the build with --merge")
+
+
+def _tell_plan(raw: Path, sources: Sources, plan: Plan, as_json: bool) -> None:
+    counts = {split: len(places) for split, places in plan.splits.items()}
+    trained = {plan.images.wnids[i] for i in set(plan.images.class_numbers[plan.splits["train"]].tolist()) if i >= 0}
+    without = [record.wnid for record in plan.classes if record.wnid not in trained]
+    if as_json:
+        event(
+            "plan",
+            layout=sources.name,
+            images=counts,
+            classes=len(plan.classes),
+            shards=len(slots(plan)),
+            notes=sources.notes,
+            left_out=dict(sources.ignored),
+            classes_without_training_image=without,
+        )
+        return
+    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    click.echo(f"{raw}: {sources.layout} ({sources.name}); {told}, {len(plan.classes)} classes")
     for note in sources.notes:
         click.echo(f"note: {note}")
     for line in sources.ignored.lines():
         click.echo(f"left out: {line}")
-    trained = {image.label for image in plan.splits["train"]}
-    if without := [record.wnid for record in plan.classes if record.label not in trained]:
+    if without:
         more = f" and {len(without) - 5:,} more" if len(without) > 5 else ""
         click.echo(f"note: classes without a training image: {', '.join(without[:5])}{more}")
-    built = _build_with_progress(plan, dataset, workers)
-    _report(built, sources, time.monotonic() - started)
 
 
-def _build_with_progress(plan: Plan, dataset: Path, workers: int) -> Manifest:
-    total = sum(len(images) for images in plan.splits.values())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        sizes = {task.name: len(task.images) for task in shard_tasks(plan, dataset)}
-        row = bar.add_task("images", total=total, rate="")
-        started = time.monotonic()
-
-        def progress(result: ShardResult) -> None:
-            bar.advance(row, sizes[result.name])
-            bar.update(row, rate=f"{bar.tasks[0].completed / (time.monotonic() - started):.0f} images/s")
-
-        return build(plan, dataset, workers, progress)
-
-
-def _report(built: Manifest, sources: Sources, seconds: float) -> None:
-    samples = sum(split.samples for split in built.splits.values())
-    skipped = sum(split.skipped for split in built.splits.values())
-    for name, split in built.splits.items():
-        size = sum(shard.bytes for shard in split.shards)
-        click.echo(
-            f"  {name:5} {split.samples:9,} samples  {split.skipped:5,} skipped  "
-            f"{len(split.shards):4} shards  {size / 1e6:9,.1f} MB"
-        )
-    if skipped:
-        reasons = Counter(_skip_reasons(built.root))
-        click.echo(
-            f"skipped {skipped}: "
-            + ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            + f" (see {built.root / 'skipped.jsonl'})"
-        )
-    color = ", ".join(f"{value:.1f}" for value in built.statistics_summary["mean_color"])
+def _tell_estimate(plan: Plan, workers: int, as_json: bool) -> None:
+    found = estimate(plan, workers)
+    if as_json:
+        event("estimate", shards=len(slots(plan)), **found)
+        return
     click.echo(
-        f"mean colour (RGB) {color}; {(samples + skipped) / seconds:,.0f} images/s; {seconds:.1f} s; "
-        f"{built.root / 'dataset.json'}"
+        f"would write {len(slots(plan)):,} shards, about {found['bytes'] / 1e9:,.1f} GB, in about "
+        f"{duration(found['seconds'])} with {workers} workers (from {found['tried']} images tried here: "
+        f"{found['skipped']} of them would be skipped, {found['images_per_second']:,.0f} images/s a worker)"
     )
 
 
-def _counted(plan: Plan) -> str:
-    return ", ".join(f"{len(images):,} {split}" for split, images in plan.splits.items())
-
-
-def _skip_reasons(root: Path) -> list[str]:
-    return [json.loads(line)["reason"] for line in (root / "skipped.jsonl").read_text().splitlines()]
+def _finish(built: Manifest, progress: BuildProgress | None, as_json: bool) -> None:
+    reasons: dict[str, Counter[str]] = {split: Counter() for split in built.splits}
+    for line in map(json.loads, (built.root / "skipped.jsonl").read_text().splitlines()):
+        reasons[line["split"]][line["reason"]] += 1
+    figures = progress.figures() if progress else {}
+    if as_json:
+        splits = {
+            name: {"samples": split.samples, "skipped": dict(reasons[name]), "shards": len(split.shards)}
+            for name, split in built.splits.items()
+        }
+        event("done", dataset=str(built.root), identity=built.identity, splits=splits, **figures)
+        return
+    closing_table(built, reasons, figures)
+    if any(reasons.values()):
+        click.echo(f"which images were skipped: {built.root / 'skipped.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -1,173 +1,204 @@
 """The build: plan → one task per shard → merge → manifest last. Resumes where an earlier run stopped."""
 
-import fcntl
 import io
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pipeline import manifest
-from pipeline.errors import UserError
-from pipeline.files import write_bytes_aside
+from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import codec_versions
-from pipeline.manifest import FileRecord, Manifest, ShardRecord, Split
-from pipeline.offline import executors
+from pipeline.manifest import SAMPLE, FileRecord, Manifest, Split
+from pipeline.offline import executors, records
+from pipeline.offline.claim import BuildError, claimed
 from pipeline.offline.plan import Plan
-from pipeline.offline.shards import BUILD_FOLDER, ShardResult, ShardTask
+from pipeline.offline.records import Record
+from pipeline.offline.shards import Outcome, ShardTask, write_shard
+from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.statistics import Sums, finish
 
-PLAN_FILE = "plan.json"
+__all__ = ["BuildError", "Part", "build", "merge", "npy", "png", "shard_tasks", "slots"]
+
+Run = Callable[[Callable[[ShardTask], Outcome], Iterable[ShardTask]], Iterator[Outcome]]
 
 
-class BuildError(UserError):
-    """A build that cannot begin, or cannot end."""
+class Part(NamedTuple):
+    """The shards number − 1, number − 1 + of, … of a build that several jobs share."""
+
+    number: int  # 1 … of
+    of: int
 
 
 @dataclass(frozen=True)
-class FinishedShard:
-    """What the manifest needs of a finished shard; `record` is None where all its images were skipped."""
+class Slot:
+    """The place of a shard in its split: the images start … stop − 1."""
 
-    name: str
-    samples: np.ndarray  # (n,) of manifest.SAMPLE
-    record: ShardRecord | None
-    skipped: list[dict[str, str]]
-    files: dict[str, dict[str, Any]]
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.split}-{self.number:06d}"
 
 
 def build(
-    plan: Plan, root: Path, workers: int, progress: Callable[[ShardResult], None] = lambda result: None
-) -> Manifest:
+    plan: Plan,
+    root: Path,
+    workers: int = 1,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+    *,
+    run: Run | None = None,
+    skip_limit: SkipLimit = SKIP_LIMIT,
+    retry_skipped: bool = False,
+    part: Part | None = None,
+) -> Manifest | None:
     """Build the dataset directory `root`, or go on with the same build where an earlier run of it stopped.
 
     `progress` is called after each finished shard. The bytes are a function of the plan and the codecs alone: not of
-    `workers`, not of the number of interruptions.
+    `workers`, not of `run`, not of the number of interruptions.
 
+    Args:
+        run: who runs the tasks; by default a pool of `workers` processes.
+        skip_limit: how many images of a split may be skipped.
+        retry_skipped: build those shards again of which an earlier run skipped images.
+        part: build only these shards, and no manifest: `merge_parts` ends such a build.
+
+    Returns:
+        The manifest; None for a part.
     Raises:
-        BuildError: `root` holds something else, or no training image decodes.
-        OSError: as the file system says; what is finished stays.
+        BuildError: `root` holds something else, too many images were skipped, or no training image decodes.
+        UserError, OSError: as `write_shard` says; what is finished stays.
     """
-    with _claimed(plan, root) as ended:
+    with claimed(plan, root, alone=part is None) as ended:
         if ended:
             return manifest.load(root)
-        tasks = shard_tasks(plan, root)
-        finished: dict[str, FinishedShard] = {}
-        total = Sums.zero(plan.recipe.size)
-        for result in executors.run(tasks, workers):
-            if result.name.startswith("train/"):
-                total.merge(result.sums)
-            finished[result.name] = finish_shard(result)  # without its sum image: a build has thousands
-            progress(result)
-        return merge(plan, root, [finished[task.name] for task in tasks], total)
+        mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
+        if retry_skipped:
+            _forget_skipped(root, mine)
+        counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
+        run = run or partial(executors.run, workers=min(workers, len(mine)))
+        for outcome in run(write_shard, shard_tasks(plan, root, mine)):
+            progress(outcome)
+            counted.add(outcome)
+        return None if part else merge(plan, root, slots(plan))
 
 
-def shard_tasks(plan: Plan, root: Path) -> list[ShardTask]:
+def merge_parts(plan: Plan, root: Path, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
+    """End a build whose parts were built apart.
+
+    Raises:
+        BuildError: a shard is missing, or too many images were skipped in all.
+    """
+    with claimed(plan, root, alone=True) as ended:
+        if ended:
+            return manifest.load(root)
+        counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
+        missing = []
+        for slot in slots(plan):
+            if record := records.load(root, slot.name):
+                reasons = Counter(line["reason"] for line in record.skipped)
+                counted.add(Outcome(slot.name, slot.stop - slot.start, record.raw_bytes, reasons, True))
+            else:
+                missing.append(slot.name)
+        if missing:
+            raise BuildError(
+                f"{root}: {len(missing):,} of {len(slots(plan)):,} shards are not built yet, such as "
+                f"{', '.join(missing[:3])}; build all parts first (--part), or all that is missing (without --merge)"
+            )
+        return merge(plan, root, slots(plan))
+
+
+def slots(plan: Plan) -> list[Slot]:
+    """All shards of a plan, in order."""
     size = plan.recipe.samples_per_shard
     return [
-        ShardTask(root, split, number, tuple(images[number * size : (number + 1) * size]), plan.recipe)
-        for split, images in plan.splits.items()
-        for number in range(-(-len(images) // size))
+        Slot(split, number, start, min(start + size, len(places)))
+        for split, places in plan.splits.items()
+        for number, start in enumerate(range(0, len(places), size))
     ]
 
 
-@contextmanager
-def _claimed(plan: Plan, root: Path) -> Iterator[bool]:
-    """Claim `root` for this plan, and for this process alone; delete the build state at the end.
-
-    `root` must be empty or absent, or left by an interrupted run of the very same build. Yields whether that run had
-    finished but for the deletion of its state.
-    """
-    folder = root / BUILD_FOLDER
-    done = (root / manifest.FILE_NAME).exists()
-    if done and not folder.exists():
-        raise BuildError(f"{root}: a finished dataset is there already; delete it or name another DATASET")
-    others = root.exists() and (not root.is_dir() or any(entry.name != BUILD_FOLDER for entry in root.iterdir()))
-    if others and not (folder / PLAN_FILE).exists():
-        raise BuildError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(f"{root}: another build is writing there; wait for it, or stop it") from error
-        _require_same_plan(plan, root, folder / PLAN_FILE)
-        yield done
-        for entry in folder.iterdir():  # the plan last: until then the same command still ends this build
-            if entry.name != PLAN_FILE:
-                entry.unlink()
-        shutil.rmtree(folder)
+def shard_tasks(plan: Plan, root: Path, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
+    """One task at a time: together they hold every image of the plan."""
+    codecs = codec_versions()
+    for slot in chosen:
+        yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)
 
 
-def _require_same_plan(plan: Plan, root: Path, state: Path) -> None:
-    fingerprint = plan.fingerprint()
-    if not state.exists():
-        write_bytes_aside(state, fingerprint)
-        return
-    try:
-        before, now = json.loads(state.read_bytes()), json.loads(fingerprint)
-        differing = [key for key in now if before.get(key) != now[key]]
-        if "recipe" in differing:
-            old, new = before["recipe"], now["recipe"]
-            differing = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
-    except (ValueError, AttributeError, KeyError) as error:
-        raise BuildError(f"{state}: damaged ({error}); delete {root} and build again") from error
-    if differing:
-        raise BuildError(
-            f"{root}: holds an unfinished build that differs in {', '.join(differing)}; "
-            f"run that one again, or delete {root}"
-        )
-
-
-def merge(plan: Plan, root: Path, shards: list[FinishedShard], total: Sums) -> Manifest:
-    """Statistics, sample records and the list of skipped images from the finished shards; the manifest last.
-
-    `shards` in the order of the tasks; `total` is the sum over the training split.
-    """
-    files = {name: FileRecord(**record) for shard in shards for name, record in shard.files.items()}
+def merge(plan: Plan, root: Path, built: Sequence[Slot]) -> Manifest:
+    """Statistics, sample records and the list of skipped images from the records of all shards; the manifest last."""
+    files: dict[str, FileRecord] = {}
 
     def put(name: str, data: bytes) -> None:
         files[name] = FileRecord(**write_bytes_aside(root / name, data))
 
-    splits, skipped = {}, []
-    for split in plan.splits:
-        mine = [shard for shard in shards if shard.name.startswith(f"{split}/")]
-        samples = np.concatenate([shard.samples for shard in mine])
-        put(f"{split}/samples.npy", npy(samples))
-        left_out = [{"split": split, **line} for shard in mine for line in shard.skipped]
-        skipped += left_out
-        splits[split] = Split(len(samples), len(left_out), tuple(shard.record for shard in mine if shard.record))
+    splits: dict[str, Split] = {}
+    skipped: list[dict[str, str]] = []
+    total = Sums.zero(plan.recipe.size)
+    for split in dict.fromkeys(slot.split for slot in built):
+        names = [slot.name for slot in built if slot.split == split]
+        shards, left_out = [], 0
+        for record in map(partial(_recorded, root), names):  # one at a time: each holds a sum image
+            if split == "train":
+                total.merge(record.sums)
+            files |= {name: FileRecord(**file) for name, file in record.files.items()}
+            skipped += [{"split": split, **line} for line in record.skipped]
+            left_out += len(record.skipped)
+            shards.append(record.manifest_entry)
+        samples = sum(shard.samples for shard in shards if shard)
+        table = f"{split}/samples.npy"
+        files[table] = FileRecord(**write_aside(root / table, partial(_write_samples, root, names, samples)))
+        splits[split] = Split(samples, left_out, tuple(shard for shard in shards if shard))
     if not total.n:
-        raise BuildError(f"{root}: no training image could be decoded; the reasons: {_reasons(skipped)}")
+        reasons = ", ".join(sorted({line["reason"] for line in skipped}))
+        raise BuildError(f"{root}: no training image could be decoded; the reasons: {reasons}")
     statistics = finish(total)
     arrays = io.BytesIO()
     np.savez(arrays, **{key: getattr(statistics, key) for key in manifest.Statistics.__dataclass_fields__})
+    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped)
     put(manifest.STATISTICS_FILE, arrays.getvalue())
     put("mean.png", png(statistics.mean_image))
-    put("skipped.jsonl", "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode())
-    built = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
-    write_bytes_aside(root / manifest.FILE_NAME, built.to_json())
-    return built
+    put("skipped.jsonl", lines.encode())
+    found = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
+    write_bytes_aside(root / manifest.FILE_NAME, found.to_json())
+    return found
 
 
-def finish_shard(result: ShardResult) -> FinishedShard:
-    """A shard's record for the manifest, from its result."""
-    record = None
-    if result.files:
-        red, green, blue = (int(value) for value in result.sums.sum_image.sum(axis=(0, 1)))
-        moments: Any = tuple(tuple(row) for row in result.sums.second_moments.tolist())
-        tar = f"{result.name}.tar"
-        record = ShardRecord(tar, len(result.samples), result.files[tar]["bytes"], (red, green, blue), moments)
-    return FinishedShard(result.name, result.samples, record, result.skipped, result.files)
+def _recorded(root: Path, name: str) -> Record:
+    record = records.load(root, name)
+    if record is None:
+        raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
+    return record
 
 
-def _reasons(skipped: list[dict[str, str]]) -> str:
-    return ", ".join(sorted({line["reason"] for line in skipped}))
+def _write_samples(root: Path, names: Sequence[str], count: int, file: HashingFile) -> None:
+    """samples.npy, shard by shard: the bytes that numpy would write of all at once."""
+    file.write(_npy_header(count))
+    for name in names:
+        file.write(records.load_samples(root, name).astype(SAMPLE).tobytes())
+
+
+def _npy_header(count: int) -> bytes:
+    out = io.BytesIO()
+    form = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(out, form)
+    return out.getvalue()
+
+
+def _forget_skipped(root: Path, chosen: Sequence[Slot]) -> None:
+    for slot in chosen:
+        record = records.load(root, slot.name)
+        if record and record.skipped:
+            records.record_path(root, slot.name).unlink()
 
 
 def npy(array: np.ndarray) -> bytes:

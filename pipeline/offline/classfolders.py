@@ -30,11 +30,11 @@ def read_splits(folder: Folder, scans: Scans) -> Sources:
     used = split_folders(folder)
     if "train" not in used.values():
         raise folder.misfit("split-folders", "it has no train/")
-    sources = Sources(" and ".join(f"{name}/" for name in used) + " with one folder per class", [])
+    sources = Sources(" and ".join(f"{name}/" for name in used) + " with one folder per class")
     for name, split in used.items():
         _add_classes(sources, folder, name, split)
     folder.ignore(sources.ignored, [*used, MAPPING])
-    if not any(image.split == "train" for image in sources.images):
+    if not sources.images.has("train"):
         raise SourceError("no training pictures: train/ has no class folder with pictures in it")
     return _with_classes(sources, folder)
 
@@ -68,7 +68,7 @@ def recognise_classes(folder: Folder) -> bool:
 
 def read_classes(folder: Folder, scans: Scans) -> Sources:
     """One folder per class, all for training."""
-    sources = Sources("one folder per class", [])
+    sources = Sources("one folder per class")
     for name in folder.folders:
         for entry in pictures(folder.path / name, name, sources.ignored):
             sources.images.append(RawImage("train", entry[0], name, *entry[1:]))
@@ -85,7 +85,7 @@ def recognise_flat(folder: Folder) -> bool:
 
 def read_flat(folder: Folder, scans: Scans) -> Sources:
     """Files named WNID_…; where the rest is words (n01440764_tench.JPEG) and not a number, it names the class."""
-    sources = Sources("one flat folder of WNID_… files", [])
+    sources = Sources("one flat folder of WNID_… files")
     words: dict[str, str] = {}
     used = {name: match for name in folder.files if is_picture(name) and (match := WNID_NAME.fullmatch(name))}
     for name, match in used.items():
@@ -110,6 +110,5 @@ def _add_classes(sources: Sources, folder: Folder, name: str, split: str) -> Non
 
 
 def _with_classes(sources: Sources, folder: Folder) -> Sources:
-    wnids = (image.wnid for image in sources.images if image.wnid)
-    sources.classes = ranked(wnids, read_mapping(folder.path / MAPPING), {})
+    sources.classes = ranked(sources.images.wnids, read_mapping(folder.path / MAPPING), {})
     return sources

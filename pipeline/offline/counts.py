@@ -13,10 +13,7 @@ def check(sources: Sources, allow_incomplete: bool, chosen: bool) -> None:
     Raises:
         SourceError: one line with each difference and the classes concerned.
     """
-    found: dict[str, Counter[str | None]] = {promise.split: Counter() for promise in sources.promises}
-    for image in sources.images:
-        if image.split in found:
-            found[image.split][image.wnid] += 1
+    found = {promise.split: sources.images.per_class(promise.split) for promise in sources.promises}
     differences = [_difference(promise, found[promise.split], sources, chosen) for promise in sources.promises]
     classes = len({wnid for counts in found.values() for wnid in counts if wnid})
     if sources.promised_classes not in (0, classes) and not chosen:

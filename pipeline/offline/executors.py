@@ -1,47 +1,63 @@
-"""Who runs the shard tasks: this process, or a pool of processes."""
+"""Who runs the tasks: this process, or a pool of processes."""
 
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
 
 from pipeline.errors import UserError
-from pipeline.offline.shards import ShardResult, ShardTask, write_shard
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
-def run(tasks: Sequence[ShardTask], workers: int) -> Iterator[ShardResult]:
-    """Yield each task's result as it is finished, in any order.
+
+def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """Yield the result of each task as it is finished, in any order; two tasks a worker are made ahead.
+
+    Where the caller stops, or a task raises, the workers are killed: what they write appears whole or not at all.
 
     Raises:
-        UserError: a worker was killed; what is finished stays, and the same command resumes.
+        UserError: a worker was killed; what is finished stays.
     """
-    if workers <= 1 or len(tasks) <= 1:
-        yield from map(write_shard, tasks)
+    if workers <= 1:
+        yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=begin_worker)
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
+    waiting, running = iter(tasks), set[Future[Result]]()
     try:
-        futures = [pool.submit(write_shard, task) for task in tasks]
-        for future in as_completed(futures):
-            yield future.result()
+        while True:
+            running |= {pool.submit(function, task) for task in islice(waiting, 2 * workers - len(running))}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for lack of memory; the finished shards stay, "
-            "and the same command resumes (with fewer --workers, if memory was short)"
+            "a worker process ended before its task: for the reason above if there is one, else it was killed, perhaps "
+            "for lack of memory; what is finished stays, and the same command goes on (fewer --workers: less memory)"
         ) from error
     finally:
+        if running:
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def begin_worker() -> None:
     """Leave Ctrl-C to the parent, and die with it: an orphan would write where the next run writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()

@@ -10,6 +10,7 @@ from pipeline.offline.devkit import Devkit, read_devkit
 from pipeline.offline.raw import Entry, Folder, Promise, RawImage, SourceError, Sources, pictures, ranked
 from pipeline.offline.scans import Scans
 from pipeline.offline.synsets import WNID, add_archive, add_folder, archive_entries, has_synset_tars
+from pipeline.offline.table import RawTable
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -75,7 +76,7 @@ def read(folder: Folder, scans: Scans, challenge: Challenge) -> Sources:
         raise folder.misfit(challenge.name, f"it has no {', '.join(challenge.train[:2])} or train/ with the synsets")
     devkit = read_devkit(folder.path / devkit_name, challenge.year) if devkit_name else Devkit({}, {}, [])
     packed = all((folder.path / name).is_file() for name in parts.values())
-    sources = Sources(f"the official ILSVRC{challenge.year} archives", [])
+    sources = Sources(f"the official ILSVRC{challenge.year} archives")
     if not packed:
         sources.layout = f"ILSVRC{challenge.year} in {', '.join(filter(None, [*parts.values(), devkit_name]))}"
     truth = {"val": devkit.validation, "test": devkit.test}
@@ -95,8 +96,8 @@ def read(folder: Folder, scans: Scans, challenge: Challenge) -> Sources:
         sources.notes.append(
             f"{parts['test']}: without labels, because ILSVRC2010_test_ground_truth.txt is not beside it"
         )
-    seen = {image.wnid for image in sources.images if image.wnid}
-    if unknown := sorted(seen - devkit.ids.keys()) if devkit.ids else []:
+    seen = sources.images.wnids
+    if unknown := sorted(set(seen) - devkit.ids.keys()) if devkit.ids else []:
         raise SourceError(
             f"{folder.path / parts['train']}: synsets that the devkit lacks: {', '.join(unknown[:5])}; "
             "archive and devkit are of different years"
@@ -166,9 +167,11 @@ def _patch(sources: Sources, folder: Folder, scans: Scans) -> None:
     patches = {}
     for path, file, offset, size in archive_entries(folder, PATCHES, "", scans, sources.ignored):
         patches[tuple(path.split("/")[-2:])] = (path, file, offset, size)
-    for i, image in enumerate(sources.images):
-        if patch := patches.pop((image.split, image.name), None):
-            sources.images[i] = RawImage(image.split, patch[0], image.wnid, *patch[1:])
+    images = RawTable()
+    for image in sources.images:
+        patch = patches.pop((image.split, image.name), None)
+        images.append(RawImage(image.split, patch[0], image.wnid, *patch[1:]) if patch else image)
+    sources.images = images
     for path, *_ in patches.values():
         sources.ignored.add("correction of a picture that is not there", path)
 

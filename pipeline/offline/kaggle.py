@@ -31,14 +31,15 @@ def read(folder: Folder, scans: Scans) -> Sources:
         raise folder.misfit("kaggle", f"neither ILSVRC/{DATA}/train nor {DATA}/train is in it")
     data, below = base / DATA, (base / DATA).relative_to(folder.path)
     beside = {name: _beside(base, name) for name in (MAPPING, SOLUTION)}
-    sources = Sources("Kaggle's CLS-LOC", [])
+    sources = Sources("Kaggle's CLS-LOC")
     for split in ("train", "val", "test"):
         if (data / split).is_dir():
             entries = pictures(data / split, f"{below}/{split}", sources.ignored)
-            sources.images += _labelled(entries, split, len(f"{below}/{split}/"), beside[SOLUTION], sources)
+            for image in _labelled(entries, split, len(f"{below}/{split}/"), beside[SOLUTION], sources):
+                sources.images.append(image)
     words = read_mapping(beside[MAPPING])
-    seen = {image.wnid for image in sources.images if image.wnid}
-    if unknown := sorted(seen - words.keys()) if words else []:
+    seen = sources.images.wnids
+    if unknown := sorted(set(seen) - words.keys()) if words else []:
         raise SourceError(f"{beside[MAPPING]}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
     sources.classes = ranked(words or seen, words, {})
     if len(words) == CLASSES:

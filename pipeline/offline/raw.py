@@ -1,47 +1,22 @@
-"""Raw images and where each lies; what a layout found in a folder, and what it left out, by reason."""
+"""What a layout finds in RAW: its images and classes, what it left out, and what it promises."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import SourceError
 from pipeline.manifest import ClassRecord
+from pipeline.offline.table import RawImage, RawTable
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 NAMES_KEPT = 5  # of each reason; the rest is counted
 REASONS_KEPT = 40  # a hostile folder can have a new extension for every file
 
+__all__ = ["Entry", "Folder", "LeftOut", "Promise", "RawImage", "SourceError", "Sources", "pictures", "ranked"]
+
 Entry = tuple[str, str, int, int]  # a picture: path below RAW, file, offset, size
-
-
-class SourceError(UserError):
-    """RAW holds nothing that we know, or contradicts itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawImage:
-    """One raw image: `size` bytes of `file` from `offset`. `path` names it below RAW, through archives."""
-
-    split: str
-    path: str
-    wnid: str | None  # None: no label
-    file: str
-    offset: int
-    size: int
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    def read(self) -> bytes:
-        """The raw bytes, by one positioned read. Raises SourceError where the file became shorter since the plan."""
-        with open(self.file, "rb") as file:
-            data = os.pread(file.fileno(), self.size, self.offset)
-        if len(data) != self.size:
-            raise SourceError(f"{self.file}: changed since the build began; delete DATASET and start again")
-        return data
 
 
 class LeftOut(dict[str, int]):
@@ -97,7 +72,7 @@ class Sources:
     """Every raw image below RAW, in no particular order, and its classes, in the order of their labels."""
 
     layout: str  # in words
-    images: list[RawImage]
+    images: RawTable = field(default_factory=RawTable)
     classes: tuple[ClassRecord, ...] = ()
     ignored: LeftOut = field(default_factory=LeftOut)  # what is no picture of this layout, by kind or reason
     promises: list[Promise] = field(default_factory=list)

@@ -1,174 +1,28 @@
-"""What can be rebuilt: a shard's index and records from its tar, and failing files from the raw images."""
+"""The repair of a dataset directory: failing files are rebuilt from the raw images, and must be what was promised."""
 
-import hashlib
 import os
-import re
 import shutil
-import struct
-import tarfile
-import tokenize
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
-from pipeline.image import ImageError, codec_versions, decode
-from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, Manifest
-from pipeline.offline import executors
-from pipeline.offline.build import FinishedShard, finish_shard, merge, npy, png, shard_tasks
-from pipeline.offline.keys import MAX_LENGTH
+from pipeline.image import codec_versions
+from pipeline.manifest import FileRecord, Manifest
+from pipeline.offline import executors, records
+from pipeline.offline.build import Slot, merge, npy, png, shard_tasks, slots
 from pipeline.offline.plan import Plan
-from pipeline.offline.shards import BLOCK
-from pipeline.offline.statistics import Sums
+from pipeline.offline.shards import write_shard
 
 REPAIR_FOLDER = ".repair"
-KEY = rf"[A-Za-z0-9_-]{{1,{MAX_LENGTH}}}"
-MAX_PIXELS, MAX_SCANS = 64 * 10**6, 100  # of a stored picture: as many as a raw one may have
-_HEADER_FIELDS = ("mode", "uid", "gid", "mtime", "type", "linkname", "uname", "gname")
-PARSER_ERRORS = (  # what numpy and zipfile raise on bad data
-    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, OSError, EOFError, ValueError, TypeError,
-    KeyError, SyntaxError, RuntimeError, OverflowError, MemoryError, Warning,
-)  # fmt: skip
 
 
 class RepairError(UserError):
     """A dataset directory that RAW cannot mend."""
-
-
-class Violation(Exception):
-    """The first promise that a file breaks; what else it holds is then not looked at."""
-
-
-@dataclass(frozen=True)
-class TarContent:
-    """What a shard's tar holds, and what that demands of the files beside it."""
-
-    samples: np.ndarray  # (n,) of SAMPLE, digests 0: they are of the raw images
-    keys: list[str]
-    index: bytes
-    sums: Sums | None  # over the decoded pictures; each pixel counts as one picture: sum_image is (1, 1, 3)
-
-
-@contextmanager
-def opened(found: Manifest, name: str) -> Iterator[BinaryIO]:
-    """A file of the dataset directory at its beginning, once its size and SHA-256 are those of the manifest.
-
-    Raises:
-        Violation: it is missing, unreadable or damaged.
-    """
-    path, promised = found.root / name, found.files.get(name)
-    if promised is None:
-        raise Violation(f"not listed in {manifest.FILE_NAME}")
-    if not path.is_file():
-        raise Violation("not a file" if path.exists() else "missing")
-    if not os.access(path, os.R_OK):
-        raise Violation("no permission to read it")
-    with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) != promised.bytes:
-            raise Violation(f"has {size} bytes, the manifest promises {promised.bytes}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != promised.sha256:
-            raise Violation("its SHA-256 is not that of the manifest")
-        file.seek(0)
-        yield file
-
-
-def loaded(load: Callable[[], Any]) -> Any:
-    """What a loader of the manifest returns. Raises Violation where the content is none, in whatever way."""
-    try:
-        with warnings.catch_warnings(action="error"):
-            return load()
-    except PARSER_ERRORS as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Violation(f"does not load ({what})") from error
-
-
-def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, pictures: bool) -> TarContent:
-    """Read shard `number` back from its tar, one member in memory at a time; with `pictures`, decode those as well.
-
-    Raises:
-        Violation: a byte that the builder would not have written, or a picture that is not size×size RGB.
-    """
-    samples: list[tuple[int, int, int, int, int, int]] = []
-    keys, index = [], []
-    sums = Sums.zero(recipe.size) if pictures else None
-    for name, offset, data in _members(file):
-        key, _, extension = name.partition(".")
-        if extension == "jpg":
-            keys.append(key)
-            index.append(f"jpg {offset} {len(data)} {name}")
-            samples.append((number, offset, len(data), -1, zlib.crc32(data), 0))
-            if sums:
-                try:
-                    sums.add(stored_pixels(data, "JPEG", recipe.size))
-                except Violation as violation:
-                    raise Violation(f"{name}: {violation}") from violation
-        elif not keys or keys[-1] != key or samples[-1][3] >= 0:
-            raise Violation(f"{name} does not stand behind its {key}.jpg")
-        else:
-            index[-1] += f" cls {offset} {len(data)} {name}"
-            samples[-1] = (*samples[-1][:3], _label(name, data, classes), *samples[-1][4:])
-    text = "".join(f"{line}\n" for line in (f"v1.2 {len(index)}", *index))
-    return TarContent(np.array(samples, SAMPLE), keys, text.encode(), _per_pixel(sums) if sums else None)
-
-
-def _per_pixel(sums: Sums) -> Sums:
-    """The same colours as pictures of one pixel: a few numbers to pass between processes."""
-    height, width, _ = sums.sum_image.shape
-    return Sums(sums.n * height * width, sums.sum_image.sum(axis=(0, 1), keepdims=True), sums.second_moments)
-
-
-def _members(file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
-    """Name, offset of the data, and data of each member, every byte between them checked."""
-    end = os.fstat(file.fileno()).st_size
-    while (header := file.read(BLOCK)) != bytes(BLOCK):
-        offset = file.tell()
-        try:
-            info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
-            plain = tarfile.TarInfo(info.name)
-            plain.size = info.size
-            expected = plain.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-        except (tarfile.TarError, ValueError) as error:
-            raise Violation(f"no header of a member at byte {offset - len(header)} ({error})") from error
-        if not re.fullmatch(rf"{KEY}\.(jpg|cls)", info.name):
-            raise Violation(f"member {info.name!a}: only KEY.jpg and KEY.cls belong here")
-        if header != expected:
-            wrong = [field for field in _HEADER_FIELDS if getattr(info, field) != getattr(plain, field)]
-            raise Violation(f"header of {info.name}: {', '.join(wrong) or 'its form'} is not the builder's")
-        if offset + info.size > end:
-            raise Violation(f"{info.name}: cut short")
-        data = file.read(info.size)
-        if file.read(-info.size % BLOCK).strip(b"\0"):
-            raise Violation(f"{info.name}: not padded with zeros")
-        yield info.name, offset, data
-    if file.read(BLOCK + 1) != bytes(BLOCK):
-        raise Violation("does not end with two blocks of zeros")
-
-
-def _label(name: str, data: bytes, classes: int) -> int:
-    if not re.fullmatch(rb"0|[1-9][0-9]{0,8}", data) or int(data) >= classes:
-        raise Violation(f"{name}: holds {data[:20]!r}, not a label from 0 to {classes - 1}")
-    return int(data)
-
-
-def stored_pixels(data: bytes, form: str, size: int) -> np.ndarray:
-    """Decode a picture of our own, `form` "JPEG" or "PNG": (size, size, 3) uint8. Raises Violation."""
-    try:
-        image = decode(data, max_bytes=len(data), max_pixels=MAX_PIXELS, max_scans=MAX_SCANS)
-    except ImageError as error:
-        raise Violation(str(error)) from error
-    if image.format != form or image.size != (size, size):  # what was converted to RGB has no format
-        what = f"{image.width}×{image.height} {image.format or 'not RGB'}"
-        raise Violation(f"{what}, not an RGB {form} of {size}×{size}")
-    return np.asarray(image)
 
 
 def repair(found: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
@@ -187,8 +41,8 @@ def repair(found: Manifest, failing: Collection[str], plan: Plan, workers: int) 
     if aside.exists():
         shutil.rmtree(aside)
     try:
-        records = _rebuild(found, set(failing), plan, aside, workers)
-        if wrong := sorted(name for name in failing if records.get(name) != found.files[name]):
+        rebuilt = _rebuild(found, set(failing), plan, aside, workers)
+        if wrong := sorted(name for name in failing if rebuilt.get(name) != found.files[name]):
             raise _refusal(found, f"{wrong[0]}: RAW gives other bytes than the manifest promises")
         for name in sorted(failing):
             (found.root / name).parent.mkdir(exist_ok=True)
@@ -200,36 +54,31 @@ def repair(found: Manifest, failing: Collection[str], plan: Plan, workers: int) 
 def _rebuild(found: Manifest, failing: set[str], plan: Plan, aside: Path, workers: int) -> dict[str, FileRecord]:
     """Build what is needed for `failing` in the folder `aside`; of shards, only failing files stay there."""
     whole = _whole_splits(failing, plan)
-    tasks = [
-        task
-        for task in shard_tasks(plan, aside)
-        if task.split in whole or not failing.isdisjoint((f"{task.name}.tar", f"{task.name}.idx"))
-    ]
-    shards: dict[str, FinishedShard] = {}
-    records: dict[str, FileRecord] = {}
-    total, wrong = Sums.zero(plan.recipe.size), None
-    for result in executors.run(tasks, workers):
-        shards[result.name] = finish_shard(result)
-        if result.name.startswith("train/"):
-            total.merge(result.sums)
-        mine = {name: FileRecord(**record) for name, record in result.files.items()}
-        if wrong := next((name for name in mine if mine[name] != found.files.get(name)), None):
-            break  # a wrong RAW shows at the first shard; leaving the loop ends the workers
-        records |= mine
+    chosen = [slot for slot in slots(plan) if slot.split in whole or not failing.isdisjoint(_files(slot))]
+    rebuilt: dict[str, FileRecord] = {}
+    run = partial(executors.run, workers=min(workers, len(chosen)))
+    for outcome in run(write_shard, shard_tasks(plan, aside, chosen)):
+        record = records.load(aside, outcome.name)
+        assert record is not None, outcome.name  # it was written just now
+        mine = {name: FileRecord(**file) for name, file in record.files.items()}
+        if wrong := next((name for name in sorted(mine)[::-1] if mine[name] != found.files.get(name)), None):
+            raise _refusal(found, f"{wrong}: RAW gives other bytes than the manifest promises")
+        rebuilt |= mine
         for name in mine.keys() - failing:
             (aside / name).unlink()
-    if wrong:
-        raise _refusal(found, f"{wrong}: RAW gives other bytes than the manifest promises")
-    in_order = [shards[task.name] for task in tasks if task.split in whole]
+    in_whole = [slot for slot in chosen if slot.split in whole]
     if "train" in whole:
-        splits = {split: plan.splits[split] for split in plan.splits if split in whole}
-        return records | dict(merge(Plan(plan.recipe, plan.classes, splits), aside, in_order, total).files)
+        return rebuilt | dict(merge(plan, aside, in_whole).files)
     for split in whole:
-        samples = np.concatenate([shard.samples for shard in in_order if shard.name.startswith(f"{split}/")])
-        records[f"{split}/samples.npy"] = _put(aside / split / "samples.npy", npy(samples))
+        samples = [records.load_samples(aside, slot.name) for slot in in_whole if slot.split == split]
+        rebuilt[f"{split}/samples.npy"] = _put(aside / split / "samples.npy", npy(np.concatenate(samples)))
     if "mean.png" in failing:
-        records["mean.png"] = _put(aside / "mean.png", png(found.statistics().mean_image))
-    return records
+        rebuilt["mean.png"] = _put(aside / "mean.png", png(found.statistics().mean_image))
+    return rebuilt
+
+
+def _files(slot: Slot) -> tuple[str, str]:
+    return f"{slot.name}.tar", f"{slot.name}.idx"
 
 
 def _whole_splits(failing: set[str], plan: Plan) -> set[str]:

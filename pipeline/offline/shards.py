@@ -1,26 +1,28 @@
 """One shard: a deterministic tar and its DALI index, written aside, fsynced, renamed; its record last."""
 
 import hashlib
-import io
-import json
+import os
 import tarfile
-import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pipeline.errors import SourceError, UserError
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
-from pipeline.image import ImageError, decode, encode, rescale
-from pipeline.manifest import SAMPLE, BuildRecipe, canonical_json
+from pipeline.image import ImageError, codec_versions, decode, encode, rescale
+from pipeline.manifest import SAMPLE, BuildRecipe
+from pipeline.offline import records
 from pipeline.offline.plan import PlannedImage
+from pipeline.offline.records import Record
 from pipeline.offline.statistics import Sums
+from pipeline.offline.watchdog import Watchdog
 
 BLOCK = 512  # bytes; a tar is made of these
-BUILD_FOLDER = ".build"
 
 
 @dataclass(frozen=True)
@@ -28,75 +30,47 @@ class ShardTask:
     """Everything that determines one shard's bytes, and where to put it."""
 
     root: Path
-    split: str
-    number: int
+    name: str  # SPLIT/SPLIT-NNNNNN
     images: tuple[PlannedImage, ...]
     recipe: BuildRecipe
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}/{self.split}-{self.number:06d}"
-
-    @property
-    def record_path(self) -> Path:
-        return self.root / BUILD_FOLDER / f"{self.split}-{self.number:06d}.npz"
+    codecs: Mapping[str, str]  # that the build began with
 
 
 @dataclass(frozen=True)
-class ShardResult:
-    """A finished shard. One whose images were all skipped has no files."""
+class Outcome:
+    """A finished shard, for those who watch."""
 
     name: str
-    samples: np.ndarray  # (n,) of SAMPLE
-    sums: Sums
-    skipped: list[dict[str, str]]  # key, source, reason
-    files: dict[str, dict[str, Any]]  # path below the root → bytes, sha256
+    images: int
+    raw_bytes: int
+    skipped: Counter[str]  # by reason
+    resumed: bool  # done by an earlier run
 
 
-def write_shard(task: ShardTask) -> ShardResult:
+def write_shard(task: ShardTask) -> Outcome:
     """Build one shard, unless its record says that it is done already.
 
     A pure function of the task, but for the place where it puts its files. A kill at any moment leaves either the
     whole shard with its record, or files that the next run overwrites.
 
     Raises:
-        OSError, SourceError: nothing of the shard counts as done.
+        UserError: the codecs here are not those that the build began with; the raw images are not those of the
+            record; a decode takes longer than watchdog.SECONDS.
+        OSError: as the file system says. In every case nothing of the shard counts as done.
     """
-    if done := load_record(task):
-        return done
-    sums, skipped, samples, index = Sums.zero(task.recipe.size), [], [], []
+    _require_codecs(task)
+    done = _done(task)
+    record = done or _write(task)
+    reasons = Counter(line["reason"] for line in record.skipped)
+    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, done is not None)
 
-    def write_tar(out: HashingFile) -> None:
-        for image in task.images:
-            try:
-                data = _read(image, task.recipe)
-                pixels = rescale(decode_raw(data, task.recipe), task.recipe.size, task.recipe.filter)
-            except ImageError as error:
-                skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
-                continue
-            sums.add(pixels)
-            jpeg = encode(pixels, quality=task.recipe.quality, subsampling=task.recipe.subsampling)
-            offset = _write_member(out, f"{image.key}.jpg", jpeg)
-            line = f"jpg {offset} {len(jpeg)} {image.key}.jpg"
-            if image.label >= 0:
-                label = str(image.label).encode()
-                line += f" cls {_write_member(out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
-            index.append(line)
-            digest = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
-            samples.append((task.number, offset, len(jpeg), image.label, zlib.crc32(jpeg), digest))
-        out.write(bytes(2 * BLOCK))
 
-    tar, idx = f"{task.name}.tar", f"{task.name}.idx"
-    files = {tar: write_aside(task.root / tar, write_tar)}
-    text = f"v1.2 {len(index)}\n" + "".join(line + "\n" for line in index)
-    files[idx] = write_bytes_aside(task.root / idx, text.encode())
-    if not samples:
-        for name in files:
-            (task.root / name).unlink()
-        files = {}
-    result = ShardResult(task.name, np.array(samples, SAMPLE), sums, skipped, files)
-    _save_record(task, result)
-    return result
+def raw_digest(images: tuple[PlannedImage, ...]) -> str:
+    """SHA-256 (hex) of where the raw images lie, and of their sizes."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(os.fsencode(f"{image.raw.path}\t{image.raw.offset}\t{image.raw.size}\n"))
+    return digest.hexdigest()
 
 
 def decode_raw(data: bytes, recipe: BuildRecipe) -> Image.Image:
@@ -110,40 +84,101 @@ def decode_raw(data: bytes, recipe: BuildRecipe) -> Image.Image:
     )
 
 
-def load_record(task: ShardTask) -> ShardResult | None:
-    """The result of a shard that an earlier run finished; None where there is none, or none that can be read."""
-    try:
-        with np.load(task.record_path, allow_pickle=False) as record:
-            meta = json.loads(record["meta"].tobytes())
-            sums = Sums(int(record["n"]), record["sum_image"].astype(np.int64), record["second_moments"])
-            samples = record["samples"]
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
-        return None  # the shard is built again
-    for name, file in meta["files"].items():
+def _require_codecs(task: ShardTask) -> None:
+    here = codec_versions()
+    if wrong := [name for name in sorted(here.keys() | task.codecs.keys()) if here.get(name) != task.codecs.get(name)]:
+        differing = "; ".join(
+            f"{name} {task.codecs.get(name, 'none')}, here {here.get(name, 'none')}" for name in wrong
+        )
+        raise UserError(
+            f"{task.name}: a worker on {os.uname().nodename} has other codecs than the build began with ({differing}); "
+            "install the same environment there"
+        )
+
+
+def _done(task: ShardTask) -> Record | None:
+    """The record of an earlier run, if the shard's files are there."""
+    record = records.load(task.root, task.name)
+    if record is None:
+        return None
+    for name, file in record.files.items():
         path = task.root / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
             return None
-    return ShardResult(task.name, samples, sums, meta["skipped"], meta["files"])
+    if record.raw != raw_digest(task.images):
+        raise SourceError(
+            f"{task.name}: built by an earlier run when its raw images ({task.images[0].raw.path} and so on) had other "
+            "sizes or other places in their archive; restore RAW, or delete DATASET and start again"
+        )
+    return record
 
 
-def _save_record(task: ShardTask, result: ShardResult) -> None:
-    meta = canonical_json({"skipped": result.skipped, "files": result.files})
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        samples=result.samples,
-        n=result.sums.n,
-        sum_image=result.sums.sum_image.astype(np.uint32),  # at most 255 · samples_per_shard
-        second_moments=result.sums.second_moments,
-        meta=np.frombuffer(meta, np.uint8),
-    )
-    write_bytes_aside(task.record_path, buffer.getvalue())
+class _Shard:
+    """The shard while it is written."""
+
+    def __init__(self, task: ShardTask, out: HashingFile) -> None:
+        self._out, self._recipe = out, task.recipe
+        self._number = int(task.name[-6:])
+        self.sums = Sums.zero(task.recipe.size)
+        self.skipped: list[dict[str, str]] = []
+        self.samples: list[tuple[int, int, int, int, int, np.ndarray]] = []
+        self.index: list[str] = []
+        self.raw_bytes = 0
+
+    def add(self, image: PlannedImage, data: bytes | None) -> None:
+        """Add an image; `data` is None where it is too large to be read."""
+        recipe = self._recipe
+        try:
+            if data is None:
+                raise ImageError("too_many_bytes")
+            self.raw_bytes += len(data)
+            pixels = rescale(decode_raw(data, recipe), recipe.size, recipe.filter)
+        except ImageError as error:
+            self.skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
+            return
+        self.sums.add(pixels)
+        jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
+        offset = _write_member(self._out, f"{image.key}.jpg", jpeg)
+        line = f"jpg {offset} {len(jpeg)} {image.key}.jpg"
+        if image.label >= 0:
+            label = str(image.label).encode()
+            line += f" cls {_write_member(self._out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
+        self.index.append(line)
+        digest = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
+        self.samples.append((self._number, offset, len(jpeg), image.label, zlib.crc32(jpeg), digest))
 
 
-def _read(image: PlannedImage, recipe: BuildRecipe) -> bytes:
-    if image.raw.size > recipe.max_bytes:
-        raise ImageError("too_many_bytes")
-    return image.raw.read()
+def _write(task: ShardTask) -> Record:
+    written: list[_Shard] = []
+
+    def write_tar(out: HashingFile) -> None:
+        shard = _Shard(task, out)
+        with Watchdog() as watchdog:
+            for image, data in _read(task):
+                with watchdog.over(image.raw.path):
+                    shard.add(image, data)
+        out.write(bytes(2 * BLOCK))
+        written.append(shard)
+
+    tar, idx = f"{task.name}.tar", f"{task.name}.idx"
+    files = {tar: write_aside(task.root / tar, write_tar)}
+    shard = written[0]
+    text = f"v1.2 {len(shard.index)}\n" + "".join(line + "\n" for line in shard.index)
+    files[idx] = write_bytes_aside(task.root / idx, text.encode())
+    if not shard.samples:
+        for name in files:
+            (task.root / name).unlink()
+        files = {}
+    raw = raw_digest(task.images)
+    record = Record(task.name, len(shard.samples), shard.skipped, files, raw, shard.raw_bytes, shard.sums)
+    records.save(task.root, record, np.array(shard.samples, SAMPLE))
+    return record
+
+
+def _read(task: ShardTask) -> Iterator[tuple[PlannedImage, bytes | None]]:
+    """Each image's raw bytes; None for one that is larger than the limit."""
+    for image in task.images:
+        yield image, None if image.raw.size > task.recipe.max_bytes else image.raw.read()
 
 
 def _write_member(out: HashingFile, name: str, data: bytes) -> int:

@@ -11,6 +11,7 @@ from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webd
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
 from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
 from pipeline.offline.scans import Scans
+from pipeline.offline.table import RawTable
 from pipeline.offline.words import read_text
 
 __all__ = [
@@ -92,11 +93,12 @@ def find_sources(
         sources = chosen.read(folder, scans)
     finally:
         scans.save()
+    del scans  # its listings hold every name a second time
     sources.name = chosen.name
     if classes:
         _keep_classes(sources, classes)
     counts.check(sources, allow_incomplete, chosen=classes is not None)
-    if not any(image.split == "train" for image in sources.images):
+    if not sources.images.has("train"):
         raise SourceError(f"{raw}: {sources.layout}, but no training picture with a label is in it")
     return sources
 
@@ -142,7 +144,10 @@ def _keep_classes(sources: Sources, file: Path) -> None:
         )
     kept = [record for record in sources.classes if record.wnid in wanted]
     sources.classes = tuple(replace(record, label=label) for label, record in enumerate(kept))
+    images = RawTable()
     for image in sources.images:
-        if image.wnid not in wanted:
+        if image.wnid in wanted:
+            images.append(image)
+        else:
             sources.ignored.add("picture of no class in --classes", image.path)
-    sources.images = [image for image in sources.images if image.wnid in wanted]
+    sources.images = images

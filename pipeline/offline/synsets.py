@@ -75,7 +75,7 @@ def recognise(folder: Folder) -> bool:
 
 def read(folder: Folder, scans: Scans) -> Sources:
     """ImageNet Fall 2011: RAW holds nXXXXXXXX.tar, or tars of those; classes are the wnids."""
-    sources = Sources("ImageNet's synset tars", [])
+    sources = Sources("ImageNet's synset tars")
     wholes = [] if has_synset_tars(folder) else _wholes(folder)
     for name in wholes:
         add_archive(sources, folder, name, "train", scans)
@@ -87,7 +87,7 @@ def read(folder: Folder, scans: Scans) -> Sources:
         raise folder.misfit("fall2011", "it holds no nXXXXXXXX.tar and no tar of those")
     used = wholes or [name for name in (*folder.files, *folder.folders) if WNID.fullmatch(name.removesuffix(".tar"))]
     folder.ignore(sources.ignored, used)
-    sources.classes = ranked((image.wnid for image in sources.images if image.wnid), {}, {})
+    sources.classes = ranked(sources.images.wnids, {}, {})
     return sources
 
 

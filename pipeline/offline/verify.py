@@ -1,31 +1,27 @@
 """The check of a dataset directory: every promise of its manifest against what the files hold."""
 
 import json
-import multiprocessing
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline import manifest
-from pipeline.errors import UserError
 from pipeline.image import REASONS
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
+from pipeline.offline import executors
 from pipeline.offline.build import npy
-from pipeline.offline.executors import begin_worker
 from pipeline.offline.plan import SPLITS
-from pipeline.offline.repair import KEY, REPAIR_FOLDER, TarContent, Violation, loaded, opened, read_tar, stored_pixels
-from pipeline.offline.shards import BUILD_FOLDER
+from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.repair import REPAIR_FOLDER
 from pipeline.offline.statistics import Sums, finish
+from pipeline.offline.tars import KEY, TarContent, Violation, loaded, opened, read_tar, stored_pixels
 
 LEFT_OVER = {
     BUILD_FOLDER: "unfinished: the build was killed at its very end; the same command again ends it",
@@ -83,15 +79,15 @@ def check(
     """
     failures = Failures(Failure(FILE_NAME, what) for what in _manifest_violations(found))
     failures += _unlisted(found)
-    results = _check_shards(found, quick, workers)
+    results: dict[str, ShardFindings] = {}
+    for result in _check_shards(found, quick, workers):
+        results[result.shard.name] = result
+        progress()
     findings: dict[str, list[ShardFindings]] = {}
     seen: dict[str, str] = {}
     for split in found.splits:
-        findings[split] = []
-        for result in islice(results, len(found.splits[split].shards)):
-            findings[split].append(result)
-            failures += result.failures
-            progress()
+        findings[split] = [results[shard.name] for shard in found.splits[split].shards]
+        failures += [failure for result in findings[split] for failure in result.failures]
         with failures.of(f"{split}/samples.npy"):
             _check_samples(found, split, findings[split])
         for shard, _, content in findings[split]:
@@ -160,24 +156,27 @@ def _unlisted(found: Manifest) -> Iterator[Failure]:
         folders.sort()
 
 
+class ShardCheck(NamedTuple):
+    """One shard to check, and what that needs of the manifest."""
+
+    part: Manifest  # without splits, and with the shard's own files alone
+    shard: ShardRecord
+    quick: bool
+
+
 def _check_shards(found: Manifest, quick: bool, workers: int) -> Iterator[ShardFindings]:
-    """Each shard's findings, in order, whoever checks them."""
+    """Each shard's findings, in any order."""
     shards = [shard for split in found.splits.values() for shard in split.shards]
-    mine = [{name: found.files[name] for name in (s.name, _index(s.name)) if name in found.files} for s in shards]
-    parts = [replace(found, splits={}, files=files) for files in mine]  # what one shard's check needs of the manifest
-    if workers <= 1 or len(shards) <= 1:
-        yield from map(check_shard, parts, shards, repeat(quick))
-        return
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(min(workers, len(shards)), context, begin_worker) as pool:
-            yield from pool.map(check_shard, parts, shards, repeat(quick))
-    except BrokenProcessPool as error:
-        raise UserError("a worker process was killed, perhaps for lack of memory; try fewer --workers") from error
+    checks = []
+    for shard in shards:
+        mine = {name: found.files[name] for name in (shard.name, _index(shard.name)) if name in found.files}
+        checks.append(ShardCheck(replace(found, splits={}, files=mine), shard, quick))
+    return executors.run(check_shard, checks, min(workers, len(checks)))
 
 
-def check_shard(found: Manifest, shard: ShardRecord, quick: bool) -> ShardFindings:
+def check_shard(task: ShardCheck) -> ShardFindings:
     """A shard's tar and its index: each alone, and the index against the tar."""
+    found, shard, quick = task
     failures = Failures()
     content: TarContent | None = None
     with failures.of(shard.name), opened(found, shard.name) as file:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.manifest import FILE_NAME, ClassRecord
@@ -57,7 +57,7 @@ def read(folder: Folder, scans: Scans) -> Sources:
     tars = _tars(folder)
     if not tars:
         raise folder.misfit("webdataset", "no .tar is in it, nor in train/, val/ or test/")
-    sources = Sources(f"{len(tars)} WebDataset shards", [])
+    sources = Sources(f"{len(tars)} WebDataset shards")
     labels: dict[str, str] = {}  # so that the images of a class share one string
     for path, split in tars.items():
         listing = scans.listing(folder.path / path)
@@ -159,7 +159,7 @@ def _label(sample: _Sample, read: Callable[[int, int], bytes]) -> str | None:
 
 def _name_classes(sources: Sources, raw: Path, lists: list[str]) -> None:
     """Labels as they stand → class names."""
-    labels = {image.wnid for image in sources.images if image.wnid is not None}
+    labels = sources.images.wnids
     named = list(_listed(raw, lists))
     if not all(_NUMBER.fullmatch(label) for label in labels):
         words = {record.wnid: record.words for record in named}
@@ -174,9 +174,7 @@ def _name_classes(sources: Sources, raw: Path, lists: list[str]) -> None:
             f"correct {lists[0]} or remove it"
         )
     names = {label: by_number[n].wnid if by_number else f"{n:0{width}d}" for label, n in numbers.items()}
-    for i, image in enumerate(sources.images):
-        if image.wnid is not None and names[image.wnid] is not image.wnid:
-            sources.images[i] = replace(image, wnid=names[image.wnid])
+    sources.images.rename_classes(names.__getitem__)
     words = {record.wnid: record.words for record in named}
     ids = {record.wnid: record.devkit_id for record in named if record.devkit_id is not None}
     sources.classes = ranked(words or names.values(), words, ids)
