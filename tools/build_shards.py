@@ -10,10 +10,11 @@ import click
 
 from pipeline.cli import Command
 from pipeline.errors import UserError
-from pipeline.manifest import Manifest
+from pipeline.manifest import FILE_NAME, Manifest, parse
 from pipeline.offline.build import build, merge_parts, slots
 from pipeline.offline.plan import Plan, make_plan
 from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.retry import is_finished, retry
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.sources import Sources, find_sources
 from tools.build_options import recipe_options, run_options, skip_options, source_options, split_recipe
@@ -60,6 +61,8 @@ def main(raw: Path, dataset: Path, **options: Any) -> None:
         _tell_estimate(plan, asked["workers"], asked["as_json"])
     elif asked["merge"]:
         _finish(merge_parts(plan, dataset, limit), None, asked["as_json"])
+    elif asked["retry_skipped"] and is_finished(dataset):
+        _retry(plan, dataset, asked)
     else:
         _build(plan, dataset, limit, asked)
 
@@ -89,6 +92,14 @@ def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any]) -
         event("part", number=part.number, of=part.of, shards=len(mine), **progress.figures())
     else:
         click.echo(f"part {part.number} of {part.of}: {len(mine):,} shards are built; end the build with --merge")
+
+
+def _retry(plan: Plan, dataset: Path, asked: dict[str, Any]) -> None:
+    built, gained = retry(parse((dataset / FILE_NAME).read_bytes(), dataset), plan, asked["workers"])
+    if not asked["as_json"]:
+        still = sum(split.skipped for split in built.splits.values())
+        click.echo(f"{gained:,} images that were skipped are samples now; {still:,} are skipped still")
+    _finish(built, None, asked["as_json"])
 
 
 def _tell_plan(raw: Path, sources: Sources, plan: Plan, as_json: bool) -> None:

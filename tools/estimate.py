@@ -19,17 +19,18 @@ def estimate(plan: Plan, workers: int) -> dict[str, Any]:
     Returns:
         tried, skipped (images), images_per_second (of one worker), seconds, bytes.
     """
+    recipe = plan.recipe
     count = len(plan.splits["train"])
     places = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int))
     started, size, skipped = time.perf_counter(), 0, 0
     for place in places.tolist():
         (image,) = plan.part("train", place, place + 1)
         try:
-            pixels = rescale(decode_raw(image.raw.read(), plan.recipe), plan.recipe.size, plan.recipe.filter)
+            pixels = rescale(decode_raw(image.raw.read(), recipe), recipe.size, recipe.filter, recipe.crop)
         except ImageError:
             skipped += 1
             continue
-        jpeg = encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling)
+        jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
         size += len(jpeg) + 2 * ROUNDED_UP
     seconds = (time.perf_counter() - started) / len(places)
     images = sum(map(len, plan.splits.values()))

@@ -99,7 +99,10 @@ def closing_table(built: Manifest, reasons: Mapping[str, Counter[str]], figures:
         table.add_row(name, f"{split.samples:,}", f"{split.skipped:,}", f"{len(split.shards):,}", f"{size:,.1f}", told)
     Console(width=120 if not Console().is_terminal else None, highlight=False).print(table)
     color = ", ".join(f"{value:.1f}" for value in built.statistics_summary["mean_color"])
-    click.echo(
-        f"mean colour (RGB) {color}; {figures['images_per_second']:,.0f} images/s, "
-        f"{figures['megabytes_per_second']:,.0f} MB/s, {duration(figures['seconds'])}; {built.root / 'dataset.json'}"
+    speed = (
+        f"{figures['images_per_second']:,.0f} images/s, {figures['megabytes_per_second']:,.0f} MB/s, "
+        f"{duration(figures['seconds'])}; "
+        if figures
+        else ""
     )
+    click.echo(f"mean colour (RGB) {color}; {speed}{built.root / 'dataset.json'}")

@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from pipeline.offline.statistics import Sums, finish
 __all__ = ["BuildError", "Part", "build", "merge", "npy", "png", "shard_tasks", "slots"]
 
 Run = Callable[[Callable[[ShardTask], Outcome], Iterable[ShardTask]], Iterator[Outcome]]
+
+
+SKIPPED_FILE = "skipped.jsonl"
 
 
 class Part(NamedTuple):
@@ -137,13 +140,9 @@ def shard_tasks(plan: Plan, root: Path, chosen: Sequence[Slot]) -> Iterator[Shar
 def merge(plan: Plan, root: Path, built: Sequence[Slot]) -> Manifest:
     """Statistics, sample records and the list of skipped images from the records of all shards; the manifest last."""
     files: dict[str, FileRecord] = {}
-
-    def put(name: str, data: bytes) -> None:
-        files[name] = FileRecord(**write_bytes_aside(root / name, data))
-
     splits: dict[str, Split] = {}
     skipped: list[dict[str, str]] = []
-    total = Sums.zero(plan.recipe.size)
+    total = Sums.zero(plan.recipe.statistics_size)
     for split in dict.fromkeys(slot.split for slot in built):
         names = [slot.name for slot in built if slot.split == split]
         shards, left_out = [], 0
@@ -158,17 +157,39 @@ def merge(plan: Plan, root: Path, built: Sequence[Slot]) -> Manifest:
         table = f"{split}/samples.npy"
         files[table] = FileRecord(**write_aside(root / table, partial(_write_samples, root, names, samples)))
         splits[split] = Split(samples, left_out, tuple(shard for shard in shards if shard))
+    return conclude(plan, root, splits, skipped, total, files)
+
+
+def conclude(
+    plan: Plan,
+    root: Path,
+    splits: Mapping[str, Split],
+    skipped: Sequence[Mapping[str, str]],
+    total: Sums,
+    files: Mapping[str, FileRecord],
+) -> Manifest:
+    """Write the statistics, the list of skipped images and the manifest of a dataset directory with these `files`.
+
+    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split.
+
+    Raises:
+        BuildError: no training image was decoded.
+    """
     if not total.n:
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
         raise BuildError(f"{root}: no training image could be decoded; the reasons: {reasons}")
     statistics = finish(total)
     arrays = io.BytesIO()
     np.savez(arrays, **{key: getattr(statistics, key) for key in manifest.Statistics.__dataclass_fields__})
-    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped)
-    put(manifest.STATISTICS_FILE, arrays.getvalue())
-    put("mean.png", png(statistics.mean_image))
-    put("skipped.jsonl", lines.encode())
-    found = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
+    contents = {
+        manifest.STATISTICS_FILE: arrays.getvalue(),
+        "mean.png": png(statistics.mean_image),
+        SKIPPED_FILE: "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode(),
+    }
+    written = {name: FileRecord(**write_bytes_aside(root / name, data)) for name, data in contents.items()}
+    found = Manifest(
+        root, plan.recipe, plan.classes, splits, statistics.summary(), {**files, **written}, codec_versions()
+    )
     write_bytes_aside(root / manifest.FILE_NAME, found.to_json())
     return found
 

@@ -119,7 +119,7 @@ class _Shard:
     def __init__(self, task: ShardTask, out: HashingFile) -> None:
         self._out, self._recipe = out, task.recipe
         self._number = int(task.name[-6:])
-        self.sums = Sums.zero(task.recipe.size)
+        self.sums = Sums.zero(task.recipe.statistics_size)
         self.skipped: list[dict[str, str]] = []
         self.samples: list[tuple[int, int, int, int, int, np.ndarray]] = []
         self.index: list[str] = []
@@ -132,7 +132,7 @@ class _Shard:
             if data is None:
                 raise ImageError("too_many_bytes")
             self.raw_bytes += len(data)
-            pixels = rescale(decode_raw(data, recipe), recipe.size, recipe.filter)
+            pixels = rescale(decode_raw(data, recipe), recipe.size, recipe.filter, recipe.crop)
         except ImageError as error:
             self.skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
             return

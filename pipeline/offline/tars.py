@@ -87,7 +87,7 @@ def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, pic
     """
     samples: list[tuple[int, int, int, int, int, int]] = []
     keys, index = [], []
-    sums = Sums.zero(recipe.size) if pictures else None
+    sums = Sums.zero(1) if pictures else None
     for name, offset, data in _members(file):
         key, _, extension = name.partition(".")
         if extension == "jpg":
@@ -96,7 +96,7 @@ def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, pic
             samples.append((number, offset, len(data), -1, zlib.crc32(data), 0))
             if sums:
                 try:
-                    sums.add(stored_pixels(data, "JPEG", recipe.size))
+                    sums.add(stored_pixels(data, "JPEG", recipe.size, recipe.crop))
                 except Violation as violation:
                     raise Violation(f"{name}: {violation}") from violation
         elif not keys or keys[-1] != key or samples[-1][3] >= 0:
@@ -105,13 +105,7 @@ def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, pic
             index[-1] += f" cls {offset} {len(data)} {name}"
             samples[-1] = (*samples[-1][:3], _label(name, data, classes), *samples[-1][4:])
     text = "".join(f"{line}\n" for line in (f"v1.2 {len(index)}", *index))
-    return TarContent(np.array(samples, SAMPLE), keys, text.encode(), _per_pixel(sums) if sums else None)
-
-
-def _per_pixel(sums: Sums) -> Sums:
-    """The same colours as pictures of one pixel: a few numbers to pass between processes."""
-    height, width, _ = sums.sum_image.shape
-    return Sums(sums.n * height * width, sums.sum_image.sum(axis=(0, 1), keepdims=True), sums.second_moments)
+    return TarContent(np.array(samples, SAMPLE), keys, text.encode(), sums)
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
@@ -147,13 +141,20 @@ def _label(name: str, data: bytes, classes: int) -> int:
     return int(data)
 
 
-def stored_pixels(data: bytes, form: str, size: int) -> np.ndarray:
-    """Decode a picture of our own, `form` "JPEG" or "PNG": (size, size, 3) uint8. Raises Violation."""
+def stored_pixels(data: bytes, form: str, size: int, crop: str = "centre") -> np.ndarray:
+    """Decode a picture of our own, `form` "JPEG" or "PNG".
+
+    Returns:
+        (size, size, 3) uint8; where `crop` is "none", the shorter side is `size`.
+    Raises:
+        Violation: it is no such picture.
+    """
     try:
         image = decode(data, max_bytes=len(data), max_pixels=MAX_PIXELS, max_scans=MAX_SCANS)
     except ImageError as error:
         raise Violation(str(error)) from error
-    if image.format != form or image.size != (size, size):  # what was converted to RGB has no format
+    fits = min(image.size) == size if crop == "none" else image.size == (size, size)
+    if image.format != form or not fits:  # what was converted to RGB has no format
         what = f"{image.width}×{image.height} {image.format or 'not RGB'}"
-        raise Violation(f"{what}, not an RGB {form} of {size}×{size}")
+        raise Violation(f"{what}, not an RGB {form} of {size}×{size}" + " or longer" * (crop == "none"))
     return np.asarray(image)

@@ -20,12 +20,14 @@ from pipeline.offline.build import npy
 from pipeline.offline.plan import SPLITS
 from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.repair import REPAIR_FOLDER
+from pipeline.offline.retry import RETRY_FOLDER
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.tars import KEY, TarContent, Violation, loaded, opened, read_tar, stored_pixels
 
 LEFT_OVER = {
     BUILD_FOLDER: "unfinished: the build was killed at its very end; the same command again ends it",
     REPAIR_FOLDER: "left by a repair that was killed; delete it",
+    RETRY_FOLDER: "unfinished: build_shards.py --retry-skipped was killed; the same command again ends it",
 }
 
 
@@ -245,11 +247,12 @@ def _check_statistics(found: Manifest) -> Statistics:
     """The exact sums against the manifest's shards; all else against the exact sums, bit for bit."""
     with opened(found, STATISTICS_FILE):
         statistics: Statistics = loaded(found.statistics)
-    train, size = found.split("train"), found.recipe.size
+    train, recipe, size = found.split("train"), found.recipe, found.recipe.statistics_size
     sums = Sums(statistics.n, statistics.sum_image, statistics.second_moments)
     forms = [(array.dtype, array.shape) for array in (sums.sum_image, sums.second_moments)]
-    if forms != [(np.int64, (size, size, 3)), (np.int64, (3, 3))] or not 0 < sums.n == train.samples:
-        raise Violation(f"is not of {train.samples} pictures of {size}×{size}")
+    counted = sums.n == train.samples if recipe.crop == "centre" else sums.n >= train.samples * recipe.size**2
+    if forms != [(np.int64, (size, size, 3)), (np.int64, (3, 3))] or not sums.n or not counted:
+        raise Violation(f"is not of {train.samples} pictures of {recipe.size}×{recipe.size}")
     exact = np.sum([[shard.sum_color, *shard.second_moments] for shard in train.shards], axis=0)  # (4, 3) int64
     if not np.array_equal([sums.sum_image.sum(axis=(0, 1)), *sums.second_moments], exact):
         raise Violation(f"the colour sums of the training shards in {FILE_NAME} do not add up to its own")
@@ -263,7 +266,7 @@ def _check_statistics(found: Manifest) -> Statistics:
 
 def _check_mean_png(found: Manifest, statistics: Statistics | None) -> None:
     with opened(found, "mean.png") as file:
-        pixels = stored_pixels(file.read(), "PNG", found.recipe.size)
+        pixels = stored_pixels(file.read(), "PNG", found.recipe.statistics_size)
     if statistics and not np.array_equal(pixels, np.rint(statistics.mean_image)):
         raise Violation("is not the rounded mean image")
 

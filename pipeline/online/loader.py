@@ -84,6 +84,11 @@ class Loader:
             )
         self.manifest = data if isinstance(data, manifest.Manifest) else manifest.load(data)
         self.size = self.manifest.recipe.size
+        if self.manifest.recipe.crop != "centre":
+            raise UserError(
+                f"{self.manifest.root}: built with --crop none, whole pictures for other models' augmentation; build with "
+                "--crop centre for this one"
+            )
         if self.size < augment.VIEW_SIZE:
             raise UserError(
                 f"{self.manifest.root}: images of {self.size} pixels; a view needs {augment.VIEW_SIZE}; "
