@@ -124,9 +124,9 @@ def _runs(same: np.ndarray) -> list[tuple[int, int]]:
 
 def _by_name(images: RawTable, places: np.ndarray) -> np.ndarray:
     """Ordered by the bytes of the file names, then of the paths."""
-
-    def name_then_path(i: int) -> tuple[bytes, bytes]:
-        path = os.fsencode(images.path(i))
-        return path.rpartition(b"/")[2], path
-
-    return np.array(sorted(places.tolist(), key=name_then_path), np.uint32)
+    rows = []  # one bytes object an image: no path holds a zero byte, so the order is that of (name, path)
+    for i in map(int, places):
+        above, slash, name = os.fsencode(images.path(i)).rpartition(b"/")
+        rows.append(name + b"\0" + above + slash + i.to_bytes(4, "big"))
+    rows.sort()
+    return np.fromiter((int.from_bytes(row[-4:], "big") for row in rows), np.uint32, len(rows))
