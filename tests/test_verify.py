@@ -429,3 +429,20 @@ def test_duplicates_are_information(raw: Path, tmp_path: Path):
         frozenset({"train/2 train_stripes_0002", "val/2 d"}),
     }
     assert len(lines) == 4
+
+
+def test_repair_takes_the_layout_and_the_classes_of_the_build(raw: Path, tmp_path: Path):
+    """Of `raw`, whose train/ is read as plain class folders, two classes of three."""
+    classes = tmp_path / "classes.txt"
+    classes.write_text("blobs\nstripes\n")
+    source = ("--layout", "class-folders", "--classes", classes)
+    root = tmp_path / "dataset"
+    assert build(raw / "train", root, *source, "--size", 32, "--samples-per-shard", 16, "--workers", 1).exit_code == 0
+    before = (root / f"{SHARD}.tar").read_bytes()
+    (root / f"{SHARD}.tar").write_bytes(b"torn")
+    refused = verify(root, "--repair", raw / "train", "--workers", 1)
+    assert refused.exit_code == 2
+    assert "RAW has other classes or splits" in refused.output
+    result = verify(root, "--repair", raw / "train", *source, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert (root / f"{SHARD}.tar").read_bytes() == before

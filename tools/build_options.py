@@ -1,16 +1,22 @@
 """The options of tools/build_shards.py, in the groups in which its help shows them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from pipeline.errors import UserError
 from pipeline.manifest import BuildRecipe
-from pipeline.offline.build import Part
-from pipeline.offline.sources import LAYOUTS
+from pipeline.offline import cluster
+from pipeline.offline.build import Part, Run
+from pipeline.offline.claim import PLAN_FILE
+from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -118,9 +124,7 @@ skip_options = together(
         metavar="N|P%",
         help="Fail where more images of a split are skipped.  [default: 0.1% of the split, at least 10]",
     ),
-    click.option(
-        "--retry-skipped", is_flag=True, help="Try again what an earlier run skipped, finished or not."
-    ),
+    click.option("--retry-skipped", is_flag=True, help="Try again what an earlier run skipped, finished or not."),
 )
 
 run_options = together(
@@ -129,15 +133,50 @@ run_options = together(
         type=click.IntRange(min=1),
         default=len(os.sched_getaffinity(0)),
         show_default="all cores",
-        help="Processes.",
+        help="Processes; with Ray the most tasks at a time, by default one on each CPU of its cluster.",
+    ),
+    click.option(
+        "--executor",
+        type=click.Choice(["processes", "ray"]),
+        default="processes",
+        show_default=True,
+        help="Who builds the shards: processes here, or Ray, on one machine or many (pip install 'penstock[ray]').",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="HOST:PORT of a Ray cluster's head, or auto: the cluster of this machine. RAW and DATASET then lie where "
+        "each node sees them under the same path.  [default: a Ray of its own on this machine]",
     ),
     click.option("--part", type=PartType(), help="Build every Nth shard from the Kth on, one job of N; see --merge."),
     click.option("--merge", is_flag=True, help="End a build whose parts are all built."),
-    click.option(
-        "--dry-run", is_flag=True, help="Print counts, shards, expected size and time; write nothing."
-    ),
+    click.option("--dry-run", is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout, for machines."),
 )
+
+
+def chosen_sources(raw: Path, asked: Mapping[str, Any], cache: Path | None = None) -> Sources:
+    """`find_sources` as `source_options` say."""
+    return find_sources(
+        raw,
+        asked["layout"],
+        classes=Path(asked["classes"]) if asked["classes"] else None,
+        allow_incomplete=asked["allow_incomplete"],
+        cache=cache,
+    )
+
+
+def chosen_run(raw: Path, dataset: Path, asked: Mapping[str, Any]) -> Run | None:
+    """Who runs the tasks, as `run_options` say; None: a pool of `workers` processes."""
+    if asked["executor"] == "processes":
+        if asked["ray_address"]:
+            raise UserError(f"--ray-address {asked['ray_address']}: means something only with --executor ray")
+        return None
+    given = click.get_current_context().get_parameter_source("workers") is not ParameterSource.DEFAULT
+    shared = (raw, dataset / BUILD_FOLDER / PLAN_FILE)
+    return partial(
+        cluster.run, address=asked["ray_address"], at_once=asked["workers"] if given else None, shared=shared
+    )
 
 
 def split_recipe(options: dict[str, Any]) -> tuple[BuildRecipe, dict[str, Any]]:

@@ -11,13 +11,21 @@ import click
 from pipeline.cli import Command
 from pipeline.errors import UserError
 from pipeline.manifest import FILE_NAME, Manifest, parse
-from pipeline.offline.build import build, merge_parts, slots
+from pipeline.offline.build import Run, build, merge_parts, slots
 from pipeline.offline.plan import Plan, make_plan
 from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.retry import is_finished, retry
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
-from pipeline.offline.sources import Sources, find_sources
-from tools.build_options import recipe_options, run_options, skip_options, source_options, split_recipe
+from pipeline.offline.sources import Sources
+from tools.build_options import (
+    chosen_run,
+    chosen_sources,
+    recipe_options,
+    run_options,
+    skip_options,
+    source_options,
+    split_recipe,
+)
 from tools.estimate import estimate
 from tools.progress import BuildProgress, closing_table, duration, event
 
@@ -44,17 +52,15 @@ def main(raw: Path, dataset: Path, **options: Any) -> None:
       python tools/build_shards.py photos/ photos-256/ --holdout 0.2
       python tools/build_shards.py RAW DATASET --part 3/16      (job 3 of an array of 16)
       python tools/build_shards.py RAW DATASET --merge          (once all 16 have ended)
+      python tools/build_shards.py RAW DATASET --executor ray --ray-address auto
     """
     recipe, asked = split_recipe(options)
     _require_apart(raw, dataset)
+    if asked["executor"] == "ray":
+        raw, dataset = raw.absolute(), dataset.absolute()  # its workers may have another working directory
+    run = chosen_run(raw, dataset, asked)
     limit = SkipLimit.parse(asked["max_skipped"]) if asked["max_skipped"] else SKIP_LIMIT
-    sources = find_sources(
-        raw,
-        asked["layout"],
-        classes=Path(asked["classes"]) if asked["classes"] else None,
-        allow_incomplete=asked["allow_incomplete"],
-        cache=None if asked["dry_run"] else dataset / BUILD_FOLDER,
-    )
+    sources = chosen_sources(raw, asked, cache=None if asked["dry_run"] else dataset / BUILD_FOLDER)
     plan = make_plan(sources, recipe)
     _tell_plan(raw, sources, plan, asked["as_json"])
     if asked["dry_run"]:
@@ -64,7 +70,7 @@ def main(raw: Path, dataset: Path, **options: Any) -> None:
     elif asked["retry_skipped"] and is_finished(dataset):
         _retry(plan, dataset, asked)
     else:
-        _build(plan, dataset, limit, asked)
+        _build(plan, dataset, limit, asked, run)
 
 
 def _require_apart(raw: Path, dataset: Path) -> None:
@@ -72,7 +78,7 @@ def _require_apart(raw: Path, dataset: Path) -> None:
         raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
 
 
-def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any]) -> None:
+def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any], run: Run | None) -> None:
     part = asked["part"]
     mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
     form = "json" if asked["as_json"] else "bar" if sys.stderr.isatty() else "lines"
@@ -82,6 +88,7 @@ def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any]) -
             dataset,
             asked["workers"],
             progress.add,
+            run=run,
             skip_limit=limit,
             retry_skipped=asked["retry_skipped"],
             part=part,

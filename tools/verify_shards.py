@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -16,8 +17,8 @@ from pipeline.manifest import Manifest
 from pipeline.offline.plan import make_plan
 from pipeline.offline.repair import repair
 from pipeline.offline.shards import BLOCK
-from pipeline.offline.sources import find_sources
 from pipeline.offline.verify import Failures, check, load
+from tools.build_options import chosen_sources, source_options
 
 EXAMPLES = 10  # duplicates that are shown
 COPIES = 5  # samples of each that are shown
@@ -40,14 +41,17 @@ COPIES = 5  # samples of each that are shown
     show_default="all cores",
     help="Processes.",
 )
+@source_options
 @click.pass_context
-def main(context: click.Context, dataset: Path, quick: bool, raw: Path | None, workers: int) -> None:
+def main(context: click.Context, dataset: Path, quick: bool, raw: Path | None, workers: int, **source: Any) -> None:
     """Check every promise of the dataset directory DATASET: one line for each file that breaks one.
 
     Raw images that DATASET holds more than once are named, and no failure. --repair rebuilds exactly the files that
     fail, with the build recipe in dataset.json, and puts them into place only if every byte is what dataset.json
-    promises; then it checks again. Exit code 0: all holds; 1: something failed; 2: not a dataset directory, a damaged
-    dataset.json, or a RAW that it was not built from.
+    promises; then it checks again. (--layout, --classes and --allow-incomplete as when DATASET was built.)
+
+    Exit code 0: all holds; 1: something failed; 2: not a dataset directory, a damaged dataset.json, or a RAW that it
+    was not built from.
 
     \b
     Examples:
@@ -59,7 +63,7 @@ def main(context: click.Context, dataset: Path, quick: bool, raw: Path | None, w
     failures = _check(found, quick, workers)
     failing = {failure.file for failure in failures} & found.files.keys()
     if raw and failing:
-        repair(found, failing, make_plan(find_sources(raw), found.recipe), workers)
+        repair(found, failing, make_plan(chosen_sources(raw, source), found.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(found, quick, workers)
     elif raw:
