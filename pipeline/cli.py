@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pipeline.errors import UserError
+from pipeline.storage import Location, location
 
 
 class Command(click.Command):
@@ -21,7 +22,10 @@ class Command(click.Command):
         self._interrupted = f"; {interrupted}" if interrupted else ""
 
     def invoke(self, ctx: click.Context) -> Any:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as nohup and a shell's `&` have it
+                signal.signal(number, _interrupt)
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -35,20 +39,31 @@ class Command(click.Command):
         except KeyboardInterrupt as error:
             raise _Failure(f"interrupted{self._interrupted}", 128 + signal.SIGINT) from error
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Place(click.ParamType):
+    """A path, or the URL of an object store, as a `storage.Location`."""
+
+    name = "path or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Location:
+        return location(value)
 
 
 class _Terminated(BaseException):
     """SIGTERM, as an exception: what is open is closed, and temporary files are deleted."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise the signal as an exception, once: impatience must not interrupt the deletion of temporary files."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
 
 class _Failure(click.ClickException):
-    exit_code: int
-
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]

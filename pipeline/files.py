@@ -1,10 +1,18 @@
 """How our files appear: whole or not at all."""
 
+import errno
 import hashlib
 import os
+import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pipeline.errors import UserError
+from pipeline.storage import Location, objects
+
+ASIDE = ".tmp"  # how the name of a file that is not yet whole ends
 
 
 class HashingFile:
@@ -24,15 +32,21 @@ class HashingFile:
         return self._digest.hexdigest()
 
 
-def write_aside(path: Path, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
+def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
     """Let `write` fill a temporary file; fsync it, rename it to `path`, fsync the folder.
+
+    Several may write one path at a time: each has a temporary file of its own, and the last to end wins. For a remote
+    path the temporary file is a local one, in TMPDIR, which is uploaded.
 
     Returns:
         {"bytes": its size, "sha256": hex}.
     Raises:
-        Whatever `write` or the file system raises; then nothing of the file stays, and an older `path` is untouched.
+        Whatever `write`, the file system or the store raises; then nothing of the file stays, and an older `path` is
+        untouched.
     """
-    aside = path.with_name(path.name + ".tmp")
+    if not isinstance(path, Path):
+        return _write_remote(str(path), write)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ASIDE}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(aside, "wb") as file:
@@ -51,6 +65,38 @@ def write_aside(path: Path, write: Callable[[HashingFile], Any]) -> dict[str, An
     return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
 
 
-def write_bytes_aside(path: Path, data: bytes) -> dict[str, Any]:
+def _write_remote(url: str, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
+    try:
+        with tempfile.NamedTemporaryFile(prefix="penstock-", suffix=ASIDE) as file:
+            hashing = HashingFile(file)  # type: ignore[arg-type]
+            write(hashing)
+            file.flush()
+            objects.upload(Path(file.name), url)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{tempfile.gettempdir()}: {error.strerror}, for a file on its way to {url}; make room, or set TMPDIR"
+        ) from error
+    return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
+
+
+def write_bytes_aside(path: Location, data: bytes) -> dict[str, Any]:
     """`write_aside` of bytes at hand."""
     return write_aside(path, lambda file: file.write(data))
+
+
+def sweep(folder: Location) -> int:
+    """Delete what writers that were killed left in `folder`, not below it; remotely, below it too.
+
+    Only for whoever knows that nobody writes there now.
+
+    Returns:
+        How many temporary files, or uploads without an end, there were.
+    """
+    if not isinstance(folder, Path):
+        return objects.abandon_uploads(str(folder))
+    found = [path for path in folder.glob(f"*{ASIDE}") if path.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)

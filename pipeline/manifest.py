@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.storage import Location
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
@@ -40,8 +41,8 @@ class DatasetError(UserError):
 class BuildRecipe:
     """The options that determine the bytes of a dataset directory (together with the raw images and the codecs)."""
 
-    size: int = 256  # pixels: the stored images are size × size
-    crop: str = "centre"
+    size: int = 256  # pixels: the stored images are size × size, or have this shorter side
+    crop: str = "centre"  # the square, or "none": the whole picture
     filter: str = "bicubic"  # antialiased
     quality: int = 95  # JPEG, libjpeg's scale
     subsampling: str = "4:2:0"
@@ -53,6 +54,11 @@ class BuildRecipe:
     max_bytes: int = 64 * 2**20  # a raw image with more bytes, pixels or JPEG scans is skipped
     max_pixels: int = 64 * 10**6
     max_scans: int = 100
+
+    @property
+    def statistics_size(self) -> int:
+        """Pixels of a side of the mean image; 1 for whole pictures, each pixel of which counts as a picture."""
+        return self.size if self.crop == "centre" else 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class FileRecord:
 class Statistics:
     """Statistics of the training split's rescaled pixels in RGB grey levels (0 … 255), before JPEG encoding."""
 
-    n: int  # images
+    n: int  # images; pixels where whole pictures are stored
     sum_image: np.ndarray  # (size, size, 3) int64
     second_moments: np.ndarray  # (3, 3) int64: sum over pixels of x·xᵀ
     mean_image: np.ndarray  # (size, size, 3) float64
@@ -117,7 +123,7 @@ class Statistics:
 class Manifest:
     """dataset.json, and the directory it stands in."""
 
-    root: Path
+    root: Location
     recipe: BuildRecipe
     classes: tuple[ClassRecord, ...]
     splits: Mapping[str, Split]
@@ -161,7 +167,7 @@ class Manifest:
         """A listed file's bytes, once they have the SHA-256 that the manifest promises: they need no other distrust."""
         path = self.root / name
         try:
-            data = path.read_bytes()
+            data = storage.read_bytes(path)
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}; build it again") from error
         if name not in self.files or sha256(data) != self.files[name].sha256:
@@ -185,38 +191,40 @@ class Manifest:
         return canonical_json(body | {"checksum": sha256(canonical_json(body))})
 
 
-def load(root: str | os.PathLike[str]) -> Manifest:
-    """Load and validate the manifest of the dataset directory `root`.
+def load(root: str | os.PathLike[str] | Location) -> Manifest:
+    """Load and validate the manifest of the dataset directory `root`, a path or a URL.
 
     Checks the manifest's own checksum and form, and that every listed file exists with the promised size; what is
     inside them is the business of tools/verify_shards.py and, for each sample used, of the loader (CRC-32).
 
     Raises:
         DatasetError: one line that names the file.
+        UserError: the object store that `root` names cannot be reached.
     """
-    root = Path(root)
+    root = storage.location(root)
     path = root / FILE_NAME
-    if not root.is_dir():
+    if not storage.is_dir(root):
         raise DatasetError(f"{root}: no such directory; build one with: python tools/build_shards.py RAW {root}")
     try:
-        data = path.read_bytes()
+        data = storage.read_bytes(path)
     except FileNotFoundError as error:
         hint = (
             "its build has not finished; run the same command again"
-            if (root / ".build").is_dir()
+            if storage.is_dir(root / ".build")
             else "not a dataset directory"
         )
         raise DatasetError(f"{path}: missing ({hint})") from error
     manifest = parse(data, root)
+    sizes = storage.sizes(root, manifest.files)
     for name, record in manifest.files.items():
-        size = (root / name).stat().st_size if (root / name).is_file() else None
+        size = sizes.get(name)
         if size != record.bytes:
             found = "missing" if size is None else f"has {size} bytes"
             raise DatasetError(f"{root / name}: {found}, the manifest promises {record.bytes} bytes; build it again")
     return manifest
 
 
-def parse(data: bytes, root: Path) -> Manifest:
+def parse(data: bytes, root: Location) -> Manifest:
     """dataset.json's bytes → Manifest. Raises DatasetError where a byte was changed or the format is another."""
     path = root / FILE_NAME
     try:

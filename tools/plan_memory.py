@@ -2,6 +2,7 @@
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 from pipeline.manifest import BuildRecipe, ClassRecord
@@ -35,8 +36,8 @@ def plan_memory(images: int) -> dict[str, Any]:
     plan = make_plan(sources, BuildRecipe())
     planned, kept = time.perf_counter(), _resident() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    tasks = sum(len(task.images) for task in shard_tasks(plan, "/dataset", slots(plan)))
-    assert tasks == images
+    tasks = [len(task.images) for task in shard_tasks(plan, Path("/dataset"), slots(plan))]
+    assert sum(tasks) == images
     return {
         "images": images,
         "name_bytes": names / images,

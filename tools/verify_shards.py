@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,12 +11,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline.cli import Command
+from pipeline import storage
+from pipeline.cli import Command, Place
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import make_plan
 from pipeline.offline.repair import repair
 from pipeline.offline.shards import BLOCK
 from pipeline.offline.verify import Failures, check, load
+from pipeline.storage import Location
 from tools.build_options import chosen_sources, source_options
 
 EXAMPLES = 10  # duplicates that are shown
@@ -25,13 +26,13 @@ COPIES = 5  # samples of each that are shown
 
 
 @click.command(cls=Command)
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("dataset", type=Place())
 @click.option("--quick", is_flag=True, help="Do not decode the JPEGs.")
 @click.option(
     "--repair",
     "raw",
     metavar="RAW",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="Rebuild the files that fail from the raw images in RAW.",
 )
 @click.option(
@@ -43,7 +44,9 @@ COPIES = 5  # samples of each that are shown
 )
 @source_options
 @click.pass_context
-def main(context: click.Context, dataset: Path, quick: bool, raw: Path | None, workers: int, **source: Any) -> None:
+def main(
+    context: click.Context, dataset: Location, quick: bool, raw: Location | None, workers: int, **source: Any
+) -> None:
     """Check every promise of the dataset directory DATASET: one line for each file that breaks one.
 
     Raw images that DATASET holds more than once are named, and no failure. --repair rebuilds exactly the files that
@@ -148,9 +151,8 @@ def _named(found: Manifest, copy: Copy, failing: set[str]) -> str:
     shard, label = f"{copy.split}/{copy.split}-{copy.record['shard']:06d}.tar", int(copy.record["label"])
     key = f"sample {copy.id}"
     if shard not in failing:
-        with open(found.root / shard, "rb") as file:
-            file.seek(int(copy.record["offset"]) - BLOCK)
-            key = file.read(100).decode("ascii", "replace").partition(".")[0]
+        header = storage.read_range(str(found.root / shard), int(copy.record["offset"]) - BLOCK, 100)
+        key = header.decode("ascii", "replace").partition(".")[0]
     return f"{copy.split}/{label if label >= 0 else 'none'} {key}"
 
 

@@ -5,11 +5,10 @@ describe them. Whatever is not a plain file with a plain name is left out and na
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 
 from pipeline.offline.raw import LeftOut, SourceError, shown
+from pipeline.storage import Location, Read, opened
 
 BLOCK = 512
 MAX_EXTENDED = 2**20  # bytes of an extended header; a real one has some hundred
@@ -24,19 +23,10 @@ _WITHOUT_DATA = {
     b"6": "device or pipe in an archive",
 }
 
-Read = Callable[[int, int], bytes]  # (size, offset) → at most `size` bytes
 Member = tuple[str, int, int]  # name, offset, size
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[Read, int]]:
-    """Positioned reads of a file, and its size."""
-    with open(path, "rb") as file:
-        number = file.fileno()
-        yield lambda size, at: os.pread(number, size, at), os.fstat(number).st_size
-
-
-def first_name(path: Path) -> str:
+def first_name(path: Location) -> str:
     """The name of an archive's first regular file; empty where it has none, or is damaged."""
     try:
         with opened(path) as (read, size):

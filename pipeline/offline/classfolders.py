@@ -3,6 +3,7 @@
 import re
 import sys
 
+from pipeline import storage
 from pipeline.offline.raw import (
     SPLIT_FOLDERS,
     Folder,
@@ -88,10 +89,11 @@ def read_flat(folder: Folder, scans: Scans) -> Sources:
     sources = Sources("one flat folder of WNID_… files")
     words: dict[str, str] = {}
     used = {name: match for name in folder.files if is_picture(name) and (match := WNID_NAME.fullmatch(name))}
+    sizes = storage.sizes(folder.path, used)
     for name, match in used.items():
         wnid, rest = match.groups()
-        file = folder.path / name
-        sources.images.append(RawImage("train", name, wnid, str(file), 0, file.stat().st_size))
+        size = sizes[name]
+        sources.images.append(RawImage("train", name, wnid, str(folder.path / name), 0, size))
         words.setdefault(wnid, wnid if rest[0].isdigit() else rest.replace("_", " "))
     if not used:
         raise folder.misfit("flat", "no file in it is named WNID_….JPEG, such as n01440764_10026.JPEG")

@@ -1,14 +1,16 @@
 """The ILSVRC development kit: class words, the devkit's own class ids, numbers of images, labels of the flat splits."""
 
 import gzip
+import io
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.offline.archives import members
 from pipeline.offline.matfile import MatError, Value, struct_rows
 from pipeline.offline.raw import LeftOut, SourceError
+from pipeline.storage import Location
 
 MAX_BYTES = 64 * 2**20  # of the kit unpacked; the real one has 6 MB
 
@@ -26,7 +28,7 @@ class Devkit:
     train: dict[str, int] = field(default_factory=dict)  # wnid → number of training images, where the kit says so
 
 
-def read_devkit(path: Path, year: int = 2012) -> Devkit:
+def read_devkit(path: Location, year: int = 2012) -> Devkit:
     """Read a development kit: the .tar.gz, in memory and without unpacking it, or the unpacked folder.
 
     2010's test labels are looked for in the kit and beside it.
@@ -35,10 +37,10 @@ def read_devkit(path: Path, year: int = 2012) -> Devkit:
         DevkitError: a damaged archive, a missing member, or a ground truth that names unknown ids.
     """
     wanted = ("meta.mat", f"ILSVRC{year}_validation_ground_truth.txt", f"ILSVRC{year}_test_ground_truth.txt")
-    files = {name: _head(path.parent / name) for name in wanted[2:] if (path.parent / name).is_file()}
-    if path.is_dir():
+    files = {name: _head(path.parent / name) for name in wanted[2:] if storage.is_file(path.parent / name)}
+    if storage.is_dir(path):
         places = [path / "data" / name for name in wanted]
-        files |= {place.name: _head(place) for place in places if place.is_file()}
+        files |= {place.name: _head(place) for place in places if storage.is_file(place)}
     else:
         files |= _unpacked(path, wanted)
     for name in wanted[:2]:
@@ -83,10 +85,10 @@ def _text(row: dict[str, Value], name: str) -> str:
     return value
 
 
-def _unpacked(path: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
+def _unpacked(path: Location, wanted: tuple[str, ...]) -> dict[str, bytes]:
     """The wanted files of the archive, by name."""
     try:
-        with gzip.open(path) as file:
+        with gzip.open(io.BytesIO(_head(path))) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise DevkitError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
@@ -100,10 +102,10 @@ def _unpacked(path: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
         raise DevkitError(f"{path}: damaged ({error}); fetch it again") from error
 
 
-def _head(path: Path) -> bytes:
+def _head(path: Location) -> bytes:
     """A file of the kit. Raises DevkitError where it is too large for one."""
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
+    with storage.opened(path) as (read, _):
+        data = read(MAX_BYTES + 1, 0)
     if len(data) > MAX_BYTES:
         raise DevkitError(f"{path}: has more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
     return data

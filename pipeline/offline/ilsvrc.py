@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.offline.devkit import Devkit, read_devkit
 from pipeline.offline.raw import Entry, Folder, Promise, RawImage, SourceError, Sources, pictures, ranked
 from pipeline.offline.scans import Scans
 from pipeline.offline.synsets import WNID, add_archive, add_folder, archive_entries, has_synset_tars
 from pipeline.offline.table import RawTable
+from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -75,7 +76,7 @@ def read(folder: Folder, scans: Scans, challenge: Challenge) -> Sources:
     if "train" not in parts:
         raise folder.misfit(challenge.name, f"it has no {', '.join(challenge.train[:2])} or train/ with the synsets")
     devkit = read_devkit(folder.path / devkit_name, challenge.year) if devkit_name else Devkit({}, {}, [])
-    packed = all((folder.path / name).is_file() for name in parts.values())
+    packed = all(name in folder.files for name in parts.values())
     sources = Sources(f"the official ILSVRC{challenge.year} archives")
     if not packed:
         sources.layout = f"ILSVRC{challenge.year} in {', '.join(filter(None, [*parts.values(), devkit_name]))}"
@@ -83,7 +84,7 @@ def read(folder: Folder, scans: Scans, challenge: Challenge) -> Sources:
     for split, name in parts.items():
         if split != "train":
             _add_numbered(sources, folder, name, split, truth[split], scans, challenge)
-        elif (folder.path / name).is_file():
+        elif name in folder.files:
             add_archive(sources, folder, name, split, scans)
         else:
             add_folder(sources, Folder.of(folder.path / name), name, split, scans)
@@ -119,8 +120,8 @@ def _parts(folder: Folder, challenge: Challenge) -> dict[str, str]:
     return found
 
 
-def _is_flat(path: Path, year: int) -> bool:
-    return path.is_dir() and any(entry.startswith(f"ILSVRC{year}_val_") for entry in Folder.of(path).files)
+def _is_flat(path: Location, year: int) -> bool:
+    return storage.is_dir(path) and any(entry.startswith(f"ILSVRC{year}_val_") for entry in Folder.of(path).files)
 
 
 def _add_numbered(
@@ -157,7 +158,7 @@ def _add_numbered(
 
 
 def _entries(sources: Sources, folder: Folder, name: str, scans: Scans) -> Iterator[Entry]:
-    if (folder.path / name).is_file():
+    if name in folder.files:
         return archive_entries(folder, name, "", scans, sources.ignored)
     return pictures(folder.path / name, name, sources.ignored)
 

@@ -4,13 +4,14 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.offline.raw import Entry, Folder, Promise, RawImage, SourceError, Sources, pictures, ranked
 from pipeline.offline.scans import Scans
 from pipeline.offline.words import MAPPING, read_mapping, read_text
+from pipeline.storage import Location
 
-DATA = Path("Data", "CLS-LOC")
+DATA = "Data/CLS-LOC"
 SOLUTION = "LOC_val_solution.csv"
 PUBLISHED = {"train": 1_281_167, "val": 50_000}  # as ILSVRC2012
 CLASSES = 1000
@@ -29,11 +30,11 @@ def read(folder: Folder, scans: Scans) -> Sources:
     base = _base(folder.path)
     if base is None:
         raise folder.misfit("kaggle", f"neither ILSVRC/{DATA}/train nor {DATA}/train is in it")
-    data, below = base / DATA, (base / DATA).relative_to(folder.path)
+    data, below = base / DATA, DATA if base == folder.path else f"ILSVRC/{DATA}"
     beside = {name: _beside(base, name) for name in (MAPPING, SOLUTION)}
     sources = Sources("Kaggle's CLS-LOC")
     for split in ("train", "val", "test"):
-        if (data / split).is_dir():
+        if storage.is_dir(data / split):
             entries = pictures(data / split, f"{below}/{split}", sources.ignored)
             for image in _labelled(entries, split, len(f"{below}/{split}/"), beside[SOLUTION], sources):
                 sources.images.append(image)
@@ -44,7 +45,7 @@ def read(folder: Folder, scans: Scans) -> Sources:
     sources.classes = ranked(words or seen, words, {})
     if len(words) == CLASSES:
         sources.promised_classes = CLASSES
-        parts = [split for split in PUBLISHED if (data / split).is_dir()]
+        parts = [split for split in PUBLISHED if storage.is_dir(data / split)]
         sources.promises += [Promise(s, f"{below}/{s}", PUBLISHED[s], "ILSVRC2012 promises") for s in parts]
     for place, used in ((folder, ["ILSVRC", "Data", *beside]), (Folder.of(data), ["train", "val", "test"])):
         place.ignore(sources.ignored, used)
@@ -54,7 +55,7 @@ def read(folder: Folder, scans: Scans) -> Sources:
 
 
 def _labelled(
-    entries: Iterator[Entry], split: str, prefix: int, solution: Path, sources: Sources
+    entries: Iterator[Entry], split: str, prefix: int, solution: Location, sources: Sources
 ) -> Iterator[RawImage]:
     """A picture in a folder of its split is of the class that the folder names; a flat one is looked up.
 
@@ -75,9 +76,9 @@ def _labelled(
         yield RawImage(split, path, wnid, file, offset, size)
 
 
-def _solution(path: Path) -> dict[str, str]:
+def _solution(path: Location) -> dict[str, str]:
     """ImageId → wnid: the first word of its PredictionString; four numbers of a box follow each wnid."""
-    if not path.is_file():
+    if not storage.is_file(path):
         raise SourceError(f"{path}: missing; it has the labels of val/, and lies in the same download")
     truth = {}
     try:
@@ -90,12 +91,12 @@ def _solution(path: Path) -> dict[str, str]:
     return truth
 
 
-def _base(path: Path) -> Path | None:
+def _base(path: Location) -> Location | None:
     """The folder ILSVRC: in RAW, or RAW itself."""
-    return next((base for base in (path / "ILSVRC", path) if (base / DATA / "train").is_dir()), None)
+    return next((base for base in (path / "ILSVRC", path) if storage.is_dir(base / DATA / "train")), None)
 
 
-def _beside(base: Path, name: str) -> Path:
+def _beside(base: Location, name: str) -> Location:
     """A LOC_ file lies beside ILSVRC/ in Kaggle's download; in it, for some."""
     inside = base / name
-    return inside if inside.is_file() else Path(base.absolute().parent) / name
+    return inside if storage.is_file(inside) else base.absolute().parent / name

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline import storage
 from pipeline.errors import SourceError
 from pipeline.manifest import ClassRecord
 from pipeline.offline.table import RawImage, RawTable
+from pipeline.storage import Location
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
@@ -85,18 +87,17 @@ class Sources:
 class Folder:
     """What lies in a folder, hidden entries apart. Links count as what they lead to."""
 
-    path: Path
+    path: Location
     files: tuple[str, ...]
     folders: tuple[str, ...]
     others: tuple[str, ...] = ()  # links to nothing, pipes, devices
 
     @classmethod
-    def of(cls, path: Path) -> "Folder":
-        with os.scandir(path) as entries:
-            seen = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-        files = tuple(entry.name for entry in seen if entry.is_file())
-        folders = tuple(entry.name for entry in seen if entry.is_dir())
-        return cls(path, files, folders, tuple(e.name for e in seen if not (e.is_file() or e.is_dir())))
+    def of(cls, path: Location) -> "Folder":
+        seen = [entry for entry in storage.scan(path) if not entry.name.startswith(".")]
+        files = tuple(entry.name for entry in seen if entry.is_file)
+        folders = tuple(entry.name for entry in seen if entry.is_dir)
+        return cls(path, files, folders, tuple(e.name for e in seen if not (e.is_file or e.is_dir)))
 
     @property
     def tars(self) -> list[str]:
@@ -113,11 +114,26 @@ class Folder:
         left_out.add_kinds(self.others, "link to nothing, pipe or device")
 
 
-def pictures(folder: Path, below: str, left_out: LeftOut) -> Iterator[Entry]:
+def pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator[Entry]:
     """Each picture in `folder` and its folders; `folder` is `below` in RAW.
 
     Links to folders are followed, each folder once, and never back to where they came from.
     """
+    return (_remote_pictures if storage.is_remote(folder) else _local_pictures)(folder, below, left_out)
+
+
+def _remote_pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator[Entry]:
+    for inside, entries in storage.walk(folder):
+        for entry in entries:
+            place = f"{inside}/{entry.name}" if inside else entry.name
+            path = f"{below}/{place}" if below else place
+            if entry.is_file and is_picture(entry.name):
+                yield path, f"{folder}/{place}", 0, entry.size
+            elif entry.is_file:
+                left_out.add(kind_of(entry.name), path)
+
+
+def _local_pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator[Entry]:
     seen: set[tuple[int, int]] = set()
     stack = [(str(folder), below)]
     while stack:

@@ -4,14 +4,15 @@ import io
 import json
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline import storage
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import ShardRecord, canonical_json
 from pipeline.offline.statistics import Sums
+from pipeline.storage import Location
 
 BUILD_FOLDER = ".build"
 
@@ -39,11 +40,11 @@ class Record:
         return ShardRecord(tar, self.samples, self.files[tar]["bytes"], (red, green, blue), moments)
 
 
-def record_path(root: Path, name: str) -> Path:
+def record_path(root: Location, name: str) -> Location:
     return root / BUILD_FOLDER / f"{name.partition('/')[2]}.npz"
 
 
-def save(root: Path, record: Record, samples: np.ndarray) -> None:
+def save(root: Location, record: Record, samples: np.ndarray) -> None:
     """Write a record, with the shard's sample records, (n,) of manifest.SAMPLE."""
     told = {key: getattr(record, key) for key in ("name", "samples", "skipped", "files", "raw", "raw_bytes")}
     small = record.sums.sum_image.max() < 2**32  # 255 · samples_per_shard is, the sum over all pixels is not
@@ -59,7 +60,7 @@ def save(root: Path, record: Record, samples: np.ndarray) -> None:
     write_bytes_aside(record_path(root, record.name), buffer.getvalue())
 
 
-def load(root: Path, name: str) -> Record | None:
+def load(root: Location, name: str) -> Record | None:
     """The record of a shard; None where there is none, or none that can be read."""
     try:
         with _opened(root, name) as arrays:
@@ -70,11 +71,11 @@ def load(root: Path, name: str) -> Record | None:
         return None  # the shard is built again
 
 
-def load_samples(root: Path, name: str) -> np.ndarray:
+def load_samples(root: Location, name: str) -> np.ndarray:
     """The sample records of a shard whose record loads: (n,) of manifest.SAMPLE."""
     with _opened(root, name) as arrays:
         return np.asarray(arrays["samples"])
 
 
-def _opened(root: Path, name: str) -> Any:
-    return np.load(io.BytesIO(record_path(root, name).read_bytes()), allow_pickle=False)
+def _opened(root: Location, name: str) -> Any:
+    return np.load(io.BytesIO(storage.read_bytes(record_path(root, name))), allow_pickle=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions
@@ -35,6 +35,7 @@ def repair(found: Manifest, failing: Collection[str], plan: Plan, workers: int) 
         RepairError: the raw images, or the codecs here, give other bytes.
         OSError: as the file system says; what is in place by then is whole.
     """
+    require_local(found, "--repair")
     if plan.classes != found.classes or plan.splits.keys() != found.splits.keys():
         raise _refusal(found, f"{found.root}: RAW has other classes or splits")
     aside = found.root / REPAIR_FOLDER
@@ -49,6 +50,14 @@ def repair(found: Manifest, failing: Collection[str], plan: Plan, workers: int) 
             os.replace(aside / name, found.root / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_local(found: Manifest, what: str) -> None:
+    """Raises RepairError: files of an object store cannot be renamed into place."""
+    if storage.is_remote(found.root):
+        raise RepairError(
+            f"{found.root}: {what} works on a local folder; copy DATASET, mend the copy, and copy it back"
+        )
 
 
 def _rebuild(found: Manifest, failing: set[str], plan: Plan, aside: Path, workers: int) -> dict[str, FileRecord]:

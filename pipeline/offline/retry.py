@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.image import ImageError, codec_versions, rescale
@@ -20,8 +20,10 @@ from pipeline.offline import executors, records
 from pipeline.offline.build import SKIPPED_FILE, Slot, conclude, npy, shard_tasks, slots
 from pipeline.offline.plan import Plan
 from pipeline.offline.records import Record
+from pipeline.offline.repair import require_local
 from pipeline.offline.shards import decode_raw, write_shard
 from pipeline.offline.statistics import Sums
+from pipeline.storage import Location
 
 RETRY_FOLDER = ".retry"
 
@@ -30,9 +32,9 @@ class RetryError(UserError):
     """A dataset directory whose skipped images cannot be tried again."""
 
 
-def is_finished(root: Path) -> bool:
+def is_finished(root: Location) -> bool:
     """Whether `root` is a dataset directory, and no unfinished build."""
-    return (root / manifest.FILE_NAME).is_file() and not (root / records.BUILD_FOLDER).exists()
+    return storage.is_file(root / manifest.FILE_NAME) and not storage.exists(root / records.BUILD_FOLDER)
 
 
 def retry(found: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
@@ -46,6 +48,7 @@ def retry(found: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     Raises:
         RetryError: the raw images, the recipe or the codecs are not those of the build.
     """
+    require_local(found, "--retry-skipped of a finished dataset")
     aside = found.root / RETRY_FOLDER
     if (aside / manifest.FILE_NAME).exists():
         return _put_into_place(found, aside), 0

@@ -5,19 +5,21 @@ import json
 import os
 from array import array
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.files import HashingFile, write_aside
 from pipeline.manifest import FILE_NAME
-from pipeline.offline.archives import Member, Read, members, opened
+from pipeline.offline.archives import Member, members
 from pipeline.offline.raw import LeftOut
+from pipeline.storage import Location
 
 SCANS_FILE = "scans"
-FORMAT = 1
+FORMAT = 2
 DIGEST_BYTES = 32  # SHA-256 of everything before it ends the file
 
-Key = tuple[str, int, int, bool]  # absolute path, bytes, mtime in ns, whether tars inside were listed too
+Key = tuple[str, int, str, bool]  # absolute path or URL, bytes, `storage.stamp`, whether tars inside were listed too
 
 
 @dataclass
@@ -34,6 +36,12 @@ class Listing:
         self.offsets.append(offset)
         self.sizes.append(size)
 
+    def extend(self, other: "Listing") -> None:
+        self.names += other.names
+        self.offsets.extend(other.offsets)
+        self.sizes.extend(other.sizes)
+        self.left_out.merge(other.left_out)
+
     def __iter__(self) -> Iterator[Member]:
         start = 0
         for offset, size in zip(self.offsets, self.sizes):
@@ -42,35 +50,51 @@ class Listing:
             start = stop + 1
 
 
-def scan(archive: Path, nested: bool) -> Listing:
+def scan(archive: Location, nested: bool) -> Listing:
     """Read the headers of an archive and, if `nested`, of the tars in it. Raises SourceError where it is damaged."""
+    outer = Listing()
+    with storage.opened(archive) as (read, size):
+        for member in members(read, 0, size, str(archive), outer.left_out):
+            outer.add(*member)
+    if not nested:
+        return outer
     listing = Listing()
-    with opened(archive) as (read, size):
-        for name, offset, length in members(read, 0, size, str(archive), listing.left_out):
-            if nested and name.endswith(".tar"):
-                _scan_inner(read, name, offset, length, archive, listing)
+    listing.left_out.merge(outer.left_out)
+    threads = 16 if storage.is_remote(archive) else 1  # a tar on disk is read in one direction
+    inner = storage.read_ahead(outer, lambda member: _scan_inner(archive, member), threads=threads)
+    with closing(inner):
+        for member, found in inner:
+            if found is None:
+                listing.add(*member)
             else:
-                listing.add(name, offset, length)
+                listing.extend(found)
     return listing
 
 
-def _scan_inner(read: Read, tar: str, offset: int, length: int, archive: Path, listing: Listing) -> None:
-    for name, start, size in members(read, offset, offset + length, f"{archive}/{tar}", listing.left_out):
-        listing.add(f"{tar}/{name}", start, size)
+def _scan_inner(archive: Location, member: Member) -> Listing | None:
+    """The listing of a tar inside; None for a member that is none."""
+    tar, offset, length = member
+    if not tar.endswith(".tar"):
+        return None
+    listing = Listing()
+    with storage.opened(archive) as (read, _):
+        for name, start, size in members(read, offset, offset + length, f"{archive}/{tar}", listing.left_out):
+            listing.add(f"{tar}/{name}", start, size)
+    return listing
 
 
 class Scans:
     """Listings by archive. What an earlier run left in `folder` is used where path, size and mtime are the same."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Location | None) -> None:
         self._path = folder / SCANS_FILE if folder else None
         self._known = _load(self._path) if self._path else {}
         self._used: dict[Key, Listing] = {}
 
-    def listing(self, archive: Path, nested: bool = False) -> Listing:
+    def listing(self, archive: Location, nested: bool = False) -> Listing:
         """The listing of an archive, from memory or by a scan. Raises SourceError where the archive is damaged."""
-        status = archive.stat()
-        key = (os.path.abspath(archive), status.st_size, status.st_mtime_ns, nested)
+        place = str(archive) if storage.is_remote(archive) else os.path.abspath(archive)
+        key = (place, *storage.stamp(archive), nested)
         if key not in self._used:
             self._used[key] = self._known[key] if key in self._known else scan(archive, nested)
         return self._used[key]
@@ -94,18 +118,18 @@ class Scans:
         file.write(bytes.fromhex(file.sha256()))
 
 
-def _may_begin(folder: Path) -> bool:
+def _may_begin(folder: Location) -> bool:
     """Whether DATASET/.build may be written: it is there, or DATASET is absent or empty, and not finished."""
     root = folder.parent
-    if folder.is_dir():
-        return not (root / FILE_NAME).exists()
-    return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    if storage.is_dir(folder):
+        return not storage.exists(root / FILE_NAME)
+    return not storage.exists(root) or (storage.is_dir(root) and not storage.scan(root))
 
 
-def _load(path: Path) -> dict[Key, Listing]:
+def _load(path: Location) -> dict[Key, Listing]:
     """What an earlier run remembered; nothing where the file is missing, damaged or of another format."""
     try:
-        data = path.read_bytes()
+        data = storage.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     body = memoryview(data)[:-DIGEST_BYTES]

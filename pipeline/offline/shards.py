@@ -5,13 +5,14 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pipeline import storage
 from pipeline.errors import SourceError, UserError
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import ImageError, codec_versions, decode, encode, rescale
@@ -21,6 +22,7 @@ from pipeline.offline.plan import PlannedImage
 from pipeline.offline.records import Record
 from pipeline.offline.statistics import Sums
 from pipeline.offline.watchdog import Watchdog
+from pipeline.storage import Location
 
 BLOCK = 512  # bytes; a tar is made of these
 
@@ -29,7 +31,7 @@ BLOCK = 512  # bytes; a tar is made of these
 class ShardTask:
     """Everything that determines one shard's bytes, and where to put it."""
 
-    root: Path
+    root: Location
     name: str  # SPLIT/SPLIT-NNNNNN
     images: tuple[PlannedImage, ...]
     recipe: BuildRecipe
@@ -66,10 +68,14 @@ def write_shard(task: ShardTask) -> Outcome:
 
 
 def raw_digest(images: tuple[PlannedImage, ...]) -> str:
-    """SHA-256 (hex) of where the raw images lie, and of their sizes."""
+    """SHA-256 (hex) of where the raw images lie, and of their sizes; where those are not known, of their files'."""
     digest = hashlib.sha256()
+    files: dict[str, int] = {}
     for image in images:
-        digest.update(os.fsencode(f"{image.raw.path}\t{image.raw.offset}\t{image.raw.size}\n"))
+        raw = image.raw
+        if not raw.size and raw.file not in files:
+            files[raw.file] = storage.stamp(storage.location(raw.file))[0]
+        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size or files[raw.file]}\n"))
     return digest.hexdigest()
 
 
@@ -103,7 +109,7 @@ def _done(task: ShardTask) -> Record | None:
         return None
     for name, file in record.files.items():
         path = task.root / name
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
+        if not storage.is_file(path) or storage.stamp(path)[0] != file["bytes"]:
             return None
     if record.raw != raw_digest(task.images):
         raise SourceError(
@@ -153,8 +159,8 @@ def _write(task: ShardTask) -> Record:
 
     def write_tar(out: HashingFile) -> None:
         shard = _Shard(task, out)
-        with Watchdog() as watchdog:
-            for image, data in _read(task):
+        with Watchdog() as watchdog, closing(_read(task)) as images:
+            for image, data in images:
                 with watchdog.over(image.raw.path):
                     shard.add(image, data)
         out.write(bytes(2 * BLOCK))
@@ -167,7 +173,7 @@ def _write(task: ShardTask) -> Record:
     files[idx] = write_bytes_aside(task.root / idx, text.encode())
     if not shard.samples:
         for name in files:
-            (task.root / name).unlink()
+            storage.remove(task.root / name)
         files = {}
     raw = raw_digest(task.images)
     record = Record(task.name, len(shard.samples), shard.skipped, files, raw, shard.raw_bytes, shard.sums)
@@ -175,10 +181,16 @@ def _write(task: ShardTask) -> Record:
     return record
 
 
-def _read(task: ShardTask) -> Iterator[tuple[PlannedImage, bytes | None]]:
-    """Each image's raw bytes; None for one that is larger than the limit."""
-    for image in task.images:
-        yield image, None if image.raw.size > task.recipe.max_bytes else image.raw.read()
+def _read(task: ShardTask) -> Generator[tuple[PlannedImage, bytes | None], None, None]:
+    """Each image's raw bytes; None for one that is larger than the limit. Of a store, many are fetched at a time."""
+    limit = task.recipe.max_bytes
+
+    def read(image: PlannedImage) -> bytes | None:
+        return None if image.raw.size > limit else image.raw.read()
+
+    if not storage.is_remote(task.images[0].raw.file):
+        return ((image, read(image)) for image in task.images)
+    return storage.read_ahead(task.images, read, size=lambda image: min(image.raw.size, limit))
 
 
 def _write_member(out: HashingFile, name: str, data: bytes) -> int:

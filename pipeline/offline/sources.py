@@ -4,15 +4,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webdataset
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
+from pipeline.offline.parquet import layout as parquet
 from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
 from pipeline.offline.scans import Scans
 from pipeline.offline.table import RawTable
 from pipeline.offline.words import read_text
+from pipeline.storage import Location
 
 __all__ = [
     "DEVKIT_TAR",
@@ -52,6 +54,7 @@ LAYOUTS = {
         ),
         Layout("kaggle", "Kaggle's ILSVRC/Data/CLS-LOC", kaggle.recognise, kaggle.read),
         Layout("fall2011", "nXXXXXXXX.tar, or one tar of those", synsets.recognise, synsets.read),
+        Layout("parquet", "Hugging Face's parquet files", parquet.recognise, parquet.read),
         Layout("webdataset", "WebDataset tars", webdataset.recognise, webdataset.read),
         Layout(
             "split-folders",
@@ -66,17 +69,17 @@ LAYOUTS = {
 
 
 def find_sources(
-    raw: Path,
+    raw: Location,
     layout: str | None = None,
     *,
-    classes: Path | None = None,
+    classes: Location | None = None,
     allow_incomplete: bool = False,
-    cache: Path | None = None,
+    cache: Location | None = None,
 ) -> Sources:
     """Recognise the layout of RAW and list its images.
 
     Args:
-        raw: a folder, or one tar.
+        raw: a folder or the URL of one, or one tar or parquet file.
         layout: a name in LAYOUTS, to be used whatever RAW looks like.
         classes: a file of class names; the other classes are left out, and labels are ranks among those chosen.
         allow_incomplete: note, and do not refuse, other numbers of images than the layout promises.
@@ -103,13 +106,13 @@ def find_sources(
     return sources
 
 
-def _folder(raw: Path) -> Folder:
-    if raw.is_dir():
+def _folder(raw: Location) -> Folder:
+    if storage.is_dir(raw):
         return Folder.of(raw)
-    if raw.is_file() and raw.suffix.lower() == ".tar":
+    if storage.is_file(raw) and raw.suffix.lower() in (".tar", ".parquet"):
         return Folder(raw.parent, (raw.name,), ())
     raise SourceError(
-        f"{raw}: {'not a directory and not a .tar' if raw.exists() else 'no such directory'}; "
+        f"{raw}: {'not a directory, a .tar or a .parquet' if storage.exists(raw) else 'no such directory'}; "
         "RAW is the folder with the raw images or archives"
     )
 
@@ -130,7 +133,7 @@ def _choose(folder: Folder, name: str | None) -> Layout:
     )
 
 
-def _keep_classes(sources: Sources, file: Path) -> None:
+def _keep_classes(sources: Sources, file: Location) -> None:
     """Leave out all classes that `file` does not name, one a line; blank lines and what follows a # say nothing."""
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in read_text(file).splitlines())
     wanted = {line for line in lines if line}

@@ -1,6 +1,7 @@
 """A dataset directory's files read back: hashes first, then every byte of a shard's tar, and what follows from it."""
 
 import hashlib
+import io
 import os
 import re
 import struct
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.image import ImageError, decode
 from pipeline.manifest import SAMPLE, BuildRecipe, Manifest
 from pipeline.offline.keys import MAX_LENGTH
@@ -56,13 +57,14 @@ def opened(found: Manifest, name: str) -> Iterator[BinaryIO]:
     path, promised = found.root / name, found.files.get(name)
     if promised is None:
         raise Violation(f"not listed in {manifest.FILE_NAME}")
-    if not path.is_file():
-        raise Violation("not a file" if path.exists() else "missing")
-    if not os.access(path, os.R_OK):
+    if not storage.is_file(path):
+        raise Violation("not a file" if storage.exists(path) else "missing")
+    if not storage.is_remote(path) and not os.access(path, os.R_OK):
         raise Violation("no permission to read it")
-    with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) != promised.bytes:
+    with io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else open(path, "rb") as file:
+        if (size := file.seek(0, io.SEEK_END)) != promised.bytes:
             raise Violation(f"has {size} bytes, the manifest promises {promised.bytes}")
+        file.seek(0)
         if hashlib.file_digest(file, "sha256").hexdigest() != promised.sha256:
             raise Violation("its SHA-256 is not that of the manifest")
         file.seek(0)
@@ -110,7 +112,8 @@ def read_tar(file: BinaryIO, number: int, classes: int, recipe: BuildRecipe, pic
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
     """Name, offset of the data, and data of each member, every byte between them checked."""
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
     while (header := file.read(BLOCK)) != bytes(BLOCK):
         offset = file.tell()
         try:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.image import REASONS
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
 from pipeline.offline import executors
@@ -23,6 +23,7 @@ from pipeline.offline.repair import REPAIR_FOLDER
 from pipeline.offline.retry import RETRY_FOLDER
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.tars import KEY, TarContent, Violation, loaded, opened, read_tar, stored_pixels
+from pipeline.storage import Location
 
 LEFT_OVER = {
     BUILD_FOLDER: "unfinished: the build was killed at its very end; the same command again ends it",
@@ -61,9 +62,9 @@ def load(root: Path) -> Manifest:
         DatasetError: `root` is not a dataset directory, or its manifest is damaged.
     """
     path = root / FILE_NAME
-    if not path.is_file():
+    if not storage.is_file(path):
         return manifest.load(root)  # raises: it knows what is the matter
-    return manifest.parse(path.read_bytes(), root)
+    return manifest.parse(storage.read_bytes(path), root)
 
 
 def check(
@@ -109,7 +110,7 @@ def check(
 
 
 def _manifest_violations(found: Manifest) -> Iterator[str]:
-    if (found.root / FILE_NAME).read_bytes() != found.to_json():
+    if storage.read_bytes(found.root / FILE_NAME) != found.to_json():
         yield f"its identity is not that of its content ({found.identity})"
     wnids = [record.wnid for record in found.classes]
     if [record.label for record in found.classes] != list(range(len(wnids))) or wnids != sorted(set(wnids)):
@@ -146,6 +147,9 @@ def _index(tar: str) -> str:
 
 def _unlisted(found: Manifest) -> Iterator[Failure]:
     known = _expected(found) | {FILE_NAME} | found.files.keys()
+    if storage.is_remote(found.root):
+        yield from _unlisted_objects(found.root, known)
+        return
     for folder, folders, files in os.walk(found.root):
         inner = Path(folder).relative_to(found.root)
         for name in sorted(LEFT_OVER.keys() & set(folders)) if inner == Path() else ():
@@ -156,6 +160,16 @@ def _unlisted(found: Manifest) -> Iterator[Failure]:
             if (path := (inner / name).as_posix()) not in known:
                 yield Failure(path, f"not listed in {FILE_NAME}")
         folders.sort()
+
+
+def _unlisted_objects(root: Location, known: Set[str]) -> Iterator[Failure]:
+    for below, entries in storage.walk(root):
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir and path in LEFT_OVER:
+                yield Failure(path, LEFT_OVER[path])
+            elif entry.is_file and path not in known:
+                yield Failure(path, f"not listed in {FILE_NAME}")
 
 
 class ShardCheck(NamedTuple):

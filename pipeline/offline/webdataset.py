@@ -1,12 +1,11 @@
 """WebDataset shards as raw images: tars of KEY.jpg beside KEY.cls or KEY.json, read by offset."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.manifest import FILE_NAME, ClassRecord
 from pipeline.offline.classfolders import recognise_classes, split_folders
 from pipeline.offline.raw import (
@@ -23,6 +22,7 @@ from pipeline.offline.raw import (
 from pipeline.offline.scans import Listing, Scans
 from pipeline.offline.synsets import WNID_TAR
 from pipeline.offline.words import CLASSES, read_class_list, read_text
+from pipeline.storage import Location
 
 MAX_LABEL = 200  # characters
 MAX_JSON = 2**20  # bytes
@@ -86,13 +86,13 @@ def _tars(folder: Folder) -> dict[str, str]:
     }
     if inside:
         return inside
-    told = {name: _split_of(name) for name in _shards(folder)}
+    told = {name: split_of(name) for name in _shards(folder)}
     if not any(told.values()):
         return dict.fromkeys(told, "train")
     return {name: split for name, split in told.items() if split}
 
 
-def _split_of(name: str) -> str:
+def split_of(name: str) -> str:
     """imagenet1k-validation-00.tar → val; empty where the name tells none."""
     words = re.findall("[a-z]+", name.lower())
     told = [SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS]
@@ -100,15 +100,16 @@ def _split_of(name: str) -> str:
     return (told + begins + [""])[0]
 
 
-def _add_shard(sources: Sources, file: Path, path: str, split: str, listing: Listing, labels: dict[str, str]) -> None:
+def _add_shard(
+    sources: Sources, file: Location, path: str, split: str, listing: Listing, labels: dict[str, str]
+) -> None:
     samples = _samples(listing, path, sources.ignored)
-    with open(file, "rb") as opened:
-        number = opened.fileno()
+    with storage.opened(file) as (read, _):
         for sample in samples.values():
             if sample.picture is None:
                 continue
             name, offset, size = sample.picture
-            label = _label(sample, lambda length, at: os.pread(number, length, at))
+            label = _label(sample, read)
             if label is None and split != "test":
                 sources.ignored.add("picture without a label in .cls or .json", f"{path}/{name}")
                 continue
@@ -157,7 +158,7 @@ def _label(sample: _Sample, read: Callable[[int, int], bytes]) -> str | None:
     return text
 
 
-def _name_classes(sources: Sources, raw: Path, lists: list[str]) -> None:
+def _name_classes(sources: Sources, raw: Location, lists: list[str]) -> None:
     """Labels as they stand → class names."""
     labels = sources.images.wnids
     named = list(_listed(raw, lists))
@@ -180,7 +181,7 @@ def _name_classes(sources: Sources, raw: Path, lists: list[str]) -> None:
     sources.classes = ranked(words or names.values(), words, ids)
 
 
-def _listed(raw: Path, lists: list[str]) -> Iterator[ClassRecord]:
+def _listed(raw: Location, lists: list[str]) -> Iterator[ClassRecord]:
     """The classes that dataset.json (a dataset directory of ours) or else classes.txt names, by number."""
     if FILE_NAME in lists:
         try:

@@ -1,9 +1,10 @@
 """The words of classes in text files: LOC_synset_mapping.txt, and classes.txt beside shards."""
 
 import re
-from pathlib import Path
 
+from pipeline import storage
 from pipeline.offline.raw import SourceError
+from pipeline.storage import Location
 
 MAPPING = "LOC_synset_mapping.txt"
 CLASSES = "classes.txt"
@@ -11,10 +12,10 @@ MAX_BYTES = 16 * 2**20
 _WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Location) -> str:
     """A small text file. Raises SourceError where it is too large or not UTF-8."""
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
+    with storage.opened(path) as (read, _):
+        data = read(MAX_BYTES + 1, 0)
     if len(data) > MAX_BYTES:
         raise SourceError(f"{path}: has more than {MAX_BYTES:,} bytes; it cannot be what its name says")
     try:
@@ -23,9 +24,9 @@ def read_text(path: Path) -> str:
         raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def read_mapping(path: Path) -> dict[str, str]:
+def read_mapping(path: Location) -> dict[str, str]:
     """wnid → words, from lines such as `n02012849 crane`. An absent file gives none. Raises SourceError."""
-    if not path.is_file():
+    if not storage.is_file(path):
         return {}
     words: dict[str, str] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -39,7 +40,7 @@ def read_mapping(path: Path) -> dict[str, str]:
     return words
 
 
-def read_class_list(path: Path) -> list[tuple[str, str]]:
+def read_class_list(path: Location) -> list[tuple[str, str]]:
     """(name, words) of class 0, 1, …, one a line: a wnid, with words or without; else the words are the name.
 
     Where two classes have the same words ("crane"), their numbers keep the names apart. Raises SourceError.

@@ -86,8 +86,8 @@ class Loader:
         self.size = self.manifest.recipe.size
         if self.manifest.recipe.crop != "centre":
             raise UserError(
-                f"{self.manifest.root}: built with --crop none, whole pictures for other models' augmentation; build with "
-                "--crop centre for this one"
+                f"{self.manifest.root}: built with --crop none, whole pictures for other models' augmentation; "
+                "build with --crop centre for this one"
             )
         if self.size < augment.VIEW_SIZE:
             raise UserError(
