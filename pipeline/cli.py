@@ -49,7 +49,10 @@ class Place(click.ParamType):
     name = "path or URL"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Location:
-        return location(value)
+        try:
+            return location(value)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Terminated(BaseException):

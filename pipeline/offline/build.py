@@ -4,15 +4,15 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import SAMPLE, FileRecord, Manifest, Split
@@ -20,9 +20,11 @@ from pipeline.offline import executors, records
 from pipeline.offline.claim import BuildError, claimed
 from pipeline.offline.plan import Plan
 from pipeline.offline.records import Record
+from pipeline.offline.remote_claim import claimed_remotely
 from pipeline.offline.shards import Outcome, ShardTask, write_shard
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.statistics import Sums, finish
+from pipeline.storage import Location
 
 __all__ = ["BuildError", "Part", "build", "merge", "npy", "png", "shard_tasks", "slots"]
 
@@ -55,7 +57,7 @@ class Slot:
 
 def build(
     plan: Plan,
-    root: Path,
+    root: Location,
     workers: int = 1,
     progress: Callable[[Outcome], None] = lambda outcome: None,
     *,
@@ -81,7 +83,7 @@ def build(
         BuildError: `root` holds something else, too many images were skipped, or no training image decodes.
         UserError, OSError: as `write_shard` says; what is finished stays.
     """
-    with claimed(plan, root, alone=part is None) as ended:
+    with _claim(plan, root, alone=part is None) as ended:
         if ended:
             return manifest.load(root)
         mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
@@ -95,13 +97,13 @@ def build(
         return None if part else merge(plan, root, slots(plan))
 
 
-def merge_parts(plan: Plan, root: Path, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
+def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
     """End a build whose parts were built apart.
 
     Raises:
         BuildError: a shard is missing, or too many images were skipped in all.
     """
-    with claimed(plan, root, alone=True) as ended:
+    with _claim(plan, root, alone=True) as ended:
         if ended:
             return manifest.load(root)
         counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
@@ -120,6 +122,10 @@ def merge_parts(plan: Plan, root: Path, skip_limit: SkipLimit = SKIP_LIMIT) -> M
         return merge(plan, root, slots(plan))
 
 
+def _claim(plan: Plan, root: Location, *, alone: bool) -> AbstractContextManager[bool]:
+    return (claimed_remotely if storage.is_remote(root) else claimed)(plan, root, alone=alone)
+
+
 def slots(plan: Plan) -> list[Slot]:
     """All shards of a plan, in order."""
     size = plan.recipe.samples_per_shard
@@ -130,14 +136,14 @@ def slots(plan: Plan) -> list[Slot]:
     ]
 
 
-def shard_tasks(plan: Plan, root: Path, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
+def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
     """One task at a time: together they hold every image of the plan."""
     codecs = codec_versions()
     for slot in chosen:
         yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)
 
 
-def merge(plan: Plan, root: Path, built: Sequence[Slot]) -> Manifest:
+def merge(plan: Plan, root: Location, built: Sequence[Slot]) -> Manifest:
     """Statistics, sample records and the list of skipped images from the records of all shards; the manifest last."""
     files: dict[str, FileRecord] = {}
     splits: dict[str, Split] = {}
@@ -162,7 +168,7 @@ def merge(plan: Plan, root: Path, built: Sequence[Slot]) -> Manifest:
 
 def conclude(
     plan: Plan,
-    root: Path,
+    root: Location,
     splits: Mapping[str, Split],
     skipped: Sequence[Mapping[str, str]],
     total: Sums,
@@ -194,14 +200,14 @@ def conclude(
     return found
 
 
-def _recorded(root: Path, name: str) -> Record:
+def _recorded(root: Location, name: str) -> Record:
     record = records.load(root, name)
     if record is None:
         raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
     return record
 
 
-def _write_samples(root: Path, names: Sequence[str], count: int, file: HashingFile) -> None:
+def _write_samples(root: Location, names: Sequence[str], count: int, file: HashingFile) -> None:
     """samples.npy, shard by shard: the bytes that numpy would write of all at once."""
     file.write(_npy_header(count))
     for name in names:
@@ -215,11 +221,11 @@ def _npy_header(count: int) -> bytes:
     return out.getvalue()
 
 
-def _forget_skipped(root: Path, chosen: Sequence[Slot]) -> None:
+def _forget_skipped(root: Location, chosen: Sequence[Slot]) -> None:
     for slot in chosen:
         record = records.load(root, slot.name)
         if record and record.skipped:
-            records.record_path(root, slot.name).unlink()
+            storage.remove(records.record_path(root, slot.name))
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.errors import UserError
 from pipeline.online import augment
 from pipeline.online.graph import Inputs, build_graph
@@ -83,6 +83,8 @@ class Loader:
                 "the others at least 1"
             )
         self.manifest = data if isinstance(data, manifest.Manifest) else manifest.load(data)
+        if storage.is_remote(self.manifest.root):
+            raise UserError(f"{self.manifest.root}: the loader reads local shards; copy DATASET to this machine first")
         self.size = self.manifest.recipe.size
         if self.manifest.recipe.crop != "centre":
             raise UserError(
