@@ -1,7 +1,12 @@
 """Fixtures: a folder of pictures drawn here, a dataset built from it, and the real data beside the checkout, if any."""
 
+import hashlib
 import os
+import subprocess
+import sys
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +31,61 @@ def picture(name: str, width: int, height: int) -> Image.Image:
 def build(*arguments: object) -> Result:
     """Run tools/build_shards.py in this process."""
     return CliRunner().invoke(build_shards, [str(argument) for argument in arguments])
+
+
+def command(raw: Path, root: Path, *options: object) -> list[str]:
+    """The command line of tools/build_shards.py on `little`: small pictures, 24 training and 4 validation shards."""
+    fixed = ("--size", 32, "--samples-per-shard", 6)
+    return [sys.executable, str(ROOT / "tools/build_shards.py"), *map(str, (raw, root, *fixed, *options))]
+
+
+def finish(
+    raw: Path, root: Path, *options: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` to its end, in a process of its own."""
+    line = command(raw, root, *options)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=env)
+
+
+def begun(line: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A process that leads a group of its own."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, start_new_session=True, stdout=subprocess.DEVNULL, stderr=pipe, text=True, env=env)
+
+
+def until(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
+    """Return once `seen`, or once the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group, by their start."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(words[2]) == group and words[0] not in "ZX":
+            found.append((int(words[19]), int(stat.parent.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def gone(group: int) -> bool:
+    """Whether no process of the group is left, soon."""
+    deadline = time.monotonic() + 20
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not members(group)
+
+
+def digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below `root`."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def drawn(kind: str, name: str, width: int, height: int) -> Image.Image:
@@ -58,6 +118,29 @@ def dataset(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = build(raw, root, "--workers", 1, "--samples-per-shard", 16)
     assert result.exit_code == 0, result.output
     return root
+
+
+@pytest.fixture(scope="session")
+def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ of three classes: 144 and 24 small pictures, two of them truncated. Read only."""
+    folder = tmp_path_factory.mktemp("little")
+    for split, count in (("train", 48), ("val", 8)):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(f"{split}{name}{i}", 160, 120).save(folder / split / name / f"{name}_{split}{i}.jpg")
+    for victim in (folder / "train" / "checks" / "checks_train7.jpg", folder / "val" / "blobs" / "blobs_val3.jpg"):
+        victim.write_bytes(victim.read_bytes()[:2000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def little_dataset(little: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of an uninterrupted build of `little`, by their SHA-256."""
+    root = tmp_path_factory.mktemp("little_built") / "dataset"
+    done = finish(little, root, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return digests(root)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Plain oracles: the same results by the shortest road, independent of the code under test."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import torch
@@ -22,6 +24,38 @@ def two_step_rescale(image: Image.Image, size: int) -> np.ndarray:
 
 def jpeg_pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def png(
+    width: int, height: int, colour: int, depth: int = 8, *, interlaced: bool = False, chunks: bytes = b""
+) -> bytes:
+    """A PNG of equal pixels, every sample byte 129, by its specification, row by row: no picture is ever in memory.
+
+    `colour` is PNG's type: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; `chunks` stand before the data.
+    """
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    whole = [(0, 0, 1, 1)]
+    adam7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    deflate, data = zlib.compressobj(1), bytearray()
+    for x, y, step_x, step_y in adam7 if interlaced else whole:
+        columns, rows = -(-(width - x) // step_x), -(-(height - y) // step_y)
+        for _ in range(rows if columns > 0 else 0):
+            data += deflate.compress(b"\0" + b"\x81" * (-(-columns * samples * depth // 8)))
+    data += deflate.flush()
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    palette = png_chunk(b"PLTE", bytes(range(256)) * 3) if colour == 3 else b""
+    parts = png_chunk(b"IHDR", head), palette, chunks, png_chunk(b"IDAT", bytes(data)), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def tiff_directory(tags: int, kind: int, count: int) -> bytes:
+    """A TIFF directory of so many tags, each of `count` values of type `kind`, all of them the same bytes."""
+    entries = b"".join(struct.pack("<HHII", 1000 + i, kind, count, 0) for i in range(tags))
+    return b"II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4)
 
 
 def plain_alexnet(maps: tuple[int, ...], units: tuple[int, ...], classes: int) -> nn.Sequential:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -17,6 +16,7 @@ from pipeline.offline.build import Part, Run
 from pipeline.offline.claim import PLAN_FILE
 from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
+from pipeline.storage import Location, location
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,7 +41,7 @@ class PartType(click.ParamType):
         number, slash, of = str(value).partition("/")
         if slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of) <= 10**6:
             return Part(int(number), int(of))
-        raise UserError(f"--part {value}: not K/N with K from 1 to N, such as 3/16")
+        self.fail(f"{value}: not K/N with K from 1 to N, such as 3/16", param, ctx)
 
 
 # What determines the bytes: every name is a field of BuildRecipe.
@@ -155,18 +155,18 @@ run_options = together(
 )
 
 
-def chosen_sources(raw: Path, asked: Mapping[str, Any], cache: Path | None = None) -> Sources:
+def chosen_sources(raw: Location, asked: Mapping[str, Any], cache: Location | None = None) -> Sources:
     """`find_sources` as `source_options` say."""
     return find_sources(
         raw,
         asked["layout"],
-        classes=Path(asked["classes"]) if asked["classes"] else None,
+        classes=location(asked["classes"]) if asked["classes"] else None,
         allow_incomplete=asked["allow_incomplete"],
         cache=cache,
     )
 
 
-def chosen_run(raw: Path, dataset: Path, asked: Mapping[str, Any]) -> Run | None:
+def chosen_run(raw: Location, dataset: Location, asked: Mapping[str, Any]) -> Run | None:
     """Who runs the tasks, as `run_options` say; None: a pool of `workers` processes."""
     if asked["executor"] == "processes":
         if asked["ray_address"]:

@@ -3,20 +3,21 @@
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.cli import Command
+from pipeline import storage
+from pipeline.cli import Command, Place
 from pipeline.errors import UserError
 from pipeline.manifest import FILE_NAME, Manifest, parse
-from pipeline.offline.build import Run, build, merge_parts, slots
+from pipeline.offline.build import SKIPPED_FILE, Run, build, merge_parts, slots
 from pipeline.offline.plan import Plan, make_plan
 from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.retry import is_finished, retry
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.sources import Sources
+from pipeline.storage import Location, is_remote
 from tools.build_options import (
     chosen_run,
     chosen_sources,
@@ -31,19 +32,20 @@ from tools.progress import BuildProgress, closing_table, duration, event
 
 
 @click.command(cls=Command, interrupted="the finished shards stay, and the same command goes on")
-@click.argument("raw", type=click.Path(path_type=Path))
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("raw", type=Place())
+@click.argument("dataset", type=Place())
 @run_options
 @source_options
 @skip_options
 @recipe_options
-def main(raw: Path, dataset: Path, **options: Any) -> None:
+def main(raw: Location, dataset: Location, **options: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
     RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
     (ImageNet Fall 2011), WebDataset shards, train/ and val/ with one folder per class, one folder per class, or files
-    named WNID_….JPEG. Nothing is unpacked, and nothing is written outside DATASET. An interrupted build goes on with
-    the same command.
+    named WNID_….JPEG, or Hugging Face's parquet files. Nothing is unpacked, and nothing is written outside DATASET. An
+    interrupted build goes on with the same command. RAW and DATASET may be URLs of an object store, such as
+    s3://bucket/folder.
 
     \b
     Examples:
@@ -52,6 +54,7 @@ def main(raw: Path, dataset: Path, **options: Any) -> None:
       python tools/build_shards.py photos/ photos-256/ --holdout 0.2
       python tools/build_shards.py RAW DATASET --part 3/16      (job 3 of an array of 16)
       python tools/build_shards.py RAW DATASET --merge          (once all 16 have ended)
+      python tools/build_shards.py s3://raw/imagenet s3://shards/imagenet-256
       python tools/build_shards.py RAW DATASET --executor ray --ray-address auto
     """
     recipe, asked = split_recipe(options)
@@ -73,12 +76,15 @@ def main(raw: Path, dataset: Path, **options: Any) -> None:
         _build(plan, dataset, limit, asked, run)
 
 
-def _require_apart(raw: Path, dataset: Path) -> None:
-    if dataset.resolve().is_relative_to(raw.resolve()):
+def _require_apart(raw: Location, dataset: Location) -> None:
+    if is_remote(raw) != is_remote(dataset):
+        return
+    inside = f"{dataset}/".startswith(f"{raw}/") if is_remote(raw) else dataset.resolve().is_relative_to(raw.resolve())
+    if inside:
         raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
 
 
-def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any], run: Run | None) -> None:
+def _build(plan: Plan, dataset: Location, limit: SkipLimit, asked: dict[str, Any], run: Run | None) -> None:
     part = asked["part"]
     mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
     form = "json" if asked["as_json"] else "bar" if sys.stderr.isatty() else "lines"
@@ -101,15 +107,15 @@ def _build(plan: Plan, dataset: Path, limit: SkipLimit, asked: dict[str, Any], r
         click.echo(f"part {part.number} of {part.of}: {len(mine):,} shards are built; end the build with --merge")
 
 
-def _retry(plan: Plan, dataset: Path, asked: dict[str, Any]) -> None:
-    built, gained = retry(parse((dataset / FILE_NAME).read_bytes(), dataset), plan, asked["workers"])
+def _retry(plan: Plan, dataset: Location, asked: dict[str, Any]) -> None:
+    built, gained = retry(parse(storage.read_bytes(dataset / FILE_NAME), dataset), plan, asked["workers"])
     if not asked["as_json"]:
         still = sum(split.skipped for split in built.splits.values())
         click.echo(f"{gained:,} images that were skipped are samples now; {still:,} are skipped still")
     _finish(built, None, asked["as_json"])
 
 
-def _tell_plan(raw: Path, sources: Sources, plan: Plan, as_json: bool) -> None:
+def _tell_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
     counts = {split: len(places) for split, places in plan.splits.items()}
     trained = {plan.images.wnids[i] for i in set(plan.images.class_numbers[plan.splits["train"]].tolist()) if i >= 0}
     without = [record.wnid for record in plan.classes if record.wnid not in trained]
@@ -150,7 +156,7 @@ def _tell_estimate(plan: Plan, workers: int, as_json: bool) -> None:
 
 def _finish(built: Manifest, progress: BuildProgress | None, as_json: bool) -> None:
     reasons: dict[str, Counter[str]] = {split: Counter() for split in built.splits}
-    for line in map(json.loads, (built.root / "skipped.jsonl").read_text().splitlines()):
+    for line in map(json.loads, built.read(SKIPPED_FILE).splitlines()):
         reasons[line["split"]][line["reason"]] += 1
     figures = progress.figures() if progress else {}
     if as_json:
@@ -162,7 +168,7 @@ def _finish(built: Manifest, progress: BuildProgress | None, as_json: bool) -> N
         return
     closing_table(built, reasons, figures)
     if any(reasons.values()):
-        click.echo(f"which images were skipped: {built.root / 'skipped.jsonl'}")
+        click.echo(f"which images were skipped: {built.root / SKIPPED_FILE}")
 
 
 if __name__ == "__main__":

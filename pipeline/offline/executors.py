@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -33,11 +34,14 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
-    waiting, running = iter(tasks), set[Future[Result]]()
+    waiting, running, ended = iter(tasks), set[Future[Result]](), False
     try:
         while True:
-            running |= {pool.submit(function, task) for task in islice(waiting, 2 * workers - len(running))}
+            for task in islice(waiting, 2 * workers - len(running)):
+                with _signals_blocked():  # a worker inherits that, until `begin_worker`
+                    running.add(pool.submit(function, task))
             if not running:
+                ended = True
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -48,15 +52,26 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
             "for lack of memory; what is finished stays, and the same command goes on (fewer --workers: less memory)"
         ) from error
     finally:
-        if running:
+        if not ended:
             for worker in set(multiprocessing.active_children()) - before:
                 worker.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Ctrl-C, which the terminal sends to all, waits: it would strike a worker that has not begun yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_worker() -> None:
     """Leave Ctrl-C to the parent, and die with it: an orphan would write where the next run writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,37 +1,88 @@
 """Exact, mergeable sums over rescaled images → mean image, RGB covariance, eigenvectors."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.manifest import Statistics
 
+_BLOCK = 256  # pixels: a sum of so many products of grey levels is an integer below 2²⁴, exact in float32
+_CHUNK = 16 * _BLOCK  # rows of four pixels that are float32 at a time: 192 KiB stay in the cache
+_RECENT = 257  # images whose grey levels add up in uint16: 257 · 255 = 65535
 
-@dataclass
+
 class Sums:
-    """Integer sums over images, so that the result does not depend on order or grouping."""
+    """Integer sums over images, so that the result does not depend on order or grouping.
 
-    n: int
-    sum_image: np.ndarray  # (size, size, 3) int64
-    second_moments: np.ndarray  # (3, 3) int64: sum over pixels of x·xᵀ
+    Sums of size 1 take images of any size: each pixel counts as an image of one pixel.
+
+    Attributes:
+        n: images.
+        sum_image: (size, size, 3) int64.
+        second_moments: (3, 3) int64, the sum over pixels of x·xᵀ.
+    """
+
+    def __init__(self, n: int, sum_image: np.ndarray, second_moments: np.ndarray) -> None:
+        self.n = n
+        self.second_moments = second_moments
+        self._sum_image = sum_image
+        self._recent: np.ndarray | None = None  # (size, size, 3) uint16: of images that are not in _sum_image yet
+        self._recent_n = 0
 
     @classmethod
     def zero(cls, size: int) -> "Sums":
         return cls(0, np.zeros((size, size, 3), np.int64), np.zeros((3, 3), np.int64))
 
+    @property
+    def sum_image(self) -> np.ndarray:
+        self._flush()
+        return self._sum_image
+
     def add(self, pixels: np.ndarray) -> None:
-        """Add one image, (size, size, 3) uint8."""
-        flat = pixels.reshape(-1, 3).astype(np.float64)
+        """Add one image, (size, size, 3) uint8; to sums of size 1, the pixels of (height, width, 3) uint8."""
+        self.second_moments += _second_moments(pixels.reshape(-1, 3))
+        if len(self._sum_image) == 1:
+            self.n += pixels.size // 3
+            self._sum_image += pixels.sum(axis=(0, 1), dtype=np.int64)
+            return
+        assert pixels.shape == self._sum_image.shape, pixels.shape
+        if self._recent is None:
+            self._recent = np.zeros(pixels.shape, np.uint16)
+        self._recent += pixels
+        self._recent_n += 1
         self.n += 1
-        self.sum_image += pixels
-        # exact: every partial sum is an integer below size²·255² < 2⁵³
-        self.second_moments += (flat.T @ flat).astype(np.int64)
+        if self._recent_n == _RECENT:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._recent is not None:
+            self._sum_image += self._recent
+            self._recent, self._recent_n = None, 0
 
     def merge(self, other: "Sums") -> None:
         self.n += other.n
-        self.sum_image += other.sum_image
+        self._sum_image += other.sum_image
         self.second_moments += other.second_moments
+
+    def per_pixel(self) -> "Sums":
+        """The same colours as images of one pixel: a few numbers, whatever the size."""
+        height, width, _ = self.sum_image.shape
+        return Sums(self.n * height * width, self.sum_image.sum(axis=(0, 1), keepdims=True), self.second_moments)
+
+
+def _second_moments(pixels: np.ndarray) -> np.ndarray:
+    """(n, 3) uint8 → (3, 3) int64, the exact sum of x·xᵀ.
+
+    Rows of four pixels make 12 × 12 products, of which the four diagonal blocks count: matrix products of fewer columns
+    are slower. They are too small for the BLAS to use threads.
+    """
+    rows = pixels[: len(pixels) // (4 * _BLOCK) * 4 * _BLOCK].reshape(-1, 12)
+    products = np.zeros((12, 12))
+    for start in range(0, len(rows), _CHUNK):
+        blocks = rows[start : start + _CHUNK].astype(np.float32).reshape(-1, _BLOCK, 12)
+        products += (blocks.transpose(0, 2, 1) @ blocks).sum(axis=0, dtype=np.float64)  # integers below 2⁵³: exact
+    rest = pixels[4 * len(rows) :].astype(np.int64)
+    return np.einsum("aiaj->ij", products.reshape(4, 3, 4, 3)).astype(np.int64) + rest.T @ rest
 
 
 def finish(sums: Sums) -> Statistics:

@@ -1,10 +1,9 @@
 """The check of a dataset directory: every promise of its manifest against what the files hold."""
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,24 +16,10 @@ from pipeline.image import REASONS
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
 from pipeline.offline import executors
 from pipeline.offline.build import npy
+from pipeline.offline.listed import Failure, expected, index, unlisted
 from pipeline.offline.plan import SPLITS
-from pipeline.offline.records import BUILD_FOLDER
-from pipeline.offline.repair import REPAIR_FOLDER
-from pipeline.offline.retry import RETRY_FOLDER
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.tars import KEY, TarContent, Violation, loaded, opened, read_tar, stored_pixels
-from pipeline.storage import Location
-
-LEFT_OVER = {
-    BUILD_FOLDER: "unfinished: the build was killed at its very end; the same command again ends it",
-    REPAIR_FOLDER: "left by a repair that was killed; delete it",
-    RETRY_FOLDER: "unfinished: build_shards.py --retry-skipped was killed; the same command again ends it",
-}
-
-
-class Failure(NamedTuple):
-    file: str  # below the dataset directory
-    what: str
 
 
 class Failures(list[Failure]):
@@ -81,7 +66,7 @@ def check(
         UserError: a worker process was killed.
     """
     failures = Failures(Failure(FILE_NAME, what) for what in _manifest_violations(found))
-    failures += _unlisted(found)
+    failures += unlisted(found)
     results: dict[str, ShardFindings] = {}
     for result in _check_shards(found, quick, workers):
         results[result.shard.name] = result
@@ -130,46 +115,8 @@ def _manifest_violations(found: Manifest) -> Iterator[str]:
                 yield f"{shard.name}: {shard.samples} samples, the build recipe says at most {limit}"
             if shard.name in found.files and found.files[shard.name].bytes != shard.bytes:
                 yield f"{shard.name}: {shard.bytes} bytes in one place, {found.files[shard.name].bytes} in another"
-    for name in sorted(found.files.keys() - _expected(found)):
+    for name in sorted(found.files.keys() - expected(found)):
         yield f"lists {name!a}, which is no part of a dataset directory"
-
-
-def _expected(found: Manifest) -> set[str]:
-    """What a dataset directory holds besides its manifest."""
-    tars = [shard.name for split in found.splits.values() for shard in split.shards]
-    tables = [f"{split}/samples.npy" for split in found.splits]
-    return {*tars, *(_index(name) for name in tars), *tables, STATISTICS_FILE, "mean.png", "skipped.jsonl"}
-
-
-def _index(tar: str) -> str:
-    return tar.removesuffix(".tar") + ".idx"
-
-
-def _unlisted(found: Manifest) -> Iterator[Failure]:
-    known = _expected(found) | {FILE_NAME} | found.files.keys()
-    if storage.is_remote(found.root):
-        yield from _unlisted_objects(found.root, known)
-        return
-    for folder, folders, files in os.walk(found.root):
-        inner = Path(folder).relative_to(found.root)
-        for name in sorted(LEFT_OVER.keys() & set(folders)) if inner == Path() else ():
-            folders.remove(name)
-            yield Failure(name, LEFT_OVER[name])
-        links = [name for name in folders if name not in found.splits and os.path.islink(os.path.join(folder, name))]
-        for name in sorted(files + links):
-            if (path := (inner / name).as_posix()) not in known:
-                yield Failure(path, f"not listed in {FILE_NAME}")
-        folders.sort()
-
-
-def _unlisted_objects(root: Location, known: Set[str]) -> Iterator[Failure]:
-    for below, entries in storage.walk(root):
-        for entry in entries:
-            path = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir and path in LEFT_OVER:
-                yield Failure(path, LEFT_OVER[path])
-            elif entry.is_file and path not in known:
-                yield Failure(path, f"not listed in {FILE_NAME}")
 
 
 class ShardCheck(NamedTuple):
@@ -185,7 +132,7 @@ def _check_shards(found: Manifest, quick: bool, workers: int) -> Iterator[ShardF
     shards = [shard for split in found.splits.values() for shard in split.shards]
     checks = []
     for shard in shards:
-        mine = {name: found.files[name] for name in (shard.name, _index(shard.name)) if name in found.files}
+        mine = {name: found.files[name] for name in (shard.name, index(shard.name)) if name in found.files}
         checks.append(ShardCheck(replace(found, splits={}, files=mine), shard, quick))
     return executors.run(check_shard, checks, min(workers, len(checks)))
 
@@ -204,7 +151,7 @@ def check_shard(task: ShardCheck) -> ShardFindings:
         if len(without) and not shard.name.startswith("test/"):
             raise Violation(f"{read.keys[without[0]]}.jpg has no label beside it")
         content = read
-    with failures.of(_index(shard.name)), opened(found, _index(shard.name)) as file:
+    with failures.of(index(shard.name)), opened(found, index(shard.name)) as file:
         if content and file.read() != content.index:
             raise Violation("is not the index of its tar")
     return ShardFindings(shard, failures, content)

@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from pipeline.errors import UserError
 
 SECONDS = 60.0
-_WAKES = 0.5  # seconds between two looks
+_PAUSE = 0.5  # seconds between two looks
 
 
 class Watchdog:
-    """One thread that looks at what is being decoded; where that takes too long, it ends the process."""
+    """One thread that looks at what is being decoded; where that takes too long, it ends the process.
+
+    It counts looks, and not the time between them, so that a process that was stopped (Ctrl-Z) may go on.
+    """
 
     def __init__(self) -> None:
-        self._what, self._since = "", 0.0
+        self._watched: tuple[str] | None = None  # what is decoded: a new object for each block, read once a look
         self._over = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -30,21 +33,27 @@ class Watchdog:
     @contextmanager
     def over(self, what: str) -> Iterator[None]:
         """Watch the block. Raises UserError where it ended after the limit, in a library that let no thread run."""
-        self._what, self._since = what, time.monotonic()
+        self._watched, began = (what,), time.thread_time()
         yield
-        took, self._since = time.monotonic() - self._since, 0.0
-        if took > SECONDS:
+        self._watched = None
+        if time.thread_time() - began > SECONDS:
             raise UserError(_message(what))
 
     def _watch(self) -> None:
-        while not self._over.wait(min(_WAKES, SECONDS / 4)):
-            if self._since and time.monotonic() - self._since > SECONDS:
-                print(_message(self._what), file=sys.stderr, flush=True)
+        pause = min(_PAUSE, SECONDS / 4)
+        seen, looks = None, 0
+        while not self._over.wait(pause):
+            watched = self._watched
+            looks = looks + 1 if watched is seen else 0
+            seen = watched
+            if watched and looks * pause > SECONDS:
+                show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
+                print(f"{show_cursor}Error: {_message(watched[0])}", file=sys.stderr, flush=True)
                 os._exit(2)  # a decoder in C hears no exception
 
 
 def _message(what: str) -> str:
     return (
-        f"Error: {what}: still decoding after {SECONDS:g} s, which fails the build (a time never skips an image); "
+        f"{what}: still decoding after {SECONDS:g} s, which fails the build (a time never skips an image); "
         "remove the file, or run the same command again on a faster machine"
     )

@@ -1,0 +1,220 @@
+"""What a machine does to a build: a full disk, files that cannot be read, Ctrl-C, decodes without end."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, begun, command, digests, finish, gone, until
+
+SLOW = """
+import os, time
+from pipeline.offline import shards, watchdog
+decode_raw = shards.decode_raw
+def slow(data, recipe):
+    time.sleep(float(os.environ["SECONDS_PER_DECODE"]))
+    return decode_raw(data, recipe)
+shards.decode_raw = slow
+watchdog.SECONDS = float(os.environ.get("WATCHDOG_SECONDS", watchdog.SECONDS))
+"""
+FULL = """
+import builtins, os
+from pathlib import Path
+real = builtins.open
+def opened(file, mode="r", *more, **options):
+    if "w" in mode and os.environ["FULL_AT"] in str(file):
+        with real(os.environ["BALLAST"], "ab", buffering=0) as ballast:
+            try:
+                while True:
+                    ballast.write(bytes(4096))
+            except OSError:
+                pass
+    return real(file, mode, *more, **options)
+builtins.open = opened
+"""
+MEDDLED = """
+import os, sys
+from pathlib import Path
+from tools import build_shards
+real = build_shards.build
+def build(plan, *more, **options):
+    victim = Path(plan.part("train", len(plan.splits["train"]) - 1, len(plan.splits["train"]))[0].raw.file)
+    print(victim, file=sys.stderr)
+    {meddle}
+    return real(plan, *more, **options)
+build_shards.build = build
+build_shards.main(sys.argv[1:])
+"""
+
+
+def patched(folder: Path, code: str, **variables: object) -> dict[str, str]:
+    """The environment of a Python, and of its workers, that begins with `code`."""
+    (folder / "patch").mkdir(exist_ok=True)
+    (folder / "patch" / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(folder / "patch"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
+
+
+def one_line(errors: str) -> str:
+    """stderr's only line."""
+    assert errors.startswith("Error: "), errors
+    assert len(errors.splitlines()) == 1, errors
+    return errors
+
+
+def assert_whole(root: Path, whole: dict[str, str]) -> None:
+    """Every file of an unfinished build is one of the whole one's, or its state; none is half-written."""
+    found = digests(root)
+    assert not [name for name in found if name.endswith(".tmp")]
+    assert {name: digest for name, digest in found.items() if not name.startswith(".build/")}.items() <= whole.items()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "penstock", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_small_disk(little: Path, little_dataset: dict[str, str], disk: Path, workers: int):
+    root = disk / "dataset"
+    full = finish(little, root, "--workers", workers)
+    assert full.returncode == 2
+    assert f"{root}: No space left on device; what is finished stays" in one_line(full.stderr)
+    assert list(root.rglob("*.npz"))
+    assert_whole(root, little_dataset)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    done = finish(little, root, "--workers", workers)
+    assert done.returncode == 0, done.stderr
+    assert digests(root) == little_dataset
+
+
+def test_a_disk_that_is_full_at_any_file(little: Path, little_dataset: dict[str, str], disk: Path, tmp_path: Path):
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    root, ballast = disk / "dataset", disk / "ballast"
+    shards = ("train-000003.tar", "train-000009.idx", "train-000015.npz")
+    moments = ("plan.json", *shards, "val/samples.npy", "statistics.npz", "dataset.json")
+    for n, moment in enumerate(moments):
+        env = patched(tmp_path, FULL, FULL_AT=moment, BALLAST=ballast)
+        full = finish(little, root, "--workers", 1 + n % 2, env=env)
+        assert full.returncode == 2, moment
+        assert f"{root}: No space left on device; what is finished stays" in one_line(full.stderr)
+        assert_whole(root, little_dataset)
+        ballast.unlink()
+    assert finish(little, root, "--workers", 2).returncode == 0
+    assert digests(root) == little_dataset
+
+
+@pytest.mark.parametrize(
+    ("meddle", "message", "workers"),
+    [
+        ("victim.unlink()", "No such file or directory", 1),
+        ("victim.unlink(), victim.mkdir()", "Is a directory", 2),
+        ("os.truncate(victim, 100)", "changed since the build began", 2),
+        ("victim.unlink(), victim.symlink_to('/proc/self/mem')", "Input/output error", 1),  # nothing is at address 0
+        ("victim.unlink(), victim.symlink_to('/proc/self/mem')", "Input/output error", 2),
+        ("victim.unlink(), os.mkfifo(victim)", "Illegal seek", 1),
+    ],
+)
+def test_a_raw_file_that_cannot_be_read(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, workers: int, meddle: str, message: str
+):
+    """It changes between the listing and the reading. The build goes on once it is back."""
+    raw, root = tmp_path / "raw", tmp_path / "dataset"
+    shutil.copytree(little, raw)
+    line = [sys.executable, "-c", MEDDLED.format(meddle=meddle), *command(raw, root, "--workers", workers)[2:]]
+    failed = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    victim, _, errors = failed.stderr.partition("\n")
+    assert failed.returncode == 2, failed.stderr
+    assert f"{victim}: {message}" in one_line(errors)
+    assert len(list((root / "train").glob("*.tar"))) >= 20
+    assert_whole(root, little_dataset)
+    subprocess.run(["rm", "-rf", victim], check=True)
+    shutil.copy(little / Path(victim).relative_to(raw), victim)
+    assert finish(raw, root, "--workers", workers).returncode == 0
+    assert digests(root) == little_dataset
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "workers"),
+    [
+        (signal.SIGINT, "group", 1),  # as a terminal does
+        (signal.SIGINT, "group", 2),
+        (signal.SIGINT, "parent", 2),
+        (signal.SIGTERM, "parent", 1),
+        (signal.SIGTERM, "parent", 2),
+        (signal.SIGTERM, "group", 2),
+    ],
+)
+def test_a_signal_ends_a_build_at_once(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, workers: int, number: signal.Signals, to: str
+):
+    """The shard in hand would take minutes."""
+    root = tmp_path / "dataset"
+    env = patched(tmp_path, SLOW, SECONDS_PER_DECODE=1 if workers == 1 else 40)
+    process = begun(command(little, root, "--workers", workers, "--samples-per-shard", 144), env=env)
+    until(process, lambda: any(root.glob("train/*.tmp")))
+    for _ in range(2):  # the user is impatient
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if to == "group" else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, errors
+    assert "the finished shards stay, and the same command goes on" in one_line(errors)
+    assert gone(process.pid)
+    assert not list(root.rglob("*.tmp"))
+    assert not list(root.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_goes_on_after_a_signal(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, number: signal.Signals
+):
+    root = tmp_path / "dataset"
+    process = begun(command(little, root, "--workers", 2))
+    until(process, lambda: len(list(root.rglob("*.npz"))) >= 3)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, errors
+    one_line(errors)
+    assert_whole(root, little_dataset)
+    assert finish(little, root, "--workers", 2).returncode == 0
+    assert digests(root) == little_dataset
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_decode_without_end_fails_the_build_and_skips_nothing(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, workers: int
+):
+    root = tmp_path / "dataset"
+    process = begun(command(little, root, "--workers", workers))
+    until(process, lambda: len(list(root.rglob("*.npz"))) >= 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    before = digests(root / "train")
+    env = patched(tmp_path, SLOW, SECONDS_PER_DECODE=30, WATCHDOG_SECONDS=0.3)
+    failed = finish(little, root, "--workers", workers, env=env)
+    assert failed.returncode == 2
+    first, *more = failed.stderr.splitlines()
+    assert first.startswith("Error: ")
+    assert ".jpg: still decoding after 0.3 s, which fails the build (a time never skips an image)" in first
+    assert all(line == first or line.startswith("Error: a worker process ended") for line in more)
+    assert before.items() <= digests(root / "train").items()
+    assert finish(little, root, "--workers", workers).returncode == 0
+    assert digests(root) == little_dataset

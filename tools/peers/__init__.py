@@ -1,0 +1,1 @@
+"""What `tools/bench.py build` measures: the codec's ceiling, our own builder, and others', each in its own Python."""
