@@ -356,7 +356,7 @@ HEAVY = {  # each at its limit, or beyond: what is accepted and what not
     "PNG with alpha": (written(6000, 6), "True"),
     "PNG beyond": (written(6100, 6), "too_many_pixels"),
     "PNG 16 bits": (written(6000, 0, 16), "True"),
-    "PNG high": (lambda: png(1, 9_000_000, 2), "True"),
+    "PNG high": (lambda: png(3, 4_000_000, 2), "True"),
     "PNG with texts": (written(3000, 6, chunks=TEXT * 60), "too_many_pixels"),
     "TIFF in one strip": (drawn("RGB", "TIFF", 4200, compression="tiff_lzw", strip_size=2**31 - 1), "True"),
 }
@@ -427,7 +427,7 @@ def test_memory_is_bounded_for_every_way_of_rescaling(sides: tuple[int, int], ke
 
 
 def test_later_frames_cost_nothing(tmp_path: Path):
-    """The second frame again and again, to 20 MiB of GIF; animated PNG and WebP; a chain of 500,000 TIFF directories."""
+    """The second frame again and again, to 20 MiB of GIF; animated PNG and WebP; a chain of 500,000 TIFF pages."""
     frames = [Image.new("RGB", (100, 100), (i, 255 - i, 9)) for i in range(250)]
     animated = {
         form: saved(frames[0], form, save_all=True, append_images=frames[1:]) for form in ("GIF", "PNG", "WEBP")
@@ -442,5 +442,5 @@ def test_later_frames_cost_nothing(tmp_path: Path):
     animated["TIFF"] = bytes(tiff) + b"".join(chain)
     for form, data in animated.items():
         pixels = np.asarray(decode(data, **LIMITS))
-        assert np.abs(pixels.astype(int) - [0, 255, 9]).max() <= 3, form
+        assert np.abs(pixels.astype(int) - [0, 255, 9]).max() <= 5, form
         assert verdict_within_memory(data, tmp_path) == "True"

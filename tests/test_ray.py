@@ -331,10 +331,14 @@ def test_what_a_task_raises_ends_the_run_and_a_lost_worker_does_not(head: Any, t
     assert found["lost"].startswith("task 7: lost 3 times")
     assert found["lost_tries"] == 3
     assert found["bug"] == "KeyError"
+    assert found["missing"].startswith("task 9: could not begin on its node (")
+    assert "No module named 'onlyhere'); every node needs the same environment" in found["missing"]
+    assert "127.0.0.1" in found["missing"]
+    assert found["missing"].isprintable()
 
 
 CONTRACT = """
-import json, os, sys, time
+import json, os, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 from pipeline.errors import UserError
@@ -399,6 +403,12 @@ try:
     list(run(iter([Task("task 8", 8, "bug")])))
 except KeyError as error:
     found["bug"] = type(error).__name__
+exec("def f(task): pass", (onlyhere := types.ModuleType("onlyhere")).__dict__)
+sys.modules["onlyhere"] = onlyhere
+try:
+    list(cluster.run(onlyhere.f, iter([Task("task 9", 9)]), address))
+except UserError as error:
+    found["missing"] = str(error)
 print(json.dumps(found))
 """
 

@@ -57,4 +57,4 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    print(plan_memory(3_000_000))
+    print(plan_memory(14_200_000))

@@ -6,7 +6,8 @@ On a cluster, the command runs on one of its nodes (`ray start` gives each node 
 - RAW and DATASET under the same path (a shared file system), or in an object store, whose credentials are then those
   of the environment in which `ray start` was called.
 
-A node may come or go at any time: the tasks of one that is lost run again elsewhere. One that is only cut off may go
+A node may come or go at any time: the tasks of one that is lost run again elsewhere. (Without the head there is no
+cluster: a minute after it Ray ends this process too, and the same command goes on later.) A node that is only cut off may go
 on for a minute, until Ray ends it there, and write a shard that its successor writes too. Both write the same bytes,
 each to a temporary file of its own, and rename it: whoever comes last changes nothing.
 
@@ -14,6 +15,7 @@ Each task has one core, and Ray sets OMP_NUM_THREADS to 1 for it.
 """
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -116,6 +118,11 @@ def _result(ray: ModuleType, reference: Any, name: str) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ray.exceptions.RayError):
+            raise UserError(
+                f"{name}: could not begin on its node ({_line(error)}); every node needs the same environment, with "
+                "penstock[ray] in it"
+            ) from error
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise UserError(
@@ -240,6 +247,6 @@ def _our_sigterm() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """An error's message, on one line of bounded length."""
-    text = " ".join(str(error).split())
+    """An error's message, on one line of bounded length, without colours or a traceback."""
+    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).split()).partition(" traceback: ")[0]
     return text if len(text) <= 300 else f"{text[:300]} …"
