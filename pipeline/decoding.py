@@ -164,7 +164,7 @@ def _load(image: Image.Image, data: bytes, header: Header, held: float) -> Image
     if image.mode in ("RGB", "L"):
         plain = decode_plain(data, header)
         if plain is not None and plain.shape == (image.height, image.width, 4):
-            rgb = _sharing(plain)
+            rgb = sharing(plain)
             rgb.format = image.format if image.mode == "RGB" else None  # as Pillow has it: what was converted has none
             return rgb
     if header.end and image.mode == "L":
@@ -173,7 +173,7 @@ def _load(image: Image.Image, data: bytes, header: Header, held: float) -> Image
     return _to_rgb(image)
 
 
-def _sharing(pixels: np.ndarray) -> Image.Image:
+def sharing(pixels: np.ndarray) -> Image.Image:
     """An image of mode RGB in the memory of (height, width, 4) uint8 pixels: Pillow keeps RGB in four bytes, too."""
     height, width, _ = pixels.shape
     image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)

@@ -3,15 +3,16 @@
 What decodes raw pictures stands in pipeline/decoding.py; its names are offered here, too.
 """
 
+import io
 import math
 
 import numpy as np
 import simplejpeg
 from PIL import Image, features
 
-from pipeline.decoding import REASONS, ImageError, decode
+from pipeline.decoding import REASONS, ImageError, decode, sharing
 
-__all__ = ["REASONS", "ImageError", "codec_versions", "decode", "encode", "rescale"]
+__all__ = ["REASONS", "ImageError", "codec_versions", "decode", "encode", "padded", "rescale"]
 
 CROPS = ("centre", "none")
 MAX_ASPECT = 16  # of a whole picture: its rescaled longer side is at most so many times the shorter one
@@ -30,7 +31,8 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     Args:
         image: mode RGB.
     Returns:
-        (size, size, 3) uint8, RGB; (height, width, 3) of a whole picture.
+        (size, size, 3) uint8, RGB; (height, width, 3) of a whole picture. Maybe
+        three channels of four.
     Raises:
         ImageError: too_many_pixels, where a whole picture's longer side would pass `MAX_ASPECT`·size or `MAX_SIDE`.
     """
@@ -47,7 +49,9 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     shape = (kept, size) if wide else (size, kept)
     if kernel == "area" and short > size:
         return _area(image, box, shape)
-    return np.asarray(image.resize(shape, Image.Resampling.BICUBIC, box=box))
+    pixels = np.empty((shape[1], shape[0], 4), np.uint8)
+    sharing(pixels).paste(image.resize(shape, Image.Resampling.BICUBIC, box=box))  # the fastest way out of Pillow
+    return pixels[..., :3]
 
 
 def _area(image: Image.Image, box: tuple[float, float, float, float], shape: tuple[int, int]) -> np.ndarray:
@@ -59,19 +63,17 @@ def _area(image: Image.Image, box: tuple[float, float, float, float], shape: tup
     (left, top, right, bottom), (width, height) = box, shape
     pixels = np.empty((height, width, 3), np.uint8)
     columns = [_weights(left, right, width, i, image.width) for i in range(0, width, _PART)]
+    band = max(1, 2**13 // image.width)  # raw rows; so few that the BLAS starts no threads
     for i in range(0, height, _PART):
         first, rows = _weights(top, bottom, height, i, image.height)
-        both = np.zeros((len(rows), width, 3))
-        band = max(1, 2**16 // image.width)
+        down = np.zeros((len(rows), image.width * 3))
         for j in range(0, rows.shape[1], band):
             weights = rows[:, j : j + band]
             raw = image.crop((0, first + j, image.width, first + j + weights.shape[1]))
-            down = (weights @ np.asarray(raw).reshape(weights.shape[1], -1).astype(np.float64)).reshape(
-                len(rows), -1, 3
-            )
-            for k, (start, across) in enumerate(columns):
-                both[:, k * _PART : (k + 1) * _PART] += across @ down[:, start : start + across.shape[1]]
-        pixels[i : i + _PART] = np.rint(both / _ONE**2)
+            down += weights @ np.asarray(raw).reshape(weights.shape[1], -1).astype(np.float64)
+        thin = down.reshape(len(rows), -1, 3)
+        both = [across @ thin[:, start : start + across.shape[1]] for start, across in columns]
+        pixels[i : i + _PART] = np.rint(np.concatenate(both, axis=1) / _ONE**2)
     return pixels
 
 
@@ -88,12 +90,29 @@ def _weights(low: float, high: float, size: int, first: int, raw: int) -> tuple[
     return start, np.diff(np.rint(_ONE * np.clip(share, 0.0, 1.0)), axis=1)
 
 
+def padded(pixels: np.ndarray) -> np.ndarray:
+    """(height, width, 3) uint8 → contiguous (height, width, 4): the array that `rescale` shows three of, or a copy.
+
+    What stands in the fourth channel means nothing. Four bytes are how Pillow keeps RGB, and faster to go through.
+    """
+    shape, base = (*pixels.shape[:2], 4), pixels.base
+    if isinstance(base, np.ndarray) and base.shape == shape and base.flags.c_contiguous:
+        first = base[..., :3].__array_interface__
+        if first == pixels.__array_interface__:
+            return base
+    copy = np.zeros(shape, np.uint8)
+    copy[..., :3] = pixels
+    return copy
+
+
 def encode(pixels: np.ndarray, *, quality: int, subsampling: str) -> bytes:
     """(height, width, 3) uint8 RGB → baseline JPEG, accurate DCT, with no metadata but JFIF's.
 
-    `subsampling` is 4:4:4, 4:2:2 or 4:2:0.
+    `subsampling` is 4:4:4, 4:2:2 or 4:2:0. By Pillow: below quality 96, simplejpeg has the fast DCT only.
     """
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", subsampling.replace(":", ""))
+    out = io.BytesIO()
+    sharing(padded(pixels)).save(out, "JPEG", quality=quality, subsampling=subsampling)
+    return out.getvalue()
 
 
 def codec_versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,16 +35,18 @@ def build(*arguments: object) -> Result:
     return CliRunner().invoke(build_shards, [str(argument) for argument in arguments])
 
 
+LITTLE = ("--size", 32, "--samples-per-shard", 6)  # of `little`: 24 training and 4 validation shards
+
+
 def command(raw: Path, root: Path, *options: object) -> list[str]:
-    """The command line of tools/build_shards.py on `little`: small pictures, 24 training and 4 validation shards."""
-    fixed = ("--size", 32, "--samples-per-shard", 6)
-    return [sys.executable, str(ROOT / "tools/build_shards.py"), *map(str, (raw, root, *fixed, *options))]
+    """The command line of tools/build_shards.py on `little`."""
+    return [sys.executable, str(ROOT / "tools/build_shards.py"), *map(str, (raw, root, *LITTLE, *options))]
 
 
 def finish(
     raw: Path, root: Path, *options: object, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `command` to its end, in a process of its own."""
+    """Run `command` to its end, in a process of its own. (`build` is faster, where that is not needed.)"""
     line = command(raw, root, *options)
     return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=env)
 
@@ -138,9 +142,22 @@ def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def little_dataset(little: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files of an uninterrupted build of `little`, by their SHA-256."""
     root = tmp_path_factory.mktemp("little_built") / "dataset"
-    done = finish(little, root, "--workers", 1)
-    assert done.returncode == 0, done.stderr
+    done = build(little, root, *LITTLE, "--workers", 1)
+    assert done.exit_code == 0, done.output
     return digests(root)
+
+
+@pytest.fixture(scope="session")
+def half(little: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A copy of `little`, and an unfinished build of it: some shards are recorded. Read only."""
+    folder = tmp_path_factory.mktemp("half")
+    raw, root = Path(shutil.copytree(little, folder / "raw")), folder / "dataset"
+    process = begun(command(raw, root, "--workers", 1))
+    until(process, lambda: len(list(root.rglob("*.npz"))) >= 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    return raw, root
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,12 @@
 """The dataset directory: other people's readers, the same bytes every time, resume, and every refusal."""
 
 import collections
-import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -22,15 +17,10 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from wds2idx import IndexCreator
 
-from conftest import ROOT, build
+from conftest import build, digests
 from pipeline import manifest
 from pipeline.image import rescale
 from pipeline.manifest import DatasetError
-
-
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def shard_paths(root: Path, split: str) -> list[Path]:
@@ -138,132 +128,6 @@ def test_same_bytes_with_two_workers_and_another_seed_differs(dataset: Path, raw
     other = digests(tmp_path / "seed")
     assert other["train/train-000000.tar"] != digests(dataset)["train/train-000000.tar"]
     assert other["val/val-000000.tar"] == digests(dataset)["val/val-000000.tar"]
-
-
-@pytest.mark.parametrize("victim", ["group", "parent"])
-def test_killed_builds_resume_to_the_same_bytes(dataset: Path, raw: Path, tmp_path: Path, victim: str):
-    """SIGKILL once 1, 2, 3, … shards are recorded. Killed alone, the parent must take its workers along."""
-    root = tmp_path / "dataset"
-    command = [sys.executable, str(ROOT / "tools/build_shards.py"), str(raw), str(root), "--workers", "2"]
-    command += ["--samples-per-shard", "8"]
-    whole = tmp_path / "whole"
-    assert build(raw, whole, "--workers", 1, "--samples-per-shard", 8).exit_code == 0
-
-    def recorded() -> int:
-        return len(list((root / ".build").glob("*.npz")))
-
-    kills = 0
-    for target in (1, 3, 5):
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and recorded() < target and time.monotonic() < deadline:
-            time.sleep(0.002)
-        if process.poll() is None:
-            kills += 1
-            if victim == "group":
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-    assert kills >= 2
-    if not (root / "dataset.json").exists() or (root / ".build").exists():
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # at once: no orphan is in the way
-        assert done.returncode == 0, done.stderr
-    assert digests(root) == digests(whole)
-
-
-def half_built(raw: Path, root: Path) -> None:
-    """An unfinished build: the plan, and the first shard with its record."""
-    process = subprocess.run(
-        [sys.executable, "-c", HALF, str(raw), str(root)], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 9, process.stderr
-
-
-HALF = """
-import os, sys
-from pipeline.offline import build
-save = build.executors.run
-def run(function, tasks, workers):
-    for result in save(function, tasks, 1):
-        yield result
-        os._exit(9)
-build.executors.run = run
-from tools.build_shards import main
-main([sys.argv[1], sys.argv[2], "--samples-per-shard", "16"])
-"""
-
-
-def test_resume_goes_on_and_another_recipe_is_refused(dataset: Path, raw: Path, tmp_path: Path):
-    root = tmp_path / "dataset"
-    half_built(raw, root)
-    first = root / "train" / "train-000000.tar"
-    before = first.stat().st_mtime_ns
-    refused = build(raw, root, "--samples-per-shard", 16, "--quality", 80)
-    assert refused.exit_code == 2
-    assert "quality 95 → 80" in refused.output
-    with pytest.raises(DatasetError, match="its build has not finished"):
-        manifest.load(root)
-    assert build(raw, root, "--workers", 1, "--samples-per-shard", 16).exit_code == 0
-    assert first.stat().st_mtime_ns == before
-    assert digests(root) == digests(dataset)
-
-
-def test_a_kill_between_the_manifest_and_the_end_is_cleaned_up(dataset: Path, raw: Path, tmp_path: Path):
-    root, half = tmp_path / "dataset", tmp_path / "half"
-    half_built(raw, half)
-    shutil.copytree(dataset, root)
-    shutil.copytree(half / ".build", root / ".build")
-    before = digests(root)
-    refused = build(raw, root, "--samples-per-shard", 17)
-    assert refused.exit_code == 2
-    assert "samples_per_shard 16 → 17" in refused.output
-    shutil.copytree(raw, tmp_path / "other")
-    (tmp_path / "other" / "val" / "blobs" / "0000.jpg").unlink()
-    refused = build(tmp_path / "other", root, "--samples-per-shard", 16)
-    assert refused.exit_code == 2
-    assert "images" in refused.output
-    assert before.items() <= digests(root).items()
-    assert build(raw, root, "--samples-per-shard", 16).exit_code == 0
-    assert digests(root) == digests(dataset)
-
-
-def test_a_damaged_record_costs_its_shard_and_nothing_else(dataset: Path, raw: Path, tmp_path: Path):
-    root = tmp_path / "dataset"
-    half_built(raw, root)
-    (record,) = (root / ".build").glob("*.npz")
-    data = record.read_bytes()
-    for damaged in (b"", data[: len(data) // 2], data[:-30] + bytes(30)):
-        record.write_bytes(damaged)
-        copy = tmp_path / f"copy{len(damaged)}"
-        shutil.copytree(root, copy)
-        assert build(raw, copy, "--workers", 1, "--samples-per-shard", 16).exit_code == 0
-        assert digests(copy) == digests(dataset)
-
-
-def test_two_builds_of_one_dataset_do_not_meet(raw: Path, tmp_path: Path):
-    (tmp_path / "dataset" / ".build").mkdir(parents=True)
-    with open(tmp_path / "dataset" / ".build" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = build(raw, tmp_path / "dataset")
-    assert result.exit_code == 2
-    assert "another build is writing there" in result.output
-
-
-def test_a_damaged_plan_is_named(raw: Path, tmp_path: Path):
-    half_built(raw, tmp_path / "dataset")
-    (tmp_path / "dataset" / ".build" / "plan.json").write_text("{")
-    result = build(raw, tmp_path / "dataset", "--samples-per-shard", 16)
-    assert result.exit_code == 2
-    assert "plan.json: damaged" in result.output
-
-
-def test_a_kill_before_the_plan_was_written_is_no_obstacle(dataset: Path, raw: Path, tmp_path: Path):
-    (tmp_path / "dataset" / ".build").mkdir(parents=True)
-    (tmp_path / "dataset" / ".build" / "plan.json.tmp").write_text("torn")
-    assert build(raw, tmp_path / "dataset", "--samples-per-shard", 16).exit_code == 0
-    assert digests(tmp_path / "dataset") == digests(dataset)
 
 
 def test_an_existing_dataset_or_folder_is_refused_and_left_alone(dataset: Path, raw: Path, tmp_path: Path):

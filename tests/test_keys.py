@@ -1,8 +1,65 @@
 """Keys are unique, safe in a tar and in WebDataset, and as near the file's name as they can be."""
 
+import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 
-from pipeline.offline.keys import assign_keys
+import numpy as np
+import pytest
+
+from pipeline.offline.keys import MAX_LENGTH, _escape, assign_keys
+
+
+def plain_keys(paths: Sequence[str]) -> list[str]:
+    """The rule of `assign_keys` in sets of whole strings."""
+    spellings = (
+        lambda path: os.path.splitext(path.rpartition("/")[2])[0],
+        lambda path: os.path.splitext(path)[0].replace("/", "_"),
+        lambda path: path.replace("/", "_"),
+    )
+    keys: dict[int, str] = {}
+    rest = sorted(range(len(paths)), key=lambda i: os.fsencode(paths[i]))
+    for spell in spellings:
+        spelled = {i: _escape(spell(paths[i])) for i in rest}
+        count, taken = Counter(spelled.values()), set(keys.values())
+        keys |= {i: key for i, key in spelled.items() if count[key] == 1 and key not in taken}
+        rest = [i for i in rest if i not in keys]
+    taken = set(keys.values())
+    for i in rest:
+        whole, number = _escape(paths[i].replace("/", "_")), 1
+        key = whole
+        while key in taken:
+            number += 1
+            key = whole[: MAX_LENGTH - len(f"-{number}")] + f"-{number}"
+        keys[i] = key
+        taken.add(key)
+    return [keys[i] for i in range(len(paths))]
+
+
+def nasty_paths(count: int, letters: Sequence[str], longest: int) -> list[str]:
+    """Different paths of few letters, so that many meet in every spelling."""
+    random = np.random.default_rng(count + longest)
+    found = dict.fromkeys("".join(random.choice(letters, random.integers(1, longest))) for _ in range(count))
+    return [path for path in found if not path.endswith("/")]
+
+
+@pytest.mark.parametrize(
+    ("count", "letters", "longest"),
+    [
+        (4000, ["a", "/", ".", "_"], 8),
+        (4000, ["a", "b", "/", ".jpg", "_", "-2", "-", "-2E"], 7),
+        (2000, ["-2Ejpg", "/", "_", "a", ".jpg", "-2", "-3", "\udcff", "-FF"], 6),
+        (1500, ["x" * 60, "y" * 45, "/", ".", "_", "-2"], 6),
+        (3000, [chr(c) for c in range(1, 256)], 40),
+    ],
+)
+def test_keys_are_those_of_the_plain_rule(count: int, letters: list[str], longest: int):
+    paths = nasty_paths(count, letters, longest)
+    keys = list(assign_keys(paths))
+    assert keys == plain_keys(paths)
+    assert len(set(keys)) == len(paths)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,90}", key) for key in keys)
 
 
 def test_unique_stems_are_the_keys():

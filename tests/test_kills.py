@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import begun, command, digests, finish, gone, members, until
+from conftest import LITTLE, begun, build, command, digests, finish, gone, members, until
 
 MERGED = ("train/samples.npy*", "val/samples.npy*", "statistics.npz*", "mean.png*", "skipped.jsonl*", "dataset.json*")
 
@@ -102,5 +102,5 @@ def test_a_worker_that_is_killed_ends_the_build(
     assert gone(process.pid)
     finished = {name: digest for name, digest in digests(root).items() if not name.startswith(".build/")}
     assert finished.items() <= little_dataset.items()  # no torn file and no *.tmp
-    assert finish(little, root, "--workers", 1).returncode == 0
+    assert build(little, root, *LITTLE, "--workers", 1).exit_code == 0
     assert digests(root) == little_dataset

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,14 @@ def until(condition: Callable[[], Any], seconds: float = 40, pause: float = 0.02
     return found
 
 
+def dead(pid: int) -> bool:
+    """Whether a process is no more, or only its parent's to bury."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def recorded(root: Path) -> set[str]:
     return {path.stem for path in (root / ".build").glob("*.npz")}
 
@@ -191,7 +200,7 @@ def test_a_node_is_killed_in_the_middle_of_a_build_and_the_bytes_are_the_same(
     finally:
         head.remove_node(node, allow_graceful=False)
     assert code == 0, errors
-    assert not Path(f"/proc/{victim}").exists()
+    assert dead(victim)
     until(lambda: len(head.global_state._live_node_ids()) == 1)
     events = [json.loads(line) for line in out.splitlines()]
     assert sorted(event["name"] for event in events if event["event"] == "shard") == sorted(
@@ -214,8 +223,8 @@ def test_a_ray_of_our_own_gives_the_same_bytes_hears_only_this_machine_and_leave
     hears = {address for pid in started.alive() for address in listening(pid)}
     code, out, errors = started.ended()
     assert (code, errors) == (0, "")
-    assert len(hears) == 1, "one address: 127.0.0.1"
-    assert hears <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert hears
+    assert hears <= {"0100007F", "0000000000000000FFFF00000100007F"}, "not only 127.0.0.1"
     events = [json.loads(line)["event"] for line in out.splitlines()]
     assert events == ["plan", *["shard"] * SHARDS, "done"]
     assert digests(root) == digests(plain)
@@ -237,25 +246,44 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, "all"), (signal.SIGTERM, "parent")])
-def test_an_interrupted_build_leaves_no_process_and_goes_on_without_ray(
-    pictures: Path, plain: Path, tmp_path: Path, number: signal.Signals, to: str
-):
-    root = tmp_path / "dataset"
-    started = Build(pictures, root, "--samples-per-shard", 8, "--executor", "ray", "--workers", 1)
-    until(lambda: recorded(root))
-    (os.killpg if to == "all" else os.kill)(started.process.pid, number)  # Ctrl-C goes to all
+def require_interrupted(started: Build, root: Path, number: signal.Signals) -> None:
+    """Send a signal: Ctrl-C to all processes, as a terminal does. What the command promises then must hold."""
+    (os.killpg if number == signal.SIGINT else os.kill)(started.process.pid, number)
     code, _, errors = started.ended()
-    assert code == 128 + number
-    assert errors.splitlines()[-1].startswith("Error: ")
-    assert "the finished shards stay" in errors
-    assert len(errors.splitlines()) == 1
+    assert code == 128 + number, errors
+    (line,) = errors.splitlines()
+    assert line.startswith("Error: ")
+    assert "the finished shards stay" in line
     until(lambda: not started.alive(), seconds=5)
     assert not list(root.rglob("*.tmp"))
+
+
+def test_an_interrupted_build_leaves_no_process_and_goes_on_without_ray(pictures: Path, plain: Path, tmp_path: Path):
+    root, before = tmp_path / "dataset", set(Path("/tmp").glob("penstock-ray-*"))
+    started = Build(pictures, root, "--samples-per-shard", 8, "--executor", "ray", "--workers", 1)
+    until(lambda: recorded(root))
+    require_interrupted(started, root, signal.SIGINT)
+    assert set(Path("/tmp").glob("penstock-ray-*")) == before
     assert len(recorded(root)) < SHARDS
     result = build(pictures, root, "--workers", 1, "--samples-per-shard", 8)
     assert result.exit_code == 0, result.output
     assert digests(root) == digests(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_may_be_interrupted_at_any_moment(pictures: Path, tmp_path: Path, number: signal.Signals):
+    """While Ray starts, and while tasks end every few milliseconds."""
+    for trial in range(12):
+        root = tmp_path / str(trial)
+        started = Build(pictures, root, "--samples-per-shard", 1, "--executor", "ray", "--workers", 2)
+        if trial < 5:
+            until((root / ".build" / "plan.json").exists)
+            time.sleep(0.6 * trial)
+        else:
+            until(partial(recorded, root))
+            time.sleep(0.07 * (trial - 5))
+        require_interrupted(started, root, number)
 
 
 def test_a_worker_with_other_codecs_is_refused(pictures: Path, head: Any, tmp_path: Path):
@@ -324,10 +352,10 @@ def test_what_a_task_raises_ends_the_run_and_a_lost_worker_does_not(head: Any, t
     found = json.loads(out)
     assert found["results"] == [0, 1, 4, 9, 16, 25]
     assert found["tries"] == 3
-    assert found["ahead"] <= 2 + 2  # two for the one CPU, over what has come back
+    assert found["ahead"] <= 2  # for the one CPU
     assert found["raised"] == ["OSError", 28, "no room, on the node " + os.uname().nodename, "/some/file"]
     assert found["raised_tries"] == 1
-    assert found["cancelled"]
+    assert found["stopped"]
     assert found["lost"].startswith("task 7: lost 3 times")
     assert found["lost_tries"] == 3
     assert found["bug"] == "KeyError"
@@ -368,8 +396,9 @@ def square(task):
         raise OSError(28, "no room", "/some/file")
     if task.how == "bug":
         raise KeyError(task.name)
-    if task.how == "long":
-        time.sleep(30)
+    while task.how == "long":
+        tries(task, True)
+        time.sleep(0.01)
     return task.number ** 2
 
 def tasks(hows):
@@ -387,12 +416,10 @@ for result in run(tasks({3: "dies twice"})):
     ahead.append(made - len(results))
 found["results"], found["ahead"] = sorted(results), max(ahead)
 found["tries"] = tries(Task("task 3", 3, "dies twice"))
-began = time.monotonic()
 try:
-    list(run(iter([Task("task 1", 1, "full"), Task("task 2", 2, "long")])))
+    list(run(iter([Task("task 1", 1, "full")])))
 except OSError as error:
     found["raised"] = [type(error).__name__, error.errno, error.strerror, error.filename]
-found["cancelled"] = time.monotonic() - began < 15
 found["raised_tries"] = tries(Task("task 1", 1, "full"))
 try:
     list(run(iter([Task("task 7", 7, "dies")])))
@@ -409,6 +436,17 @@ try:
     list(cluster.run(onlyhere.f, iter([Task("task 9", 9)]), address))
 except UserError as error:
     found["missing"] = str(error)
+long = Task("task 2", 2, "long")
+running = run(iter([Task("task 0", 0), long]))
+next(running)
+while tries(long) < 3:
+    time.sleep(0.01)
+running.close()
+before, deadline = -1, time.monotonic() + 5
+while before != (now := tries(long)) and time.monotonic() < deadline:
+    before = now
+    time.sleep(0.3)
+found["stopped"] = before == now
 print(json.dumps(found))
 """
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, begun, command, digests, finish, until
+from conftest import LITTLE, ROOT, begun, build, command, digests, until
+from pipeline import manifest
+from pipeline.manifest import DatasetError
+from pipeline.offline import claim
 
 OTHER_CODECS = """
 import sys
@@ -22,32 +25,21 @@ main(sys.argv[1:])
 """
 
 
-def half_built(raw: Path, root: Path, *options: object) -> None:
-    """An unfinished build: five training shards and more are recorded."""
-    process = begun(command(raw, root, "--workers", 1, *options))
-    until(process, lambda: len(list(root.rglob("*.npz"))) >= 5)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
-
-
 def refusal(raw: Path, root: Path, *options: object) -> str:
     """The one line of a command that ends before it changes anything."""
     before = digests(root)
-    refused = finish(raw, root, *options)
-    assert refused.returncode == 2, refused.stderr
+    refused = build(raw, root, *LITTLE, *options)
+    assert refused.exit_code == 2, refused.output
     assert len(refused.stderr.splitlines()) == 1, refused.stderr
     assert digests(root) == before
     return refused.stderr
 
 
-@pytest.fixture(scope="module")
-def half(little: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A copy of `little`, and an unfinished build of it. A test that changes one of them copies it."""
-    folder = tmp_path_factory.mktemp("half")
-    raw = Path(shutil.copytree(little, folder / "raw"))
-    half_built(raw, folder / "dataset")
-    return raw, folder / "dataset"
+def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
+    """The files of a dataset that the command makes whole."""
+    done = build(raw, root, *LITTLE, *options)
+    assert done.exit_code == 0, done.output
+    return digests(root)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +88,7 @@ def test_a_raw_file_of_another_size_is_refused_where_its_shard_is_finished(
     assert shard in refusal(raw, root, "--workers", 1)
     for path in files:
         path.write_bytes(path.read_bytes()[:-4])
-    assert finish(raw, root, "--workers", 2).returncode == 0
-    assert digests(root) == little_dataset
+    assert resumed(raw, root, "--workers", 1) == little_dataset
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -120,7 +111,10 @@ def test_other_codecs_are_refused(half: tuple[Path, Path], tmp_path: Path, worke
         assert not list((tmp_path / "new").rglob("*.tar"))
 
 
-def test_a_second_build_of_one_dataset_is_refused(little: Path, little_dataset: dict[str, str], tmp_path: Path):
+def test_a_second_build_of_one_dataset_is_refused(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(claim, "PATIENCE", 0.1)  # of a part
     root = tmp_path / "dataset"
     first = begun(command(little, root, "--workers", 1))
     until(first, lambda: len(list(root.rglob("*.npz"))) >= 2)
@@ -140,35 +134,87 @@ def test_a_build_is_refused_while_a_part_is_built(little: Path, little_dataset: 
     until(part, lambda: len(list(root.rglob("*.npz"))) >= 2)
     os.kill(part.pid, signal.SIGSTOP)
     assert "another build is writing there" in refusal(little, root)
-    assert finish(little, root, "--workers", 2, "--part", "2/2").returncode == 0
+    resumed(little, root, "--workers", 1, "--part", "2/2")
     os.kill(part.pid, signal.SIGCONT)
     _, errors = part.communicate(timeout=60)
     assert part.returncode == 0, errors
-    assert finish(little, root, "--merge").returncode == 0
-    assert digests(root) == little_dataset
+    assert resumed(little, root, "--merge") == little_dataset
 
 
-def test_the_last_moments_of_a_build_are_no_obstacle(little: Path, little_dataset: dict[str, str], tmp_path: Path):
-    """A kill may leave a whole dataset with all of its state, with the plan alone, or with an empty folder."""
+def test_finished_shards_are_not_built_again(half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path):
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
+    with pytest.raises(DatasetError, match="its build has not finished"):
+        manifest.load(root)
+    assert resumed(half[0], root, "--workers", 1) == little_dataset
+    assert before
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("cut", ["nothing is left", "half is left", "zeros at the end", "a letter of its JSON"])
+def test_a_damaged_record_costs_its_shard_and_nothing_else(
+    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path, cut: str
+):
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    record = root / ".build" / "train-000001.npz"
+    data = record.read_bytes()
+    damaged = {
+        "nothing is left": b"",
+        "half is left": data[: len(data) // 2],
+        "zeros at the end": data[:-30] + bytes(30),
+        "a letter of its JSON": data.replace(b'"raw"', b'"row"', 1),
+    }[cut]
+    assert damaged != data
+    record.write_bytes(damaged)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
+    assert resumed(half[0], root, "--workers", 1) == little_dataset
+    assert [path.name for path, when in before.items() if path.stat().st_mtime_ns != when] == ["train-000001.tar"]
+
+
+def test_a_torn_or_missing_shard_is_built_again(
+    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path
+):
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    os.truncate(root / "train" / "train-000000.tar", 1024)
+    (root / "train" / "train-000001.idx").unlink()
+    assert resumed(half[0], root, "--workers", 1) == little_dataset
+
+
+def test_a_damaged_plan_is_named(half: tuple[Path, Path], tmp_path: Path):
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    for damaged in ("", "{", "[]", "{}", '{"recipe": 1}'):
+        (root / ".build" / "plan.json").write_text(damaged)
+        assert "plan.json: damaged" in refusal(half[0], root)
+
+
+def test_a_kill_before_the_plan_was_written_is_no_obstacle(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path
+):
     root = tmp_path / "dataset"
-    half_built(little, root)
-    state = tmp_path / "state"
-    shutil.copytree(root / ".build", state)
-    assert finish(little, root, "--workers", 1).returncode == 0
+    (root / ".build").mkdir(parents=True)
+    (root / ".build" / "plan.json.tmp").write_text("torn")
+    assert resumed(little, root, "--workers", 1) == little_dataset
+
+
+def test_the_last_moments_of_a_build_are_no_obstacle(
+    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path
+):
+    """A kill may leave a whole dataset with all of its state, with the plan alone, or with a folder without it."""
+    raw, root = half[0], Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    state = shutil.copytree(root / ".build", tmp_path / "state")
+    assert resumed(raw, root, "--workers", 1) == little_dataset
     for keep in ("*", "plan.json"):
         (root / ".build").mkdir()
         for path in state.glob(keep):
             shutil.copy(path, root / ".build")
-        done = finish(little, root)
-        assert done.returncode == 0, done.stderr
-        assert digests(root) == little_dataset
+        assert resumed(raw, root) == little_dataset
         assert not (root / ".build").exists()
     for leftover in ((), ("lock", "beginning")):
         (root / ".build").mkdir()
         for name in leftover:
             (root / ".build" / name).touch()
-        done = finish(little, root)
-        assert done.returncode == 2
+        done = build(raw, root, *LITTLE)
+        assert done.exit_code == 2
         assert "a finished dataset is there already" in done.stderr
         assert not (root / ".build").exists()
         assert digests(root) == little_dataset

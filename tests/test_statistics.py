@@ -1,5 +1,7 @@
 """Exact sums and eigenvectors against numpy over all pixels."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,56 @@ def test_against_numpy_over_all_pixels(size: int):
     values, vectors = np.linalg.eigh(found.covariance)
     np.testing.assert_allclose(found.eigenvalues, values[::-1], rtol=1e-9)
     np.testing.assert_allclose(np.abs(np.diag(found.eigenvectors.T @ vectors[:, ::-1])), 1, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 23, 33, 256])
+def test_sums_are_exact(size: int):
+    """Against 64-bit integers, of the brightest pictures, more of them than uint16 can add up."""
+    n = 3 if size == 256 else 600
+    pictures = np.random.default_rng(7).integers(254, 256, (n, size, size, 3), dtype=np.uint8)
+    pictures[: n // 2] = 255
+    sums = summed(pictures)
+    pixels = pictures.reshape(-1, 3).astype(np.int64)
+    assert sums.n == n
+    assert sums.sum_image.dtype == sums.second_moments.dtype == np.int64
+    assert (sums.sum_image == pictures.sum(axis=0, dtype=np.int64)).all()
+    assert (sums.second_moments == pixels.T @ pixels).all()
+
+
+def test_reading_between_images_changes_nothing():
+    pictures = images(5, 16)
+    sums, other = Sums.zero(16), summed(pictures)
+    for i, picture in enumerate(pictures):
+        sums.add(picture)
+        assert (sums.sum_image == pictures[: i + 1].sum(axis=0, dtype=np.int64)).all()
+    copy = pickle.loads(pickle.dumps(other))
+    assert (copy.sum_image == sums.sum_image).all()
+    assert (copy.second_moments == sums.second_moments).all()
+
+
+def test_whole_pictures_count_by_their_pixels():
+    pictures = [images(1, 40)[0, :height] for height in (40, 7, 1, 29)]
+    sums = Sums.zero(1)
+    for picture in pictures:
+        sums.add(picture)
+    pixels = np.concatenate([picture.reshape(-1, 3) for picture in pictures])
+    assert sums.n == len(pixels)
+    found = finish(sums)
+    assert found.mean_image.shape == (1, 1, 3)
+    np.testing.assert_allclose(found.mean_image[0, 0], pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.mean_color, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(pixels.T, bias=True), rtol=1e-9)
+
+
+def test_the_same_colours_pixel_by_pixel():
+    pictures = images(4, 32)
+    few, whole = summed(pictures).per_pixel(), Sums.zero(1)
+    for picture in pictures:
+        whole.add(picture)
+    assert few.n == whole.n == 4 * 32 * 32
+    assert few.sum_image.shape == (1, 1, 3)
+    assert (few.sum_image == whole.sum_image).all()
+    assert (few.second_moments == whole.second_moments).all()
 
 
 def test_order_and_grouping_do_not_matter():

@@ -39,7 +39,7 @@ class PartType(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
         number, slash, of = str(value).partition("/")
-        if slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of) <= 10**6:
+        if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10**6:
             return Part(int(number), int(of))
         self.fail(f"{value}: not K/N with K from 1 to N, such as 3/16", param, ctx)
 

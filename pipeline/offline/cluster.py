@@ -7,9 +7,9 @@ On a cluster, the command runs on one of its nodes (`ray start` gives each node 
   of the environment in which `ray start` was called.
 
 A node may come or go at any time: the tasks of one that is lost run again elsewhere. (Without the head there is no
-cluster: a minute after it Ray ends this process too, and the same command goes on later.) A node that is only cut off may go
-on for a minute, until Ray ends it there, and write a shard that its successor writes too. Both write the same bytes,
-each to a temporary file of its own, and rename it: whoever comes last changes nothing.
+cluster: a minute after it Ray ends this process too, and the same command goes on later.) A node that is only cut off
+may go on for a minute, until Ray ends it there, and write a shard that its successor writes too. Both write the same
+bytes, each to a temporary file of its own, and rename it: whoever comes last changes nothing.
 
 Each task has one core, and Ray sets OMP_NUM_THREADS to 1 for it.
 """
@@ -49,8 +49,9 @@ def run(
 ) -> Iterator[Result]:
     """Yield the result of each task as it is finished, in any order, as `executors.run` does.
 
-    Where the caller stops, or a task raises, the other tasks are cancelled: what they write appears whole or not at
-    all. A Ray that was started here ends here; a cluster that was joined goes on.
+    Where the caller stops, or a task raises, we leave the cluster, and Ray ends the workers of those who left: what
+    they write appears whole or not at all. (`ray.cancel` would be gentler, but Ray 2.60 aborts this process where a
+    task ends in the same moment.) A Ray that was started here ends here; a cluster that was joined goes on.
 
     Args:
         address: HOST:PORT of a cluster's head, or "auto" for RAY_ADDRESS, else for the cluster to which this machine
@@ -78,17 +79,13 @@ def _results(
     """As many tasks as may run at once are under way; without a limit two for each CPU, so that none waits for us."""
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_node)
     room, waiting, running = _Room(ray, at_once), iter(tasks), dict[Any, str]()
-    try:
-        while True:
-            for task in islice(waiting, max(0, room.tasks() - len(running))):
-                running[remote.remote(function, places, task)] = getattr(task, "name", "a task")
-            if not running:
-                return
-            for reference in ray.wait(list(running), timeout=WAKES)[0]:
-                yield _result(ray, reference, running.pop(reference))
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+    while True:
+        for task in islice(waiting, max(0, room.tasks() - len(running))):
+            running[remote.remote(function, places, task)] = getattr(task, "name", "a task")
+        if not running:
+            return
+        for reference in ray.wait(list(running), timeout=WAKES)[0]:
+            yield _result(ray, reference, running.pop(reference))
 
 
 class _Room:
@@ -210,10 +207,10 @@ def _imported(*, private: bool) -> ModuleType:
 
 def _require_answer(address: str) -> None:
     """Raises UserError where nothing answers at HOST:PORT, at once: Ray itself would try for many minutes."""
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
+    if "://" in address or not host or not port.isdecimal():
         raise UserError(
             f"--ray-address {address}: not HOST:PORT nor auto; run this command on a node of the cluster, and name "
             "the head's port, mostly 6379"

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +16,7 @@ from typing import TypeVar
 from pipeline.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -38,7 +40,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
     try:
         while True:
             for task in islice(waiting, 2 * workers - len(running)):
-                with _signals_blocked():  # a worker inherits that, until `begin_worker`
+                with _signals_wait():
                     running.add(pool.submit(function, task))
             if not running:
                 ended = True
@@ -59,20 +61,27 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Ctrl-C, which the terminal sends to all, waits: it would strike a worker that has not begun yet."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_wait() -> Iterator[None]:
+    """Hold back Ctrl-C, which a terminal sends to all, and SIGTERM: both would strike a worker that is half begun."""
+    came: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a worker inherits, until `begin_worker`
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS if main}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for held in came:  # by a thread of a library, which no mask of ours reaches
+            signal.raise_signal(held)
 
 
 def begin_worker() -> None:
     """Leave Ctrl-C to the parent, and die with it: an orphan would write where the next run writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()

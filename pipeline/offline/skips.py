@@ -24,7 +24,7 @@ class SkipLimit:
     @classmethod
     def parse(cls, text: str) -> "SkipLimit":
         """`25` images or `0.5%`. Raises UserError."""
-        found = re.fullmatch(r"(\d{1,9})|(\d{1,3}(?:\.\d{1,6})?)%", text.strip())
+        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text.strip())
         if not found or float(found[2] or 0) > 100:
             raise UserError(f"--max-skipped {text}: neither a number of images, such as 25, nor a share, such as 0.5%")
         return cls(count=int(found[1]), percent=0.0) if found[1] else cls(count=0, percent=float(found[2]))

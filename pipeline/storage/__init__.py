@@ -157,7 +157,11 @@ def read_range(file: str, offset: int, size: int) -> bytes:
     if objects.protocol_of(file):
         return objects.read_range(file, offset, size)
     with open(file, "rb") as local:
-        return os.pread(local.fileno(), size, offset)
+        try:
+            return os.pread(local.fileno(), size, offset)
+        except OSError as error:
+            error.filename = file  # os.pread knows a number alone
+            raise
 
 
 def read_bytes(place: Location) -> bytes:
