@@ -49,7 +49,7 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ASIDE}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(aside, "wb") as file:
+        with open(aside, "wb", buffering=2**20) as file:
             hashing = HashingFile(file)
             write(hashing)
             file.flush()

@@ -8,8 +8,9 @@ from pipeline.image import padded
 from pipeline.manifest import Statistics
 
 _BLOCK = 256  # pixels: a sum of so many products of grey levels is an integer below 2²⁴, exact in float32
-_CHUNK = 32 * _BLOCK  # rows of two pixels that are float32 at a time: 256 KiB stay in the cache
+_CHUNK = 256 * _BLOCK  # pixels that are float32 at a time: a square of 256 × 256
 _RECENT = 257  # images whose grey levels add up in uint16: 257 · 255 = 65535
+_SHIFTS = np.array([[0], [8], [16]], "<u4")  # of red, green and blue in a pixel's word
 
 
 class Sums:
@@ -27,7 +28,7 @@ class Sums:
         self.n = n
         self.second_moments = second_moments
         self._sum_image = sum_image
-        self._recent: np.ndarray | None = None  # (size, size, 4) uint16: of images that are not in _sum_image yet
+        self._recent: np.ndarray | None = None  # (3, size·size) uint16: of images that are not in _sum_image yet
         self._recent_n = 0
 
     @classmethod
@@ -41,24 +42,25 @@ class Sums:
 
     def add(self, pixels: np.ndarray) -> None:
         """Add one image, (size, size, 3) uint8; to sums of size 1, the pixels of (height, width, 3) uint8."""
-        four = padded(pixels)
-        self.second_moments += _second_moments(four.reshape(-1, 4))
+        words = padded(pixels).view("<u4").reshape(-1)
         if len(self._sum_image) == 1:
-            self.n += four.size // 4
-            self._sum_image += four.sum(axis=(0, 1), dtype=np.int64)[:3]
-            return
-        assert pixels.shape == self._sum_image.shape, pixels.shape
-        if self._recent is None:
-            self._recent = np.zeros(four.shape, np.uint16)
-        self._recent += four
-        self._recent_n += 1
-        self.n += 1
-        if self._recent_n == _RECENT:
-            self._flush()
+            first, second = _moments(words)
+            self._sum_image += first
+            self.n += len(words)
+        else:
+            assert pixels.shape == self._sum_image.shape, pixels.shape
+            if self._recent is None:
+                self._recent = np.zeros((3, len(words)), np.uint16)
+            _, second = _moments(words, self._recent)
+            self._recent_n += 1
+            self.n += 1
+            if self._recent_n == _RECENT:
+                self._flush()
+        self.second_moments += second
 
     def _flush(self) -> None:
         if self._recent is not None:
-            self._sum_image += self._recent[..., :3]
+            self._sum_image += self._recent.T.reshape(self._sum_image.shape)
             self._recent, self._recent_n = None, 0
 
     def merge(self, other: "Sums") -> None:
@@ -72,19 +74,30 @@ class Sums:
         return Sums(self.n * height * width, self.sum_image.sum(axis=(0, 1), keepdims=True), self.second_moments)
 
 
-def _second_moments(pixels: np.ndarray) -> np.ndarray:
-    """(n, 4) uint8 → (3, 3) int64, the exact sum of x·xᵀ over the first three channels.
+def _moments(words: np.ndarray, each: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) uint32 pixels, red in the lowest byte → their exact sums (3,) and sums of x·xᵀ (3, 3), int64.
 
-    Rows of two pixels make 8 × 8 products, of which the two diagonal blocks count: matrix products of fewer columns are
-    slower. They are too small for the BLAS to use threads.
+    The products are dot products of channels in float32, block by block: faster than matrix products with so few
+    columns. Every pixel is added to `each`, (3, n) uint16, too.
     """
-    rows = pixels[: len(pixels) // (2 * _BLOCK) * 2 * _BLOCK].reshape(-1, 8)
-    products = np.zeros((8, 8))
-    for start in range(0, len(rows), _CHUNK):
-        blocks = rows[start : start + _CHUNK].astype(np.float32).reshape(-1, _BLOCK, 8)
-        products += (blocks.transpose(0, 2, 1) @ blocks).sum(axis=0, dtype=np.float64)  # integers below 2⁵³: exact
-    rest = pixels[2 * len(rows) :].astype(np.int64)
-    return ((products[:4, :4] + products[4:, 4:]).astype(np.int64) + rest.T @ rest)[:3, :3]
+    first, second = np.zeros(3, np.int64), np.zeros((3, 3), np.int64)
+    for start in range(0, len(words), _CHUNK):
+        channels = (words[start : start + _CHUNK] >> _SHIFTS).astype(np.uint8)
+        if each is None:
+            first += channels.sum(axis=1, dtype=np.int64)
+        else:
+            each[:, start : start + _CHUNK] += channels
+        levels = channels.astype(np.float32)
+        whole = levels.shape[1] // _BLOCK * _BLOCK
+        red, green, blue = levels[:, :whole].reshape(3, -1, _BLOCK)
+        pairs = ((red, red), (green, green), (blue, blue), (red, green), (green, blue), (red, blue))
+        products = np.array([np.vecdot(a, b) for a, b in pairs])
+        rr, gg, bb, rg, gb, rb = products.sum(axis=1, dtype=np.float64).astype(np.int64)  # integers below 2⁵³: exact
+        second += ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb))
+        if whole < levels.shape[1]:
+            rest = channels[:, whole:].astype(np.int64)
+            second += rest @ rest.T
+    return first, second
 
 
 def finish(sums: Sums) -> Statistics:
