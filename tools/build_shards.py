@@ -42,8 +42,8 @@ def main(raw: Location, dataset: Location, **options: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
     RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
-    (ImageNet Fall 2011), WebDataset shards, train/ and val/ with one folder per class, one folder per class, or files
-    named WNID_….JPEG, or Hugging Face's parquet files. Nothing is unpacked, and nothing is written outside DATASET. An
+    (ImageNet Fall 2011), WebDataset shards, Hugging Face's parquet files, train/ and val/ with one folder per class,
+    one folder per class, or files named WNID_….JPEG. Nothing is unpacked, and nothing is written outside DATASET. An
     interrupted build goes on with the same command. RAW and DATASET may be URLs of an object store, such as
     s3://bucket/folder.
 

@@ -23,6 +23,8 @@ _WITHOUT_DATA = {
     b"6": "device or pipe in an archive",
 }
 
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+
 Member = tuple[str, int, int]  # name, offset, size
 
 
@@ -58,6 +60,8 @@ def members(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> 
             break
         if len(block) < BLOCK:
             raise _damaged(where, at, "the header is cut short")
+        if at == start and block.startswith(_PACKED):
+            raise SourceError(f"{where}: is compressed, so that no image can be found alone; unpack it to a plain tar")
         kind, size = block[156:157], _checked_size(block, where, at)
         data = at + BLOCK
         while kind == _SPARSE and block[482 if data == at + BLOCK else 504]:  # the map goes on in blocks of its own
