@@ -1,6 +1,7 @@
-"""Fixtures: a folder of pictures drawn here, a dataset built from it, and the real data beside the checkout, if any."""
+"""Fixtures: pictures drawn here, what is built and made of them, and the real data beside the checkout, if any."""
 
 import hashlib
+import io
 import os
 import shutil
 import signal
@@ -10,16 +11,29 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from pipeline import storage
+from pipeline.image import ImageError, decode
+from pipeline.storage import Location
+from s3 import Store
 from tools.build_shards import main as build_shards
+from tools.make_raw import main as make_raw
+from tools.verify_shards import main as verify_shards
+
+if TYPE_CHECKING:
+    from reported import Written
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("blobs", "checks", "stripes")
+LIMITS = {"max_bytes": 32 * 2**20, "max_pixels": 64 * 10**6, "max_scans": 100}
+SHARDS = 11 + 2  # of `plain`
+DATA = np.random.default_rng(0).bytes(300_000)
 
 
 def picture(name: str, width: int, height: int) -> Image.Image:
@@ -30,9 +44,29 @@ def picture(name: str, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.clip(smooth + random.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8))
 
 
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def reason(data: bytes, **limits: int) -> str:
+    """Why `decode` leaves a picture out."""
+    with pytest.raises(ImageError) as caught:
+        decode(data, **{**LIMITS, **limits})
+    return caught.value.code
+
+
 def build(*arguments: object) -> Result:
     """Run tools/build_shards.py in this process."""
     return CliRunner().invoke(build_shards, [str(argument) for argument in arguments])
+
+
+def verify(*arguments: object) -> Result:
+    """Run tools/verify_shards.py in this process."""
+    result = CliRunner().invoke(verify_shards, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
 
 
 LITTLE = ("--size", 32, "--samples-per-shard", 6)  # of `little`: 24 training and 4 validation shards
@@ -86,6 +120,15 @@ def gone(group: int) -> bool:
     return not members(group)
 
 
+def one_line(error: pytest.ExceptionInfo[BaseException], *words: str) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(text) < 500
+    for word in words:
+        assert word in text
+    return text
+
+
 def digests(root: Path) -> dict[str, str]:
     """SHA-256 of every file below `root`."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
@@ -125,6 +168,20 @@ def dataset(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`raw` in pictures of 32 pixels: quick to check. Read only."""
+    root = tmp_path_factory.mktemp("small") / "dataset"
+    assert build(raw, root, "--workers", 1, "--samples-per-shard", 16, "--size", 32).exit_code == 0
+    return root
+
+
+@pytest.fixture
+def root(small: Path, tmp_path: Path) -> Path:
+    """A copy of `small` to damage."""
+    return Path(shutil.copytree(small, tmp_path / "dataset"))
+
+
+@pytest.fixture(scope="session")
 def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and val/ of three classes: 144 and 24 small pictures, two of them truncated. Read only."""
     folder = tmp_path_factory.mktemp("little")
@@ -161,9 +218,55 @@ def half(little: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 @pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight large pictures under 100 names: 88 for training, 12 for validation."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(8):
+        picture(f"large{i}", 1500 + 8 * i, 1100).save(folder / f"{i}.jpg", quality=90)
+    for split, count in (("train", 44), ("val", 6)):
+        for name in ("a", "b"):
+            (folder / "raw" / split / name).mkdir(parents=True)
+            for i in range(count):
+                os.link(folder / f"{i % 8}.jpg", folder / "raw" / split / name / f"{i:04d}.jpg")
+    return folder / "raw"
+
+
+@pytest.fixture(scope="session")
+def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pictures`, built without Ray."""
+    root = tmp_path_factory.mktemp("plain") / "dataset"
+    result = build(pictures, root, "--workers", 2, "--samples-per-shard", 8)
+    assert result.exit_code == 0, result.output
+    assert len(list(root.rglob("*.tar"))) == SHARDS
+    return root
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The official archives of four classes: 24 and 12 pictures. Read only."""
+    folder = tmp_path_factory.mktemp("official") / "raw"
+    result = CliRunner().invoke(make_raw, [str(folder), "--classes", "4", "--train", "6", "--val", "3"])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> "Written":
+    """The page of a report, and what it is of. Read only."""
+    from reported import write  # which takes a second
+
+    return write(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data beside the checkout."""
     folder = Path(os.environ.get("PENSTOCK_SHARED", ROOT.parent / "shared"))
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data at {folder} (set PENSTOCK_SHARED)")
     return folder / "data"
+
+
+@pytest.fixture
+def bucket(s3: Store) -> Location:
+    return storage.location(s3.url)

@@ -1,39 +1,18 @@
-"""Decoding and rescaling against Pillow's two steps, and every reason for leaving a picture out."""
+"""Decoding, rescaling and encoding against Pillow's own steps, and every reason for leaving a picture out."""
 
 import csv
 import gzip
 import io
-import os
-import struct
-import subprocess
-import sys
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, picture
+from conftest import LIMITS, picture, reason, saved
 from pipeline.image import REASONS, ImageError, codec_versions, decode, encode, padded, rescale
 from pipeline.jpeg import count_scans, decode_plain, read_header
-from pipeline.tags import tag_bytes
-from reference import jpeg_pixels, png, png_chunk, tiff_directory, two_step_rescale
-
-LIMITS = {"max_bytes": 32 * 2**20, "max_pixels": 64 * 10**6, "max_scans": 100}
-
-
-def saved(image: Image.Image, form: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def reason(data: bytes, **limits: int) -> str:
-    with pytest.raises(ImageError) as caught:
-        decode(data, **{**LIMITS, **limits})
-    return caught.value.code
+from reference import jpeg_pixels, two_step_rescale
 
 
 @pytest.mark.parametrize(
@@ -221,36 +200,6 @@ def test_gzipped_pictures_are_read():
     assert reason(b"\x1f\x8b" + bytes(100)) == "corrupt"
 
 
-def test_headers_say_what_libjpeg_keeps():
-    image = picture("header", 64, 64)
-    for options, coefficients in (
-        ({}, 0),
-        ({"progressive": True, "subsampling": 2}, 3),  # 4:2:0: two bytes for each of 1 + ¼ + ¼ samples a pixel
-        ({"progressive": True, "subsampling": 1}, 4),
-        ({"progressive": True, "subsampling": 0}, 6),
-    ):
-        header = read_header(saved(image, "JPEG", **options))
-        assert header.coefficients == coefficients
-        assert header.one_scan == (not coefficients)
-    assert read_header(saved(image.convert("CMYK"), "JPEG", progressive=True)).coefficients == 8
-    for data in (b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xda", b"\xff\xd8\xff\xc0\0\x03\x01", bytes(99)):
-        assert count_scans(data, read_header(data), 5) <= 1
-
-
-def test_tags_that_share_their_bytes_are_counted():
-    bomb = tiff_directory(2700, 7, 30_000)
-    assert tag_bytes(bomb) == 2700 * 30_000
-    assert tag_bytes(tiff_directory(10, 7, 10**9)) == 0  # more than there is: never kept
-    assert tag_bytes(bomb[:9]) == tag_bytes(b"") == tag_bytes(b"MM\0*") == 0
-    assert reason(bomb) == "too_many_bytes"
-    jpeg = saved(picture("tags", 20, 10), "JPEG")
-    exif = b"Exif\0\0" + bomb
-    assert reason(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + jpeg[2:]) == "too_many_bytes"
-    exif_of_ten = b"Exif\0\0" + tiff_directory(10, 7, 100)
-    image = decode(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif_of_ten)) + exif_of_ten + jpeg[2:], **LIMITS)
-    assert image.size == (20, 10)
-
-
 def test_hostile_files_are_decoded_or_left_out_with_a_reason(shared: Path):
     rows = list(csv.DictReader((shared / "odd-images" / "expected.csv").open()))
     assert len(rows) == 139
@@ -322,140 +271,3 @@ def test_arrays_of_any_layout_are_encoded_and_padded_alike():
 def test_codec_versions_name_what_decides_bytes():
     assert set(codec_versions()) == {"pillow-simd", "simplejpeg", "jpeg", "png", "webp", "tiff"}
     assert all(version != "None" for version in codec_versions().values())
-
-
-# Memory: a child process does all that the builder does to a picture.
-CHILD = """
-import re, sys
-from pathlib import Path
-from pipeline.image import ImageError, decode, encode, rescale
-from pipeline.offline.statistics import Sums
-kernel, crop = sys.argv[2:]
-try:
-    data = Path(sys.argv[1]).read_bytes()
-    image = decode(data, max_bytes=32 * 2**20, max_pixels=64 * 10**6, max_scans=100)
-    pixels = rescale(image, 256, kernel, crop)
-    Sums.zero(256 if crop == "centre" else 1).add(pixels)
-    verdict = f"{len(encode(pixels, quality=95, subsampling='4:2:0')) > 0}"
-except ImageError as error:
-    verdict = error.code
-print(verdict, re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
-"""
-MOST = 335 * 1024  # KiB; the builder's other modules take 15 MiB, which makes 350
-
-
-def verdict_within_memory(data: bytes, folder: Path, kernel: str = "bicubic", crop: str = "centre") -> str:
-    """What becomes of a picture in a fresh process, whose peak of resident memory stays below `MOST`."""
-    path = folder / "picture"
-    path.write_bytes(data)
-    command = [sys.executable, "-c", CHILD, str(path), kernel, crop]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    verdict, peak = found.stdout.split()
-    assert int(peak) < MOST, f"{int(peak) // 1024} MiB, {verdict}"
-    return verdict
-
-
-def drawn(mode: str, form: str, side: int, **options: object) -> Callable[[], bytes]:
-    return lambda: saved(Image.new("RGB", (side, side), (200, 30, 90)).convert(mode), form, **options)
-
-
-def written(side: int, colour: int, depth: int = 8, **options: object) -> Callable[[], bytes]:
-    return lambda: png(side, side, colour, depth, **options)  # type: ignore[arg-type]
-
-
-TEXT = png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress("😀".encode() + b"a" * (2**20 - 8)))
-HEAVY = {  # each at its limit, or beyond: what is accepted and what not
-    "64 MP JPEG, 32 MiB": (lambda: drawn("RGB", "JPEG", 8000)().ljust(32 * 2**20, b"\0"), "True"),
-    "progressive 4:4:4": (drawn("RGB", "JPEG", 5350, progressive=True, subsampling=0), "True"),
-    "progressive beyond": (drawn("L", "JPEG", 7200, progressive=True), "too_many_pixels"),
-    "PNG with alpha": (written(6000, 6), "True"),
-    "PNG beyond": (written(6100, 6), "too_many_pixels"),
-    "PNG 16 bits": (written(6000, 0, 16), "True"),
-    "PNG high": (lambda: png(3, 4_000_000, 2), "True"),
-    "PNG with texts": (written(3000, 6, chunks=TEXT * 60), "too_many_pixels"),
-    "TIFF in one strip": (drawn("RGB", "TIFF", 4200, compression="tiff_lzw", strip_size=2**31 - 1), "True"),
-}
-HEAVIER = {
-    "4:4:4": (drawn("RGB", "JPEG", 8000, subsampling=0), "True"),
-    "grey": (drawn("L", "JPEG", 8000), "True"),
-    "grey with a warning": (lambda: drawn("L", "JPEG", 7600)()[:-2] + bytes(9) + b"\xff\xd9", "True"),
-    "grey beyond, with a warning": (
-        lambda: drawn("L", "JPEG", 8000)()[:-2] + bytes(9) + b"\xff\xd9",
-        "too_many_pixels",
-    ),
-    "with a warning": (lambda: drawn("RGB", "JPEG", 8000)()[:-2] + bytes(9) + b"\xff\xd9", "True"),
-    "truncated": (lambda: drawn("RGB", "JPEG", 8000)()[:500_000], "truncated"),
-    "progressive 4:2:0": (drawn("RGB", "JPEG", 6400, progressive=True), "True"),
-    "progressive grey": (drawn("L", "JPEG", 6900, progressive=True), "True"),
-    "CMYK": (drawn("CMYK", "JPEG", 5950), "True"),
-    "progressive CMYK": (drawn("CMYK", "JPEG", 4200, progressive=True), "True"),
-    "PNG": (written(6000, 2), "True"),
-    "PNG interlaced": (written(6000, 6, interlaced=True), "True"),
-    "PNG 16 bits RGBA": (written(5990, 6, 16), "True"),
-    "PNG grey, alpha": (written(6000, 4), "True"),
-    "PNG grey, alpha, 16 bits": (written(5990, 4, 16), "True"),
-    "PNG palette, transparent": (written(6000, 3, chunks=png_chunk(b"tRNS", bytes(range(200)))), "True"),
-    "PNG RGB, transparent": (written(6000, 2, chunks=png_chunk(b"tRNS", bytes(6))), "True"),
-    "PNG 1 bit": (written(6000, 0, 1), "True"),
-    "WebP": (drawn("RGB", "WEBP", 3790, method=0), "True"),
-    "WebP lossless": (drawn("RGBA", "WEBP", 3790, lossless=True, method=0, quality=0), "True"),
-    "WebP of noise": (
-        lambda: saved(Image.frombytes("RGB", (3300, 3000), os.urandom(29_700_000)), "WEBP", lossless=True, quality=0),
-        "True",
-    ),
-    "GIF": (drawn("P", "GIF", 5600), "True"),
-    "GIF transparent": (drawn("P", "GIF", 5600, transparency=3), "True"),
-    "BMP": (drawn("RGB", "BMP", 3300), "True"),
-    "BMP palette": (drawn("P", "BMP", 5600), "True"),
-    **{
-        f"TIFF {mode} {compression} {strip}": (
-            drawn(mode, "TIFF", 4100, compression=compression, strip_size=strip),
-            "True",
-        )
-        for mode in ("RGB", "RGBA", "CMYK", "L", "LA", "P", "I;16")
-        for compression in ("tiff_adobe_deflate", "tiff_lzw")
-        for strip in (2**16, 2**31 - 1)
-        if mode != "I;16"
-    },
-    "TIFF as JPEG": (drawn("YCbCr", "TIFF", 4200, compression="jpeg", strip_size=2**31 - 1), "True"),
-}
-
-
-@pytest.mark.parametrize("name", HEAVY)
-def test_memory_is_bounded(name: str, tmp_path: Path):
-    make, verdict = HEAVY[name]
-    assert verdict_within_memory(make(), tmp_path) == verdict
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HEAVIER)
-def test_memory_is_bounded_for_every_kind(name: str, tmp_path: Path):
-    make, verdict = HEAVIER[name]
-    assert verdict_within_memory(make(), tmp_path) == verdict
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sides", [(8000, 8000), (2000, 32_000), (32_000, 2000)])
-@pytest.mark.parametrize(("kernel", "crop"), [("bicubic", "none"), ("area", "none"), ("area", "centre")])
-def test_memory_is_bounded_for_every_way_of_rescaling(sides: tuple[int, int], kernel: str, crop: str, tmp_path: Path):
-    assert verdict_within_memory(saved(Image.new("RGB", sides), "JPEG"), tmp_path, kernel, crop) == "True"
-
-
-def test_later_frames_cost_nothing(tmp_path: Path):
-    """The second frame again and again, to 20 MiB of GIF; animated PNG and WebP; a chain of 500,000 TIFF pages."""
-    frames = [Image.new("RGB", (100, 100), (i, 255 - i, 9)) for i in range(250)]
-    animated = {
-        form: saved(frames[0], form, save_all=True, append_images=frames[1:]) for form in ("GIF", "PNG", "WEBP")
-    }
-    second = animated["GIF"].index(b"\x21\xf9", animated["GIF"].index(b"\x2c"))
-    animated["GIF"] = animated["GIF"][:-1] + animated["GIF"][second:-1] * (20 * 2**20 // len(animated["GIF"])) + b";"
-    tiff = bytearray(saved(frames[0], "TIFF"))
-    (first,) = struct.unpack_from("<I", tiff, 4)
-    (tags,) = struct.unpack_from("<H", tiff, first)
-    struct.pack_into("<I", tiff, first + 2 + 12 * tags, len(tiff))
-    chain = (struct.pack("<HHHIII", 1, 256, 4, 1, 8, len(tiff) + 18 * (i + 1)) for i in range(500_000))
-    animated["TIFF"] = bytes(tiff) + b"".join(chain)
-    for form, data in animated.items():
-        pixels = np.asarray(decode(data, **LIMITS))
-        assert np.abs(pixels.astype(int) - [0, 255, 9]).max() <= 5, form
-        assert verdict_within_memory(data, tmp_path) == "True"

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from parquets import IMAGE, small
 from pipeline.errors import SourceError
 from pipeline.offline.parquet import layout, pages, pagetable
 from pipeline.offline.raw import Folder, Sources
 from pipeline.offline.scans import Scans
-from test_pages import IMAGE, small
 
 
 def split(file: Path, rows: Iterable[tuple[bytes | None, str | None, object]], names: list[str] | None = None) -> None:

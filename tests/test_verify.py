@@ -1,66 +1,22 @@
-"""Every damage to a dataset directory is found, whatever its hashes say; repair gives the same bytes, or nothing."""
+"""Every damage to a dataset directory is found, whatever its hashes say."""
 
 import io
-import json
 import re
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
-from conftest import build
-from pipeline import manifest
+from conftest import build, verify
+from forgery import ALL, SHARD, Members, members_of, remake, rewrite
 from pipeline.manifest import DatasetError
-from pipeline.offline import repair
 from pipeline.offline.build import png
 from pipeline.offline.verify import check, load
 from test_build import digests
-from tools.verify_shards import main as verify_shards
-
-SHARD = "train/train-000000"
-
-
-def verify(*arguments: object) -> Result:
-    """Run tools/verify_shards.py in this process."""
-    result = CliRunner().invoke(verify_shards, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-@pytest.fixture(scope="module")
-def small(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`raw` in pictures of 32 pixels: quick to check. Read only."""
-    root = tmp_path_factory.mktemp("small") / "dataset"
-    assert build(raw, root, "--workers", 1, "--samples-per-shard", 16, "--size", 32).exit_code == 0
-    return root
-
-
-@pytest.fixture
-def root(small: Path, tmp_path: Path) -> Path:
-    """A copy of `small` to damage."""
-    return Path(shutil.copytree(small, tmp_path / "dataset"))
-
-
-def remake(root: Path, change: Callable[[dict], object] = lambda body: None) -> None:
-    """Make all hashes and sizes in dataset.json fit what lies there; then change it, and sign it again."""
-    body = json.loads((root / "dataset.json").read_bytes())
-    for name in body["files"]:
-        data = (root / name).read_bytes()
-        body["files"][name] = {"bytes": len(data), "sha256": manifest.sha256(data)}
-    for shard in (shard for split in body["splits"].values() for shard in split["shards"]):
-        shard["bytes"] = body["files"][shard["name"]]["bytes"]
-    del body["checksum"], body["identity"]
-    change(body)
-    signed = {key: body[key] for key in manifest.IDENTITY_KEYS}
-    body.setdefault("identity", manifest.sha256(manifest.canonical_json(signed)))
-    checksum = manifest.sha256(manifest.canonical_json(body))
-    (root / "dataset.json").write_bytes(manifest.canonical_json(body | {"checksum": checksum}))
 
 
 def assert_one_failure(root: Path, file: str, words: str) -> None:
@@ -168,39 +124,31 @@ def test_what_is_no_dataset_is_the_users_mistake(root: Path, raw: Path, tmp_path
     assert "build it again" in result.output
 
 
+def test_duplicates_are_information(raw: Path, tmp_path: Path):
+    copies = Path(shutil.copytree(raw, tmp_path / "raw"))
+    for source, target in (
+        ("train/blobs/0001.jpg", "train/blobs/a.jpg"),
+        ("train/blobs/0001.jpg", "train/checks/b.jpg"),
+        ("train/blobs/0001.jpg", "val/blobs/c.jpg"),
+        ("train/stripes/0002.jpg", "val/stripes/d.jpg"),
+    ):
+        shutil.copyfile(copies / source, copies / target)
+    assert build(copies, tmp_path / "out", "--workers", 1, "--size", 32).exit_code == 0
+    result = verify(tmp_path / "out", "--quick", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == (
+        "duplicates (no failure): 2 raw images in 6 samples; "
+        "1 within a class of a split, 1 across labels, 2 across splits"
+    )
+    assert {frozenset(line.strip().split(" = ")) for line in lines[1:3]} == {
+        frozenset({"train/0 train_blobs_0001", "train/0 a", "train/1 b", "val/0 c"}),
+        frozenset({"train/2 train_stripes_0002", "val/2 d"}),
+    }
+    assert len(lines) == 4
+
+
 # Violations whose hashes fit
-
-Members = list[tuple[str, bytes]]
-ALL = tuple(f"train/train-{number:06d}" for number in range(3))
-
-
-def members_of(root: Path, shard: str = SHARD) -> Members:
-    with tarfile.open(root / f"{shard}.tar") as tar:
-        return [(info.name, tar.extractfile(info).read()) for info in tar]
-
-
-def rewrite(
-    root: Path, members: Members, shard: str = SHARD, end: bytes = bytes(1024), padding: bytes = b"\0", **header: object
-) -> None:
-    """Replace a shard: tar, index, and its sample records but for labels. `header` goes to its first member."""
-    tar, lines, places = b"", [], []
-    for name, data in members:
-        offset, info = len(tar) + 512, tarfile.TarInfo(name)
-        if name.endswith(".jpg"):
-            places.append((offset, len(data), zlib.crc32(data)))
-            lines.append(f"jpg {offset} {len(data)} {name}")
-        else:
-            lines[-1] += f" {name[-3:]} {offset} {len(data)} {name}"
-        info.size = len(data)
-        for field, value in header.items() if not tar else ():
-            setattr(info, field, value)
-        tar += info.tobuf(tarfile.USTAR_FORMAT) + data + padding * (-len(data) % 512)
-    (root / f"{shard}.tar").write_bytes(tar + end)
-    (root / f"{shard}.idx").write_text("".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]))
-    samples = np.load(root / "train/samples.npy")
-    for i, place in zip(np.flatnonzero(samples["shard"] == int(shard[-6:])), places):
-        samples["offset"][i], samples["size"][i], samples["crc32"][i] = place
-    np.save(root / "train/samples.npy", samples)
 
 
 @pytest.mark.parametrize(
@@ -332,117 +280,3 @@ def test_dataset_json(root: Path, change: Callable[[dict], object], file: str, w
     remake(root, change)
     failures = check(load(root))
     assert any(failure.file == file and words in failure.what for failure in failures), failures
-
-
-# Repair
-
-
-def state(root: Path) -> dict[str, tuple[str, int]]:
-    return {name: (digest, (root / name).stat().st_mtime_ns) for name, digest in digests(root).items()}
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        [f"{SHARD}.tar"],
-        [f"{SHARD}.idx"],
-        ["train/train-000002.tar", "train/train-000002.idx", "val/samples.npy"],
-        ["train/samples.npy"],
-        ["statistics.npz"],
-        ["mean.png"],
-        ["skipped.jsonl"],
-        ["mean.png", "skipped.jsonl", "statistics.npz", f"{SHARD}.tar", "val/val-000000.tar"],
-    ],
-)
-def test_repair_gives_the_same_bytes_and_touches_nothing_else(root: Path, raw: Path, names: list[str]):
-    before = state(root)
-    for name in names:
-        (root / name).write_bytes(b"damaged")
-    (root / names[0]).unlink()
-    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
-    assert result.exit_code == 0, result.output
-    assert f"repaired: {', '.join(sorted(names))}\n" in result.output
-    after = state(root)
-    assert {name for name in before if after.get(name) != before[name]} == set(names)
-    assert digests(root) == {name: digest for name, (digest, _) in before.items()}
-    assert not (root / ".repair").exists()
-
-
-def test_repair_names_unlisted_files_and_leaves_them(root: Path, raw: Path):
-    (root / "val" / "mine.txt").write_text("mine")
-    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
-    assert result.exit_code == 1
-    assert "nothing that RAW could repair" in result.output
-    (root / "mean.png").unlink()
-    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
-    assert result.exit_code == 1
-    assert result.output.count("val/mine.txt: not listed") == 2
-    assert "repaired: mean.png" in result.output
-    assert (root / "val" / "mine.txt").read_text() == "mine"
-
-
-def test_repair_from_other_pictures_or_codecs_is_refused(
-    root: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    other = Path(shutil.copytree(raw, tmp_path / "other"))
-    for folder in (other / "train").iterdir():
-        (folder / "0000.jpg").write_bytes((folder / "0001.jpg").read_bytes())
-    (root / f"{SHARD}.tar").unlink()
-    (root / "statistics.npz").write_bytes(b"")
-    before = state(root)
-    for workers in (1, 2):
-        result = verify(root, "--repair", other, "--quick", "--workers", workers)
-        assert result.exit_code == 2
-        assert re.search(
-            r"tar: RAW gives other bytes .*: RAW is not what it was built from; nothing was", result.output
-        )
-    monkeypatch.setattr(repair, "codec_versions", lambda: {**load(root).built_with, "jpeg": "9.9"})
-    assert "was built with jpeg " in verify(root, "--repair", other, "--quick").output
-    for split in ("train", "val"):
-        shutil.rmtree(other / split / "blobs")
-    result = verify(root, "--repair", other, "--quick")
-    assert result.exit_code == 2
-    assert "RAW has other classes or splits" in result.output
-    assert state(root) == before
-    assert not (root / ".repair").exists()
-
-
-def test_duplicates_are_information(raw: Path, tmp_path: Path):
-    copies = Path(shutil.copytree(raw, tmp_path / "raw"))
-    for source, target in (
-        ("train/blobs/0001.jpg", "train/blobs/a.jpg"),
-        ("train/blobs/0001.jpg", "train/checks/b.jpg"),
-        ("train/blobs/0001.jpg", "val/blobs/c.jpg"),
-        ("train/stripes/0002.jpg", "val/stripes/d.jpg"),
-    ):
-        shutil.copyfile(copies / source, copies / target)
-    assert build(copies, tmp_path / "out", "--workers", 1, "--size", 32).exit_code == 0
-    result = verify(tmp_path / "out", "--quick", "--workers", 1)
-    assert result.exit_code == 0, result.output
-    lines = result.output.splitlines()
-    assert lines[0] == (
-        "duplicates (no failure): 2 raw images in 6 samples; "
-        "1 within a class of a split, 1 across labels, 2 across splits"
-    )
-    assert {frozenset(line.strip().split(" = ")) for line in lines[1:3]} == {
-        frozenset({"train/0 train_blobs_0001", "train/0 a", "train/1 b", "val/0 c"}),
-        frozenset({"train/2 train_stripes_0002", "val/2 d"}),
-    }
-    assert len(lines) == 4
-
-
-def test_repair_takes_the_layout_and_the_classes_of_the_build(raw: Path, tmp_path: Path):
-    """Of `raw`, whose train/ is read as plain class folders, two classes of three."""
-    classes = tmp_path / "classes.txt"
-    classes.write_text("blobs\nstripes\n")
-    source = ("--layout", "class-folders", "--classes", classes)
-    root = tmp_path / "dataset"
-    assert build(raw / "train", root, *source, "--size", 32, "--samples-per-shard", 16, "--workers", 1).exit_code == 0
-    before = (root / f"{SHARD}.tar").read_bytes()
-    (root / f"{SHARD}.tar").write_bytes(b"torn")
-    refused = verify(root, "--repair", raw / "train", "--workers", 1)
-    assert refused.exit_code == 2
-    assert "RAW has other classes or splits" in refused.output
-    result = verify(root, "--repair", raw / "train", *source, "--workers", 1)
-    assert result.exit_code == 0, result.output
-    assert (root / f"{SHARD}.tar").read_bytes() == before

@@ -1,0 +1,164 @@
+"""A data set and a run made here, and the page that `python -m trainer report` writes of them, as a tree."""
+
+import base64
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from pipeline.manifest import BuildRecipe, Manifest
+from pipeline.offline.build import build
+from pipeline.offline.plan import make_plan
+from pipeline.offline.sources import find_sources
+from trainer import checkpoint as checkpoints
+from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint
+from trainer.model import shapes
+from trainer.recipe import ModelRecipe, Recipe, TrainRecipe
+
+CLASSES = ("\"quoted\" & 'co'", "<b>bold", "<script>alert(1)<")  # sorted; each is markup where it is not escaped
+RECIPE = Recipe(ModelRecipe(maps=(4, 4, 4, 4, 4), units=(8, 8)), train=TrainRecipe(batch_size=8, steps=40, seed=7))
+STEP = 40
+TRAIN = [
+    {"step": 20, "epoch": 4, "lr": 0.01, "loss": 1.25, "time": {"images_per_second": 100.0, "stall": 0.25}},
+    {"step": 30, "epoch": 7, "lr": 0.01, "loss": 1.125, "time": {"images_per_second": 321.0, "stall": 0.125}},
+    {"step": 40, "epoch": 9, "lr": 0.01, "loss": 0.75, "time": {"images_per_second": 400.0, "stall": 0.0}},
+]
+VALIDATION = {"step": 40, "epoch": 9, "samples": 9, "top1_error": 62.5, "top5_error": 12.25, "nll": 1.0625}
+CENTRE = {"samples": 9, "top1_error": 61.24, "top5_error": 13.37, "nll": 1.5151}
+TEN = {"samples": 9, "top1_error": 59.91, "top5_error": 11.13, "nll": 1.4142}
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str]
+    text: str = ""
+    inside: list["Element"] = field(default_factory=list)
+
+    def all(self, tag: str, style: str | None = None) -> list["Element"]:
+        """The descendants with this tag and, where given, this class, in document order."""
+        found = []
+        for child in self.inside:
+            if child.tag == tag and style in (None, child.attributes.get("class")):
+                found.append(child)
+            found += child.all(tag, style)
+        return found
+
+    def words(self) -> str:
+        """The text of a leaf."""
+        return " ".join(self.text.split())
+
+
+class Page(HTMLParser):
+    """The page as a tree, by the standard library's parser; `text` of an element is that of its descendants, too."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.root = Element("", {})
+        self.open = [self.root]
+        self.feed(html)
+        self.close()
+        assert self.open == [self.root], "an element is not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].inside.append(element)
+        if tag not in self.VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        for element in self.open:
+            element.text += data
+
+    def section(self, name: str) -> Element:
+        (found,) = (section for section in self.root.all("section") if section.attributes["id"] == name)
+        return found
+
+    def everything(self) -> list[Element]:
+        def below(element: Element) -> list[Element]:
+            return [element, *(deeper for child in element.inside for deeper in below(child))]
+
+        return below(self.root)
+
+
+@dataclass
+class Written:
+    data: Path
+    run: Path
+    dataset: Manifest
+    weights: dict[str, torch.Tensor]
+    output: str
+    page: Page
+
+
+def draw(raw: Path, pictures: int) -> None:
+    """Noisy pictures in each class folder, no two alike."""
+    generator = np.random.default_rng(5)
+    for name in CLASSES:
+        (raw / name).mkdir(parents=True)
+        for i in range(pictures):
+            coarse = generator.integers(0, 256, (6, 8, 3), np.uint8)
+            Image.fromarray(coarse).resize((300, 260), Image.Resampling.BICUBIC).save(raw / name / f"{i:02}.png")
+
+
+def build_dataset(raw: Path, data: Path, holdout: float) -> Manifest:
+    return build(make_plan(find_sources(raw), BuildRecipe(holdout=holdout, samples_per_shard=10)), data, workers=1)
+
+
+def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
+    """A run directory with random weights, wide enough apart for unequal probabilities, and its records."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for name, shape in shapes(RECIPE.model, len(CLASSES)).items():
+        weights[name] = torch.randn(shape, generator=generator) * 1.5 / math.sqrt(math.prod(shape[1:]))
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    classes = tuple(record.wnid for record in dataset.classes)
+    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity))
+    lines = [{"kind": "train", **line} for line in TRAIN] + [{"kind": "validation", **VALIDATION}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = {"step": STEP, "split": "val", "dataset": dataset.identity, "centre": CENTRE, "ten": TEN}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return weights
+
+
+def invoke(data: Path, run: Path) -> Result:
+    return CliRunner().invoke(
+        main, ["report", "--data", str(data), "--checkpoint", str(run), "--devices", "cpu,cpu"], prog_name="trainer"
+    )
+
+
+def read_page(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def write(folder: Path) -> Written:
+    draw(folder / "raw", 12)
+    data, run = folder / "pictures", folder / "run 1"
+    dataset = build_dataset(folder / "raw", data, 0.25)
+    weights = save_run(run, dataset)
+    result = invoke(data, run)
+    assert result.exit_code == 0, result.output
+    return Written(data, run, dataset, weights, result.output, read_page(run))
+
+
+def source(image: Element) -> bytes:
+    head, _, data = image.attributes["src"].partition(";base64,")
+    assert head in ("data:image/png", "data:image/jpeg")
+    return base64.b64decode(data, validate=True)
+
+
+def pixels(image: Element) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(source(image))))

@@ -1,0 +1,260 @@
+"""Archives are read without unpacking, whatever wrote them; damage is one clear line, and a scan is remembered."""
+
+import collections
+import gzip
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import build, picture
+from pipeline.errors import UserError
+from pipeline.offline.archives import members, opened
+from pipeline.offline.sources import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, LeftOut, SourceError, find_sources
+from tars import tar_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (TRAIN_TAR, b"not a tar" * 100, "damaged"),
+        (TRAIN_TAR, tar_bytes({"n00000001.tar": b"x" * 2000}), "damaged"),
+        (TRAIN_TAR, tar_bytes({"n00000001.tar": tar_bytes({"a.JPEG": bytes(9000)})})[:6000], "damaged|cut short"),
+        (DEVKIT_TAR, b"not gzip", "damaged"),
+        (DEVKIT_TAR, gzip.compress(tar_bytes({"other": b""})), "has no .*meta.mat"),
+        (DEVKIT_TAR, gzip.compress(bytes(65 * 2**20)), "unpacks to more than"),
+        (VAL_TAR, tar_bytes({"ILSVRC2012_val_00000001.JPEG": b"x"}), "1 images, but the devkit has 12 labels"),
+    ],
+)
+def test_damaged_archives_are_named(official: Path, tmp_path: Path, name: str, content: bytes, message: str):
+    for file in official.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        find_sources(tmp_path)
+    assert name in str(caught.value)
+
+
+def nested(pictures: dict[str, bytes] | None = None) -> bytes:
+    """A tar of two synset tars."""
+    inner = tar_bytes(pictures or {"n00000001_1.JPEG": b"one" * 300, "n00000001_2.JPEG": b"two"})
+    return tar_bytes({"n00000001.tar": inner, "n00000002.tar": tar_bytes({"n00000002_1.JPEG": b"three" * 200})})
+
+
+def special(name: str, kind: bytes, link: str = "", data: bytes = b"", form: int = tarfile.GNU_FORMAT) -> bytes:
+    """One member of any kind, without an archive's end."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(data)
+    return info.tobuf(form) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+def listed(path: Path) -> tuple[dict[str, tuple[int, int]], LeftOut]:
+    left_out = LeftOut()
+    with opened(path) as (read, size):
+        found = {name: (offset, length) for name, offset, length in members(read, 0, size, str(path), left_out)}
+    return found, left_out
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_of_every_format_against_tarfile(tmp_path: Path, form: int):
+    path = tmp_path / "a.tar"
+    names = ["a", "./b.JPEG", f"{'d' * 90}/{'e' * 90}.JPEG", "ä/ö.JPEG", "c//f"]
+    if form != tarfile.USTAR_FORMAT:
+        names += ["g" * 300, f"{'long/' * 60}h.JPEG", "ü" * 120]
+    with tarfile.open(path, "w", format=form, pax_headers={"comment": "global"}) as tar:
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = (0, 1, 511, 512, 513)[i % 5]
+            info.mtime = 1.5 if form == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, io.BytesIO(bytes([i]) * info.size))
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    with tarfile.open(path) as tar:
+        plain = {os.path.normpath(m.name): (m.offset_data, m.size) for m in tar if m.isfile()}
+    found, left_out = listed(path)
+    assert found == plain
+    assert left_out == {"folder in an archive": 1}
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "oldgnu", "v7"])
+def test_archives_of_gnu_tar(tmp_path: Path, form: str):
+    """Sparse files are no plain bytes: left out, and what follows them is found."""
+    for name in ("a.JPEG", "b.JPEG", "z" * 60 + ".JPEG"):
+        (tmp_path / name).write_bytes(name.encode() * 99)
+    os.mkdir(tmp_path / "d")
+    if form != "v7":
+        with open(tmp_path / "bb.JPEG", "wb") as file:  # more holes than the first block's map has room for
+            for i in range(40):
+                file.seek(i * 65536)
+                file.write(b"x" * 4096)
+            file.truncate(2**23)
+    sparse = [] if form == "v7" else ["-S"]
+    command = ["tar", f"--format={form}", *sparse, "-cf", "t.tar", *sorted(path.name for path in tmp_path.iterdir())]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    found, left_out = listed(tmp_path / "t.tar")
+    data = (tmp_path / "t.tar").read_bytes()
+    assert {name: data[at : at + n] for name, (at, n) in found.items()} == {
+        name: name.encode() * 99 for name in ("a.JPEG", "b.JPEG", "z" * 60 + ".JPEG")
+    }
+    assert left_out.get("sparse file in an archive", 0) == (form != "v7")
+
+
+def test_hostile_members_are_named_and_left_out_and_nothing_is_written_outside(tmp_path: Path):
+    out = io.BytesIO()
+    picture("good", 40, 40).save(out, "JPEG")
+    good = out.getvalue()
+    hostile = [
+        special("n00000001_1.JPEG", b"0", data=good),
+        special("n00000001_2.JPEG", b"2", "/etc/passwd"),
+        special("n00000001_3.JPEG", b"1", "n00000001_1.JPEG"),
+        special("pipe.JPEG", b"6"),
+        special("null.JPEG", b"3"),
+        special("/tmp/penstock-absolute.JPEG", b"0", data=good),
+        special("../../dotted.JPEG", b"0", data=good),
+        special("a/../../b.JPEG", b"0", data=good),
+        special("n00000001_1.JPEG", b"0", data=b"the second"),
+        special("./n00000001_1.JPEG", b"0", data=b"the third"),
+        special("n00000001_9.JPEG", b"Q", data=b"?"),
+        special("evil\x1b[2J\n.JPEG", b"2", "x"),
+        *(special(f"../{i}.JPEG", b"0") for i in range(9)),
+    ]
+    inner = b"".join(hostile) + bytes(1024)
+    other = tar_bytes({"n00000002_1.JPEG": good, "n00000002_2.JPEG": good})
+    outer = special("n00000002.tar", b"0", data=other) + special("../n00000003.tar", b"0", data=other)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "all.tar").write_bytes(outer + special("n00000001.tar", b"0", data=inner) + bytes(1024))
+    before = set(tmp_path.rglob("*"))
+    result = build(tmp_path / "raw", tmp_path / "out", "--workers", 1, "--holdout", 0)
+    assert result.exit_code == 0, result.output
+    assert "3 train, 2 classes" in result.output
+    for line in (
+        "3 × link in an archive: n00000001.tar/n00000001_2.JPEG, n00000001.tar/n00000001_3.JPEG, ",
+        "2 × device or pipe in an archive: n00000001.tar/pipe.JPEG, n00000001.tar/null.JPEG",
+        "2 × second member of one name in an archive: n00000001.tar/n00000001_1.JPEG, ",
+        "1 × unknown kind of member in an archive: n00000001.tar/n00000001_9.JPEG",
+        "13 × absolute, dotted or overlong name in an archive: all.tar/../n00000003.tar, ",
+        "n00000001.tar//tmp/penstock-absolute.JPEG, n00000001.tar/../../dotted.JPEG, ",
+        " and 8 more",
+    ):
+        assert line in result.output
+    assert "\x1b" not in result.output
+    (first,) = (image for image in find_sources(tmp_path / "raw").images if image.name == "n00000001_1.JPEG")
+    assert first.read() == good
+    assert {path for path in tmp_path.rglob("*") if "out" not in path.relative_to(tmp_path).parts} == before
+    assert not Path("/tmp/penstock-absolute.JPEG").exists()
+
+
+def with_field(data: bytes, start: int, value: bytes) -> bytes:
+    """The first header of a tar with one field replaced, its checksum made right."""
+    header = bytearray(data[:512])
+    header[start : start + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data[512:]
+
+
+GOOD = tar_bytes({"n00000001.tar": tar_bytes({"x.JPEG": b"x" * 600})})
+TERABYTES = b"\x80" + (2**43).to_bytes(11, "big")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty, not even an archive's end"),
+        (GOOD[:700], "cut short inside n00000001.tar, which claims 10,240 bytes where 188 are left"),
+        (with_field(GOOD, 124, TERABYTES), "cut short inside n00000001.tar, which claims 8,796,093,022,208 bytes"),
+        (gzip.compress(GOOD), "is compressed, so that no image can be found alone"),
+        (with_field(GOOD, 124, b"\xff" * 12), "damaged at byte 0: a header has an invalid number"),
+        (with_field(GOOD, 124, b"0000z000000\0"), "damaged at byte 0: a header has an invalid number"),
+        (GOOD[:5] + b"!" + GOOD[6:], "damaged at byte 0: the checksum of a header does not fit it"),
+        (GOOD[:512] + with_field(GOOD[512:], 124, TERABYTES), "n00000001.tar: cut short inside x.JPEG, which claims"),
+        (GOOD[:517] + b"!" + GOOD[518:], "n00000001.tar: damaged at byte 512: the checksum"),
+        (special("x", b"x", data=b"12 path=abc\n"), "damaged at byte 1024: it ends after an extended header"),
+        (special("x", b"x", data=b"99999 path=abc\n") + GOOD, "damaged at byte 0: a PAX header has an invalid record"),
+        (special("x", b"x", data=b"0 path=abc\n") + GOOD, "damaged at byte 0: a PAX header has an invalid record"),
+        (special("x", b"x", data=b"16 size=\x80\xff\xff\xff\xff\xff\xff\n") + GOOD, "a header has an invalid number"),
+        (with_field(special("x", b"L"), 124, TERABYTES) + GOOD, "an extended header claims 8,796,093,022,208 bytes"),
+        (special("x", b"L", data=b"name\0"), "damaged at byte 1024: it ends after an extended header"),
+        (GOOD[:512] + bytes(10240) + GOOD[10752:10900], None),
+    ],
+)
+def test_structural_damage_is_one_clear_line(tmp_path: Path, content: bytes, message: str | None):
+    (tmp_path / "all.tar").write_bytes(content)
+    with pytest.raises(SourceError, match=message or "no training picture") as caught:
+        find_sources(tmp_path, "fall2011" if message is None else "webdataset" if b"n0" not in content else None)
+    assert "all.tar" in str(caught.value) or message is None
+    assert "\n" not in str(caught.value)
+
+
+def test_fuzzed_archives_are_refused_or_listed(tmp_path: Path):
+    random = np.random.default_rng(2012)
+    whole, outcomes = bytearray(nested()), collections.Counter[bool]()
+    started = time.monotonic()
+    for _ in range(300):
+        data = bytearray(whole)
+        headers = [0, 512, 2048, 10752, 11264, 11776]
+        at = int(random.choice(headers)) + int(random.integers(512)) if random.random() < 0.7 else None
+        data[int(random.integers(len(data))) if at is None else at] ^= 1 << int(random.integers(8))
+        (tmp_path / "all.tar").write_bytes(data)
+        try:
+            find_sources(tmp_path, "fall2011")
+            outcomes[True] += 1
+        except SourceError as error:
+            assert "\n" not in str(error)
+            outcomes[False] += 1
+    assert min(outcomes[True], outcomes[False]) > 30
+    assert time.monotonic() - started < 15
+
+
+def test_the_scan_of_archives_is_remembered_until_they_change(official: Path, tmp_path: Path):
+    raw, state = tmp_path / "raw", tmp_path / "out" / ".build"
+    shutil.copytree(official, raw)
+    first = find_sources(raw, cache=state)
+    (scans,) = state.iterdir()
+    remembered = scans.read_bytes()
+    status = (raw / TRAIN_TAR).stat()
+    (raw / TRAIN_TAR).write_bytes(b"\xaa" * status.st_size)
+    os.utime(raw / TRAIN_TAR, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = find_sources(raw, cache=state)
+    assert (list(again.images), again.ignored, again.classes) == (list(first.images), first.ignored, first.classes)
+    assert scans.read_bytes() == remembered
+    os.utime(raw / TRAIN_TAR, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(SourceError, match="damaged at byte 0"):
+        find_sources(raw, cache=state)
+
+
+def test_a_damaged_memory_of_scans_is_ignored_and_written_again(tmp_path: Path):
+    raw, state = tmp_path / "raw", tmp_path / "out" / ".build"
+    raw.mkdir()
+    (raw / "all.tar").write_bytes(special("../x.JPEG", b"0") + nested())
+    first = find_sources(raw, cache=state)
+    scans = state / "scans"
+    good, random = scans.read_bytes(), np.random.default_rng(2012)
+    for i in range(60):
+        bad = bytearray(good)
+        bad[int(random.integers(len(bad)))] ^= 1 << int(random.integers(8))
+        scans.write_bytes(bad if i % 3 else good[: int(random.integers(len(good)))])
+        again = find_sources(raw, cache=state)
+        assert (list(again.images), again.ignored.lines()) == (list(first.images), first.ignored.lines())
+        assert scans.read_bytes() == good
+
+
+def test_no_build_is_begun_where_none_may_be(tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "all.tar").write_bytes(nested())
+    for name in ("mine.txt", "dataset.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        find_sources(tmp_path / "raw", cache=folder / ".build")
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert build(tmp_path / "raw", folder, "--holdout", 0).exit_code == 2
+        assert [path.name for path in folder.iterdir()] == [name]
