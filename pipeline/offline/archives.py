@@ -54,14 +54,14 @@ def members(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> 
     seen: set[str] = set()
     while at < end:
         block = read(min(BLOCK, end - at), at)
+        if at == start and block.startswith(_PACKED):
+            raise SourceError(f"{where}: is compressed, so that no image can be found alone; unpack it to a plain tar")
         if not block.strip(b"\0"):
             if read(min(128 * BLOCK, end - at), at).strip(b"\0"):
                 left_out.add("data after the end of an archive", where)
             break
         if len(block) < BLOCK:
             raise _damaged(where, at, "the header is cut short")
-        if at == start and block.startswith(_PACKED):
-            raise SourceError(f"{where}: is compressed, so that no image can be found alone; unpack it to a plain tar")
         kind, size = block[156:157], _checked_size(block, where, at)
         data = at + BLOCK
         while kind == _SPARSE and block[482 if data == at + BLOCK else 504]:  # the map goes on in blocks of its own
