@@ -57,9 +57,9 @@ def require_interrupted(started: Build, root: Path, number: signal.Signals) -> N
     (os.killpg if number == signal.SIGINT else os.kill)(started.process.pid, number)
     code, _, errors = started.ended()
     assert code == 128 + number, errors
-    (line,) = errors.splitlines()
-    assert line.startswith("Error: ")
-    assert "the finished shards stay" in line
+    assert len(errors.splitlines()) == 1, errors
+    assert errors.startswith("Error: ")
+    assert "the finished shards stay" in errors
     until(lambda: not started.alive(), seconds=5)
     assert not list(root.rglob("*.tmp"))
 

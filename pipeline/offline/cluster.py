@@ -20,10 +20,11 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
+from time import monotonic, sleep
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -162,6 +163,7 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[ModuleType]:
         if address is None:
             ray = _imported(private=True)
             how = _here(cpus or len(os.sched_getaffinity(0)), stack)
+            stack.callback(_end_the_rest, os.environ["RAY_AUTH_TOKEN"])
         else:
             _require_answer(address)
             ray = _imported(private=False)
@@ -178,6 +180,21 @@ def _here(cpus: int, stack: ExitStack) -> dict[str, Any]:
     folder = stack.enter_context(TemporaryDirectory(prefix="penstock-ray-", dir="/tmp", ignore_cleanup_errors=True))
     started = {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False}
     return {"address": "local", "_temp_dir": folder, **started}
+
+
+def _end_the_rest(token: str) -> None:
+    """Kill what `ray.shutdown` does not know of: processes that `ray.init` had begun to start when a signal came."""
+    mark = f"RAY_AUTH_TOKEN={token}".encode()
+    for _ in range(500):
+        found = 0
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # of another user, or gone
+                if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    found += 1
+        if not found:
+            return
+        sleep(0.01)  # until they are gone; one that was about to start another may have done so
 
 
 def _imported(*, private: bool) -> ModuleType:
