@@ -133,10 +133,12 @@ def test_what_a_task_raises_ends_the_run_and_a_lost_worker_does_not(head: Any, t
     assert "No module named 'onlyhere'); every node needs the same environment" in found["missing"]
     assert "127.0.0.1" in found["missing"]
     assert found["missing"].isprintable()
+    assert found["swallowed"] == "raised again"
+    assert found["handler"]
 
 
 CONTRACT = """
-import json, os, sys, time, types
+import json, os, signal, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 from pipeline.errors import UserError
@@ -206,6 +208,18 @@ try:
     list(cluster.run(onlyhere.f, iter([Task("task 9", 9)]), address))
 except UserError as error:
     found["missing"] = str(error)
+def swallowed():
+    yield Task("task 0", 0)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pass  # as a callback or a logger of Ray's may
+    yield from tasks({})
+try:
+    found["swallowed"] = len(list(run(swallowed())))
+except KeyboardInterrupt:
+    found["swallowed"] = "raised again"
+found["handler"] = signal.getsignal(signal.SIGINT) is signal.default_int_handler
 long = Task("task 2", 2, "long")
 running = run(iter([Task("task 0", 0), long]))
 next(running)

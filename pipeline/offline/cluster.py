@@ -19,13 +19,14 @@ import re
 import secrets
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
@@ -65,9 +66,9 @@ def run(
     """
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
-    with _connected(address, at_once) as ray:
+    with _signals_kept() as raise_kept, _connected(address, at_once) as ray:
         places = () if address is None else tuple(shared)
-        yield from _results(ray, function, tasks, at_once, places)
+        yield from _results(ray, function, tasks, at_once, places, raise_kept)
 
 
 def _results(
@@ -76,11 +77,13 @@ def _results(
     tasks: Iterable[Task],
     at_once: int | None,
     places: Sequence[Location],
+    raise_kept: Callable[[], None],
 ) -> Iterator[Result]:
     """As many tasks as may run at once are under way; without a limit two for each CPU, so that none waits for us."""
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_node)
     room, waiting, running = _Room(ray, at_once), iter(tasks), dict[Any, str]()
     while True:
+        raise_kept()
         for task in islice(waiting, max(0, room.tasks() - len(running))):
             running[remote.remote(function, places, task)] = getattr(task, "name", "a task")
         if not running:
@@ -245,6 +248,32 @@ def _told_in_a_line(ray: ModuleType, address: str | None) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         what = "no Ray can be started here" if address is None else f"--ray-address {address}: cannot join the cluster"
         raise UserError(f"{what} ({_line(error)})") from error
+
+
+@contextmanager
+def _signals_kept() -> Iterator[Callable[[], None]]:
+    """Keep the signals that come, and yield what raises them again: Ray's threads and callbacks swallow exceptions."""
+    came: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        before[number](number, frame)
+
+    def raise_kept() -> None:
+        if came:
+            signal.raise_signal(came[0])
+
+    for number in before:
+        signal.signal(number, keep)
+    try:
+        yield raise_kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
