@@ -31,8 +31,7 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     Args:
         image: mode RGB.
     Returns:
-        (size, size, 3) uint8, RGB; (height, width, 3) of a whole picture. Maybe
-        three channels of four.
+        (size, size, 3) uint8, RGB; (height, width, 3) of a whole picture. Bicubically a view of four channels.
     Raises:
         ImageError: too_many_pixels, where a whole picture's longer side would pass `MAX_ASPECT`·size or `MAX_SIDE`.
     """

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -57,11 +58,10 @@ def retry(found: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     gained, sums = _try(found, plan)
     if not gained:
         return found, 0
-    try:
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, aside, ignore_errors=True)
         _rebuild(found, plan, gained, sums, aside, workers)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        undo.pop_all()
     return _put_into_place(found, aside), len(gained)
 
 
