@@ -10,13 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
-
 Value = str | int | None
 MAX_SECONDS, MAX_MEMORY = 60, 2 * 2**30  # of processor time; bytes of data. The real meta.mat takes 0.1 s
 _READER_ERRORS = (
-    MatReadError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError,
+    NotImplementedError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError,
     OSError, EOFError, zlib.error, struct.error,
 )  # fmt: skip
 
@@ -46,11 +43,14 @@ def _bound() -> None:
 
 
 def _read(data: bytes, variable: str, fields: tuple[str, ...]) -> list[dict[str, Value]]:
+    from scipy.io import loadmat  # here, in the child: the builder's workers need not hold it
+    from scipy.io.matlab import MatReadError
+
     try:
         table = loadmat(io.BytesIO(data), squeeze_me=True, variable_names=[variable])[variable]
         known = [field for field in fields if field in (table.dtype.names or ())]
         return [{field: _plain(row[field]) for field in known} for row in table.reshape(-1)]
-    except _READER_ERRORS as error:
+    except (MatReadError, *_READER_ERRORS) as error:
         raise MatError(f"{type(error).__name__}: {error}") from None
 
 
