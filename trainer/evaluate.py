@@ -1,5 +1,6 @@
 """Error rates over every image of a split: centre view, or the mean of the ten views' probabilities."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,13 +33,13 @@ def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Eva
     """Evaluate every labelled image of `split` exactly once. Raises UserError where it is empty or has no labels."""
     wrong1 = wrong5 = nll = 0.0
     samples = 0
-    with Loader(data, split, batch_size=BATCH_SIZE[views], views=views, device=network.devices[0]) as loader:
+    with Loader(data, split, batch_size=BATCH_SIZE[views], views=views, device=network.devices) as loader:
         for batch in loader:
             if int(batch.labels.min()) < 0:
                 raise UserError(
                     f"{data.root}: the split {split!r} has images without a label; it can be predicted, not evaluated"
                 )
-            chances = probabilities(network, batch.images)
+            chances = probabilities(network, batch.replicas)
             if not bool(chances.isfinite().all()):
                 raise UserError("the network's outputs are not finite numbers: its training has diverged")
             wrong1 += float(top_k_errors(chances, batch.labels, 1).sum())
@@ -48,12 +49,14 @@ def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Eva
     return Evaluation(samples, 100 * wrong1 / samples, 100 * wrong5 / samples, nll / samples)
 
 
-def probabilities(network: TwoColumns, images: Tensor) -> Tensor:
-    """(n, 3, 224, 224), or (n, 10, 3, 224, 224) whose views are averaged → softmax (n, classes) float64."""
-    if images.dim() == 4:
-        return network(images).double().softmax(1)
-    n, views = images.shape[:2]
-    return network(images.flatten(0, 1)).double().softmax(1).unflatten(0, (n, views)).mean(1)
+def probabilities(network: TwoColumns, images: Tensor | Sequence[Tensor]) -> Tensor:
+    """(n, 3, 224, 224), or (n, 10, 3, 224, 224) whose views are averaged, or the same for each column → softmax
+    (n, classes) float64."""
+    each = [images] * 2 if isinstance(images, Tensor) else images
+    if each[0].dim() == 4:
+        return network(each).double().softmax(1)
+    n, views = each[0].shape[:2]
+    return network([image.flatten(0, 1) for image in each]).double().softmax(1).unflatten(0, (n, views)).mean(1)
 
 
 def top_k_errors(chances: Tensor, labels: Tensor, k: int) -> Tensor:

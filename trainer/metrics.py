@@ -25,12 +25,13 @@ class Metrics:
             write_bytes_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def train(self, steps: int, line: dict[str, Any]) -> None:
-        self._write({"kind": "train", **line})
         time = line["time"]
+        said = time.pop("said")
+        self._write({"kind": "train", **line})
         click.echo(
             f"step {line['step']:>{len(str(steps))}}/{steps}  epoch {line['epoch']:<3} "
             f"loss {line['loss']:.4f}  lr {line['lr']:.2g}  "
-            f"{time['images_per_second']:6.0f} images/s  stall {100 * time['stall']:4.1f} %"
+            f"{time['images_per_second']:6.0f} images/s  {said}"
         )
 
     def validation(self, line: dict[str, Any]) -> None:

@@ -33,10 +33,16 @@ class TwoColumns(nn.Module):
         self.recipe, self.devices = recipe, tuple(devices)
         self.columns = nn.ModuleList(Column(i, recipe, classes, device) for i, device in enumerate(devices))
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """(n, 3, 224, 224) → logits (n, classes) on the first device. `masks` as in `model.AlexNet`, on any device."""
+    def forward(self, x: Tensor | Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
+        """(n, 3, 224, 224), or the same for each column → logits (n, classes) on the first device.
+
+        `masks` as in `model.AlexNet`, on any device.
+        """
         columns = self._columns()
-        halves = [column.conv("conv1", overhang(x.to(column.device)), stride=4) for column in columns]
+        images = [x, x] if isinstance(x, Tensor) else x
+        halves = [
+            column.conv("conv1", overhang(image.to(column.device)), stride=4) for column, image in zip(columns, images)
+        ]
         halves = [after_conv1(half, columns=1) for half in halves]
         halves = [
             after_conv2(column.conv("conv2", half, padding=2), columns=1) for column, half in zip(columns, halves)

@@ -192,10 +192,11 @@ def _predictions(dataset: Manifest, network: TwoColumns) -> str:
     ids = (2 * np.arange(shown) + 1) * samples // (2 * shown)
     with SampleReader(dataset, "val") as reader:
         stored, labels = reader.read(ids), reader.labels(ids).tolist()
-    side, mean = dataset.recipe.size, augment.mean_view(dataset.statistics())
-    ((top, left),) = augment.centre(1, side).crop
+    recipe = augment.AlexNet(augment.Transform(views="centre"), dataset.statistics(), dataset.recipe.size, seed=0)
     pixels = [np.asarray(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in stored]
-    views = [augment.reference_normalise(augment.reference_view(p, top, left, False), mean, None) for p in pixels]
+    sizes = np.array([picture.shape[:2] for picture in pixels])
+    windows = recipe.windows(0, 0, ids, None, sizes)
+    views = [augment.reference(picture, windows, i, recipe.rest(0)) for i, picture in enumerate(pixels)]
     chances = probabilities(network, torch.from_numpy(np.stack(views))).cpu().numpy()
     words, cards = [record.words for record in dataset.classes], ""
     for number, jpeg, label, row in zip(ids, stored, labels, chances):

@@ -72,7 +72,7 @@ def train(
         seed=recipe.train.seed,
         step=start,
         lighting_until=lighting_until,
-        device=devices[0],
+        device=devices,
     ) as loader:
         write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
         metrics = Metrics(run)
@@ -81,7 +81,7 @@ def train(
         for batch in loader:
             now = rates(recipe.optim, batch.step, recipe.train.steps)
             drop = masks(recipe.train.seed, batch.step, len(batch.ids), recipe.model.units, recipe.model.dropout)
-            losses = F.cross_entropy(network(batch.images, drop), batch.labels, reduction="sum")
+            losses = F.cross_entropy(network(batch.replicas, drop), batch.labels, reduction="sum")
             (losses / recipe.train.batch_size).backward()  # a short batch counts for less, as in the 2012 code
             optimiser.step(now)
             window.add(losses, len(batch.ids))
@@ -134,7 +134,7 @@ class _Window:
 
     def restart(self) -> None:
         self._losses, self._images = torch.zeros((), device=self._device), 0
-        self._since, self._waited = time.perf_counter(), self._loader.waited
+        self._since, self._waited = time.perf_counter(), self._loader.meter.total
 
     def add(self, losses: torch.Tensor, images: int) -> None:
         self._losses += losses.detach()
@@ -148,7 +148,9 @@ class _Window:
                 f"the loss is {loss}: training has diverged; lower optim.lr (--set optim.lr=…) and start again"
             )
         seconds = time.perf_counter() - self._since
-        stall = (self._loader.waited - self._waited) / seconds
-        line = {"loss": loss, "time": {"images_per_second": self._images / seconds, "stall": stall}}
+        waited = self._loader.meter.total - self._waited
+        shares = waited.shares(seconds)
+        speed = {"images_per_second": self._images / seconds, "stall": sum(shares.values()), "stall_by": shares}
+        line = {"loss": loss, "time": speed | {"said": waited.said(seconds)}}
         self.restart()
         return line

@@ -1,15 +1,122 @@
 """What happens to each sample: keyed draws of crop, flip and lighting; the numpy reference of the transform."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.manifest import Statistics
 from pipeline.online.philox import LIGHTING, VIEW, key_of, philox
+from pipeline.online.windows import Windows
 
 VIEW_SIZE = 224  # pixels: the network's input is 224 × 224 (paper, section 3)
 LIGHTING_SD = 0.1  # paper, section 4.1
-LIGHTING_SCALE = 1 / (1 + LIGHTING_SD)  # the 2012 code brings training images back to about the scale of test images
+VIEWS = ("random", "centre", "ten")
+MEANS = ("centre", "aligned", "colour")
+LIGHTINGS = ("code", "paper", "off")
+POSITIONS = ("code", "paper")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What the 2012 network sees of a picture. The defaults are those of the code that gave the published numbers.
+
+    Args:
+        views: "random" (crop, flip, lighting), "centre", or "ten": corners and centre, and their mirror images.
+        mean: what is subtracted. "centre": the centre of the mean image from every view, wherever it was cut, never
+            flipped, as the code has it; "aligned": the window of the mean image that the view was cut from, flipped
+            with it; "colour": the mean colour.
+        lighting: of random views. 0.1 · Σ zᵢ sᵢ vᵢ is added, where sᵢ are the square roots of the eigenvalues ("code"),
+            or the eigenvalues themselves of pixels between 0 and 1 ("paper": the text's formula); or nothing ("off").
+        lighting_until: random views have lighting in the steps below this one; None: in all.
+        shrink: whether what has lighting is divided by 1.1 afterwards; None: with the code's lighting, as the code
+            does, and not with the paper's, which does not mention it.
+        positions: where random views start: all (size − 223)² places ("code": 33 × 33 of 256), or one less each way
+            ("paper": 32 × 32, section 4.1).
+        crop_chunk: so many samples in a row of a global batch share crop and flip; the 2012 code had 32.
+    Raises:
+        UserError: an impossible value.
+    """
+
+    views: str = "random"
+    mean: str = "centre"
+    lighting: str = "code"
+    lighting_until: int | None = None
+    shrink: bool | None = None
+    positions: str = "code"
+    crop_chunk: int = 1
+
+    def __post_init__(self) -> None:
+        for name, known in (("views", VIEWS), ("mean", MEANS), ("lighting", LIGHTINGS), ("positions", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
+        if self.crop_chunk < 1:
+            raise UserError(f"crop_chunk={self.crop_chunk}: must be at least 1")
+
+    def lit(self, step: int) -> bool:
+        """Whether the views of this step have lighting."""
+        if self.views != "random" or self.lighting == "off":
+            return False
+        return self.lighting_until is None or step < self.lighting_until
+
+    def divisor(self, step: int) -> np.float32:
+        """What the views of this step are divided by: 1.1, or 1."""
+        shrink = self.lighting == "code" if self.shrink is None else self.shrink
+        return np.float32(1 + LIGHTING_SD if shrink and self.lit(step) else 1)
+
+
+class AlexNet:
+    """The recipe of 2012 for pictures of size × size pixels; see `windows.Recipe`.
+
+    Raises:
+        UserError: pictures that no view fits in.
+    """
+
+    resize = False
+
+    def __init__(self, options: Transform, statistics: Statistics, size: int, seed: int) -> None:
+        self.positions = size - VIEW_SIZE + (options.positions == "code")
+        if self.positions < 1:
+            raise UserError(f"images of {size} pixels; a view needs {VIEW_SIZE}; build with --size 256")
+        self.options, self._statistics, self._size, self._seed = options, statistics, size, seed
+        self.training, self.ten = options.views == "random", options.views == "ten"
+        self.aligned = options.mean == "aligned"
+        self.view = size if options.views == "ten" else VIEW_SIZE
+        self._colour = statistics.mean_color.astype(np.float32)
+        deviation = (statistics.mean_image - statistics.mean_color).astype(np.float32)
+        start = (size - VIEW_SIZE) // 2
+        inside = deviation if self.aligned else reference_view(deviation, start, start, False)
+        divisors = (np.float32(1), np.float32(1 + LIGHTING_SD))
+        self._rests = {float(divisor): np.ascontiguousarray(inside * (1 / divisor)) for divisor in divisors}
+
+    def windows(self, step: int, epoch: int, ids: np.ndarray, heads: np.ndarray | None, sizes: np.ndarray) -> Windows:
+        n, options = len(ids), self.options
+        offset = np.broadcast_to(self._colour, (n, 3))
+        if options.views == "random":
+            draws = draw(self._seed, epoch, ids, self.positions, heads)
+            start, flip = draws.crop, draws.flip
+            if options.lit(step):
+                offset = offset - lighting_shift(draws.normals, self._statistics, options.lighting)
+        else:
+            start = np.full((n, 2), 0 if options.views == "ten" else (self._size - VIEW_SIZE) // 2, np.int32)
+            flip = np.zeros(n, np.int32)
+        return Windows(
+            start,
+            np.full((n, 2), self.view, np.int32),
+            flip,
+            np.array(offset),
+            np.full((n, 3), options.divisor(step)),
+        )
+
+    def rest(self, step: int) -> np.ndarray | None:
+        if self.options.mean == "colour":
+            return None
+        return self._rests[float(self.options.divisor(step))]
+
+    def described(self) -> dict[str, Any]:
+        options = {key: value for key, value in asdict(self.options).items() if key != "lighting_until"}
+        return {"recipe": "alexnet", **options}
 
 
 @dataclass(frozen=True)
@@ -21,23 +128,17 @@ class Draws:
     normals: np.ndarray  # (n, 3) float64, standard normal; one per eigenvector
 
 
-def draw(seed: int, epoch: int, ids: np.ndarray, size: int) -> Draws:
+def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, heads: np.ndarray | None = None) -> Draws:
     """The random numbers of samples `ids` (n,) int64 in an epoch: a function of (seed, epoch, id) alone.
 
-    Crop positions are uniform over all (size − 224 + 1)² offsets, 33 × 33 for 256 (2012 code); half are flipped.
+    Crop positions are uniform over 0 … positions − 1 each way; half are flipped. `heads` (n,) are the samples whose
+    crop and flip are taken, where several share them; default: each its own.
     """
-    low, high = ids & 0xFFFFFFFF, ids >> 32
+    low, high = _words(ids if heads is None else heads)
     words = philox(key_of(seed), (VIEW, epoch, low, high)).astype(np.uint64)
-    offsets = np.uint64(size - VIEW_SIZE + 1)
-    crop = ((words[:, :2] * offsets) >> np.uint64(32)).astype(np.int32)  # multiply and shift: bias below 2⁻²⁶
+    crop = ((words[:, :2] * np.uint64(positions)) >> np.uint64(32)).astype(np.int32)  # bias below 2⁻²⁶
     flip = (words[:, 2] >> np.uint64(31)).astype(np.int32)
-    return Draws(crop, flip, _normals(philox(key_of(seed), (LIGHTING, epoch, low, high)))[:, :3])
-
-
-def centre(n: int, size: int) -> Draws:
-    """The centre view of n samples: no flip, no lighting."""
-    start = (size - VIEW_SIZE) // 2
-    return Draws(np.full((n, 2), start, np.int32), np.zeros(n, np.int32), np.zeros((n, 3)))
+    return Draws(crop, flip, _normals(philox(key_of(seed), (LIGHTING, epoch, *_words(ids))))[:, :3])
 
 
 def ten_views(size: int) -> list[tuple[int, int, bool]]:
@@ -47,34 +148,44 @@ def ten_views(size: int) -> list[tuple[int, int, bool]]:
     return [(top, left, flip) for flip in (False, True) for top, left in places]
 
 
-def lighting_shift(normals: np.ndarray, statistics: Statistics) -> np.ndarray:
-    """The colour added to every pixel of an image: 0.1 · Σ zᵢ √λᵢ vᵢ in grey levels, (n, 3) float32.
+def lighting_shift(normals: np.ndarray, statistics: Statistics, lighting: str = "code") -> np.ndarray:
+    """The colour added to every pixel of an image, (n, 3) float32 in grey levels: 0.1 · Σ zᵢ sᵢ vᵢ.
 
-    Standard deviations, as the code that produced the published numbers has it, not eigenvalues as in the text.
+    "code": sᵢ = √λᵢ, the standard deviations along the eigenvectors. "paper": sᵢ = λᵢ/255, which is the text's λᵢ of
+    pixels between 0 and 1, and its sum in grey levels (as λᵢ itself, the first would have a deviation of 1,483 levels).
     """
-    deviations = np.sqrt(np.maximum(statistics.eigenvalues, 0.0))
+    variances = np.maximum(statistics.eigenvalues, 0.0)
+    deviations = np.sqrt(variances) if lighting == "code" else variances / 255
     return (LIGHTING_SD * (normals * deviations) @ statistics.eigenvectors.T).astype(np.float32)
 
 
-def mean_view(statistics: Statistics) -> np.ndarray:
-    """The centre 224×224 of the mean image, (224, 224, 3) float32: subtracted from every view, wherever it was cut."""
-    size = statistics.mean_image.shape[0]
-    start = (size - VIEW_SIZE) // 2
-    return statistics.mean_image[start : start + VIEW_SIZE, start : start + VIEW_SIZE].astype(np.float32)
-
-
 def reference_view(image: np.ndarray, top: int, left: int, flip: bool) -> np.ndarray:
-    """(size, size, 3) uint8 → the view, (224, 224, 3) uint8. What the DALI graph must equal."""
+    """(size, size, 3) → the view, (224, 224, 3). What the DALI graph must equal."""
     view = image[top : top + VIEW_SIZE, left : left + VIEW_SIZE]
     return view[:, ::-1] if flip else view
 
 
-def reference_normalise(view: np.ndarray, mean: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
-    """(224, 224, 3) uint8 → network input (3, 224, 224) float32; shift (3,) or None. Oracle of `loader.normalise`."""
-    x = view.astype(np.float32) - mean
-    if shift is not None:
-        x = (x + shift) * np.float32(LIGHTING_SCALE)
-    return x.transpose(2, 0, 1)
+def reference_normalise(view: np.ndarray, offset: np.ndarray, std: np.ndarray, rest: np.ndarray | None) -> np.ndarray:
+    """(h, w, 3) uint8 → network input (3, h, w) float32: (view − offset) · (1/std) − rest, in float32 in this order.
+
+    `offset` (3,) is the mean colour less the lighting, and `rest` (h, w, 3) what the mean image has beside its mean
+    colour, divided by std; None where only the colour is subtracted. The oracle of graph and `normalise`.
+    """
+    x = (view.astype(np.float32) - offset) * (np.float32(1) / std)
+    return (x if rest is None else x - rest).transpose(2, 0, 1)
+
+
+def reference(picture: np.ndarray, windows: Windows, place: int, rest: np.ndarray | None) -> np.ndarray:
+    """The whole transform of one picture, (size, size, 3) uint8 → (3, 224, 224) float32, by numpy alone."""
+    (top, left), flip = windows.start[place].tolist(), bool(windows.flip[place])
+    if rest is not None and len(rest) > VIEW_SIZE:
+        rest = reference_view(rest, top, left, flip)
+    view = reference_view(picture, top, left, flip)
+    return reference_normalise(view, windows.offset[place], windows.std[place], rest)
+
+
+def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ids & 0xFFFFFFFF, ids >> 32
 
 
 def _normals(words: np.ndarray) -> np.ndarray:

@@ -1,42 +1,107 @@
-"""The DALI graph: a pure function of (JPEG bytes, crop, flip) → uint8 view."""
+"""The DALI graph: a pure function of (JPEG bytes, window, flip) → view."""
 
-from collections.abc import Callable
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-# One batch: n JPEGs (bytes,) uint8; crop (n, 2) int32, top and left in pixels; flip (n,) int32, 0 or 1
-Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray]
+from pipeline.online.windows import Windows
 
 
-def build_graph(
-    source: Callable[[], Inputs], view: int, batch_size: int, threads: int, device_id: int | None
-) -> Pipeline:
-    """Build the pipeline: decode only the region of the view, mirror it where asked.
+@dataclass(frozen=True)
+class GraphOptions:
+    """Which graph.
 
-    `source` is called for every batch, one batch ahead of the one being waited for, and raises StopIteration at the
-    end. Each `run()` gives (n, view, view, 3) uint8 RGB, on the GPU `device_id` or, where that is None, on the CPU.
+    Args:
+        view: pixels of a side of the views.
+        resize: the windows differ in shape and are resized to the view, bilinearly with antialiasing.
+        normalised: views are (n, 3, view, view) float32, (x − offset) · (1/std); else (n, view, view, 3) uint8.
+        threads: of DALI, on the host.
+        hardware_share: of the pictures, to the hardware decoder of a GPU that has one; 0 … 1.
     """
-    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2, seed=0)
+
+    view: int
+    resize: bool = False
+    normalised: bool = False
+    threads: int = 1
+    hardware_share: float = 0.9
+
+
+class Graph:
+    """Decodes the windows of batches, on the GPU `device_id` or, where that is None, on the CPU; mirrors where asked.
+
+    Batches come out in the order in which they went in. One that does not decode raises RuntimeError, and leaves the
+    graph unusable.
+    """
+
+    def __init__(self, options: GraphOptions, batch_size: int, device_id: int | None = None) -> None:
+        self._pipeline = _built(options, batch_size, device_id)
+        self._names = ("start", "shape", "flip", *(("offset", "std") if options.normalised else ()))
+        self._inside: deque[tuple[list[np.ndarray], Windows]] = deque()  # DALI reads their memory, without a copy
+
+    def submit(self, jpegs: list[np.ndarray], windows: Windows) -> None:
+        """Begin to decode a batch of at least one JPEG, each (bytes,) uint8."""
+        self._inside.append((jpegs, windows))
+        self._pipeline.feed_input("jpeg", jpegs)
+        for name in self._names:
+            self._pipeline.feed_input(name, getattr(windows, name))
+        self._pipeline.schedule_run()
+
+    def result(self, stream: Any = None) -> Any:
+        """DALI's tensor of the oldest batch's views, RGB. With a CUDA stream it is ready there, else on the host."""
+        (views,) = self._pipeline.outputs() if stream is None else self._pipeline.outputs(cuda_stream=stream)
+        self._inside.popleft()
+        return views.as_tensor()
+
+
+def decodes(jpeg: np.ndarray, windows: Windows, options: GraphOptions, device_id: int | None) -> bool:
+    """Whether one JPEG decodes where its window is."""
+    graph = Graph(options, 1, device_id)
+    try:
+        graph.submit([jpeg], windows)
+        graph.result()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _built(options: GraphOptions, batch_size: int, device_id: int | None) -> Pipeline:
+    # a depth of 1: schedule_run would otherwise want several batches at once, the first time; it queues any number
+    pipeline = Pipeline(
+        batch_size=batch_size, num_threads=options.threads, device_id=device_id, prefetch_queue_depth=1, seed=0
+    )
+    integer, real = types.DALIDataType.INT32, types.DALIDataType.FLOAT
     with pipeline:
-        inputs: Any = fn.external_source(
-            source=source,
-            num_outputs=3,
-            dtype=[types.DALIDataType.UINT8, types.DALIDataType.INT32, types.DALIDataType.INT32],
-            ndim=[1, 1, 0],
+        jpeg, start, shape, flip, offset, std = (
+            fn.external_source(name=name, dtype=dtype, ndim=ndim, no_copy=True)
+            for name, dtype, ndim in (
+                ("jpeg", types.DALIDataType.UINT8, 1),
+                ("start", integer, 1),
+                ("shape", integer, 1),
+                ("flip", integer, 0),
+                ("offset", real, 1),
+                ("std", real, 1),
+            )
         )
-        jpeg, crop, flip = inputs
-        image = fn.decoders.image_slice(
+        image: Any = fn.decoders.image_slice(
             jpeg,
-            start=crop,
-            shape=[view, view],
+            start=start,
+            shape=shape,
             axis_names="HW",
             device="cpu" if device_id is None else "mixed",
             output_type=types.DALIImageType.RGB,
             adjust_orientation=False,
+            hw_decoder_load=None if device_id is None else options.hardware_share,
         )
-        pipeline.set_outputs(fn.flip(image, horizontal=flip, vertical=0))
+        if options.resize:
+            image = fn.resize(image, size=[options.view] * 2, interp_type=types.DALIInterpType.INTERP_LINEAR)
+        if options.normalised:
+            view = fn.crop_mirror_normalize(image, mirror=flip, mean=offset, std=std, dtype=real, output_layout="CHW")
+        else:
+            view = fn.flip(image, horizontal=flip, vertical=0)
+        pipeline.set_outputs(view)
     pipeline.build()
     return pipeline

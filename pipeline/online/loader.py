@@ -1,224 +1,295 @@
-"""Batches on the device: reads, draws, decodes ahead in a thread, normalises on the device, and measures the stall."""
+"""A dataset directory, streamed to the device: what users of the online stage use."""
 
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
 
 from pipeline import manifest, storage
 from pipeline.errors import UserError
-from pipeline.online import augment
-from pipeline.online.graph import Inputs, build_graph
+from pipeline.online.augment import AlexNet, Transform
+from pipeline.online.cache import ShardCache
+from pipeline.online.decode import Decoder
+from pipeline.online.faults import Replacements
+from pipeline.online.feed import Feed
+from pipeline.online.graph import GraphOptions
+from pipeline.online.meter import Meter, waited
+from pipeline.online.normalise import DTYPES, Normaliser
 from pipeline.online.order import Order
+from pipeline.online.plain import ImageNet
 from pipeline.online.samples import SampleReader
+from pipeline.online.sequence import Sequence
+from pipeline.online.windows import Recipe
 
-VIEWS = ("random", "centre", "ten")
+STATE = 1  # the version of what `state_dict` gives
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One global batch. `ten` views have one more dimension: images (n, 10, 3, 224, 224)."""
+    """A rank's part of one global batch; it may be empty. `ten` views have one more dimension: (n, 10, 3, 224, 224)."""
 
     step: int
     epoch: int
+    place: int  # of its first sample in the global batch
+    whole: int  # samples of the global batch
     ids: np.ndarray  # (n,) int64
-    labels: torch.Tensor  # (n,) int64; −1: none
-    images: torch.Tensor  # (n, 3, 224, 224) float32, RGB grey levels minus the mean image, channels last in memory
+    labels: Tensor  # (n,) int64, on the first device; −1: none
+    replicas: tuple[Tensor, ...]  # the images, on each device
 
-
-def normalise(view: torch.Tensor, mean: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    """(n, 224, 224, 3) uint8 → network input (n, 3, 224, 224) float32, on the view's device.
-
-    `mean` (224, 224, 3) float32 in grey levels. `shift` (n, 3) float32: the lighting of a training batch, which is then
-    divided by 1.1 as the 2012 code has it; None: none of both. `augment.reference_normalise` is its oracle.
-    """
-    x = view.to(torch.float32).sub_(mean)
-    if shift is not None:
-        x.add_(shift[:, None, None, :]).mul_(augment.LIGHTING_SCALE)
-    return x.permute(0, 3, 1, 2)
+    @property
+    def images(self) -> Tensor:
+        """(n, 3, 224, 224) on the first device: RGB grey levels less the mean, or what the recipe makes of them."""
+        return self.replicas[0]
 
 
 class Loader:
     """Streams one split of a dataset directory to a device, from batch `step` on.
 
-    Training (`views="random"`) shuffles every epoch and goes on for ever; evaluation (`centre`, `ten`) visits every
-    sample once in the order of the ids. Use it as a context manager, so that its thread and its files end with it.
+    Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`) visits every sample once in the order of
+    the ids. Use it as a context manager, so that its threads and files end with it.
 
     Args:
-        data: a dataset directory, or its loaded manifest.
-        lighting_until: random views have PCA colour noise and the factor 1/1.1 in the steps below this one; None: in
-            all, 0: in none.
-        device: where the images go; on a CUDA device DALI decodes there too.
+        data: a dataset directory (a path or a URL), or its loaded manifest.
+        batch_size: of the global batch, all ranks' parts together.
+        recipe: "alexnet", whose `options` are those of `augment.Transform` (views, mean, lighting, …); or "imagenet",
+            what torchvision and timm train with: random resized crop, flip, mean and deviation; its option is `views`.
+        order, last, window: see `order.Order`. Evaluation has the fixed order.
+        rank, ranks: which part of every global batch is ours, of how many.
+        device: where the images go; on a CUDA device DALI decodes there too. Several get the same images each.
+        feed: with several devices, each decodes its part of the batch ("split"), or all of it ("replicate").
+        output: "float32", "bfloat16", "float16"; or "uint8", the views as they were cut, without mean and lighting.
         threads: DALI's; default: as many as this process may use cores.
-        depth: batches prepared ahead.
+        readers: samples read at a time.
+        depth: batches made ready ahead of use.
+        hardware_share: of the pictures, to a GPU's hardware decoder.
+        max_bad: samples that may fail in training, and are replaced (`faults.Replacements`); past it, an error.
+        cache, cache_bytes: of a remote data set: the folder for its shards, and how much they may take there.
     Raises:
-        UserError: a directory that is damaged or not one, an empty split, a size that no view fits in.
+        UserError: a directory that is damaged or not one, an empty split, an impossible option.
     """
 
     def __init__(
         self,
-        data: str | Path | manifest.Manifest,
+        data: "str | os.PathLike[str] | manifest.Manifest",
         split: str = "train",
         *,
         batch_size: int = 128,
-        views: str = "random",
-        lighting_until: int | None = None,
+        recipe: str = "alexnet",
+        order: str = "uniform",
+        last: str = "short",
+        window: int = Order.window,
         seed: int = 2012,
         step: int = 0,
-        device: str | torch.device = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
+        device: "str | torch.device | tuple[str | torch.device, ...]" = "cpu",
+        feed: str = "split",
+        output: str = "float32",
         threads: int | None = None,
+        readers: int = 1,
         depth: int = 2,
+        hardware_share: float = 0.9,
+        max_bad: int = 0,
+        cache: "str | os.PathLike[str] | None" = None,
+        cache_bytes: int = 200 * 10**9,
+        **options: Any,
     ) -> None:
-        if views not in VIEWS or batch_size < 1 or depth < 1:
-            raise UserError(
-                f"views={views!r}, batch_size={batch_size}, depth={depth}: views must be one of {', '.join(VIEWS)}, "
-                "the others at least 1"
-            )
+        _check(batch_size=batch_size, readers=readers, depth=depth, threads=threads or 1, ranks=ranks)
+        for name, value, known in (("feed", feed, ("split", "replicate")), ("output", output, tuple(DTYPES))):
+            if value not in known:
+                raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+        if not 0 <= rank < ranks:
+            raise UserError(f"rank={rank}: must be between 0 and ranks − 1 = {ranks - 1}")
         self.manifest = data if isinstance(data, manifest.Manifest) else manifest.load(data)
-        if storage.is_remote(self.manifest.root):
-            raise UserError(f"{self.manifest.root}: the loader reads local shards; copy DATASET to this machine first")
-        self.size = self.manifest.recipe.size
-        if self.manifest.recipe.crop != "centre":
-            raise UserError(
-                f"{self.manifest.root}: built with --crop none, whole pictures for other models' augmentation; "
-                "build with --crop centre for this one"
-            )
-        if self.size < augment.VIEW_SIZE:
-            raise UserError(
-                f"{self.manifest.root}: images of {self.size} pixels; a view needs {augment.VIEW_SIZE}; "
-                "build with --size 256"
-            )
-        self.reader = SampleReader(self.manifest, split)
-        if not len(self.reader):
+        self.split = split
+        samples = self.manifest.split(split).samples
+        if not samples:
             raise UserError(f"{self.manifest.root}: the split {split!r} is empty")
-        self.views, self.device = views, torch.device(device)
-        self._lighting_until = lighting_until if views == "random" else 0
-        self.order = Order(len(self.reader), batch_size, seed, shuffle=views == "random")
-        self.waited = 0.0  # seconds that the consumer, on the host, has waited for batches: the stall
-        self._statistics = self.manifest.statistics()
-        self._mean = torch.from_numpy(augment.mean_view(self._statistics)).to(self.device)
-        self._next_read = step  # the step that the graph reads next
-        self._next_asked = step  # the step that the thread is asked for next
-        self._end = None if views == "random" else self.order.steps_per_epoch
-        self._depth = depth
-        self._epoch, self._ids = -1, np.empty(0, np.int64)  # the permutation in use
-        self._reading: deque[_Prepared] = deque()  # what the graph is working on
-        self._graph = build_graph(
-            self._read_next,
-            view=self.size if views == "ten" else augment.VIEW_SIZE,
-            batch_size=batch_size,
-            threads=threads or len(os.sched_getaffinity(0)),
-            device_id=None if self.device.type == "cpu" else self.device.index or 0,
+        self.recipe = _recipe(self.manifest, recipe, seed, options)
+        training = self.recipe.training
+        if max_bad and not training:
+            raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
+        records = self.manifest.split(split).shards
+        self.order = Order(
+            samples,
+            batch_size,
+            seed,
+            order if training else "fixed",
+            last if training else "short",
+            tuple(shard.samples for shard in records),
+            window,
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="penstock-loader")
-        self._ahead: deque[Future[_Prepared]] = deque()
-        self._ask()
+        self.devices = tuple(torch.device(each) for each in (device if isinstance(device, tuple) else (device,)))
+        whole = self.manifest.recipe.crop != "centre"
+        size = None if whole else (self.manifest.recipe.size,) * 2
+        chunk = options.get("crop_chunk", 1)
+        self._sequence = Sequence(self.order, self.recipe, rank, ranks, chunk, size)
+        self._cache = self._cached(cache, cache_bytes) if storage.is_remote(self.manifest.root) else None
+        self._reader = SampleReader(self.manifest, split, self._cache, readers)
+        self._normaliser = Normaliser(self.recipe, self._decoding, output)
+        self._graph = GraphOptions(
+            self.recipe.view,
+            self.recipe.resize,
+            self._normaliser.in_graph,
+            threads or len(os.sched_getaffinity(0)),
+            hardware_share,
+        )
+        self._replicate, self._depth, self._max_bad = feed == "replicate", depth, max_bad
+        self._end = None if training else self.order.steps_per_epoch
+        self.meter = Meter()
+        self._begin(step, ())
+
+    def _begin(self, step: int, bad: "tuple[int, ...] | list[int]") -> None:
+        self._next = step
+        self._faults = Replacements(self._reader, self._max_bad, bad)
+        self._feed = Feed(
+            self._sequence,
+            self._reader,
+            Decoder(self._decoding, self._graph, self._sequence.most, self._replicate),
+            self._faults,
+            self._normaliser.prepare,
+            step=step,
+            end=self._end,
+            depth=self._depth,
+            upcoming=self._upcoming if self._cache else None,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """The next batch; what its preparation raised is raised here."""
-        if not self._ahead:
-            raise StopIteration
+        device = self.devices[0]
+        before = _event(device)
         asked = time.perf_counter()
-        prepared = self._ahead.popleft().result()
-        self.waited += time.perf_counter() - asked
-        self._ask()
-        return self._finish(prepared)
+        ready = self._feed.next()
+        if ready is None:
+            raise StopIteration
+        wait = waited(asked, time.perf_counter(), ready.times)
+        after = _event(device)
+        self.meter.add(wait, (before, after) if before and after else None)
+        batch = ready.prepared
+        self._next = batch.step + 1
+        images = {}
+        for each, tensors in zip(self._decoding, ready.tensors):
+            if each.type == "cuda":
+                for tensor in (
+                    ready.labels,
+                    *tensors,
+                ):  # made on another stream; not to be freed while this one uses it
+                    tensor.record_stream(torch.cuda.current_stream(each))
+            images[each] = self._normaliser.images(batch.step, tensors, each)
+        replicas = tuple(images[each] for each in self.devices)
+        return Batch(batch.step, batch.epoch, batch.place, batch.whole, batch.ids, ready.labels, replicas)
+
+    @property
+    def bad(self) -> list[int]:
+        """The ids of the samples that others stood in for."""
+        return self._faults.ids
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is, after the batches that were taken: plain values. Loading it takes no longer for more steps.
+
+        It holds for any number of ranks, devices, threads.
+        """
+        return {**self._described(), "step": self._next, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken: the next batch is that of its step, with the same samples and pixels.
+
+        Raises:
+            UserError: it is of another data set, seed, batch size or option; the message names each.
+        """
+        mine = self._described()
+        differing = [key for key in mine if state.get(key) != mine[key]]
+        if differing or not isinstance(state.get("step"), int):
+            what = "; ".join(f"{key}: {state.get(key)!r} there, {mine[key]!r} here" for key in differing)
+            raise UserError(f"this state is of another loader ({what or 'it has no step'}); make the loader as it was")
+        self._feed.close()
+        self._begin(state["step"], state.get("bad", ()))
 
     def close(self) -> None:
-        """End the thread, close the files, and free the graph; there is no next batch after it."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
-        del self._graph  # it holds a method of ours: without this, only the garbage collector would free both
-        self.reader.close()
+        """End the threads, close the files, free the graphs; there is no next batch after it."""
+        if self._cache:
+            self._cache.close()  # what waits for a shard ends
+        self._feed.close()
+        self._reader.close()
 
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self) -> None:
-        while len(self._ahead) < self._depth and (self._end is None or self._next_asked < self._end):
-            self._ahead.append(self._thread.submit(self._prepare, self._next_asked))
-            self._next_asked += 1
+    @property
+    def _decoding(self) -> tuple[torch.device, ...]:
+        return tuple(dict.fromkeys(self.devices))
 
-    # What follows runs in the thread, so that reading, decoding and the consumer's work overlap.
+    def _described(self) -> dict[str, Any]:
+        """All that the batches are a function of, but for the step."""
+        order = self.order
+        window = {"window": order.window} if order.kind == "shards" else {}
+        return {
+            "version": STATE,
+            "dataset": self.manifest.identity,
+            "split": self.split,
+            "seed": order.seed,
+            "batch_size": order.batch_size,
+            "order": order.kind,
+            "last": order.last,
+            **window,
+            **self.recipe.described(),
+        }
 
-    def _prepare(self, step: int) -> "_Prepared":
-        """Wait for the batch of `step`; the graph has asked for the next one by then."""
-        (decoded,) = self._graph.run()
-        inputs = self._reading.popleft()
-        assert inputs.step == step
-        view = torch.empty(decoded.as_tensor().shape(), dtype=torch.uint8, device=self.device)
-        if self.device.type == "cuda":
-            # on the consumer's stream, as its earlier kernels may still read this memory; and to its end, as DALI
-            # takes its own memory back with the next run
-            stream = torch.cuda.current_stream(self.device)
-            feed_ndarray(decoded.as_tensor(), view, cuda_stream=stream)
-            stream.synchronize()
-        else:
-            feed_ndarray(decoded.as_tensor(), view)
-        return replace(inputs, view=view)
+    def _cached(self, folder: "str | os.PathLike[str] | None", limit: int) -> ShardCache:
+        root, shards = self.manifest.root, self.manifest.split(self.split).shards
+        if folder is None:
+            raise UserError(f"{root}: is remote; name a folder on this machine for its shards: cache=FOLDER")
+        whole = sum(shard.bytes for shard in shards)
+        if self.order.kind == "uniform" and whole > limit:
+            raise UserError(
+                f"{root}: order='uniform' reads all of {self.split!r} at once, {whole / 1e9:.1f} GB, and "
+                f"cache_bytes={limit / 1e9:.1f} GB; raise that, or take order='shards'"
+            )
+        return ShardCache(self.manifest, self.split, Path(folder), limit)
 
-    def _read_next(self) -> Inputs:
-        """What the graph calls for every batch."""
-        if self._next_read == self._end:
-            raise StopIteration
-        epoch, place = divmod(self._next_read, self.order.steps_per_epoch)
-        ids = self._permutation(epoch)[place * self.order.batch_size : (place + 1) * self.order.batch_size]
-        if self.views == "random":
-            draws = augment.draw(self.order.seed, epoch, ids, self.size)
-        else:
-            draws = augment.centre(len(ids), self.size)
-        shift = augment.lighting_shift(draws.normals, self._statistics)
-        self._reading.append(_Prepared(self._next_read, epoch, ids, shift))
-        self._next_read += 1
-        crop = np.zeros_like(draws.crop) if self.views == "ten" else draws.crop
-        return self.reader.read(ids), crop, draws.flip
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._epoch != epoch:
-            self._epoch, self._ids = epoch, self.order.permutation(epoch)
-        return self._ids
-
-    # What follows runs in the consumer's thread, on the consumer's device.
-
-    def _finish(self, prepared: "_Prepared") -> Batch:
-        assert prepared.view is not None
-        labels = torch.from_numpy(self.reader.labels(prepared.ids)).to(self.device)
-        if self.views == "ten":
-            images = torch.stack([normalise(view, self._mean, None) for view in _cut_ten(prepared.view)], dim=1)
-        else:
-            lit = self._lighting_until is None or prepared.step < self._lighting_until
-            shift = torch.from_numpy(prepared.shift).to(self.device) if lit else None
-            images = normalise(prepared.view, self._mean, shift)
-        return Batch(prepared.step, prepared.epoch, prepared.ids, labels, images)
+    def _upcoming(self, ids: np.ndarray) -> None:
+        """Tell the cache which shards come, in the order of their first use."""
+        assert self._cache is not None
+        shards = self._reader.records["shard"][ids]
+        numbers, first = np.unique(shards, return_index=True)
+        self._cache.ahead(numbers[np.argsort(first)].tolist())
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    step: int
-    epoch: int
-    ids: np.ndarray
-    shift: np.ndarray  # (n, 3) float32
-    view: torch.Tensor | None = None  # (n, 224, 224, 3) uint8; the whole images for ten views
+def _recipe(data: manifest.Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
+    if name == "alexnet":
+        if data.recipe.crop != "centre":
+            raise UserError(
+                f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
+                "take recipe='imagenet', or build with --crop centre"
+            )
+        return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
+    if name == "imagenet":
+        return ImageNet(seed=seed, **options)
+    raise UserError(f"recipe={name!r}: must be one of alexnet, imagenet")
 
 
-def _cut_ten(images: torch.Tensor) -> Iterator[torch.Tensor]:
-    """(n, size, size, 3) → ten times (n, 224, 224, 3)."""
-    for top, left, flip in augment.ten_views(images.shape[1]):
-        view = images[:, top : top + augment.VIEW_SIZE, left : left + augment.VIEW_SIZE]
-        yield view.flip(2) if flip else view
+def _check(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={count}: must be at least 1")
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """An event on the consumer's stream, now."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -41,4 +41,5 @@ def key_of(seed: int) -> tuple[int, int]:
 
 
 # The first counter word of every use of a seed, so that no two uses share a draw.
-ORDER, VIEW, LIGHTING, DROPOUT = range(4)
+# DROPOUT adds 256 for each layer.
+ORDER, VIEW, LIGHTING, DROPOUT, SHARDS, REGION = range(6)

@@ -1,1 +1,1 @@
-"""What `tools/bench.py build` measures: the codec's ceiling, our own builder, and others', each in its own Python."""
+"""What `tools/bench.py` measures: ceilings, our own builder and loader, and those of others, each in its own Python."""

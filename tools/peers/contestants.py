@@ -1,26 +1,20 @@
-"""Who is measured: our own builder, the ceiling, and the builders of others."""
+"""Who is measured by `build`: our own builder, the ceiling, and the builders of others."""
 
 from dataclasses import dataclass
-
-TORCH = "torch==2.13.0"
-PILLOW = "pillow==13.0.0"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`module` is run as a program with a job's four words and `arguments`; see job.py."""
+    """`module` is run as a program with a job's words and `arguments`; see job.py and loadjob.py."""
 
     name: str
     title: str
     module: str
     does: str  # beside or in place of what ours does
     arguments: tuple[str, ...] = ()
-    requirements: tuple[str, ...] = ()  # exact versions; none: runs in our own environment
-    advice: str = ""  # where its environment cannot be made
-
-    @property
-    def is_peer(self) -> bool:
-        return bool(self.requirements)
+    environment: str = ""  # of environments.ENVIRONMENTS; none: runs in our own
+    ours: str = "penstock"  # the contestant of ours that it is compared with; none: it is one itself
+    converter: str = ""  # a module that writes the pictures in its own format, once and untimed, with the same words
 
 
 CEILING, OURS = "decode-encode", "penstock"
@@ -47,6 +41,7 @@ CONTESTANTS = {
             "penstock_build",
             "the whole job: decode, bicubic rescaling, crop, JPEG 95, mean image and covariance, tar, index, labels, "
             "digests of raw pictures and of files, fsync of every file, manifest",
+            ours="",
         ),
         Contestant(
             "img2dataset",
@@ -54,14 +49,7 @@ CONTESTANTS = {
             "img2dataset_writer",
             "no download: fed from files; OpenCV, INTER_AREA (Lanczos where smaller); grey pictures stay grey; "
             "SHA-256 of the raw bytes, JSON per picture, parquet per shard; no statistics, index or fsync",
-            requirements=(
-                "img2dataset==1.47.0",
-                "opencv-python-headless==4.14.0.94",
-                "albumentations==1.4.24",
-                "webdataset==0.2.111",
-                "numpy==2.4.6",
-                "pyarrow==26.0.1",
-            ),
+            environment="img2dataset",
         ),
         Contestant(
             "litdata",
@@ -69,14 +57,14 @@ CONTESTANTS = {
             "litdata_optimize",
             "stock Pillow, bicubic, within its own chunk format; index of chunks; order not kept; no statistics, "
             "digests or fsync",
-            requirements=("litdata==0.2.76", TORCH, "torchvision==0.28.0", PILLOW, "numpy==2.4.6"),
+            environment="litdata",
         ),
         Contestant(
             "webdataset",
             "WebDataset, ShardWriter with stock Pillow",
             "webdataset_writer",
             "stock Pillow, bicubic; tars and labels; no statistics, index, digests or fsync",
-            requirements=("webdataset==1.0.2", PILLOW, "numpy==2.4.6"),
+            environment="webdataset",
         ),
         Contestant(
             "ffcv",
@@ -84,8 +72,7 @@ CONTESTANTS = {
             "ffcv_writer",
             "the longer side to 256 and no crop: fewer pixels are rescaled, encoded and stored; Pillow decodes, OpenCV "
             "rescales (INTER_AREA) and encodes; one file; no statistics, digests or fsync",
-            requirements=("ffcv==1.0.2", TORCH, "opencv-python==5.0.0.93", PILLOW, "numba==0.68.1", "numpy==2.4.6"),
-            advice="it is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential",
+            environment="ffcv",
         ),
         Contestant(
             "opencv",
@@ -93,7 +80,7 @@ CONTESTANTS = {
             "opencv_area",
             "OpenCV, INTER_AREA (bicubic where smaller), JPEGs and labels in a pickle per shard; turns pictures as "
             "their EXIF says; no statistics, index, digests or fsync",
-            requirements=("opencv-python-headless==5.0.0.93", "numpy==2.4.6"),
+            environment="opencv",
         ),
     )
 }

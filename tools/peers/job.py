@@ -78,14 +78,15 @@ def _timed(job: Job, work: Work, worker: int) -> Span:
     return Span(work(pictures, out, job.per_shard), began, time.monotonic())
 
 
-def report(span: Span, *packages: str) -> None:
-    """The result, as the last line on stdout; `rss` is the peak of the largest process, in bytes."""
+def report(span: Span, *packages: str, **more: object) -> None:
+    """The result, and `more`, as the last line on stdout; `rss` is the peak of the largest process, in bytes."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB
     result = {
         "images": span.images,
         "seconds": span.ended - span.began,
         "rss": 1024 * max(_own_peak(), children),
         "versions": {package: version(package) for package in packages},
+        **more,
     }
     print("\n" + json.dumps(result), flush=True)
 

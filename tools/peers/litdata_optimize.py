@@ -13,9 +13,9 @@ from tools.peers.pillow_recipe import stored_jpeg
 
 def main() -> None:
     job = Job.from_command()
-    starts = _folder(job, "starts")
-    for variable in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):
-        os.environ[variable] = str(_folder(job, variable.lower()))  # by default folders in /tmp, which it empties
+    starts = job.out / "starts"
+    starts.mkdir(parents=True)
+    own_folders(job.out)
     from litdata import optimize  # type: ignore[import-not-found,unused-ignore]  # reads the environment
 
     optimize(
@@ -39,10 +39,12 @@ def sample(picture: Picture, starts: str) -> dict[str, Any]:
     return {"image": stored_jpeg(picture.path), "label": picture.label}
 
 
-def _folder(job: Job, name: str) -> Path:
-    folder = job.out / name
-    folder.mkdir(parents=True)
-    return folder
+def own_folders(out: Path) -> None:
+    """Keep what LitData copies below `out`: by default it takes folders in /tmp, which it empties."""
+    for variable in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):
+        folder = out / variable.lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[variable] = str(folder)
 
 
 if __name__ == "__main__":

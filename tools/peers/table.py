@@ -2,15 +2,43 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tools.peers.contestants import CEILING, OURS
+from tools.peers import contestants, loaders
 from tools.peers.rounds import Entry
 
-HEADER = ("contestant", "workers", "images/s, median (min to max)", "of decode + encode", "ours is", "largest process")
+Say = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What differs between tables: the second column, and the contestant that is the ceiling, with its column."""
+
+    second: str
+    cell: Callable[[Entry], str]
+    ceiling: str
+    share: str
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        rate = "images/s, median (min to max)"
+        return ("contestant", self.second, rate, self.share, "ours is", "largest process")
+
+
+def _gives(entry: Entry) -> str:
+    """As "float32, 3 × 224 × 224"."""
+    if not entry.runs:
+        return ""
+    *shape, dtype = entry.runs[0]["gives"]
+    return f"{dtype}, {' × '.join(map(str, shape))}"
+
+
+BUILD = Columns("workers", lambda entry: str(entry.workers), contestants.CEILING, "of decode + encode")
+LOAD = Columns("gives", _gives, loaders.CEILING, "of the ceiling")
 
 
 def rates(entry: Entry, seconds: str = "seconds") -> list[float]:
@@ -18,29 +46,31 @@ def rates(entry: Entry, seconds: str = "seconds") -> list[float]:
     return [run["images"] / run[seconds] for run in entry.runs]
 
 
-def rows(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """One row for each contestant and number of workers, and a second one for ours, from start to exit."""
+def rows(columns: Columns, entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """One row for each contestant and number of workers, and a second one for our builder, from start to exit."""
     found: list[tuple[str, ...]] = []
     for entry in entries:
+        title = entry.contestant.title
         if entry.not_run:
-            found.append((entry.contestant.title, str(entry.workers), f"not run: {entry.not_run}", "", "", ""))
+            found.append((title, columns.cell(entry), f"not run: {entry.not_run}", "", "", ""))
             continue
-        found.append(_row(entries, entry, entry.contestant.title, "seconds"))
-        if entry.contestant.name == OURS:
-            found.append(_row(entries, entry, f"{entry.contestant.title}, start to exit", "wall"))
+        found.append(_row(columns, entries, entry, title, "seconds"))
+        if entry.contestant.name == contestants.OURS:
+            found.append(_row(columns, entries, entry, f"{title}, start to exit", "wall"))
     return found
 
 
-def _row(entries: Sequence[Entry], entry: Entry, title: str, seconds: str) -> tuple[str, ...]:
+def _row(columns: Columns, entries: Sequence[Entry], entry: Entry, title: str, seconds: str) -> tuple[str, ...]:
     mine = rates(entry, seconds)
     median = statistics.median(mine)
-    ceiling, ours = _median_of(entries, CEILING, entry.workers), _median_of(entries, OURS, entry.workers)
+    ceiling = _median_of(entries, columns.ceiling, entry.workers)
+    ours = _median_of(entries, entry.contestant.ours, entry.workers)
     return (
         title,
-        str(entry.workers),
+        columns.cell(entry),
         f"{median:,.0f} ({min(mine):,.0f} to {max(mine):,.0f})",
         f"{100 * median / ceiling:.0f} %" if ceiling else "",
-        f"{ours / median:.2f} ×" if ours and entry.contestant.name != OURS else "",
+        f"{ours / median:.2f} ×" if ours else "",
         f"{max(run['rss'] for run in entry.runs) / 2**20:,.0f} MiB",
     )
 
@@ -51,25 +81,19 @@ def _median_of(entries: Sequence[Entry], name: str, workers: int) -> float:
     return statistics.median(rates(found[0])) if found else 0.0
 
 
-def print_plain(entries: Sequence[Entry], facts: Sequence[str], say: Callable[[str], Any]) -> None:
-    table = Table(*HEADER)
-    for row in rows(entries):
-        table.add_row(*row)
-    for fact in facts:
-        say(fact)
-    Console(width=max(140, Console().width)).print(table)
-    for title, does in _notes(entries).items():
-        say(f"{title}: {does}.")
-
-
-def print_markdown(entries: Sequence[Entry], facts: Sequence[str], say: Callable[[str], Any]) -> None:
-    say("\n".join(f"- {fact}" for fact in facts) + "\n")
-    for row in (HEADER, ("---",) * len(HEADER), *rows(entries)):
-        say(f"| {' | '.join(row)} |")
-    say("")
-    for title, does in _notes(entries).items():
-        say(f"- {title}: {does}.")
-
-
-def _notes(entries: Sequence[Entry]) -> dict[str, str]:
-    return {entry.contestant.title: entry.contestant.does for entry in entries}
+def print_table(columns: Columns, entries: Sequence[Entry], facts: Sequence[str], markdown: bool, say: Say) -> None:
+    """Facts, the table, and what each contestant does."""
+    if markdown:
+        say("\n".join(f"- {fact}" for fact in facts) + "\n")
+        for row in (columns.header, ("---",) * len(columns.header), *rows(columns, entries)):
+            say(f"| {' | '.join(row)} |")
+        say("")
+    else:
+        for fact in facts:
+            say(fact)
+        table = Table(*columns.header)
+        for row in rows(columns, entries):
+            table.add_row(*row)
+        Console(width=max(140, Console().width)).print(table)
+    for title, does in {entry.contestant.title: entry.contestant.does for entry in entries}.items():
+        say(f"{'- ' if markdown else ''}{title}: {does}.")

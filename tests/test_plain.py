@@ -1,0 +1,371 @@
+"""Other models' views against a scalar RandomResizedCrop, Pillow and numpy; plain WebDataset against the manifest."""
+
+import math
+import pickle
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from conftest import CLASSES, build, one_line, picture, saved
+from pipeline import manifest
+from pipeline.errors import UserError
+from pipeline.online import Loader
+from pipeline.online.graph import Graph, GraphOptions
+from pipeline.online.plain import ImageNet, draw_regions, webdataset
+from pipeline.online.windows import Recipe, Windows
+from reference import jpeg_pixels, philox_words
+
+REGION, VIEW = 5, 1  # first counter words
+Pairs = list[tuple[int, bytes]]  # label and pixels
+
+
+def scalar_window(seed: int, epoch: int, sample: int, height: int, width: int) -> tuple[int, int, int, int, int, int]:
+    """RandomResizedCrop by its published rule, number by number: top, left, height, width, flip, and the tries."""
+    key = seed % 2**32, seed // 2**32
+    low, high = sample % 2**32, sample // 2**32
+    flip = philox_words(key, (VIEW, epoch, low, high))[2] >= 2**31
+    for attempt in range(10):
+        words = philox_words(key, (REGION + 256 * attempt, epoch, low, high))
+        target_area = height * width * (0.08 + (1 - 0.08) * (words[0] / 2**32))
+        log_low, log_high = math.log(3 / 4), math.log(4 / 3)
+        aspect = math.exp(log_low + (log_high - log_low) * (words[1] / 2**32))
+        w, h = round(math.sqrt(target_area * aspect)), round(math.sqrt(target_area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return words[2] * (height - h + 1) // 2**32, words[3] * (width - w + 1) // 2**32, h, w, flip, attempt + 1
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w, h = round(height * (4 / 3)), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w, flip, 11
+
+
+def reference_view(image: np.ndarray, start: np.ndarray, shape: np.ndarray, flip: int) -> np.ndarray:
+    """(h, w, 3) → (224, 224, 3) uint8: the window, resized bilinearly with antialiasing, mirrored; by Pillow."""
+    (top, left), (height, width) = start.tolist(), shape.tolist()
+    window = Image.fromarray(image).crop((left, top, left + width, top + height))
+    view = np.asarray(window.resize((224, 224), Image.Resampling.BILINEAR))
+    return view[:, ::-1] if flip else view
+
+
+def jpegs(root: Path, split: str) -> list[bytes]:
+    """The stored pictures in the order of the ids, by the manifest's records."""
+    found = []
+    for record in manifest.load(root).samples(split):
+        shard = (root / split / f"{split}-{record['shard']:06d}.tar").read_bytes()
+        found.append(shard[record["offset"] :][: record["size"]])
+    return found
+
+
+def views(pictures: list[bytes], windows: Windows, *, normalised: bool, resize: bool = True) -> np.ndarray:
+    graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
+    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], windows)
+    return np.array(graph.result())
+
+
+def squares(n: int) -> np.ndarray:
+    return np.full((n, 2), 256)
+
+
+@pytest.mark.parametrize("seed", [2012, 2**40 + 17])
+def test_windows_are_those_of_the_scalar_rule(seed: int):
+    random = np.random.default_rng(1)
+    shapes = [(256, 256), (256, 4096), (4096, 256), (256, 341), (500, 375), (256, 700), (900, 256), (1, 1), (3, 2)]
+    sizes = np.concatenate([squares(1000), random.permutation(np.repeat(shapes, 120, axis=0))])
+    ids = random.integers(0, 2**36, len(sizes))
+    found = ImageNet("random", seed).windows(0, 6, ids, None, sizes)
+    expected = np.array([scalar_window(seed, 6, i, *size) for i, size in zip(ids.tolist(), sizes.tolist())])
+    assert (found.start == expected[:, :2]).all()
+    assert (found.shape == expected[:, 2:4]).all()
+    assert (found.flip == expected[:, 4]).all()
+    assert {1, 2, 3, 11} <= set(expected[:, 5].tolist())  # later tries and the fallback were seen
+    assert (found.start >= 0).all()
+    assert (found.start + found.shape <= sizes).all()
+    for array in (found.start, found.shape, found.flip):
+        assert array.dtype == np.int32
+        assert array.flags.c_contiguous
+
+
+def test_where_nothing_fits_the_largest_window_of_a_permitted_ratio_is_taken():
+    sizes = np.array([(256, 100_000), (100_000, 256)])
+    start, shape, _ = draw_regions(3, 0, np.arange(2), sizes)
+    assert shape.tolist() == [[256, 341], [341, 256]]
+    assert start.tolist() == [[0, 49829], [49829, 0]]
+
+
+def test_windows_have_the_right_distributions():
+    """Any ratio fits windows of up to ¾ of a square; there, area and log ratio are uniform and independent."""
+    n = 200_000
+    start, shape, flip = draw_regions(5, 0, np.arange(n), squares(n))
+    area, log_ratio = shape.prod(1) / 256**2, np.log(shape[:, 1] / shape[:, 0])
+    free = (area > 0.1) & (area < 0.7)
+    for values, low, high, bins, bound in (
+        (area[free], 0.1, 0.7, 20, 47.5),  # chi-squared of bins − 1 degrees of freedom, 99.97 % and more
+        (log_ratio[free & (area > 0.3)], -0.28, 0.28, 7, 26),  # an odd number: ratio 1, which is frequent, is inside
+    ):
+        counts, _ = np.histogram(values, bins, (low, high))
+        mean = counts.sum() / bins
+        assert ((counts - mean) ** 2 / mean).sum() < bound
+    assert abs(log_ratio.mean()) < 0.002
+    assert abs(np.corrcoef(area[free], log_ratio[free])[0, 1]) < 0.01
+    # A window of area a fits where |log ratio| ≤ ln((256.5/256)²/a): half a pixel more than 256 is rounded down
+    areas = np.linspace(0.08, 1, 100_001)
+    share = (np.log((256.5 / 256) ** 2 / areas) / np.log(4 / 3)).clip(0, 1)
+    assert abs((area > 0.75).mean() - share[areas > 0.75].sum() / share.sum()) < 0.0025
+    assert np.abs(np.quantile(area, [0, 1]) - [0.08, 1]).max() < 0.01
+    assert abs(flip.mean() - 0.5) < 0.005
+    slack = 256 - shape
+    wide = (slack >= 60).all(1)
+    place = (start[wide] + 0.5) / (slack[wide] + 1)
+    assert np.abs(place.mean(0) - 0.5).max() < 0.005
+    assert np.abs(place.var(0) - 1 / 12).max() < 0.001
+    assert abs(np.corrcoef(place.T)[0, 1]) < 0.01
+    assert (start.min(0) == 0).all()
+    assert ((start + shape).max(0) == 256).all()
+
+
+def test_windows_are_a_function_of_seed_epoch_and_id():
+    recipe: Recipe = ImageNet("random", 5)
+    ids, sizes = np.array([9, 2, 5, 2**33]), np.array([(256, 256), (300, 400), (256, 4096), (256, 256)])
+    one = recipe.windows(7, 3, ids, None, sizes)
+    other = recipe.windows(8, 3, ids[::-1].copy(), None, sizes[::-1].copy())
+    for name in ("start", "shape", "flip"):
+        assert (getattr(one, name) == getattr(other, name)[::-1]).all()
+    for changed in (recipe.windows(7, 4, ids, None, sizes), ImageNet("random", 6).windows(7, 3, ids, None, sizes)):
+        assert (changed.shape[[0, 1, 3]] != one.shape[[0, 1, 3]]).any(1).all()
+
+
+def test_those_that_share_a_head_share_its_window():
+    recipe = ImageNet("random", 5)
+    ids, heads = np.arange(12), np.repeat([0, 4, 8], 4)
+    own, shared = (recipe.windows(0, 0, ids, given, squares(12)) for given in (None, heads))
+    for name in ("start", "shape", "flip"):
+        assert (getattr(shared, name) == getattr(own, name)[heads]).all()
+
+
+def test_centre_windows():
+    recipe: Recipe = ImageNet("centre", 1)
+    sizes = np.array([(256, 256), (256, 341), (400, 256), (224, 224), (225, 227)])
+    found = recipe.windows(0, 0, np.arange(5), None, sizes)
+    assert found.start.tolist() == [[16, 16], [16, 58], [88, 16], [0, 0], [0, 2]]  # 58.5 and ½ to even, as round does
+    assert found.shape.tolist() == [[224, 224]] * 5
+    assert found.flip.tolist() == [0] * 5
+    assert (found.offset == (255 * np.array([0.485, 0.456, 0.406])).astype(np.float32)).all()
+    assert (found.std == (255 * np.array([0.229, 0.224, 0.225])).astype(np.float32)).all()
+    assert (recipe.view, recipe.resize, recipe.training, recipe.rest(0)) == (224, False, False, None)
+    assert recipe.described() == {"recipe": "imagenet", "views": "centre"}
+    with pytest.raises(UserError) as caught:
+        recipe.windows(0, 0, np.array([3, 77]), None, np.array([(256, 256), (223, 300)]))
+    one_line(caught, "sample 77", "300 × 223", "224", "--size 256")
+    with pytest.raises(UserError, match="views='ten': must be one of random, centre"):
+        ImageNet("ten", 1)
+
+
+def test_random_views_equal_pillow(dataset: Path):
+    """DALI resizes in one step in float, Pillow in two with 8 bits between; both antialias with a triangle."""
+    stored = jpegs(dataset, "train")
+    whole = [saved(picture(f"whole{i}", *size), "JPEG", quality=95) for i, size in enumerate([(256, 900), (640, 256)])]
+    pictures = stored + whole
+    decoded = [jpeg_pixels(data) for data in pictures]
+    sizes = np.array([image.shape[:2] for image in decoded])
+    windows = ImageNet("random", 4).windows(0, 1, np.arange(len(pictures)), None, sizes)
+    found = views(pictures, windows, normalised=False)
+    assert found.shape == (len(pictures), 224, 224, 3)
+    assert found.dtype == np.uint8
+    expected = [reference_view(*of) for of in zip(decoded, windows.start, windows.shape, windows.flip)]
+    for view, reference in zip(found, expected):
+        difference = view.astype(np.float64) - reference
+        assert np.abs(difference).mean() < 0.5  # grey levels
+        assert 10 * math.log10(255**2 / (difference**2).mean()) > 50  # dB
+
+    normal = views(pictures, windows, normalised=True)
+    levels = (found - windows.offset[:, None, None]) * (np.float32(1) / windows.std)[:, None, None]
+    assert normal.dtype == levels.dtype == np.float32
+    assert (normal == levels.transpose(0, 3, 1, 2)).all()
+
+
+def test_centre_views_equal_pillow_bit_for_bit(dataset: Path):
+    pictures = [*jpegs(dataset, "val"), saved(picture("wide", 341, 256), "JPEG", quality=95)]
+    decoded = [jpeg_pixels(data) for data in pictures]
+    sizes = np.array([image.shape[:2] for image in decoded])
+    windows = ImageNet("centre", 4).windows(0, 0, np.arange(len(pictures)), None, sizes)
+    found = views(pictures, windows, normalised=False, resize=False)
+    for view, image, (top, left) in zip(found, decoded, windows.start):
+        assert (view == image[top : top + 224, left : left + 224]).all()
+
+
+def pairs(samples: Iterable[tuple[Image.Image, int]]) -> Pairs:
+    return [(label, np.asarray(image).tobytes()) for image, label in samples]
+
+
+def stored_pairs(root: Path, split: str) -> Pairs:
+    labels = manifest.load(root).samples(split)["label"].tolist()
+    found = [(label, jpeg_pixels(data).tobytes()) for label, data in zip(labels, jpegs(root, split), strict=True)]
+    assert len(set(found)) == len(found)  # so that equal lists are equal keys
+    return found
+
+
+def as_it_is(sample: object) -> object:
+    return sample
+
+
+def worked(dataset: torch.utils.data.IterableDataset, workers: int) -> Pairs:
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    return pairs(loader)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_webdataset_gives_every_sample_in_the_order_of_the_build(dataset: Path):
+    for split in ("train", "val"):
+        first, label = next(iter(webdataset(str(dataset), split)))
+        assert isinstance(first, Image.Image)
+        assert (first.mode, first.size, type(label)) == ("RGB", (256, 256), int)
+        assert pairs(webdataset(dataset, split)) == stored_pairs(dataset, split)
+    keys = []
+    for shard in (dataset / "train").glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            keys += [name for name in tar.getnames() if name.endswith(".jpg")]
+    assert len(set(keys)) == len(keys) == len(stored_pairs(dataset, "train"))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_webdataset_shuffles(dataset: Path):
+    expected = stored_pairs(dataset, "train")
+    shuffled = webdataset(dataset, "train", shuffle=20, seed=3)
+    again, other = webdataset(dataset, "train", shuffle=20, seed=3), webdataset(dataset, "train", shuffle=20, seed=4)
+    orders = [pairs(shuffled), pairs(shuffled), pairs(other), expected]  # two passes differ, and from other seeds'
+    assert pairs(again) == orders[0]
+    assert all(Counter(order) == Counter(expected) for order in orders)
+    assert all(one != two for i, one in enumerate(orders) for two in orders[:i])
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("shuffle", [0, 20])
+def test_webdataset_workers_share_the_shards(dataset: Path, shuffle: int):
+    for split in ("train", "val"):  # three shards; one, so that a worker has none
+        found = worked(webdataset(dataset, split, shuffle=shuffle), workers=2)
+        assert Counter(found) == Counter(stored_pairs(dataset, split))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_webdataset_ranks_share_the_shards(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    found: Pairs = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        part = pairs(pickle.loads(pickle.dumps(webdataset(dataset, "train"))))  # as a spawned worker gets it
+        assert 0 < len(part) < 41
+        found += part
+    assert Counter(found) == Counter(stored_pairs(dataset, "train"))
+
+
+def test_webdataset_without_labels_and_with_whole_pictures(tmp_path: Path):
+    raw = tmp_path / "raw"
+    for name in CLASSES[:2]:
+        (raw / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            picture(f"{name}{i}", 90 + 30 * i, 80).save(raw / "train" / name / f"{name}{i}.jpg")
+    (raw / "test").mkdir()
+    for i in range(3):
+        picture(f"test{i}", 60, 80).save(raw / "test" / f"{i}.jpg")
+    root = tmp_path / "dataset"
+    result = build(raw, root, "--workers", 1, "--size", 32, "--crop", "none")
+    assert result.exit_code == 0, result.output
+    for split in ("train", "test"):
+        assert pairs(webdataset(root, split)) == stored_pairs(root, split)
+    assert {label for _, label in webdataset(root, "test")} == {-1}
+    assert [image.size for image, _ in webdataset(root, "test")] == [(32, 42)] * 3
+
+
+def test_impossible_webdatasets(small: Path, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        webdataset("s3://bucket/dataset", "train")
+    one_line(caught, "s3://bucket/dataset", "copy")
+    with pytest.raises(UserError, match="no split named 'other'; there are: train, val"):
+        webdataset(small, "other")
+    with pytest.raises(UserError, match="no such directory"):
+        webdataset(tmp_path / "nothing", "train")
+    with pytest.raises(UserError, match="shuffle=-1: must be at least 0"):
+        webdataset(small, "train", shuffle=-1)
+    odd = tmp_path / "a#b"
+    odd.symlink_to(small)
+    assert next(iter(webdataset(odd, "val")))[0].size == (32, 32)  # the link is followed
+    odd.unlink()
+    odd.mkdir()
+    for path in small.rglob("*"):
+        target = odd / path.relative_to(small)
+        if path.is_file():
+            target.parent.mkdir(exist_ok=True)
+            target.hardlink_to(path)
+    with pytest.raises(UserError) as caught:
+        webdataset(odd, "val")
+    one_line(caught, "a#b/val/val-000000.tar", "rename")
+
+
+class Block(nn.Module):
+    """He et al. (2016): two 3 × 3 convolutions beside the identity, or beside a 1 × 1 convolution."""
+
+    def __init__(self, inputs: int, maps: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, maps, 3, stride, 1, bias=False), nn.BatchNorm2d(maps), nn.ReLU(),
+            nn.Conv2d(maps, maps, 3, 1, 1, bias=False), nn.BatchNorm2d(maps),
+        )  # fmt: skip
+        self.beside: nn.Module = nn.Identity()
+        if stride > 1 or inputs != maps:
+            self.beside = nn.Sequential(nn.Conv2d(inputs, maps, 1, stride, bias=False), nn.BatchNorm2d(maps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.beside(x))
+
+
+def resnet18(width: int, classes: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.MaxPool2d(3, 2, 1)]
+    inputs = width
+    for maps, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        layers += [Block(inputs, maps, stride), Block(maps, maps, 1)]
+        inputs = maps
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def assert_learns(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Six steps over `batches`, again and again, lower the loss of each."""
+    torch.manual_seed(0)
+    network = resnet18(8, len(CLASSES))
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(6 + len(batches)):
+        images, labels = batches[step % len(batches)]
+        assert images.shape == (8, 3, 224, 224)
+        assert images.dtype == torch.float32
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all()
+    for first, last in zip(losses, losses[-len(batches) :]):
+        assert last < first
+
+
+def test_a_resnet_learns_from_the_graph(dataset: Path):
+    pictures, labels = jpegs(dataset, "train")[:8], manifest.load(dataset).samples("train")["label"][:8]
+    windows = ImageNet("random", 1).windows(0, 0, np.arange(8), None, squares(8))
+    images = torch.from_numpy(views(pictures, windows, normalised=True))
+    assert_learns([(images, torch.from_numpy(labels.astype(np.int64)))])
+
+
+def test_a_resnet_learns_from_the_loader(dataset: Path):
+    """The whole way of another model's batch."""
+    with Loader(dataset, "train", batch_size=8, recipe="imagenet") as loader:
+        batches = [(batch.images.clone(), batch.labels.clone()) for batch in (next(loader) for _ in range(2))]
+    assert_learns(batches)
