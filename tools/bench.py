@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from pipeline.cli import Command
 from pipeline.errors import UserError
 from tools.peers import environments, facts
 from tools.peers.building import Building
 from tools.peers.contestants import CONTESTANTS
-from tools.peers.datasets import some_shards
+from tools.peers.datasets import of_images
 from tools.peers.environments import ENVIRONMENTS
 from tools.peers.facts import CORES
 from tools.peers.loaders import LOADERS
@@ -139,8 +140,8 @@ def load(
     """Measure how fast training views of DATASET come on this machine's cores, beside DALI's decoder, and peers.
 
     Rates are those of batches after a warm-up, that nobody looks at: without the start of interpreters, workers and
-    compilers. The same pictures for all, warm in memory, as many as a run takes, or again and again where there are
-    fewer; repetitions are interleaved. Peers that have formats of their own get those written first, untimed.
+    compilers. The same pictures for all, warm in memory: as many as a run takes, repeated where there are fewer;
+    repetitions are interleaved. Peers that have formats of their own get those written first, untimed.
 
     \b
     Examples:
@@ -150,18 +151,18 @@ def load(
     entries = [Entry(LOADERS[name], CORES) for name in only or LOADERS]
     with _scratch() as scratch:
         loading = Loading(scratch / "dataset", scratch, batch, batches, _say)
-        selected = some_shards(dataset, loading.taken(CORES), loading.dataset)
+        selected = of_images(dataset, loading.taken(CORES), loading.dataset)
+        stored = np.unique(selected.samples("train"))
         run_rounds(entries, loading.run, repetitions, _say)
-    samples, size = selected.split("train").samples, selected.samples("train")["size"].mean()
     lines = [
         facts.machine(),
-        f"{batches:,} batches of {batch:,} views of 224 × 224, after a warm-up; from {samples:,} pictures of "
-        f"{selected.recipe.size} × {selected.recipe.size}, {size / 1e3:.1f} kB on average",
+        f"{batches:,} batches of {batch:,} views of 224 × 224, after a warm-up; from {len(stored):,} pictures of "
+        f"{selected.recipe.size} × {selected.recipe.size}, {stored['size'].mean() / 1e3:.1f} kB on average",
         f"{repetitions} repetitions, interleaved; {CORES} threads or processes each",
         facts.versions(entries),
     ]
-    print_table(LOAD, entries, lines, markdown, click.echo)
-    measured = {"batch": batch, "batches": batches, "samples": samples, "repetitions": repetitions}
+    print_table(LOAD, entries, lines + facts.waits(entries), markdown, click.echo)
+    measured = {"batch": batch, "batches": batches, "samples": len(stored), "repetitions": repetitions}
     _save(record, facts.record(measured, entries))
 
 

@@ -105,7 +105,7 @@ class AlexNet:
             start,
             np.full((n, 2), self.view, np.int32),
             flip,
-            np.array(offset),
+            np.array(offset, order="C"),
             np.full((n, 3), options.divisor(step)),
         )
 

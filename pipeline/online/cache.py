@@ -43,8 +43,9 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         self._paths = {shard: folder / data.identity / split / Path(name).name for shard, name in names.items()}
         self._limit, self._fetchers = limit, fetchers
         largest = max((record.bytes for record in self._files.values()), default=0)
-        if limit < largest or fetchers < 1:
-            raise UserError(f"cache limit {limit:,} bytes, {fetchers} fetchers: must be at least {largest:,} and 1")
+        assert fetchers >= 1
+        if limit < largest:
+            raise UserError(f"cache limit {limit:,} bytes: the largest shard has {largest:,}; raise the cache limit")
         try:
             _tidy(folder / data.identity / split)
             there = [shard for shard, path in self._paths.items() if path.exists()]
@@ -204,7 +205,8 @@ class ShardCache(AbstractContextManager["ShardCache"]):
             try:
                 self._bring(shard)
             except OSError as error:
-                raise UserError(f"{self._paths[shard]}: {error.strerror}; make room, or name another folder") from error
+                words = f"{error.filename or self._paths[shard]}: {error.strerror}"
+                raise UserError(f"{words}; make room, or name another cache folder") from error
             finally:
                 with self._changed:
                     del self._busy[shard]

@@ -1,4 +1,4 @@
-"""Dataset directories of another size than was built: some of the shards of one, or one inflated by repetition."""
+"""Dataset directories of another size than was built: part of one, or one inflated by repetition."""
 
 import io
 from collections.abc import Mapping
@@ -15,8 +15,10 @@ from tools.peers.job import SIDE
 TRAIN = "train"
 
 
-def some_shards(dataset: Path, images: int, root: Path) -> Manifest:
-    """A dataset directory `root` of the first training shards of `dataset`, until there are `images` pictures, or all.
+def of_images(dataset: Path, images: int, root: Path) -> Manifest:
+    """A dataset directory `root` of so many training images: the first of `dataset`, repeated where there are fewer.
+
+    It has whole shards, those that are needed, as links.
 
     Raises:
         UserError: `dataset` is not a dataset directory of training pictures of 256 × 256.
@@ -30,10 +32,9 @@ def some_shards(dataset: Path, images: int, root: Path) -> Manifest:
         )
     ends = np.cumsum([shard.samples for shard in split.shards])
     shards = split.shards[: int(np.searchsorted(ends, images)) + 1]
-    numbers = [_number(shard) for shard in shards]
-    samples = built.samples(TRAIN)
+    records = np.resize(built.samples(TRAIN), images)  # in the order of the shards
     files = {name: name for shard in shards for name in (shard.name, _index(shard.name))}
-    return _write(built, root, samples[np.isin(samples["shard"], numbers)], shards, files)
+    return _write(built, root, records, shards, files)
 
 
 def inflated(built: Manifest, samples: int, shards: int, root: Path) -> Manifest:
@@ -80,7 +81,3 @@ def _write(
 
 def _index(shard: str) -> str:
     return shard.removesuffix(".tar") + ".idx"
-
-
-def _number(shard: ShardRecord) -> int:
-    return int(shard.name[-10:-4])

@@ -29,6 +29,17 @@ def versions(entries: Sequence[Entry]) -> str:
     return "; ".join(f"{', '.join(known)}: {text}" for text, known in names.items())
 
 
+def waits(entries: Sequence[Entry]) -> list[str]:
+    """What our own loader waited for in its first run: it has no other work, so the causes' shares tell the limit."""
+    lines = []
+    for entry in entries:
+        seconds = entry.runs[0].get("waits", {}) if entry.runs else {}
+        if whole := sum(seconds.values()):
+            shares = ", ".join(f"{cause} {100 * part / whole:.0f} %" for cause, part in seconds.items())
+            lines.append(f"{entry.contestant.name} waited, in its first run, for: {shares}")
+    return lines
+
+
 def record(measured: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
     """For JSON: the machine, `measured`, the contestants, and every run."""
     return {

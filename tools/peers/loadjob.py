@@ -5,7 +5,7 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -78,8 +78,8 @@ class LoadJob:
         return colour
 
 
-def measure(job: LoadJob, batches: Iterator[Any], *packages: str) -> None:
-    """Take batches, which have `shape` and `dtype`, as fast as they come, and report those after the warm-up."""
+def measure(job: LoadJob, batches: Iterator[Any], *packages: str, more: Callable[[], Any] = dict) -> None:
+    """Take batches, which have `shape` and `dtype`, as fast as they come; report those after the warm-up, and `more`."""
     images, shapes = 0, set()
     for _ in islice(batches, job.warm_up):
         pass
@@ -89,7 +89,7 @@ def measure(job: LoadJob, batches: Iterator[Any], *packages: str) -> None:
         shapes.add((*map(int, batch.shape[1:]), str(batch.dtype).removeprefix("torch.")))
     ended = time.monotonic()
     (shape,) = shapes  # batches of different shapes or types are not what was asked for
-    report(Span(images, began, ended), *packages, gives=list(shape))
+    report(Span(images, began, ended), *packages, gives=list(shape), **more())
 
 
 def window(side: int) -> tuple[int, int, bool]:

@@ -1,0 +1,130 @@
+"""Keyed draws of crop, flip and lighting: known answers, distributions, formulas."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import manifest
+from pipeline.errors import UserError
+from pipeline.online import augment
+from pipeline.online.augment import Transform
+from pipeline.online.philox import philox
+from reference import philox_words
+
+
+def test_philox_known_answers():
+    """The three vectors published with the Random123 library."""
+    assert [
+        f"{int(word):08x}" for word in philox((0, 0), (0, 0, 0, 0))
+    ] == "6627e8d5 e169c58d bc57ac4c 9b00dbd8".split()
+    ones = 0xFFFFFFFF
+    assert [f"{int(word):08x}" for word in philox((ones, ones), (ones,) * 4)] == (
+        "408f276d 41c83b0e a20bc7c6 6d5451fd".split()
+    )
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert [f"{int(word):08x}" for word in philox((0xA4093822, 0x299F31D0), pi)] == (
+        "d16cfe09 94fdcceb 5001e420 24126ea1".split()
+    )
+
+
+def test_philox_broadcasts():
+    words = philox((3, 4), (7, np.arange(5)[:, None], np.arange(6)[None], 9))
+    assert words.shape == (5, 6, 4)
+    assert words[2, 3].tolist() == philox_words((3, 4), (7, 2, 3, 9))
+
+
+def test_draws_have_the_right_distributions():
+    draws = augment.draw(5, 0, np.arange(200_000), 33)
+    for axis in (0, 1):
+        counts = np.bincount(draws.crop[:, axis], minlength=33)
+        assert len(counts) == 33
+        assert ((counts - 200_000 / 33) ** 2 / (200_000 / 33)).sum() < 75  # 32 degrees of freedom, beyond 99.99 %
+    assert abs(draws.flip.mean() - 0.5) < 0.005
+    assert np.abs(draws.normals.mean(0)).max() < 0.01
+    assert np.abs(np.cov(draws.normals.T) - np.eye(3)).max() < 0.02
+    assert abs((np.abs(draws.normals) > 1.959964).mean() - 0.05) < 0.002
+    assert abs(np.corrcoef(draws.crop.T)[0, 1]) < 0.01
+
+
+def test_draws_are_a_function_of_seed_epoch_and_id():
+    ids = np.array([9, 2, 5])
+    one, other = augment.draw(5, 3, ids, 33), augment.draw(5, 3, ids[::-1].copy(), 33)
+    assert (one.crop == other.crop[::-1]).all()
+    assert (one.normals == other.normals[::-1]).all()
+    assert (augment.draw(5, 4, ids, 33).normals != one.normals).all()
+    assert (augment.draw(6, 3, ids, 33).normals != one.normals).all()
+
+
+def test_lighting_shift_is_the_formula(dataset: Path):
+    statistics = manifest.load(dataset).statistics()
+    normals = np.array([[1.0, 0, 0], [0.5, -2, 0.25]])
+    expected = [
+        0.1 * sum(z[i] * np.sqrt(statistics.eigenvalues[i]) * statistics.eigenvectors[:, i] for i in range(3))
+        for z in normals
+    ]
+    np.testing.assert_allclose(augment.lighting_shift(normals, statistics), expected, rtol=1e-6)
+
+
+def test_ten_views_are_corners_centre_and_mirror_images():
+    places = {(top, left) for top, left, _ in augment.ten_views(256)}
+    assert places == {(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)}
+    assert len(set(augment.ten_views(256))) == 10
+
+
+def test_the_papers_crops_are_one_less_each_way(dataset: Path):
+    statistics = manifest.load(dataset).statistics()
+    for positions, most in (("code", 33), ("paper", 32)):
+        recipe = augment.AlexNet(Transform(positions=positions), statistics, 256, seed=1)
+        start = recipe.windows(0, 0, np.arange(5000), None, np.empty((5000, 2))).start
+        assert [set(start[:, axis].tolist()) for axis in (0, 1)] == [set(range(most))] * 2
+
+
+def test_the_papers_lighting_is_its_formula_for_pixels_between_0_and_1(dataset: Path):
+    """p + Σ αᵢ λᵢ pᵢ with αᵢ = 0.1 zᵢ (section 4.1), on pixels and covariance scaled by 1/255 and 1/255²."""
+    statistics = manifest.load(dataset).statistics()
+    values, vectors = np.linalg.eigh(statistics.covariance / 255**2)
+    normals = np.array([[1.0, 0, 0], [0, 0, 1.0], [0.5, -2, 0.25]])
+    found = augment.lighting_shift(normals, statistics, "paper")
+    signs = np.sign((vectors[:, ::-1] * statistics.eigenvectors).sum(0))
+    expected = 255 * (vectors[:, ::-1] * signs) @ (0.1 * normals * values[::-1]).T
+    np.testing.assert_allclose(found, expected.T, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_share_crop_and_flip_but_not_lighting():
+    ids, heads = np.arange(64), np.arange(64) // 32 * 32
+    draws, own = augment.draw(3, 1, ids, 33, heads), augment.draw(3, 1, ids, 33)
+    assert len(np.unique(draws.crop, axis=0)) == 2
+    assert (draws.crop[:32] == own.crop[0]).all()
+    assert (draws.flip[32:] == own.flip[32]).all()
+    assert (draws.normals == own.normals).all()
+
+
+def test_when_views_are_lit_and_divided():
+    for options, expected in (
+        ({}, 1.1),
+        ({"shrink": False}, 1),
+        ({"lighting": "paper"}, 1),
+        ({"lighting": "paper", "shrink": True}, 1.1),
+        ({"lighting": "off", "shrink": True}, 1),
+        ({"views": "centre"}, 1),
+    ):
+        assert Transform(**options).divisor(0) == np.float32(expected)
+    until = Transform(lighting_until=3)
+    assert [until.lit(step) for step in (0, 2, 3, 9)] == [True, True, False, False]
+    assert [float(until.divisor(step)) for step in (2, 3)] == [np.float32(1.1), 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": "eleven"}, "views='eleven': must be one of random, centre, ten"),
+        ({"mean": "image"}, "mean='image': must be one of centre, aligned, colour"),
+        ({"lighting": "on"}, "lighting='on': must be one of code, paper, off"),
+        ({"positions": "all"}, "positions='all': must be one of code, paper"),
+        ({"crop_chunk": 0}, "crop_chunk=0: must be at least 1"),
+    ],
+)
+def test_impossible_transforms(options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        Transform(**options)

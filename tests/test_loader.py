@@ -1,0 +1,258 @@
+"""Batches against numpy and Pillow, bit for bit: every option, any ranks, threads, devices; exact resume."""
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import manifest
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.online import Batch, Loader, augment
+from pipeline.online.normalise import normalise, normalise_aligned
+from pipeline.online.samples import SampleReader
+from reference import jpeg_pixels
+
+CPUS = ("cpu:0", "cpu:1")  # two devices by name: two graphs, each with its part of a batch
+
+
+def expected(built: Manifest, batch: Batch, seed: int, options: dict) -> Iterator[np.ndarray]:
+    """What the 2012 network sees of each sample, (3, 224, 224) float64, by the formulas of the specification.
+
+    Training: (crop, flipped or not, − mean + lighting) / 1.1; `options` as in `augment.Transform`.
+    """
+    statistics, chunk = built.statistics(), options.get("crop_chunk", 1)
+    places = 33 if options.get("positions", "code") == "code" else 32
+    lighting = options.get("lighting", "code")
+    lit = lighting != "off" and batch.step < options.get("lighting_until", 10**9)
+    shrink = options.get("shrink", lighting == "code") and lit
+    draws = augment.draw(seed, batch.epoch, batch.ids, places)
+    mean = statistics.mean_image
+    with SampleReader(built, "train") as reader:
+        for i, data in enumerate(reader.read(batch.ids)):
+            head = i // chunk * chunk
+            (top, left), flip = draws.crop[head], draws.flip[head]
+            view = jpeg_pixels(data.tobytes())[top : top + 224, left : left + 224].astype(np.float64)
+            own = mean[top : top + 224, left : left + 224]
+            view, own = (view[:, ::-1], own[:, ::-1]) if flip else (view, own)
+            kind = options.get("mean", "centre")
+            view = view - {"centre": mean[16:240, 16:240], "aligned": own, "colour": statistics.mean_color}[kind]
+            if lit:
+                deviations = np.sqrt(statistics.eigenvalues) if lighting == "code" else statistics.eigenvalues / 255
+                view = view + statistics.eigenvectors @ (0.1 * draws.normals[i] * deviations)
+            yield (view / 1.1 if shrink else view).transpose(2, 0, 1)
+
+
+OPTIONS = [
+    {},
+    {"mean": "aligned"},
+    {"mean": "colour"},
+    {"lighting": "paper"},
+    {"lighting": "off"},
+    {"shrink": False},
+    {"lighting": "paper", "shrink": True, "mean": "aligned"},
+    {"positions": "paper"},
+    {"crop_chunk": 32},
+    {"crop_chunk": 3, "mean": "aligned"},
+    {"lighting_until": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("device", ["cpu", CPUS])
+def test_training_batches_equal_pillow_and_numpy(dataset: Path, options: dict, device: str | tuple[str, str]):
+    """Within float32's rounding of the formula in float64, and bit for bit of `augment.reference`."""
+    built = manifest.load(dataset)
+    recipe = augment.AlexNet(augment.Transform(**options), built.statistics(), 256, 3)
+    seen = []
+    with (
+        Loader(built, batch_size=8, seed=3, device=device, **options) as loader,
+        SampleReader(built, "train") as reader,
+    ):
+        for batch in islice(loader, 7):  # an epoch, whose last batch is short, and one more
+            seen.append(len(batch.ids))
+            assert batch.labels.tolist() == built.samples("train")["label"][batch.ids].tolist()
+            for x, known in zip(batch.images.numpy(), expected(built, batch, 3, options), strict=True):
+                np.testing.assert_allclose(x, known, atol=1e-4)
+            heads = batch.ids[np.arange(len(batch.ids)) // recipe.options.crop_chunk * recipe.options.crop_chunk]
+            windows = recipe.windows(batch.step, batch.epoch, batch.ids, heads, np.empty((len(batch.ids), 2)))
+            for i, data in enumerate(reader.read(batch.ids)):
+                bits = augment.reference(jpeg_pixels(data.tobytes()), windows, i, recipe.rest(batch.step))
+                assert all((images[i].numpy() == bits).all() for images in batch.replicas)
+    assert seen == [8, 8, 8, 8, 8, 1, 8]
+
+
+@pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
+def test_centre_and_ten_views_equal_numpy(dataset: Path, mean: str):
+    built = manifest.load(dataset)
+    statistics = built.statistics()
+    levels = statistics.mean_color if mean == "colour" else statistics.mean_image
+    with SampleReader(built, "val") as reader:
+        pictures = [jpeg_pixels(data.tobytes()).astype(np.float64) for data in reader.read(np.arange(9))]
+    corners = [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
+    ten = [(top, left, flip) for flip in (1, -1) for top, left in corners]
+    for views, places in (("centre", [(16, 16, 1)]), ("ten", ten)):
+        with Loader(dataset, "val", batch_size=4, views=views, mean=mean) as loader:
+            batches = list(loader)
+        assert [batch.ids.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+        images = torch.cat([batch.images for batch in batches]).reshape(9, len(places), 3, 224, 224).numpy()
+        for picture, found in zip(pictures, images):
+            for (top, left, flip), image in zip(places, found):
+                inside = (slice(top, top + 224), slice(left, left + 224))
+                middle = levels[16:240, 16:240] if mean == "centre" else levels
+                own = levels[inside][:, ::flip] if mean == "aligned" else middle
+                np.testing.assert_allclose(image, (picture[inside][:, ::flip] - own).transpose(2, 0, 1), atol=1e-4)
+
+
+def test_uint8_views_are_those_of_the_pictures(dataset: Path):
+    built = manifest.load(dataset)
+    with Loader(built, batch_size=8, seed=3, output="uint8") as loader, SampleReader(built, "train") as reader:
+        for batch in islice(loader, 7):
+            draws = augment.draw(3, batch.epoch, batch.ids, 33)
+            for i, data in enumerate(reader.read(batch.ids)):
+                view = augment.reference_view(jpeg_pixels(data.tobytes()), *draws.crop[i], bool(draws.flip[i]))
+                assert (batch.images[i].numpy() == view.transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_smaller_floats_are_rounded_once(dataset: Path, name: str):
+    with Loader(dataset, batch_size=8) as loader, Loader(dataset, batch_size=8, output=name) as smaller:
+        for one, other in islice(zip(loader, smaller), 3):
+            assert other.images.dtype == getattr(torch, name)
+            assert torch.equal(one.images.to(other.images.dtype), other.images)
+
+
+def batches(dataset: Path, first: int = 0, until: int = 8, **options: object) -> list[torch.Tensor]:
+    with Loader(dataset, batch_size=16, step=first, **options) as loader:  # type: ignore[arg-type]
+        return [batch.images.clone() for batch in islice(loader, until - first)]
+
+
+def test_the_same_step_has_the_same_bits(dataset: Path):
+    """Whatever the threads, readers, depth, devices, and the step to begin with."""
+    whole = batches(dataset, threads=1, depth=1)
+    for options in (
+        {"threads": 2, "depth": 3, "readers": 3},
+        {"threads": 4, "depth": 5},
+        {"device": CPUS},
+        {"device": CPUS, "feed": "replicate"},
+    ):
+        assert all(torch.equal(*pair) for pair in zip(whole, batches(dataset, **options), strict=True))
+    for first in (1, 3, 5):
+        assert all(torch.equal(*pair) for pair in zip(whole[first:], batches(dataset, first), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("order", ["uniform", "shards", "fixed"])
+def test_ranks_have_the_batches_of_one(dataset: Path, ranks: int, order: str):
+    """41 samples in batches of 8: the last of an epoch has one sample, and ranks without any."""
+    options = {"batch_size": 8, "order": order, "crop_chunk": 3}
+    with Loader(dataset, **options) as loader:  # type: ignore[arg-type]
+        whole = list(islice(loader, 13))
+    parts = []
+    for rank in range(ranks):
+        with Loader(dataset, rank=rank, ranks=ranks, **options) as loader:  # type: ignore[arg-type]
+            parts.append(list(islice(loader, 13)))
+    for one, *theirs in zip(whole, *parts, strict=True):
+        assert torch.equal(one.images, torch.cat([each.images for each in theirs]))
+        assert torch.equal(one.labels, torch.cat([each.labels for each in theirs]))
+        assert np.concatenate([each.ids for each in theirs]).tolist() == one.ids.tolist()
+        assert [each.place for each in theirs] == np.cumsum([0, *(len(each.ids) for each in theirs[:-1])]).tolist()
+        assert {each.whole for each in theirs} == {len(one.ids)}
+        assert {each.step for each in theirs} == {one.step}
+
+
+def test_short_batches_can_be_dropped(dataset: Path):
+    with Loader(dataset, batch_size=8, last="drop") as loader:
+        found = list(islice(loader, 11))
+    assert [len(batch.ids) for batch in found] == [8] * 11
+    assert [batch.epoch for batch in found] == [0] * 5 + [1] * 5 + [2]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 9])
+def test_a_state_goes_on_where_it_was_taken(dataset: Path, steps: int):
+    """In the same loader, in a new one, and with another number of ranks."""
+    with Loader(dataset, batch_size=8) as loader:
+        before = list(islice(loader, steps))
+        state = loader.state_dict()
+        after = [batch.images.clone() for batch in islice(loader, 4)]
+        loader.load_state_dict(state)
+        again = list(islice(loader, 4))
+    assert len(before) == steps
+    assert [batch.step for batch in again] == list(range(steps, steps + 4))
+    assert all(torch.equal(batch.images, images) for batch, images in zip(again, after))
+    parts = []
+    for rank in range(3):
+        with Loader(dataset, batch_size=8, rank=rank, ranks=3, threads=1) as loader:
+            loader.load_state_dict(state)
+            parts.append([batch.images.clone() for batch in islice(loader, 4)])
+    assert all(torch.equal(images, torch.cat(each)) for images, *each in zip(after, *parts))
+
+
+def test_a_state_of_another_loader_is_refused(dataset: Path, small: Path):
+    with Loader(dataset, batch_size=8) as loader:
+        state = loader.state_dict()
+    for data, options, words in (
+        (dataset, {"seed": 5}, "seed: 2012 there, 5 here"),
+        (dataset, {"batch_size": 9}, "batch_size: 8 there, 9 here"),
+        (dataset, {"order": "shards"}, "order: 'uniform' there, 'shards' here; window: None there"),
+        (dataset, {"mean": "colour"}, "mean: 'centre' there, 'colour' here"),
+        (dataset, {"recipe": "imagenet"}, "recipe: 'alexnet' there, 'imagenet' here"),
+    ):
+        with Loader(data, **{"batch_size": 8, **options}) as loader:  # type: ignore[arg-type]
+            with pytest.raises(UserError, match=words):
+                loader.load_state_dict(state)
+            assert len(next(loader).ids) == loader.order.batch_size  # and goes on as it was
+    with Loader(dataset, batch_size=8) as loader:
+        with pytest.raises(UserError, match="dataset: '0f"):
+            loader.load_state_dict(state | {"dataset": "0f"})
+        with pytest.raises(UserError, match="it has no step"):
+            loader.load_state_dict({key: value for key, value in state.items() if key != "step"})
+
+
+def test_normalise_against_its_reference():
+    """The function that a GPU runs as one kernel, here without a compiler."""
+    random = np.random.default_rng(0)
+    view = random.integers(0, 256, (3, 224, 224, 3)).astype(np.uint8)
+    whole = random.normal(size=(256, 256, 3)).astype(np.float32)
+    offset, std = (random.normal(120, 9, (3, 3)).astype(np.float32) for _ in range(2))
+    start, flip = random.integers(0, 33, (3, 2)).astype(np.int32), np.array([0, 1, 1], np.int32)
+    tensors = [torch.from_numpy(array) for array in (view, offset, std)]
+    for rest in (None, whole[:224, :224]):
+        found = normalise(*tensors, None if rest is None else torch.from_numpy(rest), torch.float32)
+        for i in range(3):
+            assert (found[i].numpy() == augment.reference_normalise(view[i], offset[i], std[i], rest)).all()
+    more = [torch.from_numpy(array) for array in (start, flip)]
+    found = normalise_aligned(*tensors, torch.from_numpy(whole), torch.float32, *more)
+    for i in range(3):
+        rest = augment.reference_view(whole, *start[i], bool(flip[i]))
+        assert (found[i].numpy() == augment.reference_normalise(view[i], offset[i], std[i], rest)).all()
+
+
+def test_closing_ends_the_threads(dataset: Path):
+    before = {thread.name for thread in threading.enumerate()}
+    with Loader(dataset, batch_size=16, readers=2) as loader:
+        next(loader)
+        assert {thread.name.split("_")[0] for thread in threading.enumerate()} > {"penstock-read", "penstock-decode"}
+    assert {thread.name for thread in threading.enumerate()} <= before
+
+
+def test_impossible_loaders(dataset: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no split named 'other'; there are: train, val"):
+        Loader(dataset, "other")
+    with pytest.raises(UserError, match="no such directory"):
+        Loader(tmp_path / "nothing")
+    for options, words in (
+        ({"depth": 0}, "depth=0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"rank": 2, "ranks": 2}, "rank=2: must be between 0 and ranks − 1 = 1"),
+        ({"recipe": "resnet"}, "recipe='resnet': must be one of alexnet, imagenet"),
+        ({"output": "int8"}, "output='int8': must be one of float32, bfloat16, float16, uint8"),
+        ({"feed": "half"}, "feed='half': must be one of split, replicate"),
+        ({"views": "ten", "max_bad": 1}, "max_bad=1: is for training"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Loader(dataset, **options)  # type: ignore[arg-type]
