@@ -8,12 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import picture
-from tools.bench import CORES, PEERS, main
-from tools.peers import rounds
+from tools.bench import main
+from tools.peers import processes
+from tools.peers.building import Building
 from tools.peers.contestants import CONTESTANTS, Contestant
+from tools.peers.facts import CORES
 from tools.peers.pictures import Pictures, prepare
 from tools.peers.rounds import Entry, run_rounds
-from tools.peers.table import HEADER, rows
+from tools.peers.table import BUILD, rows
 
 IMAGES = 12
 
@@ -45,8 +47,8 @@ def test_build(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (name, workers) for name in CONTESTANTS for workers in sorted({1, CORES})
     ]
     for line in found["results"]:
-        if line["contestant"] in PEERS:
-            assert line["not_run"] == f"not installed; python tools/bench.py peers {line['contestant']}"
+        if peer := CONTESTANTS[line["contestant"]].environment:
+            assert line["not_run"] == f"not installed; python tools/bench.py peers {peer}"
             assert f"not run: {line['not_run']}" in result.output
             continue
         (run,) = line["runs"]
@@ -79,44 +81,46 @@ def test_fewer_pictures_than_raw_holds(raw: Path, tmp_path: Path):
     [
         ("import sys; sys.exit('no luck')", "failed (1): no luck"),
         ("print('{\"images\": 7}')", "stored 7 of 12 pictures"),
+        ("print('nothing')", "printed no figures, but: 'nothing"),
         ("import time; time.sleep(60)", "hangs: not done after"),
     ],
 )
 def test_a_peer_that_fails_is_not_run(
     program: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(rounds, "_command", lambda *_: [sys.executable, "-c", program])
-    monkeypatch.setattr(rounds, "PATIENCE", 0.5)
-    monkeypatch.setattr(rounds, "SLOWEST", 1000.0)
-    peer = Contestant("peer", "A peer", "none", "nothing")
-    entries = run_rounds([peer], [1], Pictures(tmp_path / "pictures", IMAGES, 9, 0, 1.0, 1.0), 2, print)
-    assert entries[0].not_run.startswith(reason)
-    assert entries[0].runs == []
+    monkeypatch.setattr(processes, "_command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    monkeypatch.setattr(processes, "SLOWEST", 1000.0)
+    entry = Entry(Contestant("peer", "A peer", "none", "nothing"), 1)
+    building = Building.of(Pictures(tmp_path / "pictures", IMAGES, 9, 0, 1.0, 1.0), [1])
+    run_rounds([entry], building.run, 2, print)
+    assert entry.not_run.startswith(reason)
+    assert entry.runs == []
     assert capsys.readouterr().out.count("not run") == 1  # not tried again
 
 
-def test_rounds_are_interleaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rounds_are_interleaved():
     order: list[str] = []
 
-    def run(entry: Entry, *_: object) -> dict[str, float]:
+    def run(entry: Entry) -> dict[str, float]:
         order.append(f"{entry.contestant.name}{entry.workers}")
         return {"images": 1, "seconds": 1.0}
 
-    monkeypatch.setattr(rounds, "_run", run)
-    peers = [Contestant(name, name, "none", "nothing") for name in "ab"]
-    run_rounds(peers, [1, 2], Pictures(tmp_path, IMAGES, 9, 0, 1.0, 1.0), 3, lambda line: None)
+    entries = [Entry(Contestant(name, name, "none", "nothing"), workers) for name in "ab" for workers in (1, 2)]
+    run_rounds(entries, run, 3, lambda line: None)
     assert order == ["a1", "a2", "b1", "b2"] * 3
 
 
 def test_table_of_known_runs():
     def entry(name: str, *seconds: float) -> Entry:
         runs = [{"images": 100, "seconds": each, "wall": 2 * each, "rss": 2**20} for each in seconds]
-        return Entry(CONTESTANTS[name], 1, 25, runs)
+        return Entry(CONTESTANTS[name], 1, runs)
 
-    found = rows([entry("decode-encode", 0.5), entry("penstock", 1.0, 4.0, 2.0), entry("ffcv", 4.0)])
-    assert [dict(zip(HEADER[2:5], row[2:5])) for row in found] == [
-        {HEADER[2]: "200 (200 to 200)", HEADER[3]: "100 %", HEADER[4]: "0.25 ×"},
-        {HEADER[2]: "50 (25 to 100)", HEADER[3]: "25 %", HEADER[4]: ""},
-        {HEADER[2]: "25 (12 to 50)", HEADER[3]: "12 %", HEADER[4]: ""},
-        {HEADER[2]: "25 (25 to 25)", HEADER[3]: "12 %", HEADER[4]: "2.00 ×"},
+    found = rows(BUILD, [entry("decode-encode", 0.5), entry("penstock", 1.0, 4.0, 2.0), entry("ffcv", 4.0)])
+    names = BUILD.header
+    assert [dict(zip(names[2:5], row[2:5])) for row in found] == [
+        {names[2]: "200 (200 to 200)", names[3]: "100 %", names[4]: "0.25 ×"},
+        {names[2]: "50 (25 to 100)", names[3]: "25 %", names[4]: ""},
+        {names[2]: "25 (12 to 50)", names[3]: "12 %", names[4]: ""},
+        {names[2]: "25 (25 to 25)", names[3]: "12 %", names[4]: "2.00 ×"},
     ]

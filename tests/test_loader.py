@@ -1,5 +1,6 @@
 """Batches against numpy and Pillow, bit for bit: every option, any ranks, threads, devices; exact resume."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -13,7 +14,7 @@ from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import Batch, Loader, augment
-from pipeline.online.normalise import normalise, normalise_aligned
+from pipeline.online.normalise import fused, normalise, normalise_aligned
 from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels
 
@@ -230,6 +231,25 @@ def test_normalise_against_its_reference():
     for i in range(3):
         rest = augment.reference_view(whole, *start[i], bool(flip[i]))
         assert (found[i].numpy() == augment.reference_normalise(view[i], offset[i], std[i], rest)).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, for what torch makes of it on a CPU")
+def test_normalise_compiles_to_one_kernel():
+    """As on a GPU: one kernel, the same values, whatever the batch size."""
+    from torch._inductor import config, metrics
+
+    view = torch.randint(0, 256, (8, 224, 224, 3), dtype=torch.uint8)
+    offset, std = torch.rand(8, 3) * 200, torch.rand(8, 3) + 1
+    windows = torch.randint(0, 33, (8, 2), dtype=torch.int32), torch.tensor([0, 1] * 4, dtype=torch.int32)
+    with config.patch(force_disable_caches=True):
+        for function, size, more in ((normalise, 224, ()), (normalise_aligned, 256, windows)):
+            rest = torch.rand(size, size, 3)
+            for n, kernels in ((8, 1), (5, 0)):
+                metrics.reset()
+                given = [view[:n], offset[:n], std[:n], rest, torch.float32, *(each[:n] for each in more)]
+                found = fused(function)(*given)
+                assert metrics.generated_kernel_count == kernels
+                torch.testing.assert_close(found, function(*given), rtol=0, atol=1e-4)  # it may join two roundings
 
 
 def test_closing_ends_the_threads(dataset: Path):

@@ -62,7 +62,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         self._disk = dict.fromkeys(there, False)  # shards on disk → whether checked; the least recently released first
         self._busy: dict[int, threading.Thread] = {}  # shards being fetched or checked
         self._parts: set[Path] = set()  # the files that they are fetched into
-        self._errors: dict[int, BaseException] = {}  # why fetches failed, until a lease raises it
+        self._errors: dict[int, BaseException] = {}  # why fetches failed, until the next lease
         self._leases: Counter[int] = Counter()
         self._open: dict[int, int] = {}  # descriptors
         self._turns: dict[int, int] = {}  # places in the list, of shards whose turn is not over
@@ -86,7 +86,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
 
         Raises:
             DatasetError: a shard that the store lacks, or has with other bytes than the manifest promises, twice.
-            StorageError: the store cannot be reached. After either, the shard's next lease tries again.
+            StorageError: the store cannot be reached. Each lease tries anew, whatever failed ahead of it or before.
             UserError: more shards leased at a time than the limit permits; no room on the disk.
             RuntimeError: the cache is closed.
         """
@@ -109,11 +109,16 @@ class ShardCache(AbstractContextManager["ShardCache"]):
             with self._changed:
                 self._release(leased.keys())
 
-    def close(self) -> None:
-        """End the fetches within two seconds, delete what is half fetched, close all descriptors."""
+    def stop(self) -> None:
+        """Begin to end: fetches stop, and leases that wait for a shard raise RuntimeError."""
         with self._changed:
             self._stop.set()
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the fetches within two seconds, delete what is half fetched, close all descriptors, leased ones too."""
+        self.stop()
+        with self._changed:
             threads = list(self._busy.values())
         for thread in threads:  # one amid a long request is left behind: it can neither write nor rename any more
             thread.join(CLOSING / len(threads))
@@ -138,6 +143,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
                 del self._turns[shard]
             self._turn = first
         for shard in leased:
+            self._errors.pop(shard, None)  # it is tried again
             if shard not in self._turns and not self._disk.get(shard):  # it went too early: let it stay for this turn
                 self._turns[shard] = -1
                 self._turn.add(shard)

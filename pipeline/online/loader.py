@@ -217,7 +217,7 @@ class Loader:
     def close(self) -> None:
         """End the threads, close the files, free the graphs; there is no next batch after it."""
         if self._cache:
-            self._cache.close()  # what waits for a shard ends
+            self._cache.stop()  # so that no thread waits for a shard any more
         self._feed.close()
         self._reader.close()
 

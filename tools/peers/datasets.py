@@ -1,7 +1,7 @@
 """Dataset directories of another size than was built: part of one, or one inflated by repetition."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,16 +38,15 @@ def of_images(dataset: Path, images: int, root: Path) -> Manifest:
 
 
 def inflated(built: Manifest, samples: int, shards: int, root: Path) -> Manifest:
-    """A dataset directory `root` of so many training samples and shards, which repeat those of `built`'s first shard.
+    """A dataset directory `root` of so many training samples and shards, which repeat `built`'s only shard.
 
-    Every shard is a link to that one file. The statistics are those of `built`.
+    Every shard is a link to that file. The statistics are those of `built`.
     """
     (original,) = built.split(TRAIN).shards
     records = np.resize(built.samples(TRAIN), samples)
     records["shard"] = np.arange(samples) * shards // samples
     names = [f"{TRAIN}/{TRAIN}-{number:06d}.tar" for number in range(shards)]
-    counts = np.bincount(records["shard"], minlength=shards).tolist()
-    made = [replace(original, name=name, samples=count) for name, count in zip(names, counts)]
+    made = [replace(original, name=name) for name in names]
     files = dict.fromkeys(names, original.name) | {_index(name): _index(original.name) for name in names}
     return _write(built, root, records, made, files)
 
@@ -56,7 +55,7 @@ def _write(
     built: Manifest,
     root: Path,
     records: np.ndarray,
-    shards: list[ShardRecord] | tuple[ShardRecord, ...],
+    shards: Sequence[ShardRecord],
     files: Mapping[str, str],
 ) -> Manifest:
     """`files`: paths below `root` → what they link to below `built.root`."""
@@ -68,6 +67,8 @@ def _write(
     np.save(out, records)
     samples = f"{TRAIN}/samples.npy"
     (root / samples).write_bytes(out.getvalue())
+    counts = np.bincount(records["shard"])
+    shards = [replace(shard, samples=int(counts[int(shard.name[-10:-4])])) for shard in shards]
     manifest = replace(
         built,
         root=root,

@@ -72,7 +72,7 @@ LOADERS = {
             "FFCV, the same JPEGs",
             "ffcv_load",
             "its .beton holds the JPEG bytes of the shards as they are; decodes whole pictures, then random window and "
-            "flip in numba; order RANDOM, os_cache",
+            "flip in numba; order RANDOM, os_cache; its batches lie in memory that it uses again",
             ("jpeg",),
             environment="ffcv",
             ours=UINT8,

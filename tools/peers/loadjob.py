@@ -79,7 +79,7 @@ class LoadJob:
 
 
 def measure(job: LoadJob, batches: Iterator[Any], *packages: str, more: Callable[[], Any] = dict) -> None:
-    """Take batches, which have `shape` and `dtype`, as fast as they come; report those after the warm-up, and `more`."""
+    """Take batches, which have `shape` and `dtype`, as fast as they come, and report those after the warm-up."""
     images, shapes = 0, set()
     for _ in islice(batches, job.warm_up):
         pass

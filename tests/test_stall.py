@@ -1,0 +1,91 @@
+"""The stall meter: what was waited for, how long, and what is said of it."""
+
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from pipeline.online import Loader
+from pipeline.online.decode import Decoder
+from pipeline.online.meter import Meter, Times, Wait, waited
+from pipeline.online.normalise import Normaliser
+from pipeline.online.samples import SampleReader
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (Times(read=12, decoded=15, ready=16), Wait(2, 3, 1)),  # asked at 10, got at 16
+        (Times(read=8, decoded=15, ready=16), Wait(0, 5, 1)),
+        (Times(read=8, decoded=9, ready=16), Wait(0, 0, 6)),
+        (Times(read=15, decoded=15, ready=15), Wait(5, 0, 1)),
+        (Times(read=3, decoded=4, ready=5), Wait(0, 0, 6)),  # it was ready: what is left is the hand-over
+    ],
+)
+def test_waiting_is_split_by_cause(times: Times, expected: Wait):
+    assert waited(10, 16, times) == expected
+
+
+def test_sums_shares_and_words():
+    meter = Meter()
+    for wait in (Wait(1, 2, 0), Wait(0, 3, 1)):
+        meter.add(wait)
+    assert meter.last == Wait(0, 3, 1)
+    assert meter.total == Wait(1, 5, 1)
+    assert (meter.total - Wait(1, 2, 0)) == Wait(0, 3, 1)
+    assert meter.total.shares(70) == pytest.approx({"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70})
+    assert meter.total.said(70).startswith("stall 10.0 % (decoding: more threads=")
+    assert meter.total.said(1000) == "stall  0.7 %"
+    assert Wait().said(10) == "stall  0.0 %"
+    assert Wait().said(0) == "stall  0.0 %"
+
+
+def test_on_a_gpu_the_devices_time_counts():
+    """2 seconds without work for the device, while the host waited 3 for reading and 1 for decoding."""
+    wait = Wait(3, 1, 0, device=2)
+    assert wait.seconds == 2
+    assert wait.shares(10) == pytest.approx({"reading": 0.15, "decoding": 0.05, "transfer": 0})
+    assert Wait(0, 0, 0, device=2).shares(10) == pytest.approx({"reading": 0, "decoding": 0, "transfer": 0.2})
+    assert (wait + Wait(1, 1, 1)).device == 2
+    assert (wait - Wait(0, 0, 0, device=0.5)).device == 1.5
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, seconds: float) -> None:
+    before: Callable[..., object] = getattr(owner, name)
+
+    def slow(*arguments: object, **options: object) -> object:
+        time.sleep(seconds)
+        return before(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "cause"),
+    [(SampleReader, "read", "reading"), (Decoder, "result", "decoding"), (Normaliser, "prepare", "transfer")],
+)
+def test_the_slow_stage_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, cause: str):
+    slowed(monkeypatch, owner, name, 0.2)
+    with Loader(dataset, batch_size=4) as loader:
+        list(islice(loader, 3))
+        before, began = loader.meter.total, time.perf_counter()
+        list(islice(loader, 6))
+        wall, wait = time.perf_counter() - began, loader.meter.total - before
+    shares = wait.shares(wall)
+    assert shares[cause] > 0.5
+    assert max(shares, key=lambda each: shares[each]) == cause
+    assert sum(shares.values()) == pytest.approx(wait.seconds / wall)
+    assert wait.seconds <= wall
+    assert f"({cause}: " in wait.said(wall)
+
+
+def test_a_consumer_slower_than_the_loader_does_not_wait(dataset: Path):
+    with Loader(dataset, batch_size=4) as loader:
+        next(loader)
+        before = loader.meter.total
+        for _ in range(5):
+            time.sleep(0.2)
+            next(loader)
+        assert (loader.meter.total - before).seconds < 0.2
