@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from pipeline.online.graph import Graph, GraphOptions, decodes
@@ -59,7 +58,8 @@ class Decoder:
         """
         batch = self.oldest
         parts = [
-            self._part(i) if self._places(i, batch) else self._none(device) for i, device in enumerate(self._devices)
+            graph.result(self._streams[i]) if self._places(i, batch) else self._none(self._devices[i])
+            for i, graph in enumerate(self._graphs)
         ]
         if len(parts) > 1 and not self._replicate:
             parts = [torch.cat([part.to(device, non_blocking=True) for part in parts]) for device in self._devices]
@@ -95,16 +95,6 @@ class Decoder:
         """The places of the batch that a graph decodes."""
         n = len(batch.ids)
         return range(n) if self._replicate else range(n)[part(n, graph, len(self._graphs))]
-
-    def _part(self, i: int) -> Tensor:
-        stream, device = self._streams[i], self._devices[i]
-        if stream is None:
-            return torch.from_dlpack(self._graphs[i].result())  # DALI's memory, ours until the tensor is gone
-        decoded = self._graphs[i].result(stream)
-        view = torch.empty(decoded.shape(), dtype=torch.uint8, device=device)
-        feed_ndarray(decoded, view, cuda_stream=stream)
-        stream.synchronize()  # before DALI may take its memory back
-        return view
 
     def _none(self, device: torch.device) -> Tensor:
         side = self._options.view

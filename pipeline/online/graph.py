@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from pipeline.online.windows import Windows
 
@@ -40,6 +42,7 @@ class Graph:
     def __init__(self, options: GraphOptions, batch_size: int, device_id: int | None = None) -> None:
         self._pipeline = _built(options, batch_size, device_id)
         self._names = ("start", "shape", "flip", *(("offset", "std") if options.normalised else ()))
+        self._dtype = torch.float32 if options.normalised else torch.uint8
         self._inside: deque[tuple[list[np.ndarray], Windows]] = deque()  # DALI reads their memory, without a copy
 
     def submit(self, jpegs: list[np.ndarray], windows: Windows) -> None:
@@ -50,11 +53,18 @@ class Graph:
             self._pipeline.feed_input(name, getattr(windows, name))
         self._pipeline.schedule_run()
 
-    def result(self, stream: Any = None) -> Any:
-        """DALI's tensor of the oldest batch's views, RGB. With a CUDA stream it is ready there, else on the host."""
-        (views,) = self._pipeline.outputs() if stream is None else self._pipeline.outputs(cuda_stream=stream)
+    def result(self, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
+        """The oldest batch's views, RGB. On a GPU they are ready on `stream` (that of the caller), else on the host."""
+        if stream is not None:
+            (views,) = self._pipeline.outputs(cuda_stream=stream)
+            tensor = torch.empty(views.as_tensor().shape(), dtype=self._dtype, device=stream.device)
+            feed_ndarray(views.as_tensor(), tensor, cuda_stream=stream)
+            stream.synchronize()  # before DALI may take its memory back
+            self._inside.popleft()
+            return tensor
+        (views,) = self._pipeline.outputs()
         self._inside.popleft()
-        return views.as_tensor()
+        return torch.from_dlpack(views.as_tensor())  # DALI's memory, ours until the tensor is gone
 
 
 def decodes(jpeg: np.ndarray, windows: Windows, options: GraphOptions, device_id: int | None) -> bool:
