@@ -1,0 +1,86 @@
+"""Batches of a data set in an object store: those of the local one, through a bounded cache, while the store fails."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import build
+from pipeline import manifest, storage
+from pipeline.errors import UserError
+from pipeline.manifest import DatasetError
+from pipeline.online import Loader
+from pipeline.storage.readahead import read_ahead
+from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
+
+OPTIONS = {"batch_size": 8, "window": 16, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def built(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of eight training images."""
+    root = tmp_path_factory.mktemp("remote") / "dataset"
+    assert build(raw, root, "--samples-per-shard", 8, "--workers", 1).exit_code == 0
+    return root
+
+
+@pytest.fixture
+def url(built: Path, s3: Store) -> str:
+    """The data set in the store."""
+    names = [path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()]
+    root = storage.location(f"{s3.url}/data")
+    for _ in read_ahead(names, lambda name: storage.put_if_absent(root / name, (built / name).read_bytes())):
+        pass
+    return f"{s3.url}/data"
+
+
+def largest(built: Path) -> int:
+    return max(shard.bytes for shard in manifest.load(built).split("train").shards)
+
+
+@pytest.mark.parametrize("order", ["uniform", "shards", "fixed"])
+def test_batches_are_those_of_the_local_data(built: Path, url: str, s3: Store, tmp_path: Path, order: str):
+    """Two epochs and a bit; a third of the store's answers fail; the cache holds half of the shards where it may."""
+    limit = 10**9 if order == "uniform" else 4 * largest(built)
+    with Loader(built, order=order, **OPTIONS) as loader:
+        whole = list(islice(loader, 14))
+    s3.faults(0.3, seed=7)
+    cache = tmp_path / "cache"
+    with Loader(url, order=order, cache=cache, cache_bytes=limit, **OPTIONS) as loader:
+        for one, other in zip(whole, islice(loader, 14), strict=True):
+            assert torch.equal(one.images, other.images)
+            assert one.ids.tolist() == other.ids.tolist()
+            assert sum(path.stat().st_size for path in cache.rglob("train-*")) <= limit
+    s3.faults(0)
+    assert not list(cache.rglob("*.part"))
+
+
+def test_evaluation_from_a_store(built: Path, url: str, tmp_path: Path):
+    with Loader(built, "val", views="centre", batch_size=4) as loader:
+        whole = torch.cat([batch.images for batch in loader])
+    with Loader(url, "val", views="centre", batch_size=4, cache=tmp_path / "cache") as loader:
+        assert torch.equal(whole, torch.cat([batch.images for batch in loader]))
+
+
+def test_what_a_remote_loader_needs(built: Path, url: str, tmp_path: Path):
+    with pytest.raises(UserError, match=r"is remote; name a folder on this machine for its shards: cache=FOLDER"):
+        Loader(url)
+    with pytest.raises(UserError, match=r"order='uniform' reads all of 'train' at once, .* take order='shards'"):
+        Loader(url, cache=tmp_path / "cache", cache_bytes=2 * largest(built))
+    with pytest.raises(UserError, match="cache limit 100 bytes: the largest shard has"):
+        Loader(url, cache=tmp_path / "cache", order="shards", cache_bytes=100)
+
+
+def test_a_shard_that_changed_in_the_store_is_named(built: Path, url: str, tmp_path: Path):
+    name = "train/train-000003.tar"
+    data = bytearray((built / name).read_bytes())
+    data[5000] ^= 1
+    place = storage.location(url) / name
+    storage.remove(place)
+    storage.put_if_absent(place, bytes(data))
+    with (
+        pytest.raises(DatasetError, match=r"train-000003\.tar: changed or damaged in the store"),
+        Loader(url, cache=tmp_path / "cache", **OPTIONS) as loader,
+    ):
+        list(islice(loader, 6))
