@@ -13,6 +13,8 @@ from conftest import build
 from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.online.loader import Loader
+from pipeline.online.samples import SampleReader
+from reference import jpeg_pixels
 from tools.verify_shards import main as verify_shards
 
 
@@ -68,6 +70,29 @@ def test_verify_takes_whole_pictures(whole: Path):
 def test_the_trainers_loader_says_what_it_needs(whole: Path):
     with pytest.raises(UserError, match="--crop none"):
         Loader(whole, "train")
+
+
+def test_whole_pictures_feed_other_models(whole: Path):
+    """The centre view is the picture's, the random ones are cut from all of it; mean and deviation are ImageNet's."""
+    built = manifest.load(whole)
+    mean, std = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
+    with SampleReader(built, "train") as reader:
+        pictures = [jpeg_pixels(data.tobytes()).astype(np.float64) for data in reader.read(np.arange(len(reader)))]
+    assert len({picture.shape for picture in pictures}) > 1
+    with Loader(whole, "train", batch_size=4, recipe="imagenet", views="centre") as loader:
+        for batch in loader:
+            for number, x in zip(batch.ids, batch.images.numpy()):
+                height, width, _ = pictures[number].shape
+                top, left = round((height - 224) / 2), round((width - 224) / 2)
+                view = pictures[number][top : top + 224, left : left + 224]
+                np.testing.assert_allclose(x, ((view - mean) / std).transpose(2, 0, 1), atol=1e-5)
+    with Loader(whole, "train", batch_size=4, recipe="imagenet") as loader:
+        batch = next(loader)
+    assert batch.images.shape == (4, 3, 224, 224)
+    levels = batch.images.permute(0, 2, 3, 1).numpy() * std + mean
+    for number, view in zip(batch.ids, levels):
+        assert view.min() > pictures[number].min() - 1
+        assert view.max() < pictures[number].max() + 1
 
 
 def test_an_absurd_shape_is_skipped_and_not_blown_up(tmp_path: Path):
