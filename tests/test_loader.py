@@ -246,7 +246,8 @@ def test_normalise_compiles_to_one_kernel():
             rest = torch.rand(size, size, 3)
             for n, kernels in ((8, 1), (5, 0)):
                 metrics.reset()
-                given = [view[:n], offset[:n], std[:n], rest, torch.float32, *(each[:n] for each in more)]
+                given = [each[:n].clone() for each in (view, offset, std)] + [rest, torch.float32]
+                given += [each[:n].clone() for each in more]
                 found = fused(function)(*given)
                 assert metrics.generated_kernel_count == kernels
                 torch.testing.assert_close(found, function(*given), rtol=0, atol=1e-4)  # it may join two roundings
@@ -273,6 +274,11 @@ def test_impossible_loaders(dataset: Path, tmp_path: Path):
         ({"output": "int8"}, "output='int8': must be one of float32, bfloat16, float16, uint8"),
         ({"feed": "half"}, "feed='half': must be one of split, replicate"),
         ({"views": "ten", "max_bad": 1}, "max_bad=1: is for training"),
+        ({"step": -1}, "step=-1: must be at least 0"),
+        ({"device": "gpu"}, "device='gpu': not a device; name cpu or cuda:N"),
+        ({"device": "meta"}, "device='meta': is not supported"),
+        ({"device": "cuda:99"}, r"device='cuda:99': this machine has \d+ CUDA devices; name one of them, or cpu"),
+        ({"device": ()}, r"device=\(\): name GPUs, or the CPU, at least one and not both"),
     ):
         with pytest.raises(UserError, match=words):
             Loader(dataset, **options)  # type: ignore[arg-type]

@@ -60,6 +60,9 @@ def test_a_run_leaves_recipe_metrics_and_checkpoint(run: Path, dataset: Path):
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in trained] == [0, 0, 0, 0, 1, 1]  # 41 samples in batches of 12: 4 steps
     assert all(np.isfinite(line["loss"]) and 0 <= line["time"]["stall"] <= 1 for line in trained)
+    for line in trained:
+        assert sorted(line["time"]["stall_by"]) == ["decoding", "reading", "transfer"]
+        assert sum(line["time"]["stall_by"].values()) == pytest.approx(line["time"]["stall"])
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
     saved = checkpoints.load(run)
     assert (saved.step, saved.classes, saved.dataset) == (6, CLASSES, manifest.load(dataset).identity)

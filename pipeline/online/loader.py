@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipeline import manifest, storage
 from pipeline.errors import UserError
-from pipeline.online.augment import AlexNet, Transform
 from pipeline.online.cache import ShardCache
 from pipeline.online.decode import Decoder
 from pipeline.online.faults import Replacements
@@ -21,11 +20,10 @@ from pipeline.online.feed import Feed
 from pipeline.online.graph import GraphOptions
 from pipeline.online.meter import Meter, waited
 from pipeline.online.normalise import DTYPES, Normaliser
+from pipeline.online.options import check_choice, check_counts, devices_of, recipe_of
 from pipeline.online.order import Order
-from pipeline.online.plain import ImageNet
 from pipeline.online.samples import SampleReader
 from pipeline.online.sequence import Sequence
-from pipeline.online.windows import Recipe
 
 STATE = 1  # the version of what `state_dict` gives
 
@@ -100,10 +98,11 @@ class Loader:
         cache_bytes: int = 200 * 10**9,
         **options: Any,
     ) -> None:
-        _check(batch_size=batch_size, readers=readers, depth=depth, threads=threads or 1, ranks=ranks)
-        for name, value, known in (("feed", feed, ("split", "replicate")), ("output", output, tuple(DTYPES))):
-            if value not in known:
-                raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+        check_counts(batch_size=batch_size, readers=readers, depth=depth, threads=threads or 1, ranks=ranks)
+        check_choice("feed", feed, ("split", "replicate"))
+        check_choice("output", output, tuple(DTYPES))
+        if step < 0:
+            raise UserError(f"step={step}: must be at least 0")
         if not 0 <= rank < ranks:
             raise UserError(f"rank={rank}: must be between 0 and ranks − 1 = {ranks - 1}")
         self.manifest = data if isinstance(data, manifest.Manifest) else manifest.load(data)
@@ -111,7 +110,7 @@ class Loader:
         samples = self.manifest.split(split).samples
         if not samples:
             raise UserError(f"{self.manifest.root}: the split {split!r} is empty")
-        self.recipe = _recipe(self.manifest, recipe, seed, options)
+        self.recipe = recipe_of(self.manifest, recipe, seed, options)
         training = self.recipe.training
         if max_bad and not training:
             raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
@@ -125,7 +124,7 @@ class Loader:
             tuple(shard.samples for shard in records),
             window,
         )
-        self.devices = tuple(torch.device(each) for each in (device if isinstance(device, tuple) else (device,)))
+        self.devices = devices_of(device if isinstance(device, tuple) else (device,))
         whole = self.manifest.recipe.crop != "centre"
         size = None if whole else (self.manifest.recipe.size,) * 2
         chunk = options.get("crop_chunk", 1)
@@ -265,25 +264,6 @@ class Loader:
         shards = self._reader.records["shard"][ids]
         numbers, first = np.unique(shards, return_index=True)
         self._cache.ahead(numbers[np.argsort(first)].tolist())
-
-
-def _recipe(data: manifest.Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
-    if name == "alexnet":
-        if data.recipe.crop != "centre":
-            raise UserError(
-                f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
-                "take recipe='imagenet', or build with --crop centre"
-            )
-        return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
-    if name == "imagenet":
-        return ImageNet(seed=seed, **options)
-    raise UserError(f"recipe={name!r}: must be one of alexnet, imagenet")
-
-
-def _check(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name}={count}: must be at least 1")
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

@@ -1,0 +1,58 @@
+"""What a user may choose of a loader, checked: recipes, devices, counts."""
+
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.online.augment import AlexNet, Transform
+from pipeline.online.plain import ImageNet
+from pipeline.online.windows import Recipe
+
+
+def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
+    """The recipe of a name for a data set. Raises UserError where its pictures do not suit, or there is none."""
+    if name == "alexnet":
+        if data.recipe.crop != "centre":
+            raise UserError(
+                f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
+                "take recipe='imagenet', or build with --crop centre"
+            )
+        return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
+    check_choice("recipe", name, ("alexnet", "imagenet"))
+    return ImageNet(seed=seed, **options)
+
+
+def devices_of(names: "tuple[str | torch.device, ...]") -> tuple[torch.device, ...]:
+    """Devices by name, CUDA's with their number. Raises UserError where one is not there."""
+    found = []
+    for name in names:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"device={name!r}: not a device; name cpu or cuda:N") from error
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"device={name!r}: is not supported; name cpu or cuda:N")
+        if device.type == "cuda":
+            there = torch.cuda.device_count()
+            if (device.index or 0) >= there:
+                raise UserError(f"device={name!r}: this machine has {there} CUDA devices; name one of them, or cpu")
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        found.append(device)
+    if len({device.type for device in found}) != 1:
+        raise UserError(f"device={names}: name GPUs, or the CPU, at least one and not both")
+    return tuple(found)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise UserError where a count is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={count}: must be at least 1")
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise UserError where a value is not among the known ones."""
+    if value not in known:
+        raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
