@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from pipeline.online.augment import VIEW_SIZE, AlexNet, Transform
 from pipeline.online.feed import IN_GRAPH
 from pipeline.online.graph import Graph, GraphOptions
 from pipeline.online.loader import Loader
+from pipeline.online.meter import Meter
 from pipeline.online.samples import SampleReader
 from pipeline.online.windows import Windows
 from tools.peers.datasets import of_images
@@ -88,9 +90,7 @@ class Row:
 
 def _said(value: Any) -> str:
     if isinstance(value, dict):  # shares of the time, by cause
-        return (
-            f"{100 * sum(value.values()):.1f} % ({', '.join(f'{key} {100 * part:.1f}' for key, part in value.items())})"
-        )
+        return f"{100 * sum(value.values()):.1f} % ({', '.join(f'{key} {100 * x:.1f}' for key, x in value.items())})"
     return f"{value:.3g}"
 
 
@@ -102,21 +102,21 @@ class Bench:
         self._plan, self._cuda, self.done = PLANS[device.type], device.type == "cuda", list[Row]()
 
     def rows(self) -> Iterator[Row]:
-        small, large = (ends := _ends(self._plan.batches))[0], self._plan.batches[-1]
-        for batch in self._plan.batches:
+        sizes, shares, _ = self._plan
+        for batch in sizes:
             stored = self._stored(batch)
-            for share in self._plan.shares:
+            for share in shares:
                 yield self._row("decode", "windows, uint8", batch, self._decode, share, stored)
-        for batch, options in product(ends, OUTPUTS):
-            yield self._row("loader", ", ".join(options.values()), batch, self._load, options)
-        for share in _ends(self._plan.shares):
-            yield self._row("pixels", "difference from the CPU's, grey levels", small, self._compare, share)
-        for batch in ends:
-            yield self._row("step", KEPT, batch, self._step)
-            yield self._row("step", DRAWN, batch, self._step)
+        for batch, options in product(_ends(sizes), OUTPUTS):
+            yield self._row("loader", ", ".join(options.values()), batch, self._load, self._device, options)
+        for share in _ends(shares):
+            yield self._row("pixels", "difference from the CPU's, grey levels", sizes[0], self._compare, share)
+        for batch in _ends(sizes):
+            for what in (KEPT, DRAWN):
+                yield self._row("step", what, batch, self._step)
             yield self._row("fed", "the step on the loader's batches", batch, self._fed)
         for feed in ("split", "replicate"):
-            yield self._row("two devices", f"uint8, {feed}", large, self._two, feed)
+            yield self._row("two devices", f"uint8, {feed}", sizes[-1], self._two, feed)
 
     def _row(self, part: str, what: str, batch: int, measure: Callable[..., None], *arguments: object) -> Row:
         row = Row(part, what, batch)
@@ -131,29 +131,24 @@ class Bench:
         self.done.append(row)
         return row
 
-    def best(self, batch: int) -> Row | None:
-        """Decoding alone, with the share of the hardware decoder that makes it fastest."""
-        rows = [row for row in self.done if (row.part, row.batch) == ("decode", batch) and row.rates]
+    def fastest(self, part: str, batch: int, what: str = "") -> Row | None:
+        """Of the rows of a part and a batch, whose `what` begins so."""
+        rows = [row for row in self.done if (row.part, row.batch) == (part, batch) and row.what.startswith(what)]
         return max(rows, key=lambda row: row.images_per_second or 0.0, default=None)
 
-    def _ceiling(self, part: str, what: str, batch: int) -> Row | None:
-        return next((row for row in self.done if (row.part, row.what, row.batch) == (part, what, batch)), None)
-
-    def _time(
-        self, row: Row, step: Callable[[], int], ceiling: Row | None = None, loader: Loader | None = None
-    ) -> None:
+    def _time(self, row: Row, step: Callable[[], int], ceiling: Row | None = None, loader: Any = None) -> None:
         """Repetitions of `step`, which returns its images; the device is waited for at the end of each alone."""
         each = self._seconds / REPETITIONS
         step()  # alone: it may compile
         self._repetition(step, each, WARM_UP)
-        waited, cpu, began = loader and loader.meter.total, time.process_time(), time.perf_counter()
+        meter = loader.meter if loader else Meter()
+        waited, cpu, began = meter.total, time.process_time(), time.perf_counter()
         row.rates = [self._repetition(step, each, 1) for _ in range(REPETITIONS)]
         wall, row.images_per_second = time.perf_counter() - began, statistics.median(row.rates)
         row.host_cores = (time.process_time() - cpu) / wall
         if ceiling and ceiling.images_per_second:
             row.ceiling, row.share = ceiling.images_per_second, row.images_per_second / ceiling.images_per_second
-        if loader and waited is not None:
-            row.found["stall"] = (loader.meter.total - waited).shares(wall)
+        row.found |= {"stall": (meter.total - waited).shares(wall)} if loader else {}
 
     def _repetition(self, step: Callable[[], int], seconds: float, least: int) -> float:
         """Images/s of at least so many steps and seconds."""
@@ -175,7 +170,7 @@ class Bench:
     def _decode(self, row: Row, share: float, stored: Stored) -> None:
         row.found["hardware_share"] = share
         options = GraphOptions(VIEW_SIZE, threads=CORES, hardware_share=share)
-        graph = Graph(options, row.batch, self._device.index or 0 if self._cuda else None)
+        graph = Graph(options, row.batch, self._device.index if self._cuda else None)
         stream, batches = torch.cuda.Stream(self._device) if self._cuda else None, cycle(stored)
         for _ in range(IN_GRAPH - 1):
             graph.submit(*next(batches))
@@ -186,23 +181,21 @@ class Bench:
 
         self._time(row, step)
 
-    def _load(self, row: Row, options: dict[str, str]) -> None:
-        self._drain(row, self.best(row.batch), device=self._device, **options)
+    def _load(self, row: Row, device: Any, options: dict[str, str], ceiling: Row | None = None) -> None:
+        """The loader, with nobody who looks at its batches."""
+        alone = self.fastest("decode", row.batch)
+        row.found["hardware_share"] = share = alone.found["hardware_share"] if alone else 0.9
+        plan: dict[str, Any] = {"readers": READERS, "threads": CORES, "hardware_share": share, **options}
+        with Loader(self._data, batch_size=row.batch, device=device, **plan) as loader:
+            self._time(row, lambda: len(next(loader).images), ceiling or alone, loader)
 
     def _two(self, row: Row, feed: str) -> None:
-        if not self._cuda or torch.cuda.device_count() < 2:
+        if torch.cuda.device_count() < 2 or not self._cuda:
             row.not_measured = "one device"
             return
-        other = torch.device("cuda", ((self._device.index or 0) + 1) % torch.cuda.device_count())
-        ceiling = self._ceiling("loader", "uint8", row.batch)
-        self._drain(row, ceiling, device=(self._device, other), feed=feed, **PLAIN)
-
-    def _drain(self, row: Row, ceiling: Row | None, **options: Any) -> None:
-        """The loader, with nobody who looks at its batches."""
-        best = self.best(row.batch)
-        row.found["hardware_share"] = options["hardware_share"] = best.found["hardware_share"] if best else 0.9
-        with Loader(self._data, batch_size=row.batch, readers=READERS, threads=CORES, **options) as loader:
-            self._time(row, lambda: len(next(loader).images), ceiling, loader)
+        other = torch.device("cuda", (self._device.index + 1) % torch.cuda.device_count())
+        ceiling = self.fastest("loader", row.batch, "uint8")
+        self._load(row, (self._device, other), {"feed": feed, **PLAIN}, ceiling)
 
     def _compare(self, row: Row, share: float) -> None:
         row.found["hardware_share"] = share
@@ -221,7 +214,7 @@ class Bench:
         loader, step = self._training(row.batch, row.what == DRAWN)
         with loader:
             batch = next(loader)
-        ceiling = self._ceiling("step", KEPT, row.batch) if row.what == DRAWN else None
+        ceiling = self.fastest("step", row.batch, KEPT) if row.what == DRAWN else None
         self._time(row, lambda: step(batch.replicas, batch.labels, batch.step), ceiling)
 
     def _fed(self, row: Row) -> None:
@@ -232,37 +225,36 @@ class Bench:
             return step(batch.replicas, batch.labels, batch.step)
 
         with loader:
-            self._time(row, fed, self._ceiling("step", DRAWN, row.batch), loader)
+            self._time(row, fed, self.fastest("step", row.batch, DRAWN), loader)
         row.found |= {"lost": 1 - row.share} if row.share else {}
 
-    def _training(
-        self, batch: int, draw: bool
-    ) -> tuple[Loader, Callable[[Sequence[torch.Tensor], torch.Tensor, int], int]]:
-        """The loader as the trainer has it, and the trainer's step: on images, labels, and the number of the step."""
-        from trainer import recipe as recipes  # here, because only these rows need the trainer
-        from trainer.dropout import masks
-        from trainer.model import initial_weights
-        from trainer.optim import Momentum, rates
-        from trainer.parallel import TwoColumns, reference_precision
+    def _training(self, batch: int, draw: bool) -> tuple[Loader, Step]:
+        """The loader and the step as the trainer has them; at each step dropout masks are drawn, or the same serve."""
+        from trainer import dropout, model, optim, parallel, recipe  # here: only these rows need the trainer
 
         if self._data.samples("train")["label"].min() < 0:
             raise UserError("there are training pictures without a label")
-        reference_precision()
-        recipe = recipes.load(self._plan.recipe)
-        classes, seed, twice = max(CLASSES, len(self._data.classes)), recipe.train.seed, (self._device, self._device)
-        network = TwoColumns(recipe.model, classes, twice)
-        network.load(initial_weights(recipe.model, classes, seed))
-        optimiser = Momentum(network.parts(), recipe.optim)
-        kept = [mask.to(self._device) for mask in masks(seed, 0, batch, recipe.model.units, recipe.model.dropout)]
+        parallel.reference_precision()
+        plan, twice = recipe.load(self._plan.recipe), (self._device, self._device)
+        classes, seed = max(CLASSES, len(self._data.classes)), plan.train.seed
+        network = parallel.TwoColumns(plan.model, classes, twice)
+        network.load(model.initial_weights(plan.model, classes, seed))
+        optimiser = optim.Momentum(network.parts(), plan.optim)
+        drawn = partial(dropout.masks, seed, units=plan.model.units, probability=plan.model.dropout)
+        kept = [mask.to(self._device) for mask in drawn(step=0, samples=batch)]
 
         def step(images: Sequence[torch.Tensor], labels: torch.Tensor, number: int) -> int:
-            drop = masks(seed, number, len(labels), recipe.model.units, recipe.model.dropout) if draw else kept
-            losses = torch.nn.functional.cross_entropy(network(images, drop), labels, reduction="sum")
+            logits = network(images, drawn(step=number, samples=len(labels)) if draw else kept)
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             (losses / batch).backward()
-            optimiser.step(rates(recipe.optim, number, recipe.train.steps))
+            optimiser.step(optim.rates(plan.optim, number, plan.train.steps))
             return len(labels)
 
         return Loader(self._data, batch_size=batch, seed=seed, device=twice), step
+
+
+def _ends(values: Sequence[Any]) -> list[Any]:
+    return sorted({values[0], values[-1]})
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -290,15 +282,16 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: not a device; give cuda:0, or cpu") from error
-    count = torch.cuda.device_count()
-    if device.type not in PLANS or (device.type == "cuda" and (device.index or 0) >= count):
+    count, number = torch.cuda.device_count(), device.index or 0
+    if device.type not in PLANS or (device.type == "cuda" and number >= count):
         raise UserError(f"--device {name}: this machine has {count} CUDA devices; give one of them, or cpu")
-    return device
+    if device.type == "cuda":
+        torch.cuda.set_device(number)
+    return torch.device(device.type, number) if device.type == "cuda" else device
 
 
 def measure(device: torch.device, given: argparse.Namespace, command: str) -> None:
-    plan = PLANS[device.type]
-    samples = BATCHES * max(plan.batches + plan.decode)
+    samples = BATCHES * PLANS[device.type].batches[-1]
     with tempfile.TemporaryDirectory(prefix="penstock-gpu-") as folder:
         root = Path(folder)
         data = of_images(given.dataset, samples, root / "part") if given.dataset else make_up(root, samples, BATCHES)
@@ -308,7 +301,7 @@ def measure(device: torch.device, given: argparse.Namespace, command: str) -> No
             if given.json:
                 record = {**facts, "repetitions": REPETITIONS, "rows": [asdict(row) for row in bench.done]}
                 given.json.write_text(json.dumps(record, indent=1) + "\n")
-    rows = [row.cells() for row in bench.done if row.part != "decode" or row is bench.best(row.batch)]
+    rows = [row.cells() for row in bench.done if row.part != "decode" or row is bench.fastest("decode", row.batch)]
     print_table(rows, [*facts.values(), CEILINGS], given.markdown)
 
 

@@ -24,7 +24,7 @@ class Decoder:
         self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool = False
     ) -> None:
         self._devices, self._options, self._replicate = devices, options, replicate
-        self._most = most if replicate else part(most, 0, len(devices)).stop
+        self._most = max(1, most if replicate else part(most, 0, len(devices)).stop)
         self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for device in devices]
         self._inside: deque[Prepared] = deque()
         self._graphs = self._built()
