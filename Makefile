@@ -7,7 +7,7 @@ help:
 	@echo 'make demo               raw pictures -> shards -> training -> evaluation -> a page (about 3 minutes)'
 	@echo 'make demo RAW=DIR       the same on at most 5,000 of your pictures (LIMIT=N for more)'
 	@echo 'make test               the tests        make slow   the long proofs'
-	@echo 'make gpu                the tests that need a CUDA device (skipped without one)'
+	@echo 'make gpu                the tests that need a CUDA device, and its speed (skipped without one)'
 	@echo 'make lint               ruff and mypy    make setup  only set up .venv'
 
 setup: .venv/ready
@@ -26,6 +26,7 @@ slow: setup
 
 gpu: setup
 	@$(PY) -m pytest -q -m gpu
+	@$(PY) tools/gpu.py
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools

@@ -6,7 +6,6 @@ Where Penstock is not installed: PYTHONPATH=FOLDER_OF_DALI:. python3 tools/gpu.p
 alone. Without DATASET pictures are drawn, for which it takes all of Penstock's packages.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -16,12 +15,13 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import nvidia.dali
@@ -32,7 +32,7 @@ from pipeline.manifest import Manifest
 from pipeline.online.augment import VIEW_SIZE, AlexNet, Transform
 from pipeline.online.feed import IN_GRAPH
 from pipeline.online.graph import Graph, GraphOptions
-from pipeline.online.loader import Loader
+from pipeline.online.loader import Batch, Loader
 from pipeline.online.meter import Meter
 from pipeline.online.samples import SampleReader
 from pipeline.online.windows import Windows
@@ -47,21 +47,13 @@ READERS, COMPARED, CLASSES = 4, 200, 1000  # at a time; views, at least; of the 
 CORES = len(os.sched_getaffinity(0))
 PLAIN, COLOUR = {"output": "uint8"}, {"mean": "colour"}
 OUTPUTS = (PLAIN, *({"output": output, **mean} for output in ("float32", "bfloat16") for mean in ({}, COLOUR)))
-KEPT, DRAWN = "one batch, one dropout mask", "one batch, dropout masks drawn at each step"
-HEADER = ("part", "what", "batch", "images/s, median (min to max)", "host cores", "of its ceiling", "found")
-CEILINGS = """ceilings: of the loader, decode of its batch at its best hardware_share; of a step that draws masks, the one \
-that does not; of fed, the step that draws masks; of two devices, the loader's uint8 on one"""
-Step = Callable[[Sequence[torch.Tensor], torch.Tensor, int], int]  # images, labels, number → how many images
+KEPT, DRAWN = "same batch, same masks", "same batch"
+HEADER = ("part", "what", "batch", "images/s, median (min to max)", "of the ceiling", "host cores", "found")
 Stored = list[tuple[list[np.ndarray], Windows]]
-
-
-class Plan(NamedTuple):
-    batches: tuple[int, ...]  # for decoding alone; else the first and the last
-    shares: tuple[float, ...]  # of the pictures, to the hardware decoder; pixels of the first and the last are compared
-    recipe: str  # of the trainer
-
-
-PLANS = {"cuda": Plan((128, 512, 1024), (0, 0.5, 0.65, 0.9, 1), "original"), "cpu": Plan((32,), (0,), "tiny")}
+PLANS: dict[str, tuple[tuple[int, ...], tuple[float, ...], str]] = {  # batches, hardware_shares, the trainer's recipe;
+    "cuda": ((128, 512, 1024), (0, 0.5, 0.65, 0.9, 1), "original"),  # the first and the last batch, but for decoding
+    "cpu": ((32,), (0,), "tiny"),
+}
 
 
 @dataclass
@@ -72,9 +64,9 @@ class Row:
     rates: list[float] = field(default_factory=list)  # images/s of each repetition
     images_per_second: float | None = None  # their median
     host_cores: float | None = None  # seconds of this process on a core, per second
-    ceiling: float | None = None  # images/s
+    ceiling: str = ""  # an earlier row
     share: float | None = None  # of the ceiling
-    found: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, float] = field(default_factory=dict)
     not_measured: str = ""
 
     def cells(self) -> tuple[str, ...]:
@@ -83,15 +75,9 @@ class Row:
         if self.rates:
             rate = f"{self.images_per_second:,.0f} ({min(self.rates):,.0f} to {max(self.rates):,.0f})"
         cores = "" if self.host_cores is None else f"{self.host_cores:.1f}"
-        share = "" if self.share is None else f"{100 * self.share:.0f} %"
-        found = ", ".join(f"{key} {_said(value)}" for key, value in self.found.items())
-        return self.part, self.what, f"{self.batch:,}", rate, cores, share, found
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, dict):  # shares of the time, by cause
-        return f"{100 * sum(value.values()):.1f} % ({', '.join(f'{key} {100 * x:.1f}' for key, x in value.items())})"
-    return f"{value:.3g}"
+        share = "" if self.share is None else f"{100 * self.share:.0f} % of {self.ceiling}"
+        found = ", ".join(f"{key} {value:.3g}" for key, value in self.found.items())
+        return self.part, self.what, f"{self.batch:,}", rate, share, cores, found
 
 
 class Bench:
@@ -99,24 +85,25 @@ class Bench:
 
     def __init__(self, data: Manifest, device: torch.device, seconds: float) -> None:
         self._data, self._device, self._seconds = data, device, seconds
-        self._plan, self._cuda, self.done = PLANS[device.type], device.type == "cuda", list[Row]()
+        self._cuda, self.done = device.type == "cuda", list[Row]()
+        self._sizes, self._shares, self._recipe = PLANS[device.type]
 
     def rows(self) -> Iterator[Row]:
-        sizes, shares, _ = self._plan
-        for batch in sizes:
+        ends = sorted({self._sizes[0], self._sizes[-1]})
+        for batch in self._sizes:
             stored = self._stored(batch)
-            for share in shares:
-                yield self._row("decode", "windows, uint8", batch, self._decode, share, stored)
-        for batch, options in product(_ends(sizes), OUTPUTS):
-            yield self._row("loader", ", ".join(options.values()), batch, self._load, self._device, options)
-        for share in _ends(shares):
-            yield self._row("pixels", "difference from the CPU's, grey levels", sizes[0], self._compare, share)
-        for batch in _ends(sizes):
+            for share in self._shares:
+                yield self._row("decode", "uint8", batch, self._decode, share, stored)
+        for batch, options in product(ends, OUTPUTS):
+            yield self._row("loader", ", ".join(options.values()), batch, self._load, options)
+        for share in sorted({self._shares[0], self._shares[-1]}):
+            yield self._row("pixels", f"uint8, hardware_share {share}", ends[0], self._compare, share)
+        for batch in ends:
             for what in (KEPT, DRAWN):
                 yield self._row("step", what, batch, self._step)
-            yield self._row("fed", "the step on the loader's batches", batch, self._fed)
+            yield self._row("fed", "loader's batches", batch, self._fed)
         for feed in ("split", "replicate"):
-            yield self._row("two devices", f"uint8, {feed}", sizes[-1], self._two, feed)
+            yield self._row("two devices", f"uint8, {feed}", ends[-1], self._two, feed)
 
     def _row(self, part: str, what: str, batch: int, measure: Callable[..., None], *arguments: object) -> Row:
         row = Row(part, what, batch)
@@ -131,10 +118,10 @@ class Bench:
         self.done.append(row)
         return row
 
-    def fastest(self, part: str, batch: int, what: str = "") -> Row | None:
-        """Of the rows of a part and a batch, whose `what` begins so."""
-        rows = [row for row in self.done if (row.part, row.batch) == (part, batch) and row.what.startswith(what)]
-        return max(rows, key=lambda row: row.images_per_second or 0.0, default=None)
+    def fastest(self, part: str, what: str, batch: int) -> Row:
+        """Of the rows so far with these names."""
+        rows = [row for row in self.done if (row.part, row.what, row.batch) == (part, what, batch)]
+        return max(rows, key=lambda row: row.images_per_second or 0.0)
 
     def _time(self, row: Row, step: Callable[[], int], ceiling: Row | None = None, loader: Any = None) -> None:
         """Repetitions of `step`, which returns its images; the device is waited for at the end of each alone."""
@@ -147,15 +134,18 @@ class Bench:
         wall, row.images_per_second = time.perf_counter() - began, statistics.median(row.rates)
         row.host_cores = (time.process_time() - cpu) / wall
         if ceiling and ceiling.images_per_second:
-            row.ceiling, row.share = ceiling.images_per_second, row.images_per_second / ceiling.images_per_second
-        row.found |= {"stall": (meter.total - waited).shares(wall)} if loader else {}
+            row.ceiling = f"{ceiling.part}, {ceiling.what}"
+            row.share = row.images_per_second / ceiling.images_per_second
+        if loader:
+            shares = (meter.total - waited).shares(wall)
+            row.found |= {"stall": sum(shares.values()), **shares}
 
     def _repetition(self, step: Callable[[], int], seconds: float, least: int) -> float:
         """Images/s of at least so many steps and seconds."""
         images, steps, began = 0, 0, time.perf_counter()
         while steps < least or time.perf_counter() < began + seconds:
             images, steps = images + step(), steps + 1
-        for number in range(torch.cuda.device_count() if self._cuda else 0):
+        for number in range(torch.cuda.device_count()):
             torch.cuda.synchronize(number)
         return images / (time.perf_counter() - began)
 
@@ -181,24 +171,23 @@ class Bench:
 
         self._time(row, step)
 
-    def _load(self, row: Row, device: Any, options: dict[str, str], ceiling: Row | None = None) -> None:
+    def _load(self, row: Row, options: dict[str, Any], ceiling: Row | None = None) -> None:
         """The loader, with nobody who looks at its batches."""
-        alone = self.fastest("decode", row.batch)
-        row.found["hardware_share"] = share = alone.found["hardware_share"] if alone else 0.9
-        plan: dict[str, Any] = {"readers": READERS, "threads": CORES, "hardware_share": share, **options}
-        with Loader(self._data, batch_size=row.batch, device=device, **plan) as loader:
+        alone = self.fastest("decode", "uint8", row.batch)
+        row.found["hardware_share"] = share = alone.found["hardware_share"]
+        options = {"device": self._device, "hardware_share": share, "readers": READERS, "threads": CORES, **options}
+        with Loader(self._data, batch_size=row.batch, **options) as loader:
             self._time(row, lambda: len(next(loader).images), ceiling or alone, loader)
 
     def _two(self, row: Row, feed: str) -> None:
-        if torch.cuda.device_count() < 2 or not self._cuda:
+        if not self._cuda or torch.cuda.device_count() < 2:
             row.not_measured = "one device"
             return
         other = torch.device("cuda", (self._device.index + 1) % torch.cuda.device_count())
-        ceiling = self.fastest("loader", row.batch, "uint8")
-        self._load(row, (self._device, other), {"feed": feed, **PLAIN}, ceiling)
+        options = {"device": (self._device, other), "feed": feed, **PLAIN}
+        self._load(row, options, self.fastest("loader", "uint8", row.batch))
 
     def _compare(self, row: Row, share: float) -> None:
-        row.found["hardware_share"] = share
         options: dict[str, Any] = {"batch_size": row.batch, "hardware_share": share, **PLAIN}
         total, most, views, values = 0, 0, 0, 0
         with Loader(self._data, device=self._device, **options) as ours, Loader(self._data, **options) as theirs:
@@ -208,34 +197,29 @@ class Bench:
                 difference = (one.images.cpu().to(torch.int16) - other.images.to(torch.int16)).abs()
                 total, most = total + int(difference.sum()), max(most, int(difference.max()))
                 views, values = views + len(difference), values + difference.numel()
-        row.found |= {"views": views, "mean": total / values, "most": most}
+        row.found = {"views": views, "mean difference from the CPU's": total / values, "largest": most}
 
     def _step(self, row: Row) -> None:
         loader, step = self._training(row.batch, row.what == DRAWN)
         with loader:
             batch = next(loader)
-        ceiling = self.fastest("step", row.batch, KEPT) if row.what == DRAWN else None
-        self._time(row, lambda: step(batch.replicas, batch.labels, batch.step), ceiling)
+        self._time(row, lambda: step(batch), self.fastest("step", KEPT, row.batch) if row.what == DRAWN else None)
 
     def _fed(self, row: Row) -> None:
         loader, step = self._training(row.batch, True)
-
-        def fed() -> int:
-            batch = next(loader)
-            return step(batch.replicas, batch.labels, batch.step)
-
         with loader:
-            self._time(row, fed, self.fastest("step", row.batch, DRAWN), loader)
+            self._time(row, lambda: step(next(loader)), self.fastest("step", DRAWN, row.batch), loader)
         row.found |= {"lost": 1 - row.share} if row.share else {}
 
-    def _training(self, batch: int, draw: bool) -> tuple[Loader, Step]:
+    def _training(self, batch: int, draw: bool) -> tuple[Loader, Callable[[Batch], int]]:
         """The loader and the step as the trainer has them; at each step dropout masks are drawn, or the same serve."""
         from trainer import dropout, model, optim, parallel, recipe  # here: only these rows need the trainer
 
         if self._data.samples("train")["label"].min() < 0:
             raise UserError("there are training pictures without a label")
         parallel.reference_precision()
-        plan, twice = recipe.load(self._plan.recipe), (self._device, self._device)
+        rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9")  # a batch learned by heart has denormals, slow on a CPU
+        plan, twice = recipe.load(self._recipe, rates), (self._device, self._device)
         classes, seed = max(CLASSES, len(self._data.classes)), plan.train.seed
         network = parallel.TwoColumns(plan.model, classes, twice)
         network.load(model.initial_weights(plan.model, classes, seed))
@@ -243,55 +227,39 @@ class Bench:
         drawn = partial(dropout.masks, seed, units=plan.model.units, probability=plan.model.dropout)
         kept = [mask.to(self._device) for mask in drawn(step=0, samples=batch)]
 
-        def step(images: Sequence[torch.Tensor], labels: torch.Tensor, number: int) -> int:
-            logits = network(images, drawn(step=number, samples=len(labels)) if draw else kept)
-            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        def step(given: Batch) -> int:
+            logits = network(given.replicas, drawn(step=given.step, samples=len(given.ids)) if draw else kept)
+            losses = torch.nn.functional.cross_entropy(logits, given.labels, reduction="sum")
             (losses / batch).backward()
-            optimiser.step(optim.rates(plan.optim, number, plan.train.steps))
-            return len(labels)
+            optimiser.step(optim.rates(plan.optim, given.step, plan.train.steps))
+            return len(given.ids)
 
         return Loader(self._data, batch_size=batch, seed=seed, device=twice), step
 
 
-def _ends(values: Sequence[Any]) -> list[Any]:
-    return sorted({values[0], values[-1]})
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> None:
+    devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, usage=SUPPRESS)
     parser.add_argument("dataset", type=Path, nargs="?", metavar="DATASET", help="Default: drawn pictures.")
-    parser.add_argument("--device", help="Default: cuda:0. On cpu it runs the same, smaller.")
+    parser.add_argument("--device", choices=(*devices, "cpu"), default=devices[0] if devices else None)
     parser.add_argument("--seconds", type=float, default=3.0, help="Of each row, after its warm-up. Default: 3.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Every row's figures to a file.")
     parser.add_argument("--markdown", action="store_true", help="The closing table as Markdown.")
-    words = sys.argv[1:] if words is None else list(words)
     given = parser.parse_args(words)
-    if not given.device and not torch.cuda.is_available():
+    if not given.device:
         print("no CUDA device; --device cpu runs the same, smaller")
-        return 0
+        return
     try:
-        measure(_device(given.device or "cuda:0"), given, shlex.join(["python", "tools/gpu.py", *words]))
+        measure(given, shlex.join(["python", "tools/gpu.py", *(sys.argv[1:] if words is None else words)]))
     except (UserError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.exit(2, f"Error: {error}\n")
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device; give cuda:0, or cpu") from error
-    count, number = torch.cuda.device_count(), device.index or 0
-    if device.type not in PLANS or (device.type == "cuda" and number >= count):
-        raise UserError(f"--device {name}: this machine has {count} CUDA devices; give one of them, or cpu")
+def measure(given: Namespace, command: str) -> None:
+    device = torch.device(given.device)
     if device.type == "cuda":
-        torch.cuda.set_device(number)
-    return torch.device(device.type, number) if device.type == "cuda" else device
-
-
-def measure(device: torch.device, given: argparse.Namespace, command: str) -> None:
-    samples = BATCHES * PLANS[device.type].batches[-1]
+        torch.cuda.set_device(device)
+    samples = BATCHES * PLANS[device.type][0][-1]
     with tempfile.TemporaryDirectory(prefix="penstock-gpu-") as folder:
         root = Path(folder)
         data = of_images(given.dataset, samples, root / "part") if given.dataset else make_up(root, samples, BATCHES)
@@ -301,37 +269,32 @@ def measure(device: torch.device, given: argparse.Namespace, command: str) -> No
             if given.json:
                 record = {**facts, "repetitions": REPETITIONS, "rows": [asdict(row) for row in bench.done]}
                 given.json.write_text(json.dumps(record, indent=1) + "\n")
-    rows = [row.cells() for row in bench.done if row.part != "decode" or row is bench.fastest("decode", row.batch)]
-    print_table(rows, [*facts.values(), CEILINGS], given.markdown)
+    shown = [row.cells() for row in bench.done if row is bench.fastest(row.part, row.what, row.batch)]
+    print_table(shown, list(facts.values()), given.markdown)
 
 
 def _facts(data: Manifest, device: torch.device, seconds: float, command: str) -> dict[str, str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines, records = Path("/proc/cpuinfo").read_text().splitlines(), data.samples("train")
     host = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     gpu = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    records = data.samples("train")
+    packages = f"torch {torch.__version__}, DALI {nvidia.dali.__version__}, numpy {np.__version__}"
     return {
         "hardware": f"{gpu}{host}, {CORES} cores",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, DALI {nvidia.dali.__version__}, "
-        f"numpy {np.__version__}",
+        "versions": f"Python {platform.python_version()}, {packages}",
         "command": command,
         "measured": f"n = {REPETITIONS} repetitions of {seconds / REPETITIONS:g} s or one batch, after a warm-up",
-        "pictures": f"{len(records):,}, of which {len(np.unique(records['crc32'])):,} differ, warm in memory; "
+        "pictures": f"{len(records):,}, {len(np.unique(records['crc32'])):,} distinct, warm in memory; "
         f"{records['size'].mean() / 1e3:.1f} kB on average",
     }
 
 
 def print_table(rows: Sequence[tuple[str, ...]], facts: Sequence[str], markdown: bool) -> None:
-    print()
-    if markdown:
-        print("\n".join(f"- {fact}" for fact in facts) + "\n")
-        for row in (HEADER, ("---",) * len(HEADER), *rows):
-            print(f"| {' | '.join(row)} |")
-        return
-    widths = [max(map(len, column)) for column in zip(HEADER, *rows)]
-    for line in (*facts, "", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in (HEADER, *rows))):
-        print(line)
+    bullet, before, between, after = ("- ", "| ", " | ", " |") if markdown else ("", "", "  ", "")
+    rows = [HEADER, *[("---",) * len(HEADER)] * markdown, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [before + between.join(map(str.ljust, row, widths)) + after for row in rows]
+    print("", *(bullet + fact for fact in facts), "", *map(str.rstrip, lines), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
