@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import UserError
+from pipeline.online.philox import DROPOUT, key_of
 from reference import load_plain, philox_words, plain_alexnet
 from trainer import recipe as recipes
-from trainer.dropout import masks
+from trainer.dropout import mask_on_device, masks
 from trainer.model import AlexNet, initial_weights, parameter_count
 from trainer.normalisation import lrn, same_map_norm
 from trainer.optim import Momentum, rates
@@ -126,6 +127,17 @@ def test_dropout_masks_are_philox_words_and_half_of_them_zero():
         word = philox_words((9, 0), (3 + (layer << 8), 4, place, unit // 4))[unit % 4]
         assert found[layer][place, unit] == (word >= 2**30)
     assert abs(float(found[1].mean()) - 0.75) < 0.02
+
+
+def test_masks_for_a_gpu_are_those_of_the_host():
+    """The same words by torch's signed integers, here on the CPU; seeds and counters that set every upper bit."""
+    for seed, step in ((9, 4), (2**64 - 1, 2**31 - 1)):
+        (expected,) = masks(seed, step, 6, (64,), 0.5, place=2**31 - 7)
+        places, blocks = torch.arange(2**31 - 7, 2**31 - 1)[:, None], torch.arange(16)
+        found = mask_on_device(*key_of(seed), DROPOUT, step, places, blocks, 2**31)
+        assert torch.equal(found.flatten(1), expected)
+    whole, part = masks(1, 2, 9, (64,), 0.5)[0], masks(1, 2, 4, (64,), 0.5, place=5)[0]
+    assert torch.equal(whole[5:], part)
 
 
 def test_update_rule_against_numpy_over_a_drop_of_the_rate():

@@ -224,7 +224,9 @@ class Bench:
         network = parallel.TwoColumns(plan.model, classes, twice)
         network.load(model.initial_weights(plan.model, classes, seed))
         optimiser = optim.Momentum(network.parts(), plan.optim)
-        drawn = partial(dropout.masks, seed, units=plan.model.units, probability=plan.model.dropout)
+        drawn = partial(
+            dropout.masks, seed, units=plan.model.units, probability=plan.model.dropout, device=self._device
+        )
         kept = [mask.to(self._device) for mask in drawn(step=0, samples=batch)]
 
         def step(given: Batch) -> int:

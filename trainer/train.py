@@ -80,7 +80,9 @@ def train(
         window = _Window(devices[0], loader)
         for batch in loader:
             now = rates(recipe.optim, batch.step, recipe.train.steps)
-            drop = masks(recipe.train.seed, batch.step, len(batch.ids), recipe.model.units, recipe.model.dropout)
+            drop = masks(
+                recipe.train.seed, batch.step, len(batch.ids), recipe.model.units, recipe.model.dropout, devices[0]
+            )
             losses = F.cross_entropy(network(batch.replicas, drop), batch.labels, reduction="sum")
             (losses / recipe.train.batch_size).backward()  # a short batch counts for less, as in the 2012 code
             optimiser.step(now)
