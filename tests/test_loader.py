@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import Batch, Loader, augment
-from pipeline.online.normalise import fused, normalise, normalise_aligned
+from pipeline.online.normalise import Normaliser, fused, normalise, normalise_aligned
 from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels
 
@@ -99,6 +100,7 @@ def test_centre_and_ten_views_equal_numpy(dataset: Path, mean: str):
     for views, places in (("centre", [(16, 16, 1)]), ("ten", ten)):
         with Loader(dataset, "val", batch_size=4, views=views, mean=mean) as loader:
             batches = list(loader)
+            assert list(loader) == []  # it is over
         assert [batch.ids.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
         images = torch.cat([batch.images for batch in batches]).reshape(9, len(places), 3, 224, 224).numpy()
         for picture, found in zip(pictures, images):
@@ -117,6 +119,17 @@ def test_uint8_views_are_those_of_the_pictures(dataset: Path):
             for i, data in enumerate(reader.read(batch.ids)):
                 view = augment.reference_view(jpeg_pixels(data.tobytes()), *draws.crop[i], bool(draws.flip[i]))
                 assert (batch.images[i].numpy() == view.transpose(2, 0, 1)).all()
+
+
+def test_ten_uint8_views(dataset: Path):
+    with Loader(dataset, "val", batch_size=9, views="ten", output="uint8") as loader:
+        (found,) = [batch.images.numpy() for batch in loader]
+    with SampleReader(manifest.load(dataset), "val") as reader:
+        pictures = [jpeg_pixels(data.tobytes()) for data in reader.read(np.arange(9))]
+    assert found.shape == (9, 10, 3, 224, 224)
+    for picture, views in zip(pictures, found):
+        for (top, left, flip), view in zip(augment.ten_views(256), views):
+            assert (view == augment.reference_view(picture, top, left, flip).transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -219,8 +232,10 @@ def test_a_state_of_another_loader_is_refused(dataset: Path, small: Path):
     with Loader(dataset, batch_size=8) as loader:
         with pytest.raises(UserError, match="dataset: '0f"):
             loader.load_state_dict(state | {"dataset": "0f"})
-        with pytest.raises(UserError, match="it has no step"):
-            loader.load_state_dict({key: value for key, value in state.items() if key != "step"})
+        for step in (None, -1, True, "3"):
+            with pytest.raises(UserError, match=f"of another loader .step {step!r}"):
+                loader.load_state_dict(state | {"step": step})
+        assert next(loader).step == 0
 
 
 def test_normalise_against_its_reference():
@@ -263,11 +278,31 @@ def test_normalise_compiles_to_one_kernel():
 
 
 def test_closing_ends_the_threads(dataset: Path):
-    before = {thread.name for thread in threading.enumerate()}
-    with Loader(dataset, batch_size=16, readers=2) as loader:
+    def tasks() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before, counted = {thread.name for thread in threading.enumerate()}, tasks()
+    with Loader(dataset, batch_size=16, readers=2, threads=5) as loader:
         next(loader)
         assert {thread.name.split("_")[0] for thread in threading.enumerate()} > {"penstock-read", "penstock-decode"}
+        assert tasks() > counted + 5  # DALI's, too
     assert {thread.name for thread in threading.enumerate()} <= before
+    assert tasks() <= counted + 1
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(loader)
+
+
+def test_what_interrupts_the_consumer_costs_no_batch(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    """A signal while it waits; no room for the images on the device."""
+    with Loader(dataset, batch_size=8) as loader:
+        next(loader)
+        for owner, name in ((Future, "result"), (Normaliser, "images")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    next(loader)
+            assert loader.state_dict()["step"] == 1
+        assert next(loader).step == 1
 
 
 def test_impossible_loaders(dataset: Path, tmp_path: Path):
@@ -284,6 +319,11 @@ def test_impossible_loaders(dataset: Path, tmp_path: Path):
         ({"feed": "half"}, "feed='half': must be one of split, replicate"),
         ({"views": "ten", "max_bad": 1}, "max_bad=1: is for training"),
         ({"step": -1}, "step=-1: must be at least 0"),
+        ({"max_bad": -1}, "max_bad=-1: must be at least 0"),
+        ({"threads": 0}, "threads=0: must be at least 1"),
+        ({"hardware_share": 3}, "hardware_share=3: must be between 0 and 1"),
+        ({"meen": "colour"}, "meen='colour': no such option; this recipe has views, mean, lighting, "),
+        ({"recipe": "imagenet", "crop_chunk": 2}, "crop_chunk=2: no such option; this recipe has views"),
         ({"device": "gpu"}, "device='gpu': not a device; name cpu or cuda:N"),
         ({"device": "meta"}, "device='meta': is not supported"),
         ({"device": "cuda:99"}, r"device='cuda:99': this machine has \d+ CUDA devices; name one of them, or cpu"),

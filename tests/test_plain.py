@@ -68,7 +68,7 @@ def jpegs(root: Path, split: str) -> list[bytes]:
 def views(pictures: list[bytes], windows: Windows, *, normalised: bool, resize: bool = True) -> np.ndarray:
     graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
     graph.submit([np.frombuffer(data, np.uint8) for data in pictures], windows)
-    return np.array(graph.result())
+    return graph.result().numpy().copy()
 
 
 def squares(n: int) -> np.ndarray:

@@ -52,6 +52,32 @@ def test_on_a_gpu_the_devices_time_counts():
     assert (wait - Wait(0, 0, 0, device=0.5)).device == 1.5
 
 
+class Event:
+    """A CUDA event at a known time, which the device has come to or not."""
+
+    def __init__(self, milliseconds: float, reached: bool = True) -> None:
+        self.milliseconds, self.reached = milliseconds, reached
+
+    def query(self) -> bool:
+        return self.reached
+
+    def elapsed_time(self, other: "Event") -> float:
+        return other.milliseconds - self.milliseconds
+
+
+def test_events_count_once_the_device_has_come_to_them():
+    meter, late = Meter(), Event(900, reached=False)
+    meter.add(Wait(1, 0, 0), (Event(100), Event(350)))  # type: ignore[arg-type]
+    assert meter.last == Wait(1, 0, 0, device=0.25)
+    assert meter.total == meter.total == Wait(1, 0, 0, device=0.25)
+    meter.add(Wait(0, 2, 0), (Event(400), late))  # type: ignore[arg-type]
+    assert meter.last == Wait(0, 2, 0)
+    assert meter.total == Wait(1, 2, 0, device=0.25)
+    late.reached = True
+    assert meter.last == Wait(0, 2, 0, device=0.5)
+    assert meter.total == Wait(1, 2, 0, device=0.75)
+
+
 def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, seconds: float) -> None:
     before: Callable[..., object] = getattr(owner, name)
 
@@ -64,7 +90,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, seconds: flo
 
 @pytest.mark.parametrize(
     ("owner", "name", "cause"),
-    [(SampleReader, "read", "reading"), (Decoder, "result", "decoding"), (Normaliser, "prepare", "transfer")],
+    [(SampleReader, "read", "reading"), (Decoder, "result", "decoding"), (Normaliser, "prepare", "decoding")],
 )
 def test_the_slow_stage_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, cause: str):
     slowed(monkeypatch, owner, name, 0.2)

@@ -224,9 +224,8 @@ class Bench:
         network = parallel.TwoColumns(plan.model, classes, twice)
         network.load(model.initial_weights(plan.model, classes, seed))
         optimiser = optim.Momentum(network.parts(), plan.optim)
-        drawn = partial(
-            dropout.masks, seed, units=plan.model.units, probability=plan.model.dropout, device=self._device
-        )
+        units, probability = plan.model.units, plan.model.dropout
+        drawn = partial(dropout.masks, seed, units=units, probability=probability, device=self._device)
         kept = [mask.to(self._device) for mask in drawn(step=0, samples=batch)]
 
         def step(given: Batch) -> int:
@@ -249,8 +248,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="The closing table as Markdown.")
     given = parser.parse_args(words)
     if not given.device:
-        print("no CUDA device; --device cpu runs the same, smaller")
-        return
+        return print("no CUDA device; --device cpu runs the same, smaller")
     try:
         measure(given, shlex.join(["python", "tools/gpu.py", *(sys.argv[1:] if words is None else words)]))
     except (UserError, OSError) as error:

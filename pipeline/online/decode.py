@@ -3,12 +3,11 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pipeline.online.graph import Graph, GraphOptions, decodes
+from pipeline.online.graph import Graph, GraphOptions, undecodable
 from pipeline.online.order import part
 from pipeline.online.sequence import Prepared
 
@@ -27,6 +26,7 @@ class Decoder:
         self._most = max(1, most if replicate else part(most, 0, len(devices)).stop)
         self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for device in devices]
         self._inside: deque[Prepared] = deque()
+        self._stopped = False
         self._graphs = self._built()
 
     def submit(self, batch: Prepared) -> None:
@@ -67,18 +67,23 @@ class Decoder:
         return batch, parts
 
     def undecodable(self) -> list[int]:
-        """The places of the oldest batch whose samples do not decode, each tried alone."""
-        batch = self._inside[0]
-        one, device_id = replace(self._options, threads=1), _device_id(self._devices[0])
-        return [
-            place
-            for place, jpeg in enumerate(batch.jpegs)
-            if not decodes(jpeg, batch.windows[place : place + 1], one, device_id)
-        ]
+        """The places of the oldest batch whose samples do not decode; none when told to stop."""
+        batch, device_id = self._inside[0], _device_id(self._devices[0])
+        return undecodable(batch.jpegs, batch.windows, self._options, device_id, lambda: self._stopped)
+
+    def stop(self) -> None:
+        """Let a search for what does not decode end."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Free the graphs, and what they hold."""
+        self._graphs = []
+        self._inside.clear()
 
     def replace(self, batch: Prepared) -> None:
         """Another batch in place of the oldest, which failed: with graphs made anew, as DALI's are of no use then."""
         self._inside[0] = batch
+        self._graphs = []  # before others are made: a GPU may not have room for both
         self._graphs = self._built()
         for each in self._inside:
             self._feed(each)

@@ -16,7 +16,8 @@ _log = logging.getLogger("penstock")
 class Replacements:
     """The rule: the next sample in the order of the ids that is whole stands in.
 
-    So a batch keeps its size on every rank, and what stands in is a function of the data alone.
+    So a batch keeps its size on every rank, and what stands in is a function of the data alone. Each rank counts those
+    that it has met; a rank that has met too many ends, and the others' next exchange with it fails.
 
     Args:
         most: samples that may be replaced, each counted once, by this process.
@@ -27,6 +28,11 @@ class Replacements:
         self._reader, self.most = reader, most
         self._ids = set(known)
         self._lock = threading.Lock()  # the reading and the decoding thread both find faults
+
+    def known(self, sample: int) -> bool:
+        """Whether it was found to be no good."""
+        with self._lock:
+            return sample in self._ids
 
     @property
     def ids(self) -> list[int]:
@@ -46,7 +52,7 @@ class Replacements:
                 new = sample not in self._ids
                 self._ids.add(sample)
                 known = set(self._ids)
-            if len(known) > self.most:
+            if len(known) > self.most or len(known) == len(reader):
                 raise DatasetError(
                     f"{where}; samples that failed: {len(known)}, allowed: max_bad={self.most}; "
                     "look at the data with tools/verify_shards.py"

@@ -57,6 +57,7 @@ class Feed:
         self._reading: dict[int, Future[Prepared]] = {}  # until they are submitted to the decoder
         self._ahead: deque[Future[Ready]] = deque()
         self._permutations: dict[int, Future[np.ndarray]] = {}
+        self._closed = False
         self._told = (-1, False)  # the latest epoch that `upcoming` knows of, and whether of the next one, too
         # decoding waits for reading, and reading for a permutation; never the other way round
         names = ("decode", "read", "order")
@@ -65,21 +66,30 @@ class Feed:
         self._ask()
 
     def next(self) -> Ready | None:
-        """Wait for the next batch; what its preparation raised is raised here. None: there is none."""
-        if not self._ahead:
-            return None
-        ready = self._ahead.popleft().result()
+        """Wait for the next batch, which stays the next one until `taken`. None: there is none.
+
+        What its preparation raised is raised here, again and again.
+        """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        return self._ahead[0].result() if self._ahead else None
+
+    def taken(self) -> None:
+        """The consumer has the next batch; prepare another."""
+        self._ahead.popleft()
         self._ask()
-        return ready
 
     def close(self) -> None:
-        """End the threads, each after what it is at."""
-        for future in self._ahead:
-            future.cancel()
+        """End the threads, each after what it is at, and free the graphs."""
+        self._closed = True
+        self._decoder.stop()
         for pool in self._pools:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=True)
         self._ahead.clear()
         self._reading.clear()
+        self._decoder.close()
 
     def _ask(self) -> None:
         while len(self._ahead) < self._depth and not self._over(self._asked):
@@ -95,28 +105,31 @@ class Feed:
     # What follows runs in the reading thread.
 
     def _read(self, step: int) -> Prepared:
-        permutation = self._permutation(step)
+        permutation, faults = self._permutation(step), self._faults
+        planned = self._sequence.ids(step, permutation)
         damaged: list[int] = []
-        jpegs = self._reader.read(self._sequence.ids(step, permutation), damaged if self._faults.most else None)
-        batch = self._sequence.prepared(step, permutation, jpegs)
-        for place in damaged:
-            batch = batch.replaced(place, *self._faults.of(int(batch.ids[place]), DAMAGED))
-        return batch
+        jpegs = self._reader.read(planned, damaged if faults.most else None)
+        stand_ins = {}
+        for place, sample in enumerate(planned.tolist()):
+            if place in damaged or faults.known(sample):
+                stand_ins[place], jpegs[place] = faults.of(sample, DAMAGED)
+        return self._sequence.prepared(step, permutation, stand_ins, jpegs)
 
     def _permutation(self, step: int) -> np.ndarray:
         """That of the step's epoch. The next one is begun in the middle of it, so that nobody waits for it."""
-        steps = self._sequence.order.steps_per_epoch
+        order, steps = self._sequence.order, self._sequence.order.steps_per_epoch
         epoch, place = divmod(step, steps)
-        soon = [epoch + 1] if 2 * place >= steps and not self._over((epoch + 1) * steps) else []
+        soon = [epoch + 1] if 2 * place + 2 > steps and not self._over((epoch + 1) * steps) else []
         self._permutations = {
-            each: self._permutations.get(each) or self._orders.submit(self._sequence.order.permutation, each)
+            each: self._permutations.get(each) or self._orders.submit(order.permutation, each)
             for each in [epoch, *soon]
         }
         found = self._permutations[epoch].result()
-        if self._upcoming and self._told != (news := (epoch, bool(soon))):
+        known = [each for each in soon if self._permutations[each].done()]
+        if self._upcoming and self._told != (news := (epoch, bool(known))):
             self._told = news
-            rest = [found[place * self._sequence.order.batch_size :]]
-            self._upcoming(np.concatenate(rest + [self._permutations[each].result() for each in soon]))
+            rest = [found[place * order.batch_size :]]
+            self._upcoming(np.concatenate(rest + [self._permutations[each].result() for each in known]))
         return found
 
     # What follows runs in the decoding thread.
@@ -129,6 +142,8 @@ class Feed:
             decoded = time.perf_counter()
             labels = torch.from_numpy(self._reader.labels(batch.ids)).to(views[0].device)
             tensors = self._finish(batch, views)
+        if labels.device.type == "cpu":
+            decoded = time.perf_counter()  # nothing is transferred: what finishing takes is part of decoding
         return Ready(batch, labels, tensors, Times(batch.read, decoded, time.perf_counter()))
 
     def _submit(self, step: int) -> None:
@@ -150,5 +165,6 @@ class Feed:
                 if not places:
                     raise
                 for place in places:
-                    batch = batch.replaced(place, *self._faults.of(int(batch.ids[place]), UNDECODABLE))
+                    stand_in = self._faults.of(int(batch.ids[place]), UNDECODABLE)
+                    batch = self._sequence.replaced(batch, place, *stand_in)
                 self._decoder.replace(batch)

@@ -1,7 +1,8 @@
 """The DALI graph: a pure function of (JPEG bytes, window, flip) → view."""
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,15 +68,22 @@ class Graph:
         return torch.from_dlpack(views.as_tensor())  # DALI's memory, ours until the tensor is gone
 
 
-def decodes(jpeg: np.ndarray, windows: Windows, options: GraphOptions, device_id: int | None) -> bool:
-    """Whether one JPEG decodes where its window is."""
-    graph = Graph(options, 1, device_id)
-    try:
-        graph.submit([jpeg], windows)
-        graph.result()
-    except RuntimeError:
-        return False
-    return True
+def undecodable(
+    jpegs: list[np.ndarray], windows: Windows, options: GraphOptions, device_id: int | None, stopped: Callable[[], bool]
+) -> list[int]:
+    """The places of JPEGs that do not decode where their windows are, each tried alone; ends early when `stopped`."""
+    found, one = [], replace(options, threads=1)
+    graph = Graph(one, 1, device_id)
+    for place, jpeg in enumerate(jpegs):
+        if stopped():
+            break
+        try:
+            graph.submit([jpeg], windows[place : place + 1])
+            graph.result(None if device_id is None else torch.cuda.current_stream(device_id))
+        except RuntimeError:
+            found.append(place)
+            graph = Graph(one, 1, device_id)  # after an error DALI's are of no use
+    return found
 
 
 def _built(options: GraphOptions, batch_size: int, device_id: int | None) -> Pipeline:

@@ -50,7 +50,7 @@ class Loader:
     """Streams one split of a dataset directory to a device, from batch `step` on.
 
     Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`) visits every sample once in the order of
-    the ids. Use it as a context manager, so that its threads and files end with it.
+    the ids, and is over then. Use it as a context manager, so that its threads and files end with it.
 
     Args:
         data: a dataset directory (a path or a URL), or its loaded manifest.
@@ -86,7 +86,7 @@ class Loader:
         step: int = 0,
         rank: int = 0,
         ranks: int = 1,
-        device: "str | torch.device | tuple[str | torch.device, ...]" = "cpu",
+        device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",
         feed: str = "split",
         output: str = "float32",
         threads: int | None = None,
@@ -98,11 +98,16 @@ class Loader:
         cache_bytes: int = 200 * 10**9,
         **options: Any,
     ) -> None:
-        check_counts(batch_size=batch_size, readers=readers, depth=depth, threads=threads or 1, ranks=ranks)
+        check_counts(
+            batch_size=batch_size, readers=readers, depth=depth, threads=1 if threads is None else threads, ranks=ranks
+        )
         check_choice("feed", feed, ("split", "replicate"))
         check_choice("output", output, tuple(DTYPES))
-        if step < 0:
-            raise UserError(f"step={step}: must be at least 0")
+        for name, number in (("step", step), ("max_bad", max_bad)):
+            if number < 0:
+                raise UserError(f"{name}={number}: must be at least 0")
+        if not 0 <= hardware_share <= 1:
+            raise UserError(f"hardware_share={hardware_share}: must be between 0 and 1")
         if not 0 <= rank < ranks:
             raise UserError(f"rank={rank}: must be between 0 and ranks − 1 = {ranks - 1}")
         self.manifest = data if isinstance(data, manifest.Manifest) else manifest.load(data)
@@ -124,7 +129,7 @@ class Loader:
             tuple(shard.samples for shard in records),
             window,
         )
-        self.devices = devices_of(device if isinstance(device, tuple) else (device,))
+        self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
         whole = self.manifest.recipe.crop != "centre"
         size = None if whole else (self.manifest.recipe.size,) * 2
         chunk = options.get("crop_chunk", 1)
@@ -172,19 +177,16 @@ class Loader:
             raise StopIteration
         wait = waited(asked, time.perf_counter(), ready.times)
         after = _event(device)
-        self.meter.add(wait, (before, after) if before and after else None)
-        batch = ready.prepared
-        self._next = batch.step + 1
-        images = {}
+        batch, images = ready.prepared, {}
+        for tensor in (ready.labels, *(tensor for tensors in ready.tensors for tensor in tensors)):
+            if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         for each, tensors in zip(self._decoding, ready.tensors):
-            if each.type == "cuda":
-                for tensor in (
-                    ready.labels,
-                    *tensors,
-                ):  # made on another stream; not to be freed while this one uses it
-                    tensor.record_stream(torch.cuda.current_stream(each))
             images[each] = self._normaliser.images(batch.step, tensors, each)
         replicas = tuple(images[each] for each in self.devices)
+        self.meter.add(wait, (before, after) if before and after else None)
+        self._next = batch.step + 1
+        self._feed.taken()  # only now: what was raised above leaves it the next one
         return Batch(batch.step, batch.epoch, batch.place, batch.whole, batch.ids, ready.labels, replicas)
 
     @property
@@ -195,7 +197,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Where the run is, after the batches that were taken: plain values. Loading it takes no longer for more steps.
 
-        It holds for any number of ranks, devices, threads.
+        It holds for any number of ranks, devices, threads. `bad` may name samples of batches that are not taken yet.
         """
         return {**self._described(), "step": self._next, "bad": self.bad}
 
@@ -205,16 +207,17 @@ class Loader:
         Raises:
             UserError: it is of another data set, seed, batch size or option; the message names each.
         """
-        mine = self._described()
+        mine, step = self._described(), state.get("step")
         differing = [key for key in mine if state.get(key) != mine[key]]
-        if differing or not isinstance(state.get("step"), int):
+        if differing or type(step) is not int or step < 0:
             what = "; ".join(f"{key}: {state.get(key)!r} there, {mine[key]!r} here" for key in differing)
-            raise UserError(f"this state is of another loader ({what or 'it has no step'}); make the loader as it was")
+            raise UserError(f"this state is of another loader ({what or f'step {step!r}'}); make the loader as it was")
         self._feed.close()
-        self._begin(state["step"], state.get("bad", ()))
+        self._begin(step, state.get("bad", ()))
 
     def close(self) -> None:
         """End the threads, close the files, free the graphs; there is no next batch after it."""
+        self._reader.stop()
         if self._cache:
             self._cache.stop()  # so that no thread waits for a shard any more
         self._feed.close()
@@ -250,11 +253,14 @@ class Loader:
         root, shards = self.manifest.root, self.manifest.split(self.split).shards
         if folder is None:
             raise UserError(f"{root}: is remote; name a folder on this machine for its shards: cache=FOLDER")
-        whole = sum(shard.bytes for shard in shards)
-        if self.order.kind == "uniform" and whole > limit:
+        largest = sorted((shard.bytes for shard in shards), reverse=True)
+        in_window = -(-self.order.window * len(shards) // self.order.samples) + 1
+        used = {"uniform": ("all shards", len(shards)), "shards": ("two windows", 2 * in_window)}
+        what, count = used.get(self.order.kind, ("two shards", 2))
+        if (needed := sum(largest[:count])) > limit:
             raise UserError(
-                f"{root}: order='uniform' reads all of {self.split!r} at once, {whole / 1e9:.1f} GB, and "
-                f"cache_bytes={limit / 1e9:.1f} GB; raise that, or take order='shards'"
+                f"{root}: order={self.order.kind!r} has {what} in use, {needed:,} bytes, and cache_bytes={limit:,}; "
+                "raise that, or take order='shards' with a small window"
             )
         return ShardCache(self.manifest, self.split, Path(folder), limit)
 

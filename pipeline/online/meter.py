@@ -78,18 +78,25 @@ def waited(asked: float, got: float, times: Times) -> Wait:
 class Meter:
     """Adds up the waiting of a loader's consumer. On a GPU by CUDA events, which cost the host no waiting."""
 
-    last: Wait = Wait()
+    _last: Wait = Wait()
     _total: Wait = Wait()
     _events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+    _latest: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def add(self, wait: Wait, events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None) -> None:
         """The waiting for one batch; `events` stand on the consumer's stream before and after it."""
-        self.last = wait
-        if events is None:
-            self._total += wait
-        else:
-            self._total += replace(wait, device=0.0)
+        self._last, self._total = wait, self._total + (wait if events is None else replace(wait, device=0.0))
+        self._latest = events
+        if events is not None:
             self._events.append(events)
+
+    @property
+    def last(self) -> Wait:
+        """That for the latest batch; on a GPU once the device has come to its step, until then what the host waited."""
+        if self._latest is None or not self._latest[1].query():
+            return self._last
+        before, after = self._latest
+        return replace(self._last, device=before.elapsed_time(after) / 1e3)
 
     @property
     def total(self) -> Wait:

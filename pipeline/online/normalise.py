@@ -55,8 +55,9 @@ class Normaliser:
     def __init__(self, recipe: Recipe, devices: tuple[torch.device, ...], output: str) -> None:
         self._recipe, self._devices, self._output = recipe, devices, DTYPES[output]
         self.in_graph = devices[0].type == "cpu" and not recipe.ten and output != "uint8"
-        self._planes: dict[int, np.ndarray] = {}  # (3, h, w), by the identity of the recipe's array
-        self._rests: dict[tuple[int, torch.device], Tensor] = {}
+        # what the recipe gave as `rest`, by identity, and the same as planes (3, h, w) and on devices
+        self._planes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._rests: dict[tuple[int, torch.device], tuple[np.ndarray, Tensor]] = {}
 
     def prepare(self, batch: Prepared, views: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """In the decoding thread: what `images` needs on each device."""
@@ -65,7 +66,9 @@ class Normaliser:
         if self.in_graph:
             rest = self._recipe.rest(batch.step)
             if rest is not None and len(batch.ids):
-                planes = self._planes.setdefault(id(rest), np.ascontiguousarray(rest.transpose(2, 0, 1)))
+                if id(rest) not in self._planes:
+                    self._planes[id(rest)] = rest, np.ascontiguousarray(rest.transpose(2, 0, 1))
+                _, planes = self._planes[id(rest)]
                 for view in views:
                     subtract_rest(view.numpy(), planes, batch.windows)
             return [(view.to(self._output),) for view in views]
@@ -73,10 +76,13 @@ class Normaliser:
         arrays = [windows.offset, windows.std, windows.start, windows.flip]
         return [(view, *(_sent(array, device) for array in arrays)) for view, device in zip(views, self._devices)]
 
+    @torch.no_grad()
     def images(self, step: int, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
         """In the consumer's thread, on its stream: (n, 3, h, w), or (n, 10, 3, 224, 224)."""
         if self._output == torch.uint8:
-            return tensors[0].permute(0, 3, 1, 2)
+            if not self._recipe.ten:
+                return tensors[0].permute(0, 3, 1, 2)
+            return torch.stack([one.permute(0, 3, 1, 2) for one, _ in cut_ten(tensors[0], None, False)], dim=1)
         if self.in_graph:
             return tensors[0]
         view, offset, std, start, flip = tensors
@@ -94,8 +100,8 @@ class Normaliser:
             return None
         key = (id(rest), device)
         if key not in self._rests:
-            self._rests[key] = torch.from_numpy(rest).to(device)
-        return self._rests[key]
+            self._rests[key] = rest, torch.from_numpy(rest).to(device)
+        return self._rests[key][1]
 
 
 def _on(device: torch.device, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

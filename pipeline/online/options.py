@@ -1,5 +1,6 @@
 """What a user may choose of a loader, checked: recipes, devices, counts."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,20 @@ def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> 
                 f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
                 "take recipe='imagenet', or build with --crop centre"
             )
+        _check_known(options, Transform.__dataclass_fields__)
         return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
     check_choice("recipe", name, ("alexnet", "imagenet"))
+    _check_known(options, ("views",))
     return ImageNet(seed=seed, **options)
 
 
-def devices_of(names: "tuple[str | torch.device, ...]") -> tuple[torch.device, ...]:
+def _check_known(options: dict[str, Any], known: Iterable[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise UserError(f"{name}={options[name]!r}: no such option; this recipe has {', '.join(known)}")
+
+
+def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...]:
     """Devices by name, CUDA's with their number. Raises UserError where one is not there."""
     found = []
     for name in names:

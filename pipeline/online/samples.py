@@ -1,8 +1,10 @@
 """Sample id → JPEG bytes and label, by positioned reads."""
 
 import os
+import threading
+import weakref
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -31,32 +33,52 @@ def shard_numbers(data: Manifest, split: str) -> dict[int, str]:
 
 
 class LocalShards:
-    """The shards of a dataset directory on this machine, the latest `MAX_OPEN` of them open."""
+    """The shards of a dataset directory on this machine, the latest `MAX_OPEN` of them open. Threads may share it."""
 
     def __init__(self, data: Manifest, split: str) -> None:
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
+        self._lock = threading.Lock()
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._leases: Counter[int] = Counter()
+        weakref.finalize(self, _close, self._open)  # for who forgets to
 
     @contextmanager
     def lease(self, shards: Collection[int]) -> Iterator[dict[int, int]]:
-        for number in shards:
-            if number not in self._open:
-                try:
-                    self._open[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError as error:
-                    raise DatasetError(f"{self._paths[number]}: missing; build it again") from error
-            self._open.move_to_end(number)
-        yield {number: self._open[number] for number in shards}
-        while len(self._open) > MAX_OPEN:
-            os.close(self._open.popitem(last=False)[1])
+        with self._lock:
+            descriptors = {number: self._descriptor(number) for number in shards}
+            self._leases.update(descriptors.keys())
+        try:
+            yield descriptors
+        finally:
+            with self._lock:
+                self._leases.subtract(descriptors.keys())
+                idle = [number for number in self._open if not self._leases[number]]  # the latest used last
+                for number in idle[: max(0, len(self._open) - MAX_OPEN)]:
+                    os.close(self._open.pop(number))
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._open:
+            try:
+                self._open[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise DatasetError(f"{self._paths[number]}: missing; build it again") from error
+            except OSError as error:
+                raise DatasetError(f"{self._paths[number]}: {error.strerror}; let it be readable") from error
+        self._open.move_to_end(number)
+        return self._open[number]
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        with self._lock:
+            _close(self._open)
+
+
+def _close(descriptors: OrderedDict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 class SampleReader:
-    """Reads samples of one split. Not thread-safe: one thread calls it, and it has `readers` of its own.
+    """Reads samples of one split. Threads may share it.
 
     Args:
         readers: reads at a time; more than one where a read takes long to answer, or one core is too slow to check.
@@ -67,6 +89,7 @@ class SampleReader:
         self._names = {number: data.root / name for number, name in shard_numbers(data, split).items()}
         self._shards: Shards = shards or LocalShards(data, split)
         self._readers = readers
+        self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="penstock-reader") if readers > 1 else None
 
     def __len__(self) -> int:
@@ -113,8 +136,14 @@ class SampleReader:
             wrong = []
             for i in chosen:
                 shard, offset, crc = (column[i] for column in columns)
+                if self._stop.is_set():
+                    raise RuntimeError("the reader is closed")
                 part = memoryview(parts[i])  # type: ignore[arg-type]  # numpy's stubs for 3.11 do not say that it may
-                if os.preadv(descriptors[shard], [part], offset) != len(part):
+                try:
+                    whole = _read_whole(descriptors[shard], part, offset)
+                except OSError as error:
+                    raise DatasetError(f"{self._names[shard]}: {error.strerror}, at sample {ids[i]}") from error
+                if not whole:
                     raise DatasetError(f"{self._names[shard]}: cut short at sample {ids[i]}; build it again")
                 if zlib.crc32(part) != crc:
                     wrong.append(i)
@@ -138,7 +167,12 @@ class SampleReader:
             header = os.pread(descriptors[shard], 100, offset - 512)
         return header.partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg")
 
+    def stop(self) -> None:
+        """Let reads under way, and later ones, end with RuntimeError."""
+        self._stop.set()
+
     def close(self) -> None:
+        self.stop()
         if self._pool:
             self._pool.shutdown()
         self._shards.close()
@@ -151,11 +185,21 @@ class SampleReader:
 
 
 def picture_size(jpeg: np.ndarray) -> tuple[int, int]:
-    """(height, width) in pixels, from the frame header of a JPEG; (0, 0) where there is none."""
-    data, at = jpeg.tobytes() if len(jpeg) < 4096 else jpeg[:4096].tobytes(), 2
+    """(height, width) in pixels, from the frame header of a JPEG. Raises DatasetError where there is none."""
+    data, at = jpeg.tobytes(), 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return 0, 0
+    raise DatasetError("a stored JPEG has no frame header; check the data with tools/verify_shards.py")
+
+
+def _read_whole(descriptor: int, part: memoryview, offset: int) -> bool:
+    """Fill `part` from `offset`. False where the file ends before that."""
+    done = 0
+    while done < len(part):
+        if not (count := os.preadv(descriptor, [part[done:]], offset + done)):
+            return False
+        done += count
+    return True

@@ -1,6 +1,7 @@
 """All that the batches are a function of: which samples come at which step on which rank, and what they become."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,16 +19,12 @@ class Prepared:
     epoch: int
     place: int  # of its first sample in the global batch
     whole: int  # samples of the global batch
-    ids: np.ndarray  # (n,) int64
+    ids: np.ndarray  # (n,) int64: `planned`, but for those that others stand in for
+    planned: np.ndarray  # (n,) int64: whose draws are used
+    heads: np.ndarray | None  # (n,) int64: whose crop and flip are used, where several share them
     windows: Windows
     jpegs: list[np.ndarray]
     read: float  # when, by time.perf_counter
-
-    def replaced(self, place: int, sample: int, jpeg: np.ndarray) -> "Prepared":
-        """Another sample in one place; it keeps the window, the flip and the lighting of that place."""
-        ids, jpegs = self.ids.copy(), self.jpegs.copy()
-        ids[place], jpegs[place] = sample, jpeg
-        return replace(self, ids=ids, jpegs=jpegs)
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,29 @@ class Sequence:
         """(n,) int64: the rank's samples, in the order of the global batch."""
         return self.order.batch(step, permutation)[self.places(step)[0]]
 
-    def prepared(self, step: int, permutation: np.ndarray, jpegs: list[np.ndarray]) -> Prepared:
-        """The batch of `step`, once its samples are read."""
-        epoch, (mine, whole), ids = self.epoch(step), self.places(step), self.ids(step, permutation)
+    def prepared(
+        self, step: int, permutation: np.ndarray, stand_ins: Mapping[int, int], jpegs: list[np.ndarray]
+    ) -> Prepared:
+        """The batch of `step`, once its samples are read; `stand_ins`: place → the id of what is there instead."""
+        (mine, whole), planned = self.places(step), self.ids(step, permutation)
         heads = None
         if self.chunk > 1:
             heads = self.order.batch(step, permutation)[np.arange(whole) // self.chunk * self.chunk][mine]
+        ids = planned.copy()
+        for place, sample in stand_ins.items():
+            ids[place] = sample
+        windows = self._windows(step, planned, heads, jpegs)
+        now = time.perf_counter()
+        return Prepared(step, self.epoch(step), mine.start, whole, ids, planned, heads, windows, jpegs, now)
+
+    def replaced(self, batch: Prepared, place: int, sample: int, jpeg: np.ndarray) -> Prepared:
+        """Another sample in one place, with the draws of the one that was planned there."""
+        ids, jpegs = batch.ids.copy(), batch.jpegs.copy()
+        ids[place], jpegs[place] = sample, jpeg
+        return replace(
+            batch, ids=ids, jpegs=jpegs, windows=self._windows(batch.step, batch.planned, batch.heads, jpegs)
+        )
+
+    def _windows(self, step: int, planned: np.ndarray, heads: np.ndarray | None, jpegs: list[np.ndarray]) -> Windows:
         sizes = np.array([self.size or picture_size(jpeg) for jpeg in jpegs], np.int64).reshape(-1, 2)
-        windows = self.recipe.windows(step, epoch, ids, heads, sizes)
-        return Prepared(step, epoch, mine.start, whole, ids, windows, jpegs, time.perf_counter())
+        return self.recipe.windows(step, self.epoch(step), planned, heads, sizes)
