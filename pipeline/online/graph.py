@@ -1,5 +1,6 @@
 """The DALI graph: a pure function of (JPEG bytes, window, flip) → view."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,7 +43,8 @@ class Graph:
 
     def __init__(self, options: GraphOptions, batch_size: int, device_id: int | None = None) -> None:
         self._pipeline = _built(options, batch_size, device_id)
-        self._names = ("start", "shape", "flip", *(("offset", "std") if options.normalised else ()))
+        colours = ("offset", "std") if options.normalised else ()
+        self._names = ("start", "shape", *(("flip",) if _mirrors(options, device_id) else ()), *colours)
         self._dtype = torch.float32 if options.normalised else torch.uint8
         self._inside: deque[tuple[list[np.ndarray], Windows]] = deque()  # DALI reads their memory, without a copy
 
@@ -64,8 +66,11 @@ class Graph:
             self._inside.popleft()
             return tensor
         (views,) = self._pipeline.outputs()
-        self._inside.popleft()
-        return torch.from_dlpack(views.as_tensor())  # DALI's memory, ours until the tensor is gone
+        tensor = torch.from_dlpack(views.as_tensor())  # DALI's memory, ours until the tensor is gone
+        _, windows = self._inside.popleft()
+        if "flip" not in self._names:
+            _mirror(tensor.numpy(), windows.flip)
+        return tensor
 
 
 def undecodable(
@@ -87,6 +92,8 @@ def undecodable(
 
 
 def _built(options: GraphOptions, batch_size: int, device_id: int | None) -> Pipeline:
+    # so that DALI keeps host memory of a batch for the next: new pages would cost a twelfth of the time
+    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
     # a depth of 1: schedule_run would otherwise want several batches at once, the first time; it queues any number
     pipeline = Pipeline(
         batch_size=batch_size, num_threads=options.threads, device_id=device_id, prefetch_queue_depth=1, seed=0
@@ -119,7 +126,19 @@ def _built(options: GraphOptions, batch_size: int, device_id: int | None) -> Pip
         if options.normalised:
             view = fn.crop_mirror_normalize(image, mirror=flip, mean=offset, std=std, dtype=real, output_layout="CHW")
         else:
-            view = fn.flip(image, horizontal=flip, vertical=0)
+            view = fn.flip(image, horizontal=flip, vertical=0) if _mirrors(options, device_id) else image
         pipeline.set_outputs(view)
     pipeline.build()
     return pipeline
+
+
+def _mirrors(options: GraphOptions, device_id: int | None) -> bool:
+    """Whether the pipeline mirrors views. DALI's flip of bytes on a CPU takes a quarter of the time of decoding."""
+    return options.normalised or device_id is not None
+
+
+def _mirror(views: np.ndarray, flip: np.ndarray) -> None:
+    """Mirror those of (n, h, w, 3) uint8 views whose flip is 1, in place: three bytes at a time."""
+    pixels = views.view("V3")[..., 0]
+    for i in np.flatnonzero(flip):
+        pixels[i] = pixels[i, :, ::-1].copy()
