@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.files import HashingFile
 from pipeline.manifest import DatasetError, FileRecord, Manifest
+from pipeline.online.samples import shard_numbers
 
 PIECE = 8 * 2**20  # bytes of one request; between two of them a fetch can be ended
 PART = ".part"  # how the name of a shard that is not yet whole ends
@@ -37,7 +38,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
     """
 
     def __init__(self, data: Manifest, split: str, folder: Path, limit: int, fetchers: int = 4) -> None:
-        names = {int(shard.name[-10:-4]): shard.name for shard in data.split(split).shards}
+        names = shard_numbers(data, split)
         self._files = {shard: data.files[name] for shard, name in names.items()}
         self._sources = {shard: str(data.root / name) for shard, name in names.items()}
         self._paths = {shard: folder / data.identity / split / Path(name).name for shard, name in names.items()}
