@@ -1,29 +1,20 @@
-"""Other models' views against a scalar RandomResizedCrop, Pillow and numpy; plain WebDataset against the manifest."""
+"""Other models' views against a scalar RandomResizedCrop, Pillow and numpy."""
 
 import math
-import pickle
-import tarfile
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
-from conftest import CLASSES, build, one_line, picture, saved
-from pipeline import manifest
+from conftest import one_line, picture, saved
 from pipeline.errors import UserError
-from pipeline.online import Loader
-from pipeline.online.graph import Graph, GraphOptions
-from pipeline.online.plain import ImageNet, draw_regions, webdataset
-from pipeline.online.windows import Recipe, Windows
+from pipeline.online.plain import ImageNet, draw_regions
+from pipeline.online.windows import Recipe
 from reference import jpeg_pixels, philox_words
+from stored import jpegs, views
 
 REGION, VIEW = 5, 1  # first counter words
-Pairs = list[tuple[int, bytes]]  # label and pixels
 
 
 def scalar_window(seed: int, epoch: int, sample: int, height: int, width: int) -> tuple[int, int, int, int, int, int]:
@@ -54,21 +45,6 @@ def reference_view(image: np.ndarray, start: np.ndarray, shape: np.ndarray, flip
     window = Image.fromarray(image).crop((left, top, left + width, top + height))
     view = np.asarray(window.resize((224, 224), Image.Resampling.BILINEAR))
     return view[:, ::-1] if flip else view
-
-
-def jpegs(root: Path, split: str) -> list[bytes]:
-    """The stored pictures in the order of the ids, by the manifest's records."""
-    found = []
-    for record in manifest.load(root).samples(split):
-        shard = (root / split / f"{split}-{record['shard']:06d}.tar").read_bytes()
-        found.append(shard[record["offset"] :][: record["size"]])
-    return found
-
-
-def views(pictures: list[bytes], windows: Windows, *, normalised: bool, resize: bool = True) -> np.ndarray:
-    graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
-    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], windows)
-    return graph.result().numpy().copy()
 
 
 def squares(n: int) -> np.ndarray:
@@ -200,172 +176,3 @@ def test_centre_views_equal_pillow_bit_for_bit(dataset: Path):
     found = views(pictures, windows, normalised=False, resize=False)
     for view, image, (top, left) in zip(found, decoded, windows.start):
         assert (view == image[top : top + 224, left : left + 224]).all()
-
-
-def pairs(samples: Iterable[tuple[Image.Image, int]]) -> Pairs:
-    return [(label, np.asarray(image).tobytes()) for image, label in samples]
-
-
-def stored_pairs(root: Path, split: str) -> Pairs:
-    labels = manifest.load(root).samples(split)["label"].tolist()
-    found = [(label, jpeg_pixels(data).tobytes()) for label, data in zip(labels, jpegs(root, split), strict=True)]
-    assert len(set(found)) == len(found)  # so that equal lists are equal keys
-    return found
-
-
-def as_it_is(sample: object) -> object:
-    return sample
-
-
-def worked(dataset: torch.utils.data.IterableDataset, workers: int) -> Pairs:
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    return pairs(loader)
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_webdataset_gives_every_sample_in_the_order_of_the_build(dataset: Path):
-    for split in ("train", "val"):
-        first, label = next(iter(webdataset(str(dataset), split)))
-        assert isinstance(first, Image.Image)
-        assert (first.mode, first.size, type(label)) == ("RGB", (256, 256), int)
-        assert pairs(webdataset(dataset, split)) == stored_pairs(dataset, split)
-    keys = []
-    for shard in (dataset / "train").glob("*.tar"):
-        with tarfile.open(shard) as tar:
-            keys += [name for name in tar.getnames() if name.endswith(".jpg")]
-    assert len(set(keys)) == len(keys) == len(stored_pairs(dataset, "train"))
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_webdataset_shuffles(dataset: Path):
-    expected = stored_pairs(dataset, "train")
-    shuffled = webdataset(dataset, "train", shuffle=20, seed=3)
-    again, other = webdataset(dataset, "train", shuffle=20, seed=3), webdataset(dataset, "train", shuffle=20, seed=4)
-    orders = [pairs(shuffled), pairs(shuffled), pairs(other), expected]  # two passes differ, and from other seeds'
-    assert pairs(again) == orders[0]
-    assert all(Counter(order) == Counter(expected) for order in orders)
-    assert all(one != two for i, one in enumerate(orders) for two in orders[:i])
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("shuffle", [0, 20])
-def test_webdataset_workers_share_the_shards(dataset: Path, shuffle: int):
-    for split in ("train", "val"):  # three shards; one, so that a worker has none
-        found = worked(webdataset(dataset, split, shuffle=shuffle), workers=2)
-        assert Counter(found) == Counter(stored_pairs(dataset, split))
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_webdataset_ranks_share_the_shards(dataset: Path, monkeypatch: pytest.MonkeyPatch):
-    found: Pairs = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        part = pairs(pickle.loads(pickle.dumps(webdataset(dataset, "train"))))  # as a spawned worker gets it
-        assert 0 < len(part) < 41
-        found += part
-    assert Counter(found) == Counter(stored_pairs(dataset, "train"))
-
-
-def test_webdataset_without_labels_and_with_whole_pictures(tmp_path: Path):
-    raw = tmp_path / "raw"
-    for name in CLASSES[:2]:
-        (raw / "train" / name).mkdir(parents=True)
-        for i in range(2):
-            picture(f"{name}{i}", 90 + 30 * i, 80).save(raw / "train" / name / f"{name}{i}.jpg")
-    (raw / "test").mkdir()
-    for i in range(3):
-        picture(f"test{i}", 60, 80).save(raw / "test" / f"{i}.jpg")
-    root = tmp_path / "dataset"
-    result = build(raw, root, "--workers", 1, "--size", 32, "--crop", "none")
-    assert result.exit_code == 0, result.output
-    for split in ("train", "test"):
-        assert pairs(webdataset(root, split)) == stored_pairs(root, split)
-    assert {label for _, label in webdataset(root, "test")} == {-1}
-    assert [image.size for image, _ in webdataset(root, "test")] == [(32, 42)] * 3
-
-
-def test_impossible_webdatasets(small: Path, tmp_path: Path):
-    with pytest.raises(UserError) as caught:
-        webdataset("s3://bucket/dataset", "train")
-    one_line(caught, "s3://bucket/dataset", "copy")
-    with pytest.raises(UserError, match="no split named 'other'; there are: train, val"):
-        webdataset(small, "other")
-    with pytest.raises(UserError, match="no such directory"):
-        webdataset(tmp_path / "nothing", "train")
-    with pytest.raises(UserError, match="shuffle=-1: must be at least 0"):
-        webdataset(small, "train", shuffle=-1)
-    odd = tmp_path / "a#b"
-    odd.symlink_to(small)
-    assert next(iter(webdataset(odd, "val")))[0].size == (32, 32)  # the link is followed
-    odd.unlink()
-    odd.mkdir()
-    for path in small.rglob("*"):
-        target = odd / path.relative_to(small)
-        if path.is_file():
-            target.parent.mkdir(exist_ok=True)
-            target.hardlink_to(path)
-    with pytest.raises(UserError) as caught:
-        webdataset(odd, "val")
-    one_line(caught, "a#b/val/val-000000.tar", "rename")
-
-
-class Block(nn.Module):
-    """He et al. (2016): two 3 × 3 convolutions beside the identity, or beside a 1 × 1 convolution."""
-
-    def __init__(self, inputs: int, maps: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, maps, 3, stride, 1, bias=False), nn.BatchNorm2d(maps), nn.ReLU(),
-            nn.Conv2d(maps, maps, 3, 1, 1, bias=False), nn.BatchNorm2d(maps),
-        )  # fmt: skip
-        self.beside: nn.Module = nn.Identity()
-        if stride > 1 or inputs != maps:
-            self.beside = nn.Sequential(nn.Conv2d(inputs, maps, 1, stride, bias=False), nn.BatchNorm2d(maps))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(x) + self.beside(x))
-
-
-def resnet18(width: int, classes: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    layers += [nn.MaxPool2d(3, 2, 1)]
-    inputs = width
-    for maps, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
-        layers += [Block(inputs, maps, stride), Block(maps, maps, 1)]
-        inputs = maps
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
-
-
-def assert_learns(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Six steps over `batches`, again and again, lower the loss of each."""
-    torch.manual_seed(0)
-    network = resnet18(8, len(CLASSES))
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    losses = []
-    for step in range(6 + len(batches)):
-        images, labels = batches[step % len(batches)]
-        assert images.shape == (8, 3, 224, 224)
-        assert images.dtype == torch.float32
-        loss = nn.functional.cross_entropy(network(images), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert np.isfinite(losses).all()
-    for first, last in zip(losses, losses[-len(batches) :]):
-        assert last < first
-
-
-def test_a_resnet_learns_from_the_graph(dataset: Path):
-    pictures, labels = jpegs(dataset, "train")[:8], manifest.load(dataset).samples("train")["label"][:8]
-    windows = ImageNet("random", 1).windows(0, 0, np.arange(8), None, squares(8))
-    images = torch.from_numpy(views(pictures, windows, normalised=True))
-    assert_learns([(images, torch.from_numpy(labels.astype(np.int64)))])
-
-
-def test_a_resnet_learns_from_the_loader(dataset: Path):
-    """The whole way of another model's batch."""
-    with Loader(dataset, "train", batch_size=8, recipe="imagenet") as loader:
-        batches = [(batch.images.clone(), batch.labels.clone()) for batch in (next(loader) for _ in range(2))]
-    assert_learns(batches)
