@@ -41,9 +41,9 @@ _DECODER_ERRORS = (
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
-# Bytes that a picture may take at its peak, with its file's bytes: a baseline JPEG of 64 million pixels and 32 MiB.
+# Bytes that a picture may take at its peak, with its file's bytes: a baseline JPEG of 64 million pixels and 26 MiB.
 # The interpreter and its libraries take 60 MB beside it.
-HELD_BYTES = 290_000_000
+HELD_BYTES = 284_000_000
 # Bytes per pixel, and per byte of the file beside the file, at the peak, as measured: Pillow's picture (4, colour or
 # not) and the RGB one that it is converted to (4); WebP's decoder keeps two canvases and a frame as well (12), TIFF's a
 # strip or tile (8).
