@@ -1,8 +1,6 @@
 """Dropout masks: a function of (seed, step, layer, place in the global batch, unit), whatever the devices and ranks."""
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ def masks(
     """One mask per layer, (samples, units) float32: 0 with the given probability, else 1.
 
     The words are those of the Philox counter (DROPOUT + 256 · layer, step, place, unit div 4): drawn on the host for a
-    CPU, and on a GPU by one kernel there, because the host would take longer than the GPU's whole step. `place` is that
+    CPU, and on a GPU there, because the host would take longer than the GPU's whole step. `place` is that
     of the first sample in the global batch.
     """
     on_gpu = device is not None and device.type == "cuda"
@@ -34,7 +32,7 @@ def masks(
         use, places, blocks = DROPOUT + (layer << 8), np.arange(place, place + samples), np.arange(-(-width // 4))
         if on_gpu:
             where = [torch.from_numpy(each).to(device) for each in (places[:, None], blocks)]
-            mask = _fused()(*key, use, step, *where, threshold)
+            mask = mask_on_device(*key, use, step, *where, threshold)
         else:
             mask = torch.from_numpy((philox(key, (use, step, places[:, None], blocks)) >= threshold).astype(np.float32))
         result.append(mask.flatten(1)[:, :width])
@@ -55,8 +53,3 @@ def mask_on_device(k0: int, k1: int, use: int, step: int, places: Tensor, blocks
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
     return (words >= threshold).to(torch.float32)
-
-
-@cache
-def _fused() -> Any:
-    return torch.compile(mask_on_device, dynamic=True)
