@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.online.philox import DROPOUT, key_of
 from reference import load_plain, philox_words, plain_alexnet
 from trainer import recipe as recipes
-from trainer.dropout import mask_on_device, masks
+from trainer.dropout import compiled_mask, mask_on_device, masks
 from trainer.model import AlexNet, initial_weights, parameter_count
 from trainer.normalisation import lrn, same_map_norm
 from trainer.optim import Momentum, rates
@@ -130,12 +130,13 @@ def test_dropout_masks_are_philox_words_and_half_of_them_zero():
 
 
 def test_masks_for_a_gpu_are_those_of_the_host():
-    """The same words by torch's signed integers, here on the CPU; seeds and counters that set every upper bit."""
-    for seed, step in ((9, 4), (2**64 - 1, 2**31 - 1)):
-        (expected,) = masks(seed, step, 6, (64,), 0.5, place=2**31 - 7)
+    """The same words by torch's integers, eager and compiled, on a CPU; seeds and counters that set every upper bit."""
+    for seed, step, threshold in ((9, 4, 2**31), (2**64 - 1, 2**31 - 1, 2**31), (9, 5, 2**30)):
+        (expected,) = masks(seed, step, 6, (64,), threshold / 2**32, place=2**31 - 7)
+        words = torch.tensor([*key_of(seed), DROPOUT, step, threshold])
         places, blocks = torch.arange(2**31 - 7, 2**31 - 1)[:, None], torch.arange(16)
-        found = mask_on_device(*key_of(seed), DROPOUT, step, places, blocks, 2**31)
-        assert torch.equal(found.flatten(1), expected)
+        for found in (mask_on_device(words, places, blocks), compiled_mask(words, places, blocks)):
+            assert torch.equal(found.flatten(1), expected)
     whole, part = masks(1, 2, 9, (64,), 0.5)[0], masks(1, 2, 4, (64,), 0.5, place=5)[0]
     assert torch.equal(whole[5:], part)
 

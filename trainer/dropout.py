@@ -31,25 +31,41 @@ def masks(
     for layer, width in enumerate(units):
         use, places, blocks = DROPOUT + (layer << 8), np.arange(place, place + samples), np.arange(-(-width // 4))
         if on_gpu:
-            where = [torch.from_numpy(each).to(device) for each in (places[:, None], blocks)]
-            mask = mask_on_device(*key, use, step, *where, threshold)
+            words = [np.array([*key, use, step, threshold]), places[:, None], blocks]
+            mask = compiled_mask(*(torch.from_numpy(each).to(device) for each in words))
         else:
             mask = torch.from_numpy((philox(key, (use, step, places[:, None], blocks)) >= threshold).astype(np.float32))
         result.append(mask.flatten(1)[:, :width])
     return result
 
 
-def mask_on_device(k0: int, k1: int, use: int, step: int, places: Tensor, blocks: Tensor, threshold: int) -> Tensor:
-    """(samples, 1), (blocks,) int64 → (samples, blocks, 4) float32: `pipeline.online.philox` in torch's integers.
+def mask_on_device(words: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
+    """`pipeline.online.philox` in torch's integers, where the tensors are.
 
-    torch has no unsigned product of 64 bits; that of int64 has the same bits, and what its sign smears over the upper
-    half is masked away.
+    No product passes 48 bits, nothing is ever negative: torch has no unsigned product of 64 bits, and what it compiles
+    of a signed one that overflows was wrong on a CPU (2.13).
+
+    Args:
+        words: (5,) int64: both words of the key, the use, the step, and the words of a zero: those below the last.
+            A tensor, so that it compiles once and not for every step.
+        places, blocks: (samples, 1) and (blocks,) int64.
+    Returns:
+        (samples, blocks, 4) float32: 0 or 1.
     """
-    c0 = torch.full_like(places, use)
-    c1, c2, c3 = torch.full_like(places, step), places, blocks
+    k0, k1, use, step, threshold = words.unbind()
+    c0, c1, c2, c3 = torch.broadcast_tensors(use, step, places, blocks)
     for _round in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+        (high0, low0), (high1, low1) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
-    return (words >= threshold).to(torch.float32)
+    return (torch.stack((c0, c1, c2, c3), dim=-1) >= threshold).to(torch.float32)
+
+
+def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """32 × 32 bits → the upper and the lower 32 bits of the product."""
+    lower = (a & 0xFFFF) * b
+    upper = (a >> 16) * b + (lower >> 16)
+    return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
+
+
+compiled_mask = torch.compile(mask_on_device, dynamic=True)  # of some 240 small kernels it makes one
