@@ -2,7 +2,9 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Commands print its message and exit with code 2, without a traceback."""
+    """A mistake that the user can mend. Commands print its message and exit with its code, without a traceback."""
+
+    exit_code = 2
 
 
 class SourceError(UserError):

@@ -23,7 +23,8 @@ class HashingFile:
         self._digest = hashlib.sha256()
         self.bytes = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
+        """Of a memoryview, the elements are bytes."""
         self._file.write(data)
         self._digest.update(data)
         self.bytes += len(data)
@@ -57,12 +58,17 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
         os.rename(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync: the names in it are as they are now, even after a loss of power."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _write_remote(url: str, write: Callable[[HashingFile], Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -58,48 +59,107 @@ def tiff_directory(tags: int, kind: int, count: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4)
 
 
-def plain_alexnet(maps: tuple[int, ...], units: tuple[int, ...], classes: int) -> nn.Sequential:
-    """The 2012 network from torch's own layers (evaluation; dropout's factor ½ stands in `Half`)."""
+class ColumnLRN(nn.Module):
+    """torch's normalisation, which divides alpha by the window, in each column."""
 
-    class ColumnLRN(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lrn = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
+    def __init__(self, columns: int, alpha: float = 1e-4, k: float = 2.0) -> None:
+        super().__init__()
+        self.columns, self.lrn = columns, nn.LocalResponseNorm(5, alpha=alpha, beta=0.75, k=k)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([self.lrn(half) for half in x.chunk(2, dim=1)], 1)
-
-    class SameMap(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            patches = nn.functional.unfold(x.flatten(0, 1)[:, None] ** 2, 5, padding=2).sum(1)
-            return x * (1 + 0.001 / 25 * patches.view_as(x)) ** -0.75
-
-    class Half(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x / 2
-
-    pool = nn.MaxPool2d(3, 2)
-    return nn.Sequential(
-        nn.ZeroPad2d((0, 3, 0, 3)), nn.Conv2d(3, maps[0], 11, 4), ColumnLRN(), pool, nn.ReLU(),
-        nn.Conv2d(maps[0], maps[1], 5, 1, 2, groups=2), nn.ReLU(), ColumnLRN(), SameMap(), pool,
-        nn.Conv2d(maps[1], maps[2], 3, 1, 1), nn.ReLU(),
-        nn.Conv2d(maps[2], maps[3], 3, 1, 1, groups=2), nn.ReLU(),
-        nn.Conv2d(maps[3], maps[4], 3, 1, 1, groups=2), nn.ReLU(), pool, nn.Flatten(),
-        nn.Linear(maps[4] * 36, units[0]), nn.ReLU(), Half(),
-        nn.Linear(units[0], units[1]), nn.ReLU(), Half(),
-        nn.Linear(units[1], classes),
-    )  # fmt: skip
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.lrn(part) for part in x.chunk(self.columns, dim=1)], 1)
 
 
-def load_plain(network: nn.Sequential, weights: dict[str, torch.Tensor]) -> None:
-    """Put weights named by layer (conv1 … fc8) into `plain_alexnet`, in order."""
-    layers = [layer for layer in network if isinstance(layer, nn.Conv2d | nn.Linear)]
-    names = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
-    with torch.no_grad():
-        for name, layer in zip(names, layers, strict=True):
-            layer.weight.copy_(weights[f"{name}.weight"])
-            assert layer.bias is not None
-            layer.bias.copy_(weights[f"{name}.bias"])
+class SameMap(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = nn.functional.unfold(x.flatten(0, 1)[:, None] ** 2, 5, padding=2).sum(1)
+        return x * (1 + 0.001 / 25 * patches.view_as(x)) ** -0.75
+
+
+class Halving(nn.Module):
+    """The paper's dropout: a mask in training, half of the value in testing."""
+
+    mask: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2 if self.mask is None else x * self.mask
+
+
+class PlainLocal(nn.Module):
+    """3 × 3, padding 1, unshared: a convolution of one place for every place."""
+
+    def __init__(self, seen: int, width: int, side: int) -> None:
+        super().__init__()
+        self.side, self.weight = side, nn.Parameter(torch.zeros(width, seen, 3, 3, side, side))
+        self.bias = nn.Parameter(torch.zeros(width, side, side))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, rows = nn.functional.pad(x, (1, 1, 1, 1)), []
+        for i in range(self.side):
+            one = [
+                nn.functional.conv2d(x[:, :, i : i + 3, j : j + 3], self.weight[..., i, j], self.bias[:, i, j])
+                for j in range(self.side)
+            ]
+            rows.append(torch.cat(one, 3))
+        return torch.cat(rows, 2)
+
+
+class PlainHalves(nn.Module):
+    """Either half of the inputs gives half of the outputs, the second of an odd number one more."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(outputs, inputs // 2)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half, seen = len(self.bias) // 2, self.weight.shape[1]
+        first = nn.functional.linear(x[:, :seen], self.weight[:half], self.bias[:half])
+        return torch.cat([first, nn.functional.linear(x[:, seen:], self.weight[half:], self.bias[half:])], 1)
+
+
+def plain_network(name: str, classes: int, side: int = 3) -> nn.Sequential:
+    """A recipe's network at the widths of `networks.WIDTHS` from torch's own layers, written out, in evaluation.
+
+    `side` is that of the last maps: 6 of an image of 224 pixels; of one of 100, 3, or 2 of pools that do not overlap.
+    """
+    apart = name == "without-overlap"
+    relu, pool = nn.Tanh() if name == "tanh" else nn.ReLU(), nn.MaxPool2d(2 if apart else 3, 2, ceil_mode=True)
+    conv, linear, columns = nn.Conv2d, nn.Linear, 1 if name == "half" else 2
+    overhang, lrn = nn.ZeroPad2d((0, 3, 0, 3)), ColumnLRN(columns)
+    conv1, conv2 = ("conv1", conv(3, 8, 11, 4)), ("conv2", conv(8, 16, 5, 1, 1 if apart else 2, groups=columns))
+    middle = [
+        ("conv3", conv(16, 24, 3, 1, 1)), relu, ("conv4", conv(24, 24, 3, 1, 1, groups=columns)), relu,
+        ("conv5", conv(24, 16, 3, 1, 0 if apart else 1, groups=columns)), relu, pool,
+    ]  # fmt: skip
+    head = [
+        nn.Flatten(), ("fc6", linear(16 * side**2, 64)), relu, Halving(), ("fc7", linear(64, 48)), relu, Halving(),
+    ]  # fmt: skip
+    fc8 = ("fc8", linear(48, classes))
+    first = [overhang, conv1, lrn, pool, relu, conv2, relu, lrn, SameMap(), pool]
+    if name in ("original", "half", "tanh", "without-overlap"):
+        return _sequence(*first, *middle, *head, fc8)
+    if name == "paper":
+        literal = ColumnLRN(2, alpha=5e-4)
+        return _sequence(overhang, conv1, relu, literal, pool, conv2, relu, literal, pool, *middle, *head, fc8)
+    if name == "pretrain-2011":
+        conv6, bottleneck = ("conv6", conv(16, 16, 3, 1, 1)), ("bottleneck", linear(48, 20))
+        return _sequence(*first, *middle, conv6, relu, *head, bottleneck, ("fc8", PlainHalves(20, classes)))
+    mean = nn.AvgPool2d(3, 2, ceil_mode=True)
+    small = ("conv1", conv(3, 8, 5, 1, 2)), ("conv2", conv(8, 16, 5, 1, 2))
+    if name == "figure1-relu":
+        conv3 = ("conv3", conv(16, 24, 5, 1, 2))
+        last = nn.Flatten(), ("fc10", linear(24 * side**2, classes))
+        return _sequence(small[0], pool, relu, small[1], relu, mean, conv3, relu, mean, *last)
+    norm = {"cifar-11": [ColumnLRN(1, alpha=1e-3, k=1.0)], "cifar-13": []}[name]
+    convolutions = small[0], relu, *norm, pool, small[1], relu, *norm, pool
+    local = ("local3", PlainLocal(16, 6, 6)), relu, ("local4", PlainLocal(6, 4, 6)), relu
+    return _sequence(*convolutions, *local, nn.Flatten(), ("fc10", linear(4 * 36, classes)))
+
+
+def _sequence(*layers: nn.Module | tuple[str, nn.Module]) -> nn.Sequential:
+    """Layers with weights by their names, the others by their places."""
+    named = [layer if isinstance(layer, tuple) else (f"{i}", layer) for i, layer in enumerate(layers)]
+    return nn.Sequential(OrderedDict(named))
 
 
 def philox_words(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:

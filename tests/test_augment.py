@@ -118,11 +118,12 @@ def test_when_views_are_lit_and_divided():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": "eleven"}, "views='eleven': must be one of random, centre, ten"),
+        ({"views": "eleven"}, "views='eleven': must be one of random, centre, ten, nine"),
         ({"mean": "image"}, "mean='image': must be one of centre, aligned, colour"),
         ({"lighting": "on"}, "lighting='on': must be one of code, paper, off"),
         ({"positions": "all"}, "positions='all': must be one of code, paper"),
         ({"crop_chunk": 0}, "crop_chunk=0: must be at least 1"),
+        ({"view": 0}, "view=0: must be at least 1"),
     ],
 )
 def test_impossible_transforms(options: dict, message: str):

@@ -21,7 +21,7 @@ def devices() -> tuple[torch.device, torch.device]:
     return torch.device("cuda:0"), torch.device(second)
 
 
-@pytest.mark.parametrize(("split", "views"), [("train", "random"), ("val", "centre"), ("val", "ten")])
+@pytest.mark.parametrize(("split", "views"), [("train", "random"), ("val", "centre"), ("val", "ten"), ("val", "nine")])
 def test_batches_from_the_gpu_are_those_of_the_cpu(dataset: Path, split: str, views: str):
     """Same samples, crops and flips; pixels differ by the decoders' rounding only (nvJPEG and libjpeg-turbo)."""
     with (

@@ -83,7 +83,8 @@ def test_training_batches_equal_pillow_and_numpy(dataset: Path, options: dict, d
             heads = batch.ids[np.arange(len(batch.ids)) // recipe.options.crop_chunk * recipe.options.crop_chunk]
             windows = recipe.windows(batch.step, batch.epoch, batch.ids, heads, np.empty((len(batch.ids), 2)))
             for i, data in enumerate(reader.read(batch.ids)):
-                bits = augment.reference(jpeg_pixels(data.tobytes()), windows, i, recipe.rest(batch.step))
+                pixels, rest = jpeg_pixels(data.tobytes()), recipe.rest(batch.step)
+                bits = augment.reference(pixels, windows, i, rest, recipe.aligned)
                 assert all((images[i].numpy() == bits).all() for images in batch.replicas)
     assert seen == [8, 8, 8, 8, 8, 1, 8]
 

@@ -1,210 +1,151 @@
-"""The network against plain torch layers, two columns against the grouped network, the update rule against numpy."""
+"""The grouped network: its counts against the specification, its numbers against torch's own layers."""
 
-import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import UserError
-from pipeline.online.philox import DROPOUT, key_of
-from reference import load_plain, philox_words, plain_alexnet
+from networks import apart, drawn, images, masks_of, narrow
+from reference import Halving, plain_network
 from trainer import recipe as recipes
-from trainer.dropout import compiled_mask, mask_on_device, masks
-from trainer.model import AlexNet, initial_weights, parameter_count
-from trainer.normalisation import lrn, same_map_norm
-from trainer.optim import Momentum, rates
-from trainer.parallel import TwoColumns, parse_devices
-from trainer.recipe import ModelRecipe, OptimRecipe, RecipeError
+from trainer.layers import ModelRecipe, multiply_adds, parameter_count, plan, pooled, shapes
+from trainer.model import Grouped, initial_weights
+from trainer.parallel import Columns
 
-CPU = (torch.device("cpu"), torch.device("cpu"))
-SMALL = ModelRecipe(maps=(8, 16, 24, 24, 16), units=(64, 48), weight_sd=(0.01, 0.05, 0.05, 0.07, 0.07, 0.04, 0.1, 0.1))
-
-
-def inputs(n: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return (torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 60).to(dtype)
-
-
-def test_full_width_counts():
-    """60,965,224 parameters (specification, section 4.2)."""
-    assert parameter_count(ModelRecipe(), 1000) == 60_965_224
-    with torch.device("meta"):
-        network = AlexNet(ModelRecipe(), 1000)
-        columns = TwoColumns(ModelRecipe(), 1000, (torch.device("meta"),) * 2)
-    assert sum(p.numel() for p in network.parameters()) == 60_965_224
-    assert sum(p.numel() for p in columns.parameters()) == 60_965_224
+TABLE = {  # specification, section 4.2: weights, biases, multiply-adds of one image
+    "conv1": (34_848, 96, 105_415_200),
+    "conv2": (307_200, 256, 223_948_800),
+    "conv3": (884_736, 384, 149_520_384),
+    "conv4": (663_552, 384, 112_140_288),
+    "conv5": (442_368, 256, 74_760_192),
+    "fc6": (37_748_736, 4_096, 37_748_736),
+    "fc7": (16_777_216, 4_096, 16_777_216),
+    "fc8": (4_096_000, 1_000, 4_096_000),
+}
+PLAIN = [
+    *(("original", 224, 6), ("original", 100, 3), ("paper", 100, 3), ("half", 100, 3), ("pretrain-2011", 100, 3)),
+    *(("tanh", 100, 3), ("without-overlap", 100, 2), ("figure1-relu", 24, 3), ("cifar-11", 24, 3), ("cifar-13", 24, 3)),
+]  # recipe, sides of the image and of the last maps
 
 
-def test_grouped_network_equals_plain_torch_layers():
-    plain = plain_alexnet(SMALL.maps, SMALL.units, 7).double()
-    network = AlexNet(SMALL, 7).double()
-    weights = {name: value.double() for name, value in initial_weights(SMALL, 7, 5).items()}
-    load_plain(plain, weights)
-    network.load(weights)
-    x = inputs(3)
-    ours, theirs = network(x), plain(x)
-    assert theirs.std() > 0.1
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
-    ours.square().sum().backward()
-    theirs.square().sum().backward()
-    layers = [layer for layer in plain if hasattr(layer, "weight")]
-    for layer, name in zip(layers, ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"), strict=True):
-        mine = network.weights()[f"{name}.weight"].grad
-        torch.testing.assert_close(mine, layer.weight.grad, rtol=1e-9, atol=1e-10)
+def model(name: str) -> ModelRecipe:
+    return recipes.load(name).model
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("training", [False, True])
-def test_two_columns_equal_the_grouped_network(dtype: torch.dtype, bound: float, training: bool):
-    """Outputs and every gradient, relative to the largest value of the tensor."""
-    grouped, columns = AlexNet(SMALL, 7).to(dtype), TwoColumns(SMALL, 7, CPU).to(dtype)
-    weights = {name: value.to(dtype) for name, value in initial_weights(SMALL, 7, 5).items()}
-    grouped.load(weights)
-    columns.load(weights)
-    drop = [mask.to(dtype) for mask in masks(3, 11, 6, SMALL.units, 0.5)] if training else None
-    x, labels = inputs(6, dtype), torch.tensor([0, 1, 2, 3, 4, 6])
-    outputs = grouped(x, drop), columns(x, drop)
-    for logits in outputs:
-        F.cross_entropy(logits, labels).backward()
-    assert (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max() < bound
-    gathered = columns.gathered([{name: w.grad for name, w in part.items()} for part in columns.parts()])
-    for name, w in grouped.weights().items():
-        assert w.grad.abs().max() > 0, name
-        assert (w.grad - gathered[name]).abs().max() / w.grad.abs().max() < bound, name
-
-
-def test_weights_survive_the_way_through_the_columns():
-    weights = initial_weights(SMALL, 7, 5)
-    columns = TwoColumns(SMALL, 7, CPU)
-    columns.load(weights)
-    assert weights.keys() == columns.gathered().keys()
-    for name, value in columns.gathered().items():
-        assert torch.equal(value, weights[name]), name
-
-
-def test_columns_meet_only_where_the_paper_says():
-    """Changing column 1's conv1 leaves column 0's maps alone up to conv2, and reaches them at conv3."""
-    grouped = AlexNet(SMALL, 7).double()
-    grouped.load({name: value.double() for name, value in initial_weights(SMALL, 7, 5).items()})
-    seen: dict[str, list[torch.Tensor]] = {"conv2": [], "conv3": [], "conv4": []}
-    original = F.conv2d
-
-    def watch(x: torch.Tensor, weight: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-        for name, maps in seen.items():
-            if weight is grouped.weights()[f"{name}.weight"]:
-                maps.append(x[:, : x.shape[1] // 2].detach().clone())
-        return original(x, weight, *rest, **named)
-
-    F.conv2d = watch
-    try:
-        grouped(inputs(1))
-        grouped.weights()["conv1.weight"].data[4:] *= 2
-        grouped.weights()["conv2.weight"].data[8:] *= 3
-        grouped(inputs(1))
-    finally:
-        F.conv2d = original
-    assert torch.equal(*seen["conv2"])
-    assert torch.equal(*seen["conv3"])
-    assert not torch.equal(*seen["conv4"])
-
-
-@pytest.mark.parametrize("columns", [1, 2])
-def test_lrn_against_torch_and_its_gradient(columns: int):
-    x = (
-        torch.randn(2, 12, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 60
-    ).requires_grad_()
-    expected = torch.cat([F.local_response_norm(part, 5, 1e-4, 0.75, 2.0) for part in x.chunk(columns, 1)], 1)
-    torch.testing.assert_close(lrn(x, columns), expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda value: lrn(value, columns), x)
-    assert torch.autograd.gradcheck(same_map_norm, x)
-
-
-def test_dropout_masks_are_philox_words_and_half_of_them_zero():
-    found = masks(seed=9, step=4, samples=5, units=(10, 2048), probability=0.25)
-    assert [tuple(mask.shape) for mask in found] == [(5, 10), (5, 2048)]
-    for layer, place, unit in itertools.product((0, 1), (0, 4), (0, 3, 9)):
-        word = philox_words((9, 0), (3 + (layer << 8), 4, place, unit // 4))[unit % 4]
-        assert found[layer][place, unit] == (word >= 2**30)
-    assert abs(float(found[1].mean()) - 0.75) < 0.02
-
-
-def test_masks_for_a_gpu_are_those_of_the_host():
-    """The same words by torch's integers, eager and compiled, on a CPU; seeds and counters that set every upper bit."""
-    for seed, step, threshold in ((9, 4, 2**31), (2**64 - 1, 2**31 - 1, 2**31), (9, 5, 2**30)):
-        (expected,) = masks(seed, step, 6, (64,), threshold / 2**32, place=2**31 - 7)
-        words = torch.tensor([*key_of(seed), DROPOUT, step, threshold])
-        places, blocks = torch.arange(2**31 - 7, 2**31 - 1)[:, None], torch.arange(16)
-        for found in (mask_on_device(words, places, blocks), compiled_mask(words, places, blocks)):
-            assert torch.equal(found.flatten(1), expected)
-    whole, part = masks(1, 2, 9, (64,), 0.5)[0], masks(1, 2, 4, (64,), 0.5, place=5)[0]
-    assert torch.equal(whole[5:], part)
-
-
-def test_update_rule_against_numpy_over_a_drop_of_the_rate():
-    recipe = OptimRecipe(lr=0.1, lr_factor=10.0, lr_steps=2, bias_lr=0.2, bias_lr_steps=1, momentum=0.9, decay=0.05)
-    random = np.random.default_rng(0)
-    w, b = random.normal(size=(3, 4)), random.normal(size=3)
-    vw, vb = np.zeros_like(w), np.zeros_like(b)
-    parameters = {"fc.weight": torch.tensor(w, requires_grad=True), "fc.bias": torch.tensor(b, requires_grad=True)}
-    optimiser = Momentum([parameters], recipe)
-    for step in range(10):
-        rate = 0.1 if step < 5 else 0.01
-        gw, gb = random.normal(size=w.shape), random.normal(size=b.shape)
-        vw = 0.9 * vw - 0.05 * rate * w - rate * gw
-        vb = 0.9 * vb - 0.2 * gb
-        w, b = w + vw, b + vb
-        parameters["fc.weight"].grad, parameters["fc.bias"].grad = torch.tensor(gw), torch.tensor(gb)
-        optimiser.step(rates(recipe, step, 10))
-        np.testing.assert_allclose(parameters["fc.weight"].detach(), w, rtol=1e-12)
-        np.testing.assert_allclose(parameters["fc.bias"].detach(), b, rtol=1e-12)
-
-
-def test_rates_are_those_of_configuration_170():
-    """0.01, 0.0015874, 0.00025198, 0.00004 by quarters; biases 0.02 then 0.002 (specification, section 5)."""
-    found = [rates(OptimRecipe(), step, 100) for step in (0, 24, 25, 50, 75, 99)]
-    assert [round(rate.weights, 8) for rate in found] == [0.01, 0.01, 0.0015874, 0.00025198, 0.00004, 0.00004]
-    assert [rate.biases for rate in found] == pytest.approx([0.02, 0.02, 0.02, 0.002, 0.002, 0.002])
-
-
-def test_recipes():
-    original = recipes.load("original")
-    assert original.model.maps == (96, 256, 384, 384, 256)
-    tiny = recipes.load("tiny", ["train.steps=4", "optim.lr=1", "model.units=[8, 16]", "train.lighting=false"])
-    assert (tiny.train.steps, tiny.optim.lr, tiny.model.units, tiny.train.lighting) == (4, 1.0, (8, 16), False)
-    assert all(8 * narrow >= full for narrow, full in zip(tiny.model.maps, original.model.maps))
-    assert recipes.from_dict(recipes.to_dict(tiny), recipes.Recipe(), "") == tiny
+def test_the_original_has_the_counts_of_the_specification():
+    """Section 4.2, layer by layer and in all; section 4.3's half network and sixth convolution."""
+    found = {
+        layer.name: (math.prod(layer.weight), math.prod(layer.bias), layer.multiply_adds)
+        for layer in plan(model("original"), 1000)
+    }
+    assert found == TABLE
+    assert parameter_count(model("original"), 1000) == 60_965_224
+    assert multiply_adds(model("original"), 1000) == 724_406_816
+    assert parameter_count(model("half"), 1000) == 59_798_312
+    assert round(multiply_adds(model("half"), 1000) / 1e6, 1) == 391.5
+    assert parameter_count(model("six-conv"), 1000) == 60_965_224 + 590_080
+    assert multiply_adds(model("six-conv"), 1000) == 724_406_816 + 36 * 9 * 256 * 256
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("name", "sides"),
     [
-        ("train.stepz=4", "unknown key train.stepz; known: train.seed, train.batch_size"),
-        ("other.key=4", "unknown key other; known: model, optim, train"),
-        ("train.steps=0", "train.steps = 0: must be at least 1"),
-        ("train.steps=four", "the value is not TOML"),
-        ("train.steps=1.5", "train.steps = 1.5: must be int"),
-        ("model.maps=[1, 2]", "must be five even numbers"),
-        ("model.maps=3", "must be a list of int"),
-        ("model=3", "not of the form"),
-        ("train.lighting=1", "must be bool"),
+        ("original", "conv1 55 27, conv2 27 13, conv3 13 13, conv4 13 13, conv5 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
+        ("without-overlap", "conv1 55 28, conv2 26 13, conv3 13 13, conv4 13 13, conv5 11 6, fc6 1 1, fc7 1 1, fc8 1 1"),
+        ("without-conv2", "conv1 55 13, conv3 13 13, conv4 13 13, conv5 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
+        ("without-conv5", "conv1 55 27, conv2 27 13, conv3 13 13, conv4 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
+        ("cifar-13", "conv1 24 12, conv2 12 6, local3 6 6, local4 6 6, fc10 1 1"),
+        ("figure1-relu", "conv1 24 12, conv2 12 6, conv3 6 3, fc10 1 1"),
     ],
 )
-def test_impossible_recipes(setting: str, message: str):
-    with pytest.raises(RecipeError) as caught:
-        recipes.load("tiny", [setting])
-    assert message in str(caught.value)
+def test_sides(name: str, sides: str):
+    """Of each layer's own output, and of what its pooling leaves (specification, sections 4 and 4.3)."""
+    layers = plan(model(name), model(name).classes or 10)
+    assert ", ".join(f"{layer.name} {layer.side} {layer.end}" for layer in layers) == sides
 
 
-def test_missing_recipe_names_those_there_are():
-    with pytest.raises(RecipeError, match="original, tiny"):
-        recipes.load("huge")
+def test_pooled_sides_are_those_of_torch():
+    for side in range(1, 30):
+        for size in range(1, min(side, 5) + 1):
+            for stride in range(1, size + 1):
+                expected = F.max_pool2d(torch.zeros(1, 1, side, side), size, stride, ceil_mode=True).shape[-1]
+                assert pooled(side, size, stride) == expected, (side, size, stride)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("cpu", "1 given"), ("cpu,tpu9", "not a device"), ("cpu,meta", "not supported"), ("cuda:63,cpu", "CUDA devices")],
-)
-def test_impossible_devices(text: str, message: str):
-    with pytest.raises(UserError, match=message):
-        parse_devices(text)
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_builds_what_it_counts(name: str):
+    """Real modules at full width, without memory: whole, and cut into columns, whose shares make up the whole."""
+    recipe = model(name)
+    classes = recipe.classes or 1000
+    devices = [torch.device("meta")] * recipe.columns
+    with torch.device("meta"):
+        whole, columns = Grouped(recipe, classes), Columns(recipe, classes, devices)
+    expected = shapes(recipe, classes)
+    assert {key: tuple(w.shape) for key, w in whole.weights().items()} == expected
+    for network in (whole, columns):
+        assert sum(w.numel() for w in network.parameters()) == parameter_count(recipe, classes)
+    for key, shape in expected.items():
+        parts = [part[key].shape for part in columns.parts() if key in part]
+        assert (sum(part[0] for part in parts), *parts[0][1:]) == shape
+        assert len(parts) == recipe.columns or key.startswith("fc8")
+        assert max(part[0] for part in parts) - min(part[0] for part in parts) <= 1
+
+
+@pytest.mark.parametrize(("name", "size", "side"), PLAIN)
+def test_the_network_is_that_of_plain_torch_layers(name: str, size: int, side: int):
+    """Outputs, and the gradients of every weight and of the image, of a network written out without a recipe."""
+    recipe = narrow(name, size=size).model
+    network, plain = Grouped(recipe, 7).double(), plain_network(name, 7, side).double()
+    weights = drawn(recipe, 7)
+    network.load(weights)
+    plain.load_state_dict(weights)
+    masks = masks_of(recipe, 2)
+    for drop in (None, masks) if masks else (None,):
+        for layer, mask in zip((each for each in plain if isinstance(each, Halving)), (drop or {}).values()):
+            layer.mask = mask
+        ours, theirs = images(recipe, 2).requires_grad_(), images(recipe, 2).requires_grad_()
+        outputs = network(ours, drop), plain(theirs)
+        assert outputs[1].std() > 0.1
+        assert apart(*outputs) < 1e-10
+        for logits in outputs:
+            logits.square().sum().backward()
+        assert apart(ours.grad, theirs.grad) < 1e-10
+        for key, expected in plain.named_parameters():
+            assert apart(network.weights()[key].grad, expected.grad) < 1e-10, key
+        network.zero_grad()
+        plain.zero_grad()
+
+
+def test_mean_pools_divide_by_the_pixels_that_are_inside():
+    """As cuda-convnet does where the last window hangs over the edge; by numpy."""
+    settings = ["model.size=12", 'model.order=["conv1", "fc10"]', 'model.layers.conv1.then=["mean-pool"]']
+    recipe = narrow("figure1-relu", *settings).model
+    layer, network = plan(recipe, 5)[0], Grouped(recipe, 5).double()
+    network.load(drawn(recipe, 5))
+    x = images(recipe, 1)
+    found = network.layer(layer, x, None)[0].detach().numpy()
+    maps = F.conv2d(x, *(network.weights()[f"conv1.{kind}"] for kind in ("weight", "bias")), padding=2)[0]
+    maps = maps.detach().numpy()
+    assert found.shape == (8, 6, 6)
+    for i, j in np.ndindex(6, 6):
+        window = maps[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+        assert window.shape[1:] == (2 if i == 5 else 3, 2 if j == 5 else 3)
+        np.testing.assert_allclose(found[:, i, j], window.mean((1, 2)), rtol=1e-12)
+
+
+def test_first_weights():
+    """Of each layer's own deviation and bias; a function of the seed."""
+    recipe = narrow("original", "model.layers.conv3.sd=0.2", "model.layers.conv4.bias=0.25").model
+    weights, again, other = (initial_weights(recipe, 7, seed) for seed in (5, 5, 6))
+    expected = {"conv1": 0.01, "conv2": 0.01, "conv3": 0.2, "conv4": 0.03, "conv5": 0.03, "fc6": 0.01, "fc7": 0.01}
+    for name, sd in expected.items():
+        w = weights[f"{name}.weight"]
+        assert abs(float(w.std()) / sd - 1) < 4 / math.sqrt(2 * w.numel()), name
+        assert abs(float(w.mean()) / sd) < 4 / math.sqrt(w.numel()), name
+        assert torch.equal(w, again[f"{name}.weight"])
+        assert not torch.equal(w, other[f"{name}.weight"])
+    biases = [set(weights[f"{name}.bias"].tolist()) for name in recipe.order]
+    assert biases == [{0}, {1}, {0}, {0.25}, {1}, {1}, {1}, {0}]
+    assert {key: tuple(w.shape) for key, w in weights.items()} == shapes(recipe, 7)

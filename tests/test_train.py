@@ -16,12 +16,13 @@ from trainer import checkpoint as checkpoints
 from trainer.__main__ import main
 from trainer.evaluate import top_k_errors
 from trainer.metrics import read
-from trainer.model import AlexNet
+from trainer.model import Grouped
 
+WIDTHS = {"conv1": 4, "conv2": 8, "conv3": 8, "conv4": 8, "conv5": 8, "fc6": 32, "fc7": 32}
 TINY = [
-    "model.maps=[4, 8, 8, 8, 8]",
-    "model.units=[32, 32]",
+    *(f"model.layers.{name}.width={width}" for name, width in WIDTHS.items()),
     "train.batch_size=12",
+    "optim.batch_size=12",
     "train.log_every=1",
     "train.validate_every=3",
 ]
@@ -73,11 +74,11 @@ def test_the_first_loss_is_that_of_a_plain_grouped_network(run: Path, dataset: P
     from trainer.model import initial_weights
 
     recipe = checkpoints.load(run).recipe
-    network = AlexNet(recipe.model, 3)
+    network = Grouped(recipe.model, 3)
     network.load(initial_weights(recipe.model, 3, recipe.train.seed))
     with Loader(dataset, "train", batch_size=12, seed=recipe.train.seed) as loader:
         batch = next(loader)
-    drop = masks(recipe.train.seed, 0, 12, recipe.model.units, 0.5)
+    drop = masks(recipe.train.seed, 0, 12, {"fc6": 32, "fc7": 32}, 0.5)
     chances = network(batch.images, drop).detach().double().numpy()
     chances = np.exp(chances) / np.exp(chances).sum(1, keepdims=True)
     expected = -np.log(chances[np.arange(12), batch.labels.numpy()]).mean()
@@ -86,11 +87,11 @@ def test_the_first_loss_is_that_of_a_plain_grouped_network(run: Path, dataset: P
 
 def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_path: Path):
     """Lost after 3 of 8 steps: the end of an epoch, two drops of the rate and the end of lighting are still to come."""
-    every = ["--set", "train.checkpoint_every=3", "--set", "train.lighting_until=0.5"]
+    every = ["--set", "train.checkpoint_every=3", "--set", "data.lighting_until=45"]
     assert train(dataset, tmp_path / "whole", 8, *every).exit_code == 0
     assert train(dataset, tmp_path / "parts", 8, *every).exit_code == 0
     files = checkpoints.files(tmp_path / "parts")
-    assert [file.stem for file in files] == ["step-00000003", "step-00000006", "step-00000008"]
+    assert [file.stem for file in files] == ["step-00000003", "step-00000006", "step-00000008"]  # the newest three
     for file in files[1:]:
         file.unlink()
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as lines:
@@ -111,8 +112,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_pa
 
 def test_training_learns(dataset: Path, tmp_path: Path):
     """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart."""
-    more = ["model.dropout=0.0", "model.maps=[24, 64, 96, 96, 64]", "model.units=[256, 256]", "optim.lr=0.005"]
-    settings = [word for setting in [*more, "train.validate_every=0"] for word in ("--set", setting)]
+    widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
+    more = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
+    more += ["model.dropout=0.0", "optim.lr=0.005", "train.validate_every=80"]
+    settings = [word for setting in more for word in ("--set", setting)]
     assert train(dataset, tmp_path / "run", 80, *settings).exit_code == 0
     lines = read(tmp_path / "run")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -126,7 +129,7 @@ def test_evaluation_against_numpy(run: Path, dataset: Path):
     assert result.exit_code == 0, result.output
     found = json.loads((run / "evaluation.json").read_text())
     saved = checkpoints.load(run)
-    network = AlexNet(saved.recipe.model, 3)
+    network = Grouped(saved.recipe.model, 3)
     network.load(saved.weights)
     for views in ("centre", "ten"):
         chances, labels = [], []
@@ -166,24 +169,30 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
     one_line(trainer("evaluate", "--data", dataset, "--checkpoint", run, "--split", "dev"), "no split named 'dev'")
 
 
-@pytest.mark.parametrize("steps", [1, 20])
-def test_divergence_stops_the_run_and_leaves_no_checkpoint(dataset: Path, tmp_path: Path, steps: int):
-    """After one step the loss is finite, and the weights or outputs are not. The same --out may start over."""
-    result = train(dataset, tmp_path / "r", steps, "--set", "optim.lr=1e30")
+@pytest.mark.parametrize(("steps", "what"), [(1, "the network's outputs are"), (20, "step 2: the output of conv")])
+def test_divergence_is_named_and_leaves_a_checkpoint_from_before(dataset: Path, tmp_path: Path, steps: int, what: str):
+    """After one step the loss is finite, the weights are not. What stays is good to go on from, at a lower rate."""
+    quiet = ("--set", "train.log_every=20", "--set", "train.validate_every=20")
+    result = train(dataset, tmp_path / "r", steps, "--set", "optim.lr=1e38", *quiet)
     assert result.exit_code == 2
-    assert "diverged" in result.output.splitlines()[-1]
-    assert checkpoints.files(tmp_path / "r") == []
-    assert train(dataset, tmp_path / "r", 1).exit_code == 0
-    assert [line["step"] for line in read(tmp_path / "r") if line["kind"] == "train"] == [1]
+    last = result.output.splitlines()[-1]
+    assert what in last
+    assert "diverged" in last
+    assert "the checkpoint of step 0 is from before" in last
+    assert [file.stem for file in checkpoints.files(tmp_path / "r")] == ["step-00000000"]
+    again = trainer("train", "--data", dataset, "--out", tmp_path / "r", "--resume", "--set", "optim.lr=0.01")
+    assert again.exit_code == 0, again.output
+    assert "optim.lr 1e+38 → 0.01" in again.output
+    assert [line["step"] for line in read(tmp_path / "r") if line["kind"] == "train"] == [steps]
 
 
 def test_what_cannot_change_on_resume_is_refused_and_changes_nothing(run: Path, dataset: Path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     resume = ("train", "--data", dataset, "--out", run, "--resume", "--set", "train.steps=9")
-    one_line(trainer(*resume, "--set", "model.units=[16, 16]"), "--set model: cannot change on resume")
+    one_line(trainer(*resume, "--set", "model.layers.fc6.width=16"), "--set model.layers.fc6.width: cannot change")
     one_line(trainer(*resume, "--set", "train.seed=1"), "--set train.seed: cannot change on resume (2012 → 1)")
     one_line(trainer(*resume, "--set", "train.batch_size=8"), "train.batch_size: cannot change")
-    one_line(trainer(*resume, "--recipe", "original"), "a resumed run keeps its recipe")
+    one_line(trainer(*resume, "--recipe", "original"), "a resumed run keeps its own")
     one_line(trainer("train", "--data", dataset, "--out", run, "--resume", "--set", "optim.lr=5.0"), "has done 6 of 6")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
@@ -223,7 +232,7 @@ def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(run: Path, raw: 
     resumed = trainer("train", "--data", tmp_path / "other", "--out", run, "--resume", "--set", "train.steps=9")
     one_line(resumed, "trained on the data set")
     shutil.copytree(run, tmp_path / "run")
-    (file,) = (tmp_path / "run" / "checkpoints").iterdir()
+    file = checkpoints.files(tmp_path / "run")[-1]
     data = file.read_bytes()
     for damaged in (b"", data[:100], data[: len(data) // 2], b"\x80\x04pickle" + data):
         file.write_bytes(damaged)

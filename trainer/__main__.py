@@ -15,7 +15,8 @@ from pipeline.manifest import DatasetError
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.evaluate import evaluate as evaluate_views
-from trainer.parallel import TwoColumns, default_devices, parse_devices, reference_precision
+from trainer.parallel import Columns, default_devices, parse_devices, reference_precision
+from trainer.train import Start
 from trainer.train import train as run_training
 
 DATA = click.option(
@@ -30,16 +31,14 @@ CHECKPOINT = click.option(
 )
 DEVICES = click.option(
     "--devices",
-    default=default_devices,
-    show_default="two GPUs, or one twice, or cpu,cpu",
-    help="One device per column, such as cuda:0,cuda:1.",
+    help="One device per column, such as cuda:0,cuda:1.  [default: two GPUs, or one twice, or cpu,cpu]",
 )
 
 
 @click.group()
 def main() -> None:
     """AlexNet (2012) as two columns on two devices."""
-    reference_precision()
+    reference_precision()  # a recipe may choose another
 
 
 @main.command(cls=Command)
@@ -54,21 +53,54 @@ def main() -> None:
     help="Override a key of the recipe, such as train.steps=4; may be repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
+@click.option(
+    "--other-data", is_flag=True, help="Resume also on other data than the checkpoint's, of the same classes."
+)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Begin with the layers of another run or checkpoint that fit (fine-tuning).",
+)
+@click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
-def train(data: Path, run: Path, recipe: str | None, settings: tuple[str, ...], resume: bool, devices: str) -> None:
+def train(
+    data: Path,
+    run: Path,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    other_data: bool,
+    init: Path | None,
+    init_layers: str | None,
+    devices: str | None,
+) -> None:
     """Train on DATA's training split.
 
     \b
     Examples:
       python -m trainer train --data /data/imagenet-256 --out runs/1
       python -m trainer train --data photos-256 --recipe tiny --out runs/2 --devices cpu,cpu
+      python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
     """
-    two = parse_devices(devices)
-    if resume and recipe:
-        raise UserError(f"--recipe {recipe}: a resumed run keeps its recipe; change single keys with --set")
+    if resume and (recipe or init):
+        option, value = ("--recipe", recipe) if recipe else ("--init", init)
+        raise UserError(f"{option} {value}: a resumed run keeps its own; change single keys with --set")
+    if other_data and not resume:
+        raise UserError("--other-data: is for --resume; a new run takes any data")
+    if init_layers is not None and init is None:
+        raise UserError(f"--init-layers {init_layers}: name the run that they come from, too: --init CHECKPOINT")
     resumed = checkpoints.load(run) if resume else None
     chosen = recipes.override(resumed.recipe, settings) if resumed else recipes.load(recipe or "original", settings)
-    run_training(data, run, chosen, two, resumed)
+    where = placed(devices, chosen.model.columns)
+    layers = tuple(name.strip() for name in init_layers.split(",")) if init_layers else ()
+    start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
+    run_training(data, run, chosen, where, start)
+
+
+def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:
+    """A device per column: those that were named, or the default."""
+    return parse_devices(default_devices(columns) if devices is None else devices, columns)
 
 
 @main.command(cls=Command)
@@ -76,21 +108,21 @@ def train(data: Path, run: Path, recipe: str | None, settings: tuple[str, ...], 
 @CHECKPOINT
 @click.option("--split", default="val", show_default=True)
 @DEVICES
-def evaluate(data: Path, run: Path, split: str, devices: str) -> None:
+def evaluate(data: Path, run: Path, split: str, devices: str | None) -> None:
     """Top-1 and top-5 error over every image of a split, for the centre view and the ten views."""
     dataset = manifest.load(data)
-    two = parse_devices(devices)
     checkpoint = checkpoints.load(run)
+    where = placed(devices, checkpoint.recipe.model.columns)
     if dataset.split(split).samples == 0:
         raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
-    network = load_network(checkpoint, dataset, two, run)
+    network = load_network(checkpoint, dataset, where, run)
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
     click.echo(
         f"{'':12}{'top-1 error':>12}{'top-5 error':>12}{'log-likelihood':>16}   "
         f"({split}, {dataset.split(split).samples:,} images, step {checkpoint.step})"
     )
     for views, name in (("centre", "centre view"), ("ten", "ten views")):
-        found = evaluate_views(network, dataset, split, views)
+        found = evaluate_views(network, dataset, checkpoint.recipe, split, views)
         result[views] = found.to_dict()
         click.echo(f"{name:12}{found.top1_error:>10.1f} %{found.top5_error:>10.1f} %{-found.nll:>16.4f}")
     if run.is_dir():
@@ -100,9 +132,9 @@ def evaluate(data: Path, run: Path, split: str, devices: str) -> None:
 def load_network(
     checkpoint: checkpoints.Checkpoint,
     dataset: manifest.Manifest,
-    devices: tuple[torch.device, torch.device],
+    devices: tuple[torch.device, ...],
     where: Path,
-) -> TwoColumns:
+) -> Columns:
     """The network of a checkpoint, on `devices`. Raises CheckpointError where its classes are not the data set's."""
     mine, theirs = checkpoint.classes, tuple(record.wnid for record in dataset.classes)
     if mine != theirs:
@@ -114,7 +146,7 @@ def load_network(
             f"{where}: a network of {len(mine)} classes, {dataset.root} has {len(theirs)} others ({how}); "
             "name a data set with the classes that it was trained on"
         )
-    network = TwoColumns(checkpoint.recipe.model, len(mine), devices)
+    network = Columns(checkpoint.recipe.model, len(mine), devices)
     network.load(checkpoint.weights)
     return network
 
@@ -123,13 +155,13 @@ def load_network(
 @DATA
 @CHECKPOINT
 @DEVICES
-def report(data: Path, run: Path, devices: str) -> None:
+def report(data: Path, run: Path, devices: str | None) -> None:
     """Write RUN/report.html: results, samples, curves, kernels and predictions of the run directory --checkpoint."""
     from trainer.report import write_report  # here, because plotly takes long to import
 
-    two = parse_devices(devices)
     checkpoint = checkpoints.load(run)
-    network = load_network(checkpoint, manifest.load(data), two, run)
+    where = placed(devices, checkpoint.recipe.model.columns)
+    network = load_network(checkpoint, manifest.load(data), where, run)
     click.echo(write_report(run, data, network, checkpoint))
 
 

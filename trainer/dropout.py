@@ -1,6 +1,6 @@
 """Dropout masks: a function of (seed, step, layer, place in the global batch, unit), whatever the devices and ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,27 +15,27 @@ def masks(
     seed: int,
     step: int,
     samples: int,
-    units: Sequence[int],
+    units: Mapping[str, int],
     probability: float,
     device: torch.device | None = None,
     place: int = 0,
-) -> list[Tensor]:
-    """One mask per layer, (samples, units) float32: 0 with the given probability, else 1.
+) -> dict[str, Tensor]:
+    """A mask for each layer of `units`, (samples, units) float32: 0 with the given probability, else 1.
 
     The words are those of the Philox counter (DROPOUT + 256 · layer, step, place, unit div 4): drawn on the host for a
     CPU, and on a GPU there, because the host would take longer than the GPU's whole step. `place` is that
     of the first sample in the global batch.
     """
     on_gpu = device is not None and device.type == "cuda"
-    threshold, key, result = round(probability * 2**32), key_of(seed), []
-    for layer, width in enumerate(units):
+    threshold, key, result = round(probability * 2**32), key_of(seed), {}
+    for layer, (name, width) in enumerate(units.items()):
         use, places, blocks = DROPOUT + (layer << 8), np.arange(place, place + samples), np.arange(-(-width // 4))
         if on_gpu:
             words = [np.array([*key, use, step, threshold]), places[:, None], blocks]
             mask = compiled_mask(*(torch.from_numpy(each).to(device) for each in words))
         else:
             mask = torch.from_numpy((philox(key, (use, step, places[:, None], blocks)) >= threshold).astype(np.float32))
-        result.append(mask.flatten(1)[:, :width])
+        result[name] = mask.flatten(1)[:, :width]
     return result
 
 

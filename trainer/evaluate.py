@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from pipeline.online import Loader
-from trainer.parallel import TwoColumns
-
-BATCH_SIZE = {"centre": 128, "ten": 16}  # images; ten views make ten inputs of each
+from trainer import feed
+from trainer.parallel import Columns
+from trainer.recipe import Recipe
+from trainer.watch import Diverged
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Evaluation:
+def evaluate(network: Columns, data: Manifest, recipe: Recipe, split: str, views: str) -> Evaluation:
     """Evaluate every labelled image of `split` exactly once. Raises UserError where it is empty or has no labels."""
     wrong1 = wrong5 = nll = 0.0
     samples = 0
-    with Loader(data, split, batch_size=BATCH_SIZE[views], views=views, device=network.devices) as loader:
+    with feed.evaluation(data, recipe, split, views, network.devices) as loader:
         for batch in loader:
             if int(batch.labels.min()) < 0:
                 raise UserError(
@@ -41,7 +41,7 @@ def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Eva
                 )
             chances = probabilities(network, batch.replicas)
             if not bool(chances.isfinite().all()):
-                raise UserError("the network's outputs are not finite numbers: its training has diverged")
+                raise Diverged("the network's outputs are not finite numbers: its training has diverged")
             wrong1 += float(top_k_errors(chances, batch.labels, 1).sum())
             wrong5 += float(top_k_errors(chances, batch.labels, 5).sum())
             nll -= float(chances.gather(1, batch.labels[:, None]).log().sum())
@@ -49,10 +49,10 @@ def evaluate(network: TwoColumns, data: Manifest, split: str, views: str) -> Eva
     return Evaluation(samples, 100 * wrong1 / samples, 100 * wrong5 / samples, nll / samples)
 
 
-def probabilities(network: TwoColumns, images: Tensor | Sequence[Tensor]) -> Tensor:
-    """(n, 3, 224, 224), or (n, 10, 3, 224, 224) whose views are averaged, or the same for each column → softmax
+def probabilities(network: Columns, images: Tensor | Sequence[Tensor]) -> Tensor:
+    """(n, 3, size, size), or (n, views, 3, size, size) which are averaged, or the same for each column → softmax
     (n, classes) float64."""
-    each = [images] * 2 if isinstance(images, Tensor) else images
+    each = [images] * len(network.devices) if isinstance(images, Tensor) else images
     if each[0].dim() == 4:
         return network(each).double().softmax(1)
     n, views = each[0].shape[:2]

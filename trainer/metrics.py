@@ -1,56 +1,97 @@
-"""What a run says of itself: lines on the console, and the same as JSON lines in metrics.jsonl."""
+"""What a run says of itself, for machines: JSON lines in metrics.jsonl, and the same as TensorBoard scalars."""
 
+import errno
 import json
+import math
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
-
-import click
 
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"
 
 
 class Metrics:
-    """Appends to RUN/metrics.jsonl. Whatever depends on the machine's speed stands under the key `time`."""
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard. What depends on the machine's speed stands under `time`.
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / FILE_NAME
+    A line is the operating system's as soon as it is written. Nothing waits for the disk, and no thread is started.
+    """
 
-    def drop_after(self, step: int) -> None:
-        """Forget the lines past a checkpoint, which a resumed run writes again."""
-        if self.path.exists():
-            kept = [line for line in read(self.path.parent) if line["step"] <= step]
-            write_bytes_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    def __init__(self, run: Path, step: int) -> None:
+        """Forget the lines past `step`, which a resumed run writes again; 0 for a new run.
 
-    def train(self, steps: int, line: dict[str, Any]) -> None:
-        time = line["time"]
-        said = time.pop("said")
-        self._write({"kind": "train", **line})
-        click.echo(
-            f"step {line['step']:>{len(str(steps))}}/{steps}  epoch {line['epoch']:<3} "
-            f"loss {line['loss']:.4f}  lr {line['lr']:.2g}  "
-            f"{time['images_per_second']:6.0f} images/s  {said}"
-        )
+        Raises:
+            UserError: a line of an earlier run is damaged; the disk is full.
+        """
+        path = run / FILE_NAME
+        _drop_after(path, step)
+        with ExitStack() as stack:
+            self._events = _Events(stack.enter_context(_event_file(run / FOLDER_NAME)), step + 1)
+            self._lines = stack.enter_context(FileIO(path, "ab"))
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Nothing is lost without it."""
+        self._open.close()
+
+    def train(self, line: dict[str, Any]) -> None:
+        """Write a line of training.
+
+        Args:
+            line: {"step": steps done, "epoch", "loss": nats per image, "lr", "layers": {name: {"weight": mean |w|,
+                "update": mean |Δw| of a step, "ratio": of these two}}, "time": {"images_per_second",
+                "stall": share of the time, "stall_by": shares by cause}}.
+        Raises:
+            UserError: a number is not finite; the disk is full.
+        """
+        scalars = {"loss": line["loss"], "lr": line["lr"]}
+        scalars |= {key: line["time"][key] for key in ("images_per_second", "stall")}
+        scalars |= {f"update_ratio/{name}": layer["ratio"] for name, layer in line["layers"].items()}
+        self._write("train", line, scalars)
 
     def validation(self, line: dict[str, Any]) -> None:
-        self._write({"kind": "validation", **line})
-        click.echo(
-            f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
-            f"top-5 error {line['top5_error']:.1f} % (centre view)"
-        )
+        """Write a validation.
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        Args:
+            line: {"step": steps done, "epoch", "samples", "top1_error": %, "top5_error": %, "nll": nats per image}.
+        Raises:
+            UserError: as `train`.
+        """
+        self._write("validation", line, {f"validation/{key}": line[key] for key in ("top1_error", "top5_error", "nll")})
+
+    def _write(self, kind: str, line: dict[str, Any], scalars: dict[str, float]) -> None:
+        for name, value in _numbers(line):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {line['step']}: {name} is {value}: training has diverged; lower optim.lr "
+                    "(--set optim.lr=…) and start a new run"
+                )
+        _append(self._lines, (json.dumps({"kind": kind, **line}, allow_nan=False) + "\n").encode())
+        self._events.scalars(line["step"], scalars)
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, if there is one; a last line that a kill cut off does not count."""
+    """The lines of RUN/metrics.jsonl, if there is one; a last line that a kill cut off does not count.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     path = run / FILE_NAME
     found = []
-    for number, text in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], start=1):
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             line = json.loads(text)
             if not isinstance(line["step"], int) or line["kind"] not in ("train", "validation"):
@@ -59,3 +100,81 @@ def read(run: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is damaged ({error}); delete that line") from error
         found.append(line)
     return found
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines up to `step`, without one that a kill cut off: the next line starts on a line of its own."""
+    if path.exists():
+        kept = [line for line in read(path.parent) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        with _room(path):
+            write_bytes_aside(path, text.encode())
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested dictionaries, each with its dotted name."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+@contextmanager
+def _room(path: Path | str) -> Iterator[None]:
+    """Raises UserError where the disk of `path` is full; other errors of the system as they are.
+
+    Not left to `pipeline.cli`: the system's error does not say which file it is about, nor what saves the run.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{path}: {error.strerror}; make room, then go on with the run by --resume") from error
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Write all of `data`. `file` has no buffer of its own: what failed is not tried again when it is closed."""
+    with _room(str(file.name)):
+        while data:  # a disk that fills up takes a part first
+            data = data[file.write(data) :]
+
+
+def _event_file(folder: Path) -> FileIO:
+    """A new file of TensorBoard events, which sorts behind the older ones: in that order TensorBoard reads them."""
+    with _room(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        number = sum(1 for _ in folder.glob("*.tfevents.*"))
+        return FileIO(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number:06}", "xb")
+
+
+class _Events:
+    """Writes TensorBoard events; of the files before this one, TensorBoard hides all from step `purge` on.
+
+    tensorboardX's own writer is not used, its messages and checksums are: that writer's thread dies of a full disk, and
+    the training waits for ever for room in the thread's queue; a run resumed in the same second overwrites its file.
+    """
+
+    def __init__(self, file: FileIO, purge: int) -> None:
+        # 0.3 s, which commands that write no events need not wait for
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._file, self._checksum = file, masked_crc32c
+        self._Event, self._Summary = Event, Summary
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write values by name, all of one step."""
+        pairs = [self._Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step=step, summary=self._Summary(value=pairs))
+
+    def _write(self, **fields: Any) -> None:
+        """Write an event as a TFRecord: the message's length and its checksum, the message and its checksum."""
+        data = self._Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
+        _append(self._file, length + checksums[0] + data + checksums[1])

@@ -1,133 +1,142 @@
-"""What the network is: the 2012 configuration, as one grouped network in plain torch.
+"""What the network computes: the layers of a recipe, as one grouped network or as one column of it, in plain torch."""
 
-Source: the configuration whose log gives the paper's 37.5 / 17.0 (specification, section 4). `parallel.py` is the same
-network as two columns; both use the functions below.
-"""
-
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.normalisation import lrn, same_map_norm
-from trainer.recipe import ModelRecipe
+from trainer.layers import Layer, ModelRecipe, plan
+from trainer.normalisation import LRN, lrn, same_map_norm
 
-# name, kernel, groups: conv2, conv4 and conv5 see their own column only
-CONVOLUTIONS = (("conv1", 11, 1), ("conv2", 5, 2), ("conv3", 3, 1), ("conv4", 3, 2), ("conv5", 3, 2))
-LAYERS = (*(name for name, _, _ in CONVOLUTIONS), "fc6", "fc7", "fc8")
-POOLED = 6  # pool5 gives 6 × 6 maps
-
-Shapes = dict[str, tuple[int, ...]]
+Weights = dict[str, Tensor]  # by layer: conv1.weight, conv1.bias, …
+Masks = Mapping[str, Tensor]  # by layer: 0/1 dropout masks (n, units)
 
 
-class Layers(nn.Module):
-    """Convolutions and fully-connected layers by name, on one device, zero until weights are put in."""
+class Part(nn.Module):
+    """The layers' shares that one device holds: those of one column, or of all (`column=None`). Zero at first.
 
-    def __init__(self, layers: Shapes, device: torch.device | None = None) -> None:
+    With all columns, maps stand in the order [column 0 | column 1]: the layout of saved weights.
+    """
+
+    def __init__(
+        self, recipe: ModelRecipe, classes: int, column: int | None = None, device: torch.device | None = None
+    ) -> None:
         super().__init__()
-        for name, shape in layers.items():
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.zeros(shape, device=device)))
+        self.recipe, self.column, self.device = recipe, column, device
+        self.lrn = LRN(recipe.lrn_size, recipe.lrn_alpha / (recipe.lrn_size if recipe.lrn_divided else 1), recipe.lrn_k)
+        self.layers = plan(recipe, classes)
+        for layer in self.layers:
+            for kind, shape in (("weight", layer.weight), ("bias", layer.bias)):
+                held = len(range(shape[0])[self.share(layer)])
+                if held:
+                    values = torch.zeros((held, *shape[1:]), device=device)
+                    self.register_parameter(f"{layer.name}_{kind}", nn.Parameter(values))
 
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters by layer: conv1.weight, conv1.bias, …"""
+    def share(self, layer: Layer) -> slice:
+        """Which maps or units of a layer stand here."""
+        return slice(0, layer.width) if self.column is None else layer.share(self.column)
+
+    def weights(self) -> Weights:
         return {name.replace("_", "."): parameter for name, parameter in self.named_parameters()}
 
-    def conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+    def groups(self, count: int) -> int:
+        """How many of a layer's groups, or columns, stand here."""
+        return count if self.column is None else 1
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"))
+    def layer(self, layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One layer and what follows it. x (n, maps, side, side) or (n, units); `mask` is for its own share."""
+        weight, bias = getattr(self, f"{layer.name}_weight"), getattr(self, f"{layer.name}_bias")
+        recipe, groups = layer.recipe, self.groups(layer.groups)
+        if recipe.kind == "linear":
+            x = _linear(x.flatten(1), weight, bias, groups)
+        else:
+            if recipe.overhang:  # where the last windows hang over, they read zero
+                x = F.pad(x, (0, recipe.overhang, 0, recipe.overhang))
+            if recipe.kind == "conv":
+                x = F.conv2d(x, weight, bias, recipe.stride, recipe.padding, groups=groups)
+            else:
+                x = _local(x, weight, bias, recipe.stride, recipe.padding, groups)
+        for word in recipe.then:
+            x = self._then(word, x, self.groups(layer.columns), mask)
+        return x
+
+    def _then(self, word: str, x: Tensor, columns: int, mask: Tensor | None) -> Tensor:
+        if word == "relu":
+            return F.relu(x)
+        if word == "tanh":
+            return F.tanh(x)
+        if word == "dropout":  # the paper's form: in training the mask alone, in evaluation times 1 − probability
+            return x * (1 - self.recipe.dropout) if mask is None else x * mask.to(x.dtype)
+        if word == "lrn":
+            return lrn(x, columns, self.lrn)
+        if word == "rnorm":
+            return same_map_norm(x)
+        size, stride = self.recipe.pool_size, self.recipe.pool_stride
+        pool = F.max_pool2d if word == "pool" else F.avg_pool2d
+        return pool(x, size, stride, ceil_mode=True)  # a last window may hang over, as `layers.pooled` has it
+
+    def run(self, layers: Sequence[Layer], x: Tensor, masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Several layers in a row → what comes out, and (layers,) float32: the sum of each one's output.
+
+        A sum is not a finite number where one of its terms is not: that is how `watch.Watch` finds the layer.
+        """
+        sums = []
+        for layer, mask in zip(layers, masks):
+            x = self.layer(layer, x, mask)
+            sums.append(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)))
+        return x, torch.stack(sums)
 
 
-class AlexNet(Layers):
-    """The grouped network on one device: channels [column 0 | column 1]. The layout of saved weights; the oracle."""
+class Grouped(Part):
+    """The whole network on one device: the layout of saved weights, and what the columns must equal."""
 
     def __init__(self, recipe: ModelRecipe, classes: int) -> None:
-        super().__init__(shapes(recipe, classes))
-        self.recipe = recipe
+        super().__init__(recipe, classes)
 
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take over weights in the grouped layout."""
         with torch.no_grad():
             for name, parameter in self.weights().items():
                 parameter.copy_(weights[name])
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """(n, 3, 224, 224) → logits (n, classes). `masks`: 0/1 dropout masks (n, units) of fc6, fc7; None: testing."""
-        x = after_conv1(self.conv("conv1", overhang(x), stride=4), columns=2)
-        x = after_conv2(self.conv("conv2", x, padding=2, groups=2), columns=2)
-        x = F.relu(self.conv("conv3", x, padding=1))
-        x = F.relu(self.conv("conv4", x, padding=1, groups=2))
-        x = after_conv5(self.conv("conv5", x, padding=1, groups=2)).flatten(1)
-        for i, name in enumerate(("fc6", "fc7")):
-            x = dropout(F.relu(self.linear(name, x)), masks[i] if masks else None, self.recipe.dropout)
-        return self.linear("fc8", x)
+    def forward(self, x: Tensor, masks: Masks | None = None) -> Tensor:
+        """(n, 3, size, size) → logits (n, classes). `masks` of the layers with dropout; None: testing."""
+        x, _sums = self.run(self.layers, x, [(masks or {}).get(layer.name) for layer in self.layers])
+        return x
 
 
-def shapes(recipe: ModelRecipe, classes: int) -> Shapes:
-    """Every parameter's shape in the grouped layout; weights (out, in / groups, kernel, kernel) or (out, in)."""
-    result: Shapes = {}
-    inputs = 3
-    for (name, kernel, groups), maps in zip(CONVOLUTIONS, recipe.maps):
-        result[f"{name}.weight"] = (maps, inputs // groups, kernel, kernel)
-        result[f"{name}.bias"] = (maps,)
-        inputs = maps
-    inputs *= POOLED * POOLED
-    for name, units in (("fc6", recipe.units[0]), ("fc7", recipe.units[1]), ("fc8", classes)):
-        result[f"{name}.weight"] = (units, inputs)
-        result[f"{name}.bias"] = (units,)
-        inputs = units
-    return result
-
-
-def initial_weights(recipe: ModelRecipe, classes: int, seed: int) -> dict[str, Tensor]:
+def initial_weights(recipe: ModelRecipe, classes: int, seed: int) -> Weights:
     """Weights from N(0, sd²), constant biases, float32 on the CPU: the same for every placement of the network."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in shapes(recipe, classes).items():
-        layer, _, kind = name.partition(".")
-        if kind == "weight":
-            weights[name] = torch.randn(shape, generator=generator) * recipe.weight_sd[LAYERS.index(layer)]
-        else:
-            weights[name] = torch.full(shape, recipe.bias[LAYERS.index(layer)])
+    for layer in plan(recipe, classes):
+        weights[f"{layer.name}.weight"] = torch.randn(layer.weight, generator=generator) * layer.recipe.sd
+        weights[f"{layer.name}.bias"] = torch.full(layer.bias, layer.recipe.bias)
     return weights
 
 
-def parameter_count(recipe: ModelRecipe, classes: int) -> int:
-    return sum(math.prod(shape) for shape in shapes(recipe, classes).values())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return F.linear(x, weight, bias)
+    half = len(weight) // groups  # of an odd number, the first column has the smaller half
+    parts = zip(x.chunk(groups, 1), (weight[:half], weight[half:]))
+    return torch.cat([F.linear(own, rows) for own, rows in parts], 1) + bias
 
 
-# The parts between convolutions. x holds the maps of one or of two columns; normalisation never crosses columns.
+def _local(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+    """A convolution whose places do not share weights: (n, in, side, side) → (n, out, side', side')."""
+    n, side = len(x), weight.shape[-1]
+    windows = F.unfold(x, weight.shape[2], padding=padding, stride=stride)  # (n, in · kernel², side'²)
+    own = windows.view(n, groups, -1, side * side)
+    rows = weight.view(groups, len(weight) // groups, -1, side * side)
+    return torch.einsum("ngkp,gokp->ngop", own, rows).reshape(n, -1, side, side) + bias
 
 
-def overhang(x: Tensor) -> Tensor:
-    """224 → 227: the last windows of conv1 hang over the right and bottom edge, where they read zero."""
-    return F.pad(x, (0, 3, 0, 3))
-
-
-def after_conv1(x: Tensor, columns: int) -> Tensor:
-    """LRN of the values before ReLU, pooling, ReLU: 55 → 27."""
-    return F.relu(max_pool(lrn(x, columns)))
-
-
-def after_conv2(x: Tensor, columns: int) -> Tensor:
-    """ReLU, LRN, the normalisation within each map that the paper does not mention, pooling: 27 → 13."""
-    return max_pool(same_map_norm(lrn(F.relu(x), columns)))
-
-
-def after_conv5(x: Tensor) -> Tensor:
-    """Pooling and ReLU (they commute): 13 → 6."""
-    return F.relu(max_pool(x))
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """Overlapping: 3 × 3 windows, 2 apart."""
-    return F.max_pool2d(x, 3, 2)
-
-
-def dropout(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    """The paper's form: in training the mask alone, in evaluation times 1 − probability."""
-    return x * mask if mask is not None else x * (1 - probability)
+def compiled(run: Callable[..., Any], how: str) -> Callable[..., Any]:
+    """`Part.run` as torch.compile makes it: "segments", or "graphs", which are CUDA graphs as well."""
+    if how == "no":
+        return run
+    torch._dynamo.config.recompile_limit = 128  # a compilation for each segment, size of batch, and mode
+    return torch.compile(run, mode="reduce-overhead" if how == "graphs" else None)

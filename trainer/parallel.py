@@ -1,138 +1,151 @@
-"""Where the network lives: two columns on two devices, which meet at conv3 and at the fully-connected layers only."""
+"""Where the network lives: columns on devices, which meet only where a layer sees both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from trainer.model import LAYERS, Layers, after_conv1, after_conv2, after_conv5, dropout, overhang, shapes
-from trainer.recipe import ModelRecipe
+from trainer.layers import Layer, ModelRecipe
+from trainer.model import Masks, Part, Weights, compiled
 
 
-class Column(Layers):
-    """Half of every layer, on one device. Column 0 also holds the whole of fc8."""
+class Columns(nn.Module):
+    """The network of `model.Grouped` cut into its columns, one for each device; a device may be named twice.
 
-    def __init__(self, place: int, recipe: ModelRecipe, classes: int, device: torch.device) -> None:
-        mine = {
-            name: shape if name.startswith("fc8") else (shape[0] // 2, *shape[1:])
-            for name, shape in shapes(recipe, classes).items()
-            if place == 0 or not name.startswith("fc8")
-        }
-        super().__init__(mine, device)
-        self.place, self.device = place, device
+    A segment of one column is started after the other's without waiting for it: on two GPUs they run at once. Values go
+    from device to device only before a layer that sees both columns.
+    """
 
-
-class TwoColumns(nn.Module):
-    """The network of `model.AlexNet` cut into two columns. `devices` may name one device twice."""
-
-    def __init__(self, recipe: ModelRecipe, classes: int, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        recipe: ModelRecipe,
+        classes: int,
+        devices: Sequence[torch.device],
+        compile: str = "no",
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
-        assert len(devices) == 2
+        assert len(devices) == recipe.columns
         self.recipe, self.devices = recipe, tuple(devices)
-        self.columns = nn.ModuleList(Column(i, recipe, classes, device) for i, device in enumerate(devices))
+        self.columns = nn.ModuleList(Part(recipe, classes, i, device) for i, device in enumerate(devices))
+        self.layers = self._columns()[0].layers
+        self.segments = segments(self.layers)
+        self._runs = [compiled(column.run, compile) for column in self._columns()]
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def forward(self, x: Tensor | Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
-        """(n, 3, 224, 224), or the same for each column → logits (n, classes) on the first device.
+    def forward(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None = None) -> Tensor:
+        """(n, 3, size, size), or the same for each column → logits (n, classes) on the first device.
 
-        `masks` as in `model.AlexNet`, on any device.
+        `masks` as in `model.Grouped`, on any device, or the same for each column.
         """
-        columns = self._columns()
-        images = [x, x] if isinstance(x, Tensor) else x
-        halves = [
-            column.conv("conv1", overhang(image.to(column.device)), stride=4) for column, image in zip(columns, images)
-        ]
-        halves = [after_conv1(half, columns=1) for half in halves]
-        halves = [
-            after_conv2(column.conv("conv2", half, padding=2), columns=1) for column, half in zip(columns, halves)
-        ]
-        halves = [
-            F.relu(column.conv("conv3", whole, padding=1)) for column, whole in zip(columns, self._exchange(halves))
-        ]
-        halves = [F.relu(column.conv("conv4", half, padding=1)) for column, half in zip(columns, halves)]
-        halves = [
-            after_conv5(column.conv("conv5", half, padding=1)).flatten(1) for column, half in zip(columns, halves)
-        ]
-        for i, name in enumerate(("fc6", "fc7")):
-            halves = [F.relu(column.linear(name, whole)) for column, whole in zip(columns, self._exchange(halves))]
-            halves = [self._dropout(column, half, masks[i] if masks else None) for column, half in zip(columns, halves)]
-        return columns[0].linear("fc8", torch.cat([half.to(self.devices[0]) for half in halves], 1))
+        return self.watched(x, masks)[0]
 
-    def _columns(self) -> tuple[Column, Column]:
-        first, second = self.columns
-        assert isinstance(first, Column)
-        assert isinstance(second, Column)
-        return first, second
+    def watched(
+        self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The logits, and for each column, on its device, the sums of its layers' outputs, as `Part.run` has them."""
+        given = [x] * len(self.devices) if isinstance(x, Tensor) else x
+        values = [each.to(device, memory_format=self._format) for each, device in zip(given, self.devices)]
+        sums: list[list[Tensor]] = [[] for _ in self.devices]
+        for layers in self.segments:
+            holding = range(layers[0].columns)
+            if len(self.devices) > 1 and layers[0].groups == 1 and layers[0] is not self.layers[0]:
+                values = [torch.cat([value.to(self.devices[i]) for value in values], 1) for i in holding]
+            # one column after the other, so that the devices are both busy
+            found = [self._runs[i](layers, values[i], self._masks(i, layers, masks)) for i in holding]
+            values = [value for value, _ in found]
+            for i, (_, each) in enumerate(found):
+                sums[i].append(each)
+        whole = values[0] if len(values) == 1 else torch.cat([value.to(self.devices[0]) for value in values], 1)
+        return whole, [torch.cat(each) for each in sums]
 
-    def _exchange(self, halves: list[Tensor]) -> list[Tensor]:
-        """Both columns' maps or units, in the grouped order, on each device."""
-        return [torch.cat([half.to(device) for half in halves], 1) for device in self.devices]
+    def _masks(self, i: int, layers: Sequence[Layer], masks: Masks | Sequence[Masks] | None) -> list[Tensor | None]:
+        """What a column needs of the masks."""
+        given = masks if isinstance(masks, Mapping) or masks is None else masks[i]
+        found: list[Tensor | None] = []
+        for layer in layers:
+            mask = given.get(layer.name) if given else None
+            found.append(None if mask is None else mask[:, layer.share(i)].to(self.devices[i]))
+        return found
 
-    def _dropout(self, column: Column, half: Tensor, mask: Tensor | None) -> Tensor:
-        units = half.shape[1]
-        mine = None if mask is None else mask[:, column.place * units : (column.place + 1) * units].to(column.device)
-        return dropout(half, mine, self.recipe.dropout)
+    def _columns(self) -> list[Part]:
+        return [column for column in self.columns if isinstance(column, Part)]
 
-    def parts(self) -> list[dict[str, Tensor]]:
+    def parts(self) -> list[Weights]:
         """Each column's parameters by layer."""
         return [column.weights() for column in self._columns()]
 
-    def gathered(self, values: Sequence[dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
-        """Weights (or `values`, one dict of the same names per column) in the grouped layout, on the CPU."""
+    def gathered(self, values: Sequence[Weights] | None = None) -> Weights:
+        """Weights (or `values`, one dict of the same names per column) in the grouped layout: copies, on the CPU."""
         parts = values or self.parts()
         result = {}
-        for name in (f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")):
-            result[name] = torch.cat([part[name].detach().cpu() for part in parts if name in part], 0)
+        for name in parts[0]:
+            held = [part[name].detach().to("cpu") for part in parts if name in part]
+            result[name] = torch.cat(held, 0).contiguous()
         return result
 
-    def scatter(self, grouped: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def scatter(self, grouped: Weights) -> list[Weights]:
         """Tensors in the grouped layout, cut into each column's share on its device."""
-        parts = []
-        for column in self._columns():
-            part = {}
-            for name, parameter in column.weights().items():
-                start = column.place * parameter.shape[0]
-                part[name] = grouped[name][start : start + parameter.shape[0]].to(parameter)
-            parts.append(part)
-        return parts
+        found = []
+        for column, own in zip(self._columns(), self.parts()):
+            shares = {layer.name: column.share(layer) for layer in self.layers}
+            found.append({name: grouped[name][shares[name.split(".")[0]]].to(w) for name, w in own.items()})
+        return found
 
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load(self, weights: Weights) -> None:
         """Take over weights in the grouped layout."""
         with torch.no_grad():
-            for column, part in zip(self._columns(), self.scatter(weights)):
-                for name, parameter in column.weights().items():
+            for own, part in zip(self.parts(), self.scatter(weights)):
+                for name, parameter in own.items():
                     parameter.copy_(part[name])
+                    if parameter.dim() == 4:
+                        parameter.data = parameter.data.contiguous(memory_format=self._format)
 
 
-def reference_precision() -> None:
-    """float32 throughout, as in 2012: torch would let convolutions on a GPU run in TF32, with 10 bits of mantissa."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+def segments(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
+    """The layers between exchanges: a segment begins with each layer that sees both columns."""
+    starts = [0, *(i for i, layer in enumerate(layers) if i and layer.groups == 1), len(layers)]
+    if layers[0].columns == 1:  # one column has nothing to exchange
+        starts = [0, len(layers)]
+    return [tuple(layers[start:end]) for start, end in pairwise(starts)]
 
 
-def parse_devices(text: str) -> tuple[torch.device, torch.device]:
-    """`cuda:0,cuda:1`, `cuda:0,cuda:0` or `cpu,cpu` → two devices. Raises UserError where one is not there."""
+def reference_precision(precision: str = "fp32") -> None:
+    """What float32 products on a GPU are made of: "fp32", as in 2012; else TF32, with 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
+    """`cuda:0,cuda:1`, `cuda:0,cuda:0` or `cpu,cpu` → a device per column. Raises UserError where one is not there."""
     names = [name.strip() for name in text.split(",")]
     try:
         devices = [torch.device(name) for name in names]
     except RuntimeError as error:
-        raise UserError(f"--devices {text}: not a device; give two, such as cuda:0,cuda:1 or cpu,cpu") from error
-    if len(devices) != 2:
-        raise UserError(
-            f"--devices {text}: {len(devices)} given; the network has two columns: give two, such as cuda:0,cuda:1"
-        )
+        raise UserError(f"--devices {text}: not a device; give {_example(columns)}") from error
+    if len(devices) != columns:
+        count = "one column: give one" if columns == 1 else "two columns: give two"
+        raise UserError(f"--devices {text}: {len(devices)} given; the network has {count}, such as {_example(columns)}")
     for device in devices:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(
-                f"--devices {text}: this machine has {torch.cuda.device_count()} CUDA devices; name two, or cpu,cpu"
+                f"--devices {text}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                f"name {'one' if columns == 1 else 'two'} of them, or {'cpu' if columns == 1 else 'cpu,cpu'}"
             )
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"--devices {text}: {device.type} is not supported; give cuda:N or cpu")
-    return devices[0], devices[1]
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"--devices {text}: the loader feeds GPUs or the CPU, not both; give {_example(columns)}")
+    return tuple(devices)
 
 
-def default_devices() -> str:
-    """Two GPUs where there are two, one twice where there is one, else the CPU."""
+def _example(columns: int) -> str:
+    return "cuda:0 or cpu" if columns == 1 else "cuda:0,cuda:1 or cpu,cpu"
+
+
+def default_devices(columns: int = 2) -> str:
+    """A GPU per column where there are as many, one for all where there is one, else the CPU."""
     count = torch.cuda.device_count()
-    return "cuda:0,cuda:1" if count > 1 else "cuda:0,cuda:0" if count else "cpu,cpu"
+    return ",".join(f"cuda:{i % count}" if count else "cpu" for i in range(columns))

@@ -1,169 +1,271 @@
 """A training recipe: the options that determine a run. One frozen dataclass, read from TOML, validated once."""
 
+import json
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from pipeline.errors import UserError
+from trainer.layers import ModelRecipe, RecipeError, require
 
 FOLDER = Path(__file__).parent / "recipes"
-
-
-class RecipeError(UserError):
-    """A recipe that does not exist, does not parse, or holds an impossible value."""
+SCHEDULES = ("stretches", "drops", "plateau")
+PRECISIONS = ("fp32", "tf32", "bf16")
+COMPILED = ("no", "segments", "graphs")
 
 
 @dataclass(frozen=True)
-class ModelRecipe:
-    """The network of section 4 of the specification; widths count both columns."""
+class LayerRates:
+    """How one layer's rates differ from the others'. Times are epochs of `train.epochs`."""
 
-    maps: tuple[int, ...] = (96, 256, 384, 384, 256)  # conv1 … conv5
-    units: tuple[int, ...] = (4096, 4096)  # fc6, fc7
-    weight_sd: tuple[float, ...] = (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01)  # conv1 … conv5, fc6 … fc8
-    bias: tuple[float, ...] = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # initial biases
-    dropout: float = 0.5  # probability of dropping a unit of fc6 and fc7
+    lr: float = 1.0  # times the rate of the weights
+    bias_lr: float = 1.0  # times the rate of the biases
+    decay: float = 1.0  # times optim.decay
+    drops: tuple[float, ...] = ()  # when its weights' rate is divided by optim.drop_factor once more
+    frozen_from: float = 0.0  # when it stops learning, and its gradient is not computed any more; 0: never
 
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """v ← momentum·v − decay·lr·w − lr·gradient; w ← w + v. Rates fall in equal steps to lr / lr_factor."""
+    """v ← momentum·v − decay·lr·w − lr·gradient; w ← w + v. Times are epochs of `train.epochs`.
 
+    Args:
+        batch_size: what the rates are meant for; another train.batch_size scales them in proportion.
+        schedule: "stretches": equally long ones, of rates that fall in equal ratios to lr / lr_factor; "drops": a
+            division by drop_factor at each time of `drops`; "plateau": one whenever the validation error has not
+            improved for `patience` validations, `most_drops` times, and at the next plateau the run ends.
+    """
+
+    batch_size: int = 128
+    schedule: str = "stretches"
     lr: float = 0.01
-    lr_factor: float = 250.0  # the last rate is lr / lr_factor
-    lr_steps: int = 4  # number of constant stretches, equally long
     bias_lr: float = 0.02
-    bias_lr_factor: float = 10.0
-    bias_lr_steps: int = 2
     momentum: float = 0.9
     decay: float = 0.0005  # of weights; biases have none
+    lr_factor: float = 250.0
+    lr_steps: int = 4  # stretches
+    bias_lr_factor: float = 10.0
+    bias_lr_steps: int = 2
+    drops: tuple[float, ...] = ()
+    bias_drops: tuple[float, ...] = ()
+    drop_factor: float = 10.0
+    patience: int = 5
+    most_drops: int = 3
+    layers: Mapping[str, LayerRates] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "bias_lr", "lr_factor", "bias_lr_factor", "drop_factor"):
+            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "a number above 0")
+        for name in ("batch_size", "lr_steps", "bias_lr_steps", "patience"):
+            require(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "at least 1")
+        require(self.schedule in SCHEDULES, "optim.schedule", repr(self.schedule), f"one of {', '.join(SCHEDULES)}")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "at least 0 and below 1")
+        require(self.decay >= 0, "optim.decay", self.decay, "at least 0")
+        require(self.most_drops >= 0, "optim.most_drops", self.most_drops, "at least 0")
+        for layer, rates in self.layers.items():
+            for name in ("lr", "bias_lr", "decay", "frozen_from"):
+                value = getattr(rates, name)
+                require(value >= 0, f"optim.layers.{layer}.{name}", value, "at least 0")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What the loader is asked for; pipeline/online/augment.py says what the options mean."""
+
+    order: str = "uniform"
+    mean: str = "centre"
+    lighting: str = "code"
+    lighting_until: float = 68.0  # epochs of train.epochs, after which lighting and the factor 1/1.1 are off
+    positions: str = "code"
+    crop_chunk: int = 1
+    max_bad: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.lighting_until >= 0, "data.lighting_until", self.lighting_until, "at least 0 epochs")
+        known = {
+            "order": ("uniform", "fixed", "shards"),
+            "mean": ("centre", "aligned", "colour"),
+            "lighting": ("code", "paper", "off"),
+            "positions": ("code", "paper"),
+        }
+        for name, values in known.items():
+            value = getattr(self, name)
+            require(value in values, f"data.{name}", repr(value), f"one of {', '.join(values)}")
+        require(self.crop_chunk >= 1, "data.crop_chunk", self.crop_chunk, "at least 1")
+        require(self.max_bad >= 0, "data.max_bad", self.max_bad, "at least 0")
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
+    """A run's length and habits."""
+
     seed: int = 2012
     batch_size: int = 128
-    steps: int = 900_810  # 90 epochs of ImageNet
-    lighting: bool = True
-    lighting_until: float = 0.75  # share of the run after which lighting and the factor 1/1.1 are off
+    epochs: float = 90.0
+    steps: int = 0  # 0: as many as the epochs take; else so many, and the epochs that stand in a recipe stretch to them
     log_every: int = 20  # steps
-    validate_every: int = 10_009  # steps; 0: only at the end
-    checkpoint_every: int = 10_009  # steps; 0: only at the end
+    validate_every: int = 0  # steps; 0: at the end of every epoch
+    checkpoint_every: int = 0  # steps; 0: at the end of every epoch
+    keep: int = 3  # of the newest checkpoints; the best stays as well
+    precision: str = "fp32"  # "tf32": 10 bits of mantissa in products; "bf16": products of bfloat16, LRN and loss not
+    compile: str = "no"  # "segments": torch.compile of each column between exchanges; "graphs": CUDA graphs of them too
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every", "keep"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        require(self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as the epochs take)")
+        for name in ("validate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "at least 0 (0: at the end of every epoch)")
+        require(0 <= self.seed < 2**64, "train.seed", self.seed, "between 0 and 2⁶⁴ − 1")
+        for name, known in (("precision", PRECISIONS), ("compile", COMPILED)):
+            value = getattr(self, name)
+            require(value in known, f"train.{name}", repr(value), f"one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
 
     def __post_init__(self) -> None:
-        model, optim, train = self.model, self.optim, self.train
-        _require(
-            len(model.maps) == 5 and all(n >= 2 and n % 2 == 0 for n in model.maps),
-            "model.maps",
-            model.maps,
-            "five even numbers, one half per column",
-        )
-        _require(
-            len(model.units) == 2 and all(n >= 2 and n % 2 == 0 for n in model.units),
-            "model.units",
-            model.units,
-            "two even numbers, one half per column",
-        )
-        _require(
-            len(model.weight_sd) == 8 and min(model.weight_sd) >= 0,
-            "model.weight_sd",
-            model.weight_sd,
-            "eight numbers ≥ 0",
-        )
-        _require(len(model.bias) == 8, "model.bias", model.bias, "eight numbers")
-        _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "at least 0 and below 1")
-        for name in ("lr", "bias_lr", "lr_factor", "bias_lr_factor"):
-            _require(getattr(optim, name) > 0, f"optim.{name}", getattr(optim, name), "a number above 0")
-        for name in ("lr_steps", "bias_lr_steps"):
-            _require(getattr(optim, name) >= 1, f"optim.{name}", getattr(optim, name), "at least 1")
-        _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "at least 0 and below 1")
-        _require(optim.decay >= 0, "optim.decay", optim.decay, "at least 0")
-        for name in ("batch_size", "steps", "log_every"):
-            _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "at least 1")
-        _require(train.checkpoint_every >= 0, "train.checkpoint_every", train.checkpoint_every, "at least 0")
-        _require(
-            train.validate_every >= 0, "train.validate_every", train.validate_every, "at least 0 (0: only at the end)"
-        )
-        _require(0 <= train.lighting_until <= 1, "train.lighting_until", train.lighting_until, "between 0 and 1")
-        _require(0 <= train.seed < 2**64, "train.seed", train.seed, "between 0 and 2⁶⁴ − 1")
+        for name in self.optim.layers:
+            known = ", ".join(self.model.order)
+            require(name in self.model.layers, f"optim.layers.{name}", name, f"a layer of the model: {known}")
 
 
 def load(name: str, settings: Sequence[str] = ()) -> Recipe:
     """A recipe by the name of a file in trainer/recipes, or by path, with `key=value` settings on top.
 
+    A file may begin with `base = "NAME"`: it is that recipe with what the file says put over it.
+
     Raises:
         RecipeError: naming what is known.
     """
+    return override(_read(name, ()), settings)
+
+
+def _read(name: str, above: tuple[str, ...]) -> Recipe:
     path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
     try:
         values = tomllib.loads(path.read_text())
     except (FileNotFoundError, IsADirectoryError) as error:
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
-        raise RecipeError(f"{name}: no such recipe; there are {known}, or give the path of a .toml file") from error
+        raise RecipeError(f"{name}: no such recipe; there are {', '.join(names())}, or give a .toml file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error})") from error
-    return override(from_dict(values, Recipe(), str(path)), settings)
+    base = values.pop("base", None)
+    if base is None:
+        return from_dict(values, Recipe(), str(path))
+    if not isinstance(base, str) or base in above:
+        raise RecipeError(f"{path}: base = {base!r}: must be another recipe's name, and not lead back here")
+    return from_dict(values, _read(base, (*above, name)), str(path))
+
+
+def names() -> list[str]:
+    """The recipes in trainer/recipes."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply settings such as `train.steps=4`; values are TOML."""
+    """Apply settings such as `train.steps=4` or `model.layers.conv3.sd=0.01`; values are TOML."""
     for setting in settings:
         key, equals, text = setting.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not equals or not dot:
+        section, *path = key.strip().split(".")
+        if not equals or not path:
             raise RecipeError(f"--set {setting}: not of the form section.key=value, such as train.steps=4")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"--set {setting}: the value is not TOML ({error})") from error
-        recipe = from_dict({section: {name: value}}, recipe, f"--set {setting}")
+            hint = "; a text stands in quotes" if text.strip().isidentifier() else ""
+            raise RecipeError(f"--set {setting}: the value is not TOML ({error}{hint})") from error
+        for name in reversed(path):
+            value = {name: value}
+        recipe = from_dict({section: value}, recipe, f"--set {setting}")
     return recipe
 
 
 def from_dict(values: Mapping[str, Any], base: Any, where: str, prefix: str = "") -> Any:
-    """`base` with `values` put over it; an unknown key or a value of another type is a RecipeError."""
-    known = {entry.name: getattr(base, entry.name) for entry in fields(base)}
-    types = get_type_hints(type(base))
+    """`base` with `values` put over it; an unknown key or a value of another type is a RecipeError.
+
+    Of `model.layers`, those that a new `model.order` does not name go.
+    """
+    known, types = {entry.name: getattr(base, entry.name) for entry in fields(base)}, get_type_hints(type(base))
     changed = {}
     for key, value in values.items():
         if key not in known:
             raise RecipeError(
                 f"{where}: unknown key {prefix}{key}; known: {', '.join(prefix + name for name in known)}"
             )
+        name = f"{prefix}{key}"
         if is_dataclass(known[key]):
-            if not isinstance(value, Mapping):
-                raise RecipeError(f"{where}: {prefix}{key} = {value!r}: a section, not a value")
-            changed[key] = from_dict(value, known[key], where, f"{prefix}{key}.")
+            changed[key] = from_dict(_section(value, f"{where}: {name}"), known[key], where, f"{name}.")
+        elif get_origin(types[key]) is Mapping:
+            changed[key], entry = {}, get_args(types[key])[1]
+            for each, given in _section(value, f"{where}: {name}").items():
+                inner, start = f"{name}.{each}", known[key].get(each, entry())
+                changed[key][each] = from_dict(_section(given, f"{where}: {inner}"), start, where, f"{inner}.")
         else:
-            changed[key] = _typed(value, types[key], f"{where}: {prefix}{key}")
-    return replace(base, **changed)
+            changed[key] = _typed(value, types[key], f"{where}: {name}")
+    if isinstance(base, ModelRecipe):
+        order = changed.get("order", base.order)
+        kept = {name: layer for name, layer in base.layers.items() if name in order}
+        changed["layers"] = kept | changed.get("layers", {})
+    elif isinstance(base, OptimRecipe):
+        changed["layers"] = {**base.layers, **changed.get("layers", {})}
+    elif isinstance(base, Recipe):
+        optim, layers = changed.get("optim", base.optim), changed.get("model", base.model).layers
+        gone = base.model.layers.keys() - layers.keys()
+        kept = {name: rates for name, rates in optim.layers.items() if name not in gone}
+        changed["optim"] = replace(optim, layers=kept)
+    try:
+        return replace(base, **changed)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, which `from_dict` takes back."""
     return asdict(recipe)
+
+
+def difference(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, with both values: {"optim.lr": (0.01, 0.001)}. None: not there."""
+    one, other = _flat(to_dict(before)), _flat(to_dict(now))
+    keys = [*one, *(key for key in other if key not in one)]
+    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def as_setting(key: str, value: Any) -> str:
+    """KEY=VALUE for `--set`."""
+    return f"{key}={json.dumps(value)}"
+
+
+def _section(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where} = {value!r}: a section, not a value")
+    return value
 
 
 def _typed(value: Any, wanted: Any, where: str) -> Any:
     if wanted is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
-    if wanted in (int, bool) and type(value) is wanted:
+    if wanted in (int, bool, str) and type(value) is wanted:
         return value
-    element = {tuple[int, ...]: int, tuple[float, ...]: float}.get(wanted)
+    element = {tuple[int, ...]: int, tuple[float, ...]: float, tuple[str, ...]: str}.get(wanted)
     if element and isinstance(value, list | tuple):
         return tuple(_typed(item, element, where) for item in value)
     kind = f"a list of {element.__name__}" if element else wanted.__name__
     raise RecipeError(f"{where} = {value!r}: must be {kind}")
-
-
-def _require(holds: bool, key: str, value: Any, what: str) -> None:
-    if not holds:
-        raise RecipeError(f"{key} = {value}: must be {what}")

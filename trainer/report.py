@@ -20,14 +20,15 @@ from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import BuildRecipe, Manifest
-from pipeline.online import Loader, augment
+from pipeline.online import augment
 from pipeline.online.samples import SampleReader
-from trainer import figures, metrics
+from trainer import feed, figures, metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import Evaluation, probabilities
 from trainer.figures import picture, table
-from trainer.parallel import TwoColumns
+from trainer.layers import plan
+from trainer.parallel import Columns
 
 FILE_NAME = "report.html"
 TRAINING_SAMPLES, VALIDATION_SAMPLES = 16, 8  # how many are shown
@@ -37,7 +38,7 @@ NO_VALIDATION = "<p>The data set has no validation images.</p>"
 Lines = list[dict[str, Any]]
 
 
-def write_report(run: Path, data: Path, network: TwoColumns, checkpoint: Checkpoint) -> Path:
+def write_report(run: Path, data: Path, network: Columns, checkpoint: Checkpoint) -> Path:
     """Write RUN/report.html and return its path. `network` holds the weights of `checkpoint`, the newest of `run`.
 
     Raises:
@@ -56,7 +57,7 @@ def write_report(run: Path, data: Path, network: TwoColumns, checkpoint: Checkpo
         "Training samples": _training_samples(dataset, checkpoint.recipe),
         "Curves": _curves(dataset, lines),
         "First-layer kernels": _kernels(network),
-        "Validation images": _predictions(dataset, network),
+        "Validation images": _predictions(dataset, network, checkpoint.recipe.data.mean),
     }
     path = run / FILE_NAME
     title = f"AlexNet, run {run}"
@@ -94,7 +95,7 @@ def _words(dataset: Manifest, label: int) -> str:
 
 def _facts(dataset: Manifest, checkpoint: Checkpoint, lines: Lines) -> str:
     model, train = checkpoint.recipe.model, checkpoint.recipe.train
-    maps, units = (" · ".join(str(width) for width in widths) for widths in (model.maps, model.units))
+    layers = ", ".join(f"{layer.name} {layer.width:,}" for layer in plan(model, len(checkpoint.classes)))
     samples = ", ".join(f"{split.samples:,} {escape(name)}" for name, split in dataset.splits.items())
     times = [line["time"] for line in lines if line["kind"] == "train"]
     speed, stall = (median([time[key] for time in times] or [nan]) for key in ("images_per_second", "stall"))
@@ -102,8 +103,9 @@ def _facts(dataset: Manifest, checkpoint: Checkpoint, lines: Lines) -> str:
     facts = {
         "Data set": f"{escape(dataset.root.resolve().name)}: {samples} samples, {len(dataset.classes):,} classes, "
         f"identity <code>{dataset.identity[:12]}</code>",
-        "Network": f"{maps} maps (conv1 to conv5), {units} units (fc6, fc7), both columns together",
-        "Training": f"{checkpoint.step:,} of {train.steps:,} steps of {train.batch_size} images, seed {train.seed}",
+        "Network": f"{layers} maps or units, {model.columns} column{'s together' if model.columns > 1 else ''}",
+        "Training": f"{checkpoint.step:,} of {checkpoint.progress['steps']:,} steps of {train.batch_size} images, "
+        f"seed {train.seed}",
         "Speed": measured if times else "not recorded",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts.items())
@@ -146,9 +148,9 @@ def _mean(dataset: Manifest) -> str:
 
 def _training_samples(dataset: Manifest, recipe: recipes.Recipe) -> str:
     """The first samples of the run's first batch: as stored, and as the network saw them in the first epoch."""
-    train, side = recipe.train, dataset.recipe.size
-    lit = int(train.lighting_until * train.steps) if train.lighting else 0  # steps, as in train.py
-    with Loader(dataset, "train", batch_size=TRAINING_SAMPLES, seed=train.seed, lighting_until=lit) as loader:
+    side, view = dataset.recipe.size, recipe.model.size
+    lit = recipe.data.lighting != "off" and recipe.data.lighting_until > 0
+    with feed.training(dataset, recipe, batch_size=TRAINING_SAMPLES) as loader:
         batch = next(loader)
     with SampleReader(dataset, "train") as reader:
         stored = reader.read(batch.ids)
@@ -157,8 +159,10 @@ def _training_samples(dataset: Manifest, recipe: recipes.Recipe) -> str:
         cards += figures.pair(f"Training sample {number}", _words(dataset, label), jpeg.tobytes(), x)
     return (
         f"<p>Above, each sample as it is stored ({side} × {side} pixels, JPEG). Beneath, as the network sees it in the "
-        "first epoch: a random view of 224 × 224 pixels, mirrored or not, minus the mean image"
-        f"{', with its colours shifted (lighting) and divided by 1.1' if lit else ''}. To show it, "
+        f"first epoch: a random view of {view} × {view} pixels, mirrored or not, minus the mean "
+        f"{'colour' if recipe.data.mean == 'colour' else 'image'}"
+        f"{', with its colours shifted (lighting)' if lit else ''}"
+        f"{' and divided by 1.1' if lit and recipe.data.lighting == 'code' else ''}. To show it, "
         f"{figures.MID_GREY} grey levels are added, and what falls outside 0 to 255 is clipped.</p>"
         f'<div class="samples">{cards}</div>'
     )
@@ -171,19 +175,21 @@ def _curves(dataset: Manifest, lines: Lines) -> str:
     return f'{note if _validation(dataset) else NO_VALIDATION}<div class="charts">{figures.curves(lines)}</div>'
 
 
-def _kernels(network: TwoColumns) -> str:
+def _kernels(network: Columns) -> str:
     grids = ""
-    for column, kernels in enumerate(np.split(network.gathered()["conv1.weight"].numpy(), 2)):
+    whole = network.gathered()["conv1.weight"].numpy()
+    for column, kernels in enumerate(np.split(whole, network.recipe.columns)):
         pixels = figures.kernel_grid(kernels)
         alt = f"The {len(kernels)} kernels of conv1 in column {column}"
         image = picture(figures.png(pixels), "png", alt, "pixelated")
         grids += f"<div><h3>Column {column}</h3><figure>{image}<figcaption>{alt}</figcaption></figure></div>"
-    note = "11 × 11 weights of red, green and blue each; the least of a column is shown as 0, the greatest as 255."
+    side = whole.shape[-1]
+    note = f"{side} × {side} weights of red, green and blue each; a column's least is shown as 0, its greatest as 255."
     return f'<p>{note}</p><div class="grids">{grids}</div>'
 
 
 @torch.inference_mode()
-def _predictions(dataset: Manifest, network: TwoColumns) -> str:
+def _predictions(dataset: Manifest, network: Columns, mean: str) -> str:
     """Validation images spread evenly over the split, each with the most probable labels for its centre view."""
     samples = _validation(dataset)
     if not samples:
@@ -192,7 +198,8 @@ def _predictions(dataset: Manifest, network: TwoColumns) -> str:
     ids = (2 * np.arange(shown) + 1) * samples // (2 * shown)
     with SampleReader(dataset, "val") as reader:
         stored, labels = reader.read(ids), reader.labels(ids).tolist()
-    recipe = augment.AlexNet(augment.Transform(views="centre"), dataset.statistics(), dataset.recipe.size, seed=0)
+    centre = augment.Transform(views="centre", view=network.recipe.size, mean=mean)
+    recipe = augment.AlexNet(centre, dataset.statistics(), dataset.recipe.size, seed=0)
     pixels = [np.asarray(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in stored]
     sizes = np.array([picture.shape[:2] for picture in pixels])
     windows = recipe.windows(0, 0, ids, None, sizes)
@@ -227,14 +234,13 @@ def _shell(commands: dict[str, list[str]]) -> str:
 def _recipe_options(recipe: recipes.Recipe) -> list[str]:
     """The fewest --recipe and --set options of `train` that give this recipe."""
     choices = []
-    for file in sorted(recipes.FOLDER.glob("*.toml")):
-        choice, base = ["--recipe", file.stem], recipes.to_dict(recipes.load(file.stem))
-        for section, values in recipes.to_dict(recipe).items():
-            for key, value in values.items():
-                if value != base[section][key]:
-                    choice += ["--set", f"{section}.{key}={json.dumps(value)}"]
-        choices.append(choice)
-    return min(choices, key=len)
+    for name in recipes.names():
+        known = recipes.load(name)
+        if known.model.order == recipe.model.order and known.optim.layers.keys() == recipe.optim.layers.keys():
+            changed = recipes.difference(known, recipe)
+            settings = (("--set", recipes.as_setting(key, new)) for key, (_, new) in changed.items())
+            choices.append(["--recipe", name, *(word for pair in settings for word in pair)])
+    return min(choices, key=len, default=["--recipe", "RECIPE"])
 
 
 def _page(title: str, sections: dict[str, str], commands: str) -> str:

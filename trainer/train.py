@@ -1,158 +1,259 @@
 """A training run, from the first step or from a checkpoint."""
 
 import json
-import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
+from pipeline.manifest import Manifest
 from pipeline.online import Loader
+from pipeline.online.loader import Batch
 from trainer import checkpoint as checkpoints
+from trainer import feed, resume, watch
 from trainer.checkpoint import Checkpoint
 from trainer.dropout import masks
 from trainer.evaluate import evaluate
+from trainer.layers import dropped_units, multiply_adds, parameter_count
 from trainer.metrics import Metrics
-from trainer.model import initial_weights, parameter_count
-from trainer.optim import Momentum, rates
-from trainer.parallel import TwoColumns
-from trainer.recipe import Recipe, to_dict
+from trainer.model import Masks, initial_weights
+from trainer.optim import Momentum, Rates, Schedule
+from trainer.parallel import Columns, reference_precision
+from trainer.progress import Progress
+from trainer.recipe import Recipe, TrainRecipe, to_dict
+from trainer.saver import Saver
+from trainer.stop import Stop
+from trainer.watch import Diverged, Watch
 
-DIVERGED = "training has diverged; lower optim.lr (--set optim.lr=…) and start a new run"
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: nowhere, with the weights of another run's layers, or where it was."""
+
+    resumed: Checkpoint | None = None
+    other_data: bool = False  # whether it may be on other data than the checkpoint's
+    init: Checkpoint | None = None
+    init_layers: tuple[str, ...] = ()  # none: all that fit
 
 
-def train(
-    data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, torch.device], resumed: Checkpoint | None
-) -> None:
-    """Train on the split `train` of `data` until `recipe.train.steps`; leave recipe, metrics and a checkpoint in `run`.
+def train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, ...], start: Start) -> None:
+    """Train on the split `train` of `data` to the end of the recipe; leave recipe, metrics and checkpoints in `run`.
 
     Raises:
-        UserError: `run` exists and is not resumed; the data are others than the checkpoint's; the loss is not finite.
+        UserError: `run` exists and is not resumed; data, recipe and checkpoint do not fit together; a number is not
+            finite; a disk is full.
+        Stopped: a signal asked for the end. The run is saved.
     """
+    try:
+        _train(data, run, recipe, devices, start)
+    except Diverged as error:
+        newest = int(checkpoints.files(run)[-1].stem.removeprefix("step-"))
+        raise Diverged(
+            f"{error}; the checkpoint of step {newest} is from before: lower optim.lr and go on from it, "
+            "--resume --set optim.lr=…"
+        ) from error
+
+
+def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, ...], start: Start) -> None:
     # everything that can be refused, before anything is written
-    dataset = manifest.load(data)
+    dataset, resumed = manifest.load(data), start.resumed
     classes = tuple(record.wnid for record in dataset.classes)
-    start = resumed.step if resumed else 0
+    resume.require_classes(recipe, dataset)
+    steps, steps_per_epoch = feed.steps_of(dataset, recipe), feed.steps_per_epoch(dataset, recipe)
     if resumed:
-        checkpoints.require_same_data(resumed, dataset.identity, run)
-        _require_same_network(resumed.recipe, recipe, run)
-        if start >= recipe.train.steps:
-            raise UserError(f"{run}: has done {start} of {recipe.train.steps} steps; raise them: --set train.steps=N")
+        resume.require_same(resumed, recipe, dataset, run, start.other_data)
+        resume.require_unfinished(resumed, steps, run)
     else:
-        _require_fresh(run)
+        resume.require_fresh(run)
+    if recipe.optim.schedule == "plateau" and not _validation(dataset):
+        raise UserError(f"{data}: has no validation images, which optim.schedule = 'plateau' looks at; take 'drops'")
 
-    # network and optimiser
-    network = TwoColumns(recipe.model, len(classes), devices)
-    network.load(resumed.weights if resumed else initial_weights(recipe.model, len(classes), recipe.train.seed))
-    optimiser = Momentum(network.parts(), recipe.optim)
-    click.echo(
-        f"{parameter_count(recipe.model, len(classes)):,} parameters in two columns on {devices[0]} and {devices[1]}"
-    )
+    # network, optimiser, schedule
+    reference_precision(recipe.train.precision)
+    network = Columns(recipe.model, len(classes), devices, recipe.train.compile, recipe.train.channels_last)
+    optimiser, schedule = Momentum(network.parts(), recipe.optim.momentum), Schedule(recipe, steps)
     if resumed:
+        network.load(resumed.weights)
         optimiser.velocity = network.scatter(resumed.velocity)
+        schedule.load_state(resumed.progress["schedule"])
+    else:
+        weights = initial_weights(recipe.model, len(classes), recipe.train.seed)
+        taken = resume.taken_over(weights, start.init, start.init_layers, classes)
+        network.load(weights | taken)
+    counts = parameter_count(recipe.model, len(classes)), multiply_adds(recipe.model, len(classes)) / 1e6
+    history = (*(resumed.history if resumed else ()), resume.entry(resumed, start.init, recipe, dataset, devices))
 
-    def save(step: int) -> Path:
-        weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
-        if not all(bool(value.isfinite().all()) for value in weights.values()):
-            raise UserError(f"the weights after step {step} are not finite numbers: {DIVERGED}")
-        return checkpoints.save(run, Checkpoint(step, recipe, classes, dataset.identity, weights, velocity))
-
-    # the loop; losses are summed on the device and looked at every log_every steps
-    lighting_until = int(recipe.train.lighting_until * recipe.train.steps) if recipe.train.lighting else 0
-    with Loader(
-        dataset,
-        "train",
-        batch_size=recipe.train.batch_size,
-        seed=recipe.train.seed,
-        step=start,
-        lighting_until=lighting_until,
-        device=devices,
-    ) as loader:
+    began = resumed.step if resumed else 0
+    with ExitStack() as stack:
+        loader = stack.enter_context(feed.training(dataset, recipe, devices))
+        if resumed:
+            loader.load_state_dict(resumed.loader if not start.other_data else {**loader.state_dict(), "step": began})
+        metrics = stack.enter_context(Metrics(run, began))
+        saver = stack.enter_context(Saver(run, recipe.train.keep))
+        progress = stack.enter_context(Progress(steps, began))
+        stop = stack.enter_context(Stop())
         write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
-        metrics = Metrics(run)
-        metrics.drop_after(start)
-        window = _Window(devices[0], loader)
-        for batch in loader:
-            now = rates(recipe.optim, batch.step, recipe.train.steps)
-            drop = masks(
-                recipe.train.seed, batch.step, len(batch.ids), recipe.model.units, recipe.model.dropout, devices[0]
+        write_bytes_aside(run / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+        progress.say(f"{counts[0]:,} parameters, {counts[1]:,.1f} million multiply-adds an image; {_where(devices)}")
+        for line in resume.said(history):
+            progress.say(line)
+
+        watched, window = Watch(network), _Window(devices[0], loader, resumed.progress["window"] if resumed else None)
+        units = dropped_units(recipe.model, len(classes))
+
+        def save(step: int, best: bool = False) -> Path:
+            """Hand a checkpoint to the saver; raises Diverged where there is nothing worth saving."""
+            watched.check()
+            weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
+            watch.require_finite(step, weights)
+            remembered = {"schedule": schedule.state(), "window": window.state(), "steps": steps, "over": over}
+            state = loader.state_dict()
+            checkpoint = Checkpoint(
+                step, recipe, classes, dataset.identity, weights, velocity, state, remembered, history
             )
-            losses = F.cross_entropy(network(batch.replicas, drop), batch.labels, reduction="sum")
-            (losses / recipe.train.batch_size).backward()  # a short batch counts for less, as in the 2012 code
-            optimiser.step(now)
+            return saver.save(checkpoint, best)
+
+        over = False  # by a last plateau, before its steps are done
+        if not resumed:
+            save(0)  # so that there is one before whatever happens
+
+        # the loop; the devices are waited for at log lines, validations, checkpoints, and every watch.EVERY steps
+        for batch in loader:
+            rates = schedule.rates(batch.step)
+            drop = [
+                masks(recipe.train.seed, batch.step, len(batch.ids), units, recipe.model.dropout, device, batch.place)
+                for device in dict.fromkeys(devices)
+            ]
+            drop *= len(devices) // len(drop)
+            losses = update(network, optimiser, batch, drop, rates, recipe.train, watched)
             window.add(losses, len(batch.ids))
 
             done = batch.step + 1
-            last = done == recipe.train.steps
-            if done % recipe.train.log_every == 0 or last:
-                metrics.train(
-                    recipe.train.steps, {"step": done, "epoch": batch.epoch, "lr": now.weights, **window.close()}
-                )
-            if last or (recipe.train.validate_every and done % recipe.train.validate_every == 0):
-                if "val" in dataset.splits and dataset.splits["val"].samples:
-                    found = evaluate(network, dataset, "val", "centre")
-                    metrics.validation({"step": done, "epoch": batch.epoch, **found.to_dict()})
-                window.restart()
-            if last:
-                click.echo(f"checkpoint: {save(done)}")
+            epoch_ends = done % steps_per_epoch == 0
+            ended = done == steps
+            progress.step(done)
+            if done % watch.EVERY == 0:
+                watched.check()
+            if done % recipe.train.log_every == 0 or ended:
+                watched.check()
+                found, said = window.close()
+                layers = watch.changes(network.parts(), optimiser.velocity)
+                trained = {"step": done, "epoch": batch.epoch, "lr": schedule.lr(batch.step), **found, "layers": layers}
+                metrics.train(trained)
+                progress.train(trained, said)
+            best = False
+            if _validation(dataset) and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
+                watched.check()
+                with window.paused():
+                    errors = evaluate(network, dataset, recipe, "val", "centre")
+                validated = {"step": done, "epoch": batch.epoch, **errors.to_dict()}
+                metrics.validation(validated)
+                progress.validation(validated)
+                best = schedule.is_best(errors.top1_error)
+                what = schedule.validated(errors.top1_error)
+                over = what == "end"
+                ended = ended or over
+                if what == "drop":
+                    progress.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
+            if best or ended or stop.asked or _due(recipe.train.checkpoint_every, done, epoch_ends):
+                with window.paused():
+                    path = save(done, best)
+                if ended or stop.asked:
+                    saver.close()
+                    progress.say(f"checkpoint: {path}")
+            if ended:
                 break
-            if recipe.train.checkpoint_every and done % recipe.train.checkpoint_every == 0:
-                save(done)
-                window.restart()
+            stop.obey(done)
 
 
-def _require_fresh(run: Path) -> None:
-    """A new run takes a new or empty directory, or that of a run which left no checkpoint."""
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        return
-    if checkpoints.files(run):
-        raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
-    if not (run / "recipe.json").is_file():
-        raise UserError(f"{run}: exists and is not a run directory; name another --out")
+def update(
+    network: Columns,
+    optimiser: Momentum,
+    batch: Batch,
+    drop: Masks | Sequence[Masks],
+    rates: dict[str, Rates],
+    recipe: TrainRecipe,
+    watched: Watch | None = None,
+) -> Tensor:
+    """One step: forward, backward, new weights. → the sum of the losses in nats, on the first device.
+
+    A short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
+    """
+    optimiser.freeze(rates)
+    device = network.devices[0].type
+    with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        logits, sums = network.watched(batch.replicas, drop)
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    losses = F.cross_entropy(logits, batch.labels, reduction="sum")
+    (losses / recipe.batch_size).backward()
+    if watched:
+        watched.note(batch.step, losses.detach(), sums)
+    optimiser.step(rates)
+    return losses.detach()
 
 
-def _require_same_network(before: Recipe, now: Recipe, run: Path) -> None:
-    """Rates, steps and the like may change on resume; not what the weights and the order of the samples stand for."""
-    for section, key in (("model", None), ("train", "seed"), ("train", "batch_size")):
-        old, new = (getattr(recipe, section) for recipe in (before, now))
-        old, new = (getattr(value, key) if key else value for value in (old, new))
-        if old != new:
-            name = f"{section}.{key}" if key else section
-            raise UserError(f"{run}: --set {name}: cannot change on resume ({old} → {new}); start a new run")
+def _validation(dataset: Manifest) -> int:
+    return dataset.splits["val"].samples if "val" in dataset.splits else 0
+
+
+def _due(every: int, done: int, epoch_ends: bool) -> bool:
+    """Whether it is time for what happens every so many steps, or, for 0, at the end of each epoch."""
+    return done % every == 0 if every else epoch_ends
+
+
+def _where(devices: tuple[torch.device, ...]) -> str:
+    if len(devices) == 1:
+        return f"one column on {devices[0]}"
+    return f"two columns on {devices[0]} and {devices[1]}"
 
 
 class _Window:
-    """Loss, speed and stall of the steps since the last log line."""
+    """Loss, speed and stall of the steps since the last log line; a checkpoint holds what the loss is made of."""
 
-    def __init__(self, device: torch.device, loader: Loader) -> None:
+    def __init__(self, device: torch.device, loader: Loader, state: dict[str, Any] | None) -> None:
         self._device, self._loader = device, loader
-        self.restart()
+        self._restart()
+        if state:
+            self._losses.fill_(state["losses"])
+            self._images = state["images"]
 
-    def restart(self) -> None:
-        self._losses, self._images = torch.zeros((), device=self._device), 0
+    def _restart(self) -> None:
+        self._losses, self._images, self._timed = torch.zeros((), device=self._device), 0, 0
         self._since, self._waited = time.perf_counter(), self._loader.meter.total
 
-    def add(self, losses: torch.Tensor, images: int) -> None:
-        self._losses += losses.detach()
+    def add(self, losses: Tensor, images: int) -> None:
+        self._losses += losses
         self._images += images
+        self._timed += images
 
-    def close(self) -> dict[str, Any]:
-        """Mean loss, images/s and stall; raises UserError where the loss is not a finite number."""
-        loss = float(self._losses) / self._images  # waits for the device
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss}: training has diverged; lower optim.lr (--set optim.lr=…) and start again"
-            )
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here takes no time of the window."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the steps that were started belong to it
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": float(self._losses), "images": self._images}
+
+    def close(self) -> tuple[dict[str, Any], str]:
+        """{"loss": its mean, "time": images/s and stall}, and what is said of the stall. Waits for the device."""
+        loss = float(self._losses) / self._images
         seconds = time.perf_counter() - self._since
         waited = self._loader.meter.total - self._waited
         shares = waited.shares(seconds)
-        speed = {"images_per_second": self._images / seconds, "stall": sum(shares.values()), "stall_by": shares}
-        line = {"loss": loss, "time": speed | {"said": waited.said(seconds)}}
-        self.restart()
-        return line
+        speed = {"images_per_second": self._timed / seconds, "stall": sum(shares.values()), "stall_by": shares}
+        self._restart()
+        return {"loss": loss, "time": speed}, waited.said(seconds)

@@ -1,6 +1,7 @@
 """What happens to each sample: keyed draws of crop, flip and lighting; the numpy reference of the transform."""
 
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,11 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.manifest import Statistics
 from pipeline.online.philox import LIGHTING, VIEW, key_of, philox
-from pipeline.online.windows import Windows
+from pipeline.online.windows import Place, Windows
 
-VIEW_SIZE = 224  # pixels: the network's input is 224 × 224 (paper, section 3)
+VIEW_SIZE = 224  # pixels, unless one asks for others: the network's input is 224 × 224 (paper, section 3)
 LIGHTING_SD = 0.1  # paper, section 4.1
-VIEWS = ("random", "centre", "ten")
+VIEWS = ("random", "centre", "ten", "nine")
 MEANS = ("centre", "aligned", "colour")
 LIGHTINGS = ("code", "paper", "off")
 POSITIONS = ("code", "paper")
@@ -23,7 +24,8 @@ class Transform:
     """What the 2012 network sees of a picture. The defaults are those of the code that gave the published numbers.
 
     Args:
-        views: "random" (crop, flip, lighting), "centre", or "ten": corners and centre, and their mirror images.
+        views: "random" (crop, flip, lighting), "centre", "ten": corners and centre, and their mirror images; or "nine":
+            at the top, middle and bottom, left, middle and right, none mirrored (cuda-convnet's test of CIFAR-10).
         mean: what is subtracted. "centre": the centre of the mean image from every view, wherever it was cut, never
             flipped, as the code has it; "aligned": the window of the mean image that the view was cut from, flipped
             with it; "colour": the mean colour.
@@ -32,9 +34,10 @@ class Transform:
         lighting_until: random views have lighting in the steps below this one; None: in all.
         shrink: whether what has lighting is divided by 1.1 afterwards; None: with the code's lighting, as the code
             does, and not with the paper's, which does not mention it.
-        positions: where random views start: all (size − 223)² places ("code": 33 × 33 of 256), or one less each way
-            ("paper": 32 × 32, section 4.1).
+        positions: where random views start: all (size − view + 1)² places ("code": 33 × 33 of 256), or one less each
+            way ("paper": 32 × 32, section 4.1).
         crop_chunk: so many samples in a row of a global batch share crop and flip; the 2012 code had 32.
+        view: pixels of a side of a view; from 2 on it equals Pillow's decoder and numpy bit for bit, on a CPU.
     Raises:
         UserError: an impossible value.
     """
@@ -46,13 +49,15 @@ class Transform:
     shrink: bool | None = None
     positions: str = "code"
     crop_chunk: int = 1
+    view: int = VIEW_SIZE
 
     def __post_init__(self) -> None:
         for name, known in (("views", VIEWS), ("mean", MEANS), ("lighting", LIGHTINGS), ("positions", POSITIONS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
-        if self.crop_chunk < 1:
-            raise UserError(f"crop_chunk={self.crop_chunk}: must be at least 1")
+        for name in ("crop_chunk", "view"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
 
     def lit(self, step: int) -> bool:
         """Whether the views of this step have lighting."""
@@ -76,17 +81,17 @@ class AlexNet:
     resize = False
 
     def __init__(self, options: Transform, statistics: Statistics, size: int, seed: int) -> None:
-        self.positions = size - VIEW_SIZE + (options.positions == "code")
-        if self.positions < 1:
-            raise UserError(f"images of {size} pixels; a view needs {VIEW_SIZE}; build with --size 256")
-        self.options, self._statistics, self._size, self._seed = options, statistics, size, seed
-        self.training, self.ten = options.views == "random", options.views == "ten"
-        self.aligned = options.mean == "aligned"
-        self.view = size if options.views == "ten" else VIEW_SIZE
+        self.positions = _positions(options, size)
+        self.options, self._statistics, self._seed = options, statistics, seed
+        self.training, self.aligned, self.view = options.views == "random", options.mean == "aligned", options.view
+        places = {"ten": ten_views, "nine": nine_views}.get(options.views)
+        self.several: tuple[Place, ...] = tuple(places(size, self.view)) if places else ()
+        self.decoded = size if self.several else self.view
         self._colour = statistics.mean_color.astype(np.float32)
         deviation = (statistics.mean_image - statistics.mean_color).astype(np.float32)
-        start = (size - VIEW_SIZE) // 2
-        inside = deviation if self.aligned else reference_view(deviation, start, start, False)
+        self._middle = (size - self.view) // 2
+        centre = reference_view(deviation, self._middle, self._middle, False, self.view)
+        inside = deviation if self.aligned else centre
         divisors = (np.float32(1), np.float32(1 + LIGHTING_SD))
         self._rests = {float(divisor): np.ascontiguousarray(inside * (1 / divisor)) for divisor in divisors}
 
@@ -99,11 +104,11 @@ class AlexNet:
             if options.lit(step):
                 offset = offset - lighting_shift(draws.normals, self._statistics, options.lighting)
         else:
-            start = np.full((n, 2), 0 if options.views == "ten" else (self._size - VIEW_SIZE) // 2, np.int32)
+            start = np.full((n, 2), 0 if self.several else self._middle, np.int32)
             flip = np.zeros(n, np.int32)
         return Windows(
             start,
-            np.full((n, 2), self.view, np.int32),
+            np.full((n, 2), self.decoded, np.int32),
             flip,
             np.array(offset, order="C"),
             np.full((n, 3), options.divisor(step)),
@@ -141,11 +146,16 @@ def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, heads: np.ndarr
     return Draws(crop, flip, _normals(philox(key_of(seed), (LIGHTING, epoch, *_words(ids))))[:, :3])
 
 
-def ten_views(size: int) -> list[tuple[int, int, bool]]:
-    """(top, left, flip) of the ten views: four corners and the centre, and their mirror images (paper, section 4.1)."""
-    end, middle = size - VIEW_SIZE, (size - VIEW_SIZE) // 2
+def ten_views(size: int, view: int = VIEW_SIZE) -> list[Place]:
+    """The ten views of a picture: four corners and the centre, and their mirror images (paper, section 4.1)."""
+    end, middle = size - view, (size - view) // 2
     places = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
     return [(top, left, flip) for flip in (False, True) for top, left in places]
+
+
+def nine_views(size: int, view: int = VIEW_SIZE) -> list[Place]:
+    """The nine views of a picture, row by row, none mirrored: cuda-convnet's multiview test of CIFAR-10."""
+    return [(top, left, False) for top, left in product((0, (size - view) // 2, size - view), repeat=2)]
 
 
 def lighting_shift(normals: np.ndarray, statistics: Statistics, lighting: str = "code") -> np.ndarray:
@@ -159,10 +169,10 @@ def lighting_shift(normals: np.ndarray, statistics: Statistics, lighting: str = 
     return (LIGHTING_SD * (normals * deviations) @ statistics.eigenvectors.T).astype(np.float32)
 
 
-def reference_view(image: np.ndarray, top: int, left: int, flip: bool) -> np.ndarray:
-    """(size, size, 3) → the view, (224, 224, 3). What the DALI graph must equal."""
-    view = image[top : top + VIEW_SIZE, left : left + VIEW_SIZE]
-    return view[:, ::-1] if flip else view
+def reference_view(image: np.ndarray, top: int, left: int, flip: bool, view: int = VIEW_SIZE) -> np.ndarray:
+    """(size, size, 3) → (view, view, 3). What the DALI graph must equal."""
+    window = image[top : top + view, left : left + view]
+    return window[:, ::-1] if flip else window
 
 
 def reference_normalise(view: np.ndarray, offset: np.ndarray, std: np.ndarray, rest: np.ndarray | None) -> np.ndarray:
@@ -175,13 +185,31 @@ def reference_normalise(view: np.ndarray, offset: np.ndarray, std: np.ndarray, r
     return (x if rest is None else x - rest).transpose(2, 0, 1)
 
 
-def reference(picture: np.ndarray, windows: Windows, place: int, rest: np.ndarray | None) -> np.ndarray:
-    """The whole transform of one picture, (size, size, 3) uint8 → (3, 224, 224) float32, by numpy alone."""
-    (top, left), flip = windows.start[place].tolist(), bool(windows.flip[place])
-    if rest is not None and len(rest) > VIEW_SIZE:
-        rest = reference_view(rest, top, left, flip)
-    view = reference_view(picture, top, left, flip)
+def reference(
+    picture: np.ndarray, windows: Windows, place: int, rest: np.ndarray | None, aligned: bool = False
+) -> np.ndarray:
+    """The whole transform of one picture, (size, size, 3) uint8 → (3, view, view) float32, by numpy alone.
+
+    `rest` is (view, view, 3), or where `aligned` (size, size, 3); see `windows.Recipe`.
+    """
+    (top, left), flip, side = windows.start[place].tolist(), bool(windows.flip[place]), int(windows.shape[place, 0])
+    if rest is not None and aligned:
+        rest = reference_view(rest, top, left, flip, side)
+    view = reference_view(picture, top, left, flip, side)
     return reference_normalise(view, windows.offset[place], windows.std[place], rest)
+
+
+def _positions(options: Transform, size: int) -> int:
+    """How many places a random view of size × size pixels may start at, each way."""
+    spare = options.positions == "paper"
+    positions = size - options.view + 1 - spare
+    if positions < 1:
+        build = -(-options.view * 256 // VIEW_SIZE)  # as much larger than the view as in 2012
+        raise UserError(
+            f"images of {size} pixels; a view needs {options.view + spare}; build with --size {build}, "
+            f"or take view={size - spare} or less"
+        )
+    return positions
 
 
 def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

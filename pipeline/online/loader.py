@@ -30,7 +30,10 @@ STATE = 1  # the version of what `state_dict` gives
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of one global batch; it may be empty. `ten` views have one more dimension: (n, 10, 3, 224, 224)."""
+    """A rank's part of one global batch; it may be empty.
+
+    Several views of each picture have one more dimension: (n, 10, 3, view, view) of `ten`, (n, 9, …) of `nine`.
+    """
 
     step: int
     epoch: int
@@ -42,21 +45,25 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        """(n, 3, 224, 224) on the first device: RGB grey levels less the mean, or what the recipe makes of them."""
+        """(n, 3, view, view) on the first device: RGB grey levels less the mean, or what the recipe makes of them.
+
+        view: 224 pixels, unless the options say otherwise.
+        """
         return self.replicas[0]
 
 
 class Loader:
     """Streams one split of a dataset directory to a device, from batch `step` on.
 
-    Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`) visits every sample once in the order of
-    the ids, and is over then. Use it as a context manager, so that its threads and files end with it.
+    Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`, `nine`) visits every sample once in the
+    order of the ids, and is over then. Use it as a context manager, so that its threads and files end with it.
 
     Args:
         data: a dataset directory (a path or a URL), or its loaded manifest.
         batch_size: of the global batch, all ranks' parts together.
-        recipe: "alexnet", whose `options` are those of `augment.Transform` (views, mean, lighting, …); or "imagenet",
-            what torchvision and timm train with: random resized crop, flip, mean and deviation; its option is `views`.
+        recipe: "alexnet", whose `options` are those of `augment.Transform` (views, view, mean, lighting, …); or
+            "imagenet", what torchvision and timm train with: random resized crop, flip, mean and deviation; its option
+            is `views`.
         order, last, window: see `order.Order`. Evaluation has the fixed order.
         rank, ranks: which part of every global batch is ours, of how many.
         device: where the images go; on a CUDA device DALI decodes there too. Several get the same images each.
@@ -138,7 +145,7 @@ class Loader:
         self._reader = SampleReader(self.manifest, split, self._cache, readers)
         self._normaliser = Normaliser(self.recipe, self._decoding, output)
         self._graph = GraphOptions(
-            self.recipe.view,
+            self.recipe.decoded,
             self.recipe.resize,
             self._normaliser.in_graph,
             threads or len(os.sched_getaffinity(0)),

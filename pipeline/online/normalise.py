@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.augment import VIEW_SIZE, ten_views
 from pipeline.online.sequence import Prepared
 from pipeline.online.windows import Recipe, Windows
 
@@ -54,7 +53,7 @@ class Normaliser:
 
     def __init__(self, recipe: Recipe, devices: tuple[torch.device, ...], output: str) -> None:
         self._recipe, self._devices, self._output = recipe, devices, DTYPES[output]
-        self.in_graph = devices[0].type == "cpu" and not recipe.ten and output != "uint8"
+        self.in_graph = devices[0].type == "cpu" and not recipe.several and output != "uint8"
         # what the recipe gave as `rest`, by identity, and the same as planes (3, h, w) and on devices
         self._planes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._rests: dict[tuple[int, torch.device], tuple[np.ndarray, Tensor]] = {}
@@ -70,7 +69,7 @@ class Normaliser:
                     self._planes[id(rest)] = rest, np.ascontiguousarray(rest.transpose(2, 0, 1))
                 _, planes = self._planes[id(rest)]
                 for view in views:
-                    subtract_rest(view.numpy(), planes, batch.windows)
+                    subtract_rest(view.numpy(), planes, batch.windows, self._recipe.aligned)
             return [(view.to(self._output),) for view in views]
         windows = batch.windows
         arrays = [windows.offset, windows.std, windows.start, windows.flip]
@@ -78,18 +77,18 @@ class Normaliser:
 
     @torch.no_grad()
     def images(self, step: int, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
-        """In the consumer's thread, on its stream: (n, 3, h, w), or (n, 10, 3, 224, 224)."""
+        """In the consumer's thread, on its stream: (n, 3, view, view), or (n, views, 3, view, view)."""
         if self._output == torch.uint8:
-            if not self._recipe.ten:
+            if not self._recipe.several:
                 return tensors[0].permute(0, 3, 1, 2)
-            return torch.stack([one.permute(0, 3, 1, 2) for one, _ in cut_ten(tensors[0], None, False)], dim=1)
+            return torch.stack([one.permute(0, 3, 1, 2) for one, _ in cut(tensors[0], None, self._recipe)], dim=1)
         if self.in_graph:
             return tensors[0]
         view, offset, std, start, flip = tensors
         rest = self._rest(step, device)
-        if self._recipe.ten:
-            cut = cut_ten(view, rest, self._recipe.aligned)
-            return torch.stack([normalise(one, offset, std, own, self._output) for one, own in cut], dim=1)
+        if self._recipe.several:
+            pairs = cut(view, rest, self._recipe)
+            return torch.stack([normalise(one, offset, std, own, self._output) for one, own in pairs], dim=1)
         if self._recipe.aligned:
             return _on(device, normalise_aligned)(view, offset, std, rest, self._output, start, flip)
         return _on(device, normalise)(view, offset, std, rest, self._output)
@@ -113,20 +112,27 @@ def _sent(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def cut_ten(images: Tensor, rest: Tensor | None, aligned: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(n, size, size, 3) → ten times (n, 224, 224, 3), with what is subtracted at last: its own window if aligned."""
-    for top, left, flip in ten_views(images.shape[1]):
-        inside = (slice(top, top + VIEW_SIZE), slice(left, left + VIEW_SIZE))
+def cut(images: Tensor, rest: Tensor | None, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(n, size, size, 3) → the recipe's several views of each picture, one after the other: (n, view, view, 3).
+
+    With each comes what is subtracted at last, (view, view, 3): its own window of `rest` if aligned, else `rest`.
+    """
+    aligned, side = recipe.aligned, recipe.view
+    for top, left, flip in recipe.several:
+        inside = (slice(top, top + side), slice(left, left + side))
         view, own = images[:, *inside], rest[inside] if aligned and rest is not None else rest
         if flip:
             view, own = view.flip(2), own.flip(1) if aligned and own is not None else own
         yield view, own
 
 
-def subtract_rest(views: np.ndarray, rest: np.ndarray, windows: Windows) -> None:
-    """The last step of `normalise` alone, in place: (n, 3, h, w) float32 views, a rest (3, h, w), or a larger one."""
+def subtract_rest(views: np.ndarray, rest: np.ndarray, windows: Windows, aligned: bool) -> None:
+    """The last step of `normalise` alone, in place, of (n, 3, h, w) float32 views.
+
+    `rest` is (3, h, w); or if aligned (3, size, size), of which each view has its own window, flipped with it.
+    """
     side = views.shape[2]
-    if rest.shape[1] == side:
+    if not aligned:
         np.subtract(views, rest, out=views)
         return
     for view, (top, left), flip in zip(views, windows.start.tolist(), windows.flip.tolist()):

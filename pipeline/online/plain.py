@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import manifest, storage
 from pipeline.errors import UserError
 from pipeline.online.philox import REGION, VIEW, key_of, philox
-from pipeline.online.windows import Windows
+from pipeline.online.windows import Place, Windows
 
 if TYPE_CHECKING:
     import webdataset as wds
@@ -36,8 +36,9 @@ class ImageNet:
         UserError: unknown views; from `windows`, a picture that no centre view fits in.
     """
 
-    view = VIEW_SIZE
-    aligned = ten = False
+    view = decoded = VIEW_SIZE
+    aligned = False
+    several: tuple[Place, ...] = ()
 
     def __init__(self, views: str = "random", seed: int = 2012) -> None:
         if views not in VIEWS:

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+Place = tuple[int, int, bool]  # of a view in a picture: top and left in pixels, and whether it is mirrored
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -29,11 +31,12 @@ class Windows:
 class Recipe(Protocol):
     """What a model sees of the pictures."""
 
-    view: int  # pixels of a side of what the graph gives
+    view: int  # pixels of a side of a view
+    decoded: int  # pixels of a side of what the graph gives: the view, or the picture that several are cut from
     resize: bool  # whether windows differ in shape and are resized to the view
     training: bool  # random views, epoch after epoch; else every sample once, in the order of the ids
     aligned: bool  # `rest` is as large as the stored picture, and each view has its own window of it, flipped with it
-    ten: bool  # what the graph gives is cut into the ten views
+    several: tuple[Place, ...]  # the views that what the graph gives is cut into; none: it is the view
 
     def windows(self, step: int, epoch: int, ids: np.ndarray, heads: np.ndarray | None, sizes: np.ndarray) -> Windows:
         """The windows of samples `ids` (n,) int64, a function of (seed, epoch, id), where `step` is in that epoch.

@@ -1,0 +1,54 @@
+"""Narrow networks of the recipes, with weights that carry a signal, for tests that compute them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trainer import recipe as recipes
+from trainer.layers import ModelRecipe, dropped_units, shapes
+from trainer.recipe import Recipe
+
+WIDTHS = {
+    "conv1": 8, "conv2": 16, "conv3": 24, "conv4": 24, "conv5": 16, "conv6": 16, "local3": 6, "local4": 4,
+    "fc6": 64, "fc7": 48, "bottleneck": 20,
+}  # fmt: skip
+TWO_COLUMNS = [name for name in recipes.names() if recipes.load(name).model.columns == 2]
+
+
+def narrow(name: str, *settings: str, size: int = 100) -> Recipe:
+    """A recipe of trainer/recipes at WIDTHS, of images of 100 pixels, or 24 where it is for CIFAR-10."""
+    order = recipes.load(name).model.order
+    widths = [f"model.layers.{layer}.width={WIDTHS[layer]}" for layer in order[:-1]]
+    sizes = [f"model.size={size}"] if "fc8" in order else []
+    return recipes.load(name, [*widths, *sizes, *settings])
+
+
+def drawn(model: ModelRecipe, classes: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Weights of which every layer's output is about as large as its input, and biases that are all different."""
+    generator, found = torch.Generator().manual_seed(5), {}
+    for name, shape in shapes(model, classes).items():
+        sd = math.sqrt(2 / math.prod(shape[1:4])) if name.endswith(".weight") else 0.5
+        found[name] = (torch.randn(shape, generator=generator) * sd).to(dtype)
+    return found
+
+
+def images(model: ModelRecipe, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """As large as centred pixels are."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(n, 3, model.size, model.size, generator=generator) * 60).to(dtype)
+
+
+def masks_of(model: ModelRecipe, n: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> dict[str, Tensor]:
+    """Dropout masks of torch's own generator."""
+    generator, units = torch.Generator().manual_seed(seed), dropped_units(model, 1000)
+    return {name: torch.randint(2, (n, width), generator=generator).to(dtype) for name, width in units.items()}
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The greatest difference, relative to the greatest value."""
+    assert found.shape == expected.shape
+    found, expected = found.detach(), expected.detach()
+    greatest = float(expected.abs().max())
+    assert greatest > 0
+    return float((found.to(expected.dtype) - expected).abs().max()) / greatest

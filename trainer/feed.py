@@ -1,0 +1,58 @@
+"""What a recipe asks of the loader."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.manifest import Manifest
+from pipeline.online import Loader
+from trainer.recipe import Recipe
+
+BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images; several views make as many inputs of each
+CPU = (torch.device("cpu"),)
+
+
+def steps_per_epoch(dataset: Manifest, recipe: Recipe) -> int:
+    """The last batch of an epoch may be short."""
+    return -(-dataset.split("train").samples // recipe.train.batch_size)
+
+
+def steps_of(dataset: Manifest, recipe: Recipe) -> int:
+    """Of the whole run."""
+    return recipe.train.steps or max(1, round(recipe.train.epochs * steps_per_epoch(dataset, recipe)))
+
+
+def training(
+    dataset: Manifest, recipe: Recipe, devices: Sequence[torch.device] = CPU, batch_size: int | None = None
+) -> Loader:
+    """The training split, as a run sees it. Raises UserError where data set and recipe do not fit together."""
+    until = recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs
+    return Loader(
+        dataset,
+        "train",
+        batch_size=batch_size or recipe.train.batch_size,
+        seed=recipe.train.seed,
+        order=recipe.data.order,
+        max_bad=recipe.data.max_bad,
+        device=tuple(devices),
+        view=recipe.model.size,
+        mean=recipe.data.mean,
+        lighting=recipe.data.lighting,
+        lighting_until=math.ceil(until),
+        positions=recipe.data.positions,
+        crop_chunk=recipe.data.crop_chunk,
+    )
+
+
+def evaluation(dataset: Manifest, recipe: Recipe, split: str, views: str, devices: Sequence[torch.device]) -> Loader:
+    """Every image of a split once, as the centre view, ten views, or nine. Raises UserError as `training`."""
+    return Loader(
+        dataset,
+        split,
+        batch_size=BATCH_SIZE[views],
+        device=tuple(devices),
+        views=views,
+        view=recipe.model.size,
+        mean=recipe.data.mean,
+    )

@@ -1,0 +1,198 @@
+"""What the network is, in numbers: its layers as a recipe gives them, their sizes, parameters and multiply-adds."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError
+
+KINDS = ("conv", "local", "linear")
+THEN = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh", "dropout")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class RecipeError(UserError):
+    """A recipe that does not exist, does not parse, or holds an impossible value."""
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """A layer of weights, and what follows it.
+
+    Args:
+        kind: "conv"; "local", a convolution whose every place has weights of its own; "linear".
+        width: maps or units, of all columns together; 0, in the last layer: one per class.
+        kernel, stride, padding: in pixels, of "conv" and "local".
+        overhang: zeros beyond the right and the bottom edge: the last windows of the 2012 code hang over.
+        sees: "own": the maps of its own column, or "both". The first layer sees the image.
+        then: "lrn" across maps, "rnorm" within a map, "pool" and "mean-pool" (the greatest value of a window, the
+            mean), "relu", "tanh", "dropout"; in this order.
+        sd, bias: the first weights are drawn from N(0, sd²), the biases are constant.
+    """
+
+    kind: str = "conv"
+    width: int = 0
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    overhang: int = 0
+    sees: str = "own"
+    then: tuple[str, ...] = ()
+    sd: float = 0.01
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The layers in the order in which an image visits them, and what is common to them."""
+
+    size: int = 224  # pixels of a side of the input
+    columns: int = 2
+    classes: int = 0  # that the network is meant for; 0: as many as the data set has
+    order: tuple[str, ...] = ()
+    layers: Mapping[str, LayerRecipe] = field(default_factory=dict)
+    dropout: float = 0.5  # probability of dropping a unit
+    pool_size: int = 3
+    pool_stride: int = 2
+    lrn_size: int = 5  # maps
+    lrn_alpha: float = 1e-4
+    lrn_divided: bool = True  # α by the number of maps: as the 2012 code does, and the paper's formula does not
+    lrn_k: float = 2.0
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, "model.size", self.size, "at least 1 pixel")
+        require(self.columns in (1, 2), "model.columns", self.columns, "1 or 2")
+        require(self.classes >= 0, "model.classes", self.classes, "at least 0 (0: as the data set has)")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
+        require(self.pool_size >= self.pool_stride >= 1, "model.pool_stride", self.pool_stride, "1 to model.pool_size")
+        require(self.lrn_size % 2 == 1, "model.lrn_size", self.lrn_size, "an odd number of maps")
+        require(self.lrn_alpha >= 0, "model.lrn_alpha", self.lrn_alpha, "at least 0")
+        require(self.lrn_k > 0, "model.lrn_k", self.lrn_k, "above 0")
+        require(len(set(self.order)) == len(self.order), "model.order", self.order, "names, each once")
+        for name in {*self.layers, *self.order}:
+            key = f"model.layers.{name}"
+            require(re.fullmatch("[a-z][a-z0-9]*", name) is not None, key, name, "small letters and digits")
+            require(name in self.order, key, name, f"in model.order, which has {', '.join(self.order)}")
+            require(name in self.layers, "model.order", name, f"a layer that has a section, model.layers.{name}")
+            _check(key, self.layers[name])
+        if self.order:
+            plan(self, self.classes or 1000)  # what does not fit together is an error here, and not at the first image
+
+
+def _check(key: str, layer: LayerRecipe) -> None:
+    for name, known in (("kind", KINDS), ("sees", ("own", "both"))):
+        value = getattr(layer, name)
+        require(value in known, f"{key}.{name}", repr(value), f"one of {', '.join(known)}")
+    for word in layer.then:
+        require(word in THEN, f"{key}.then", repr(word), f"of {', '.join(THEN)}")
+    for name, least in (("width", 0), ("kernel", 1), ("stride", 1), ("padding", 0), ("overhang", 0), ("sd", 0)):
+        require(getattr(layer, name) >= least, f"{key}.{name}", getattr(layer, name), f"at least {least}")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer in its place, all columns together. Sides are in pixels; 1 for units."""
+
+    name: str
+    recipe: LayerRecipe
+    width: int  # maps or units
+    inputs: int  # maps or units that one of its maps or units sees
+    groups: int  # 2: either column sees its own
+    columns: int  # that hold it: a last layer that sees both columns is whole on the first
+    side: int  # of its own output
+    end: int  # of a side of what follows it
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """(out, in, kernel, kernel), for "local" also (…, side, side); (out, in)."""
+        kernel = self.recipe.kernel
+        places = {"conv": (kernel, kernel), "local": (kernel, kernel, self.side, self.side), "linear": ()}
+        return (self.width, self.inputs, *places[self.recipe.kind])
+
+    @property
+    def bias(self) -> tuple[int, ...]:
+        return (self.width, self.side, self.side) if self.recipe.kind == "local" else (self.width,)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image, without the biases."""
+        shared = self.side**2 if self.recipe.kind == "conv" else 1
+        return math.prod(self.weight) * shared
+
+    def share(self, column: int) -> slice:
+        """Which of its maps or units a column holds."""
+        if column >= self.columns:
+            return slice(0, 0)
+        return slice(column * self.width // self.columns, (column + 1) * self.width // self.columns)
+
+
+def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
+    """The layers for so many classes. Raises RecipeError, naming the key, where they do not fit together."""
+    found: list[Layer] = []
+    maps, side = 3, recipe.size
+    for i, name in enumerate(recipe.order):
+        layer, key, last = recipe.layers[name], f"model.layers.{name}", i == len(recipe.order) - 1
+        require(
+            (layer.width == 0) == last,
+            f"{key}.width",
+            layer.width,
+            "0 in the last layer, which has one per class, and only there",
+        )
+        require(not last or layer.kind == "linear", f"{key}.kind", repr(layer.kind), "linear, being the last layer's")
+        require(not last or not layer.then, f"{key}.then", layer.then, "empty, being the last layer's: softmax follows")
+        width = layer.width or classes
+        groups = recipe.columns if layer.sees == "own" and i else 1
+        columns = 1 if last and groups == 1 else recipe.columns
+        require(last or width % columns == 0, f"{key}.width", width, "a number of which either column has the half")
+        if layer.kind == "linear":
+            maps, side, own = maps * side**2, 1, 1
+        else:
+            require(not found or found[-1].recipe.kind != "linear", f"{key}.kind", layer.kind, "before the linear ones")
+            own = (side + 2 * layer.padding + layer.overhang - layer.kernel) // layer.stride + 1
+            require(own >= 1, f"{key}.kernel", layer.kernel, f"at most what it sees: {side} pixels, and its padding")
+        end = own
+        for word in layer.then:
+            if "pool" in word:
+                require(end >= recipe.pool_size, f"{key}.then", word, f"after {recipe.pool_size} pixels; it has {end}")
+                end = pooled(end, recipe.pool_size, recipe.pool_stride)
+        found.append(Layer(name, layer, width, maps // groups, groups, columns, own, end))
+        maps, side = width, end
+    require(bool(found), "model.order", recipe.order, "one layer at least")
+    return tuple(found)
+
+
+def pooled(side: int, size: int, stride: int) -> int:
+    """A last window that hangs over counts, as in the 2012 code, if it begins inside."""
+    return min(-(-(side - size) // stride), (side - 1) // stride) + 1
+
+
+def shapes(recipe: ModelRecipe, classes: int) -> Shapes:
+    """Every parameter's shape in the grouped layout: conv1.weight, conv1.bias, …"""
+    result: Shapes = {}
+    for layer in plan(recipe, classes):
+        result[f"{layer.name}.weight"], result[f"{layer.name}.bias"] = layer.weight, layer.bias
+    return result
+
+
+def parameter_count(recipe: ModelRecipe, classes: int) -> int:
+    return sum(math.prod(shape) for shape in shapes(recipe, classes).values())
+
+
+def multiply_adds(recipe: ModelRecipe, classes: int) -> int:
+    """Of the weights, for one image, forward."""
+    return sum(layer.multiply_adds for layer in plan(recipe, classes))
+
+
+def dropped_units(recipe: ModelRecipe, classes: int) -> dict[str, int]:
+    """The widths of the layers with dropout, by name."""
+    if not recipe.dropout:
+        return {}
+    return {layer.name: layer.width for layer in plan(recipe, classes) if "dropout" in layer.recipe.then}
+
+
+def require(holds: bool, key: str, value: object, what: str) -> None:
+    """Raise RecipeError where a key holds something impossible."""
+    if not holds:
+        raise RecipeError(f"{key} = {value}: must be {what}")

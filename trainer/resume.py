@@ -1,0 +1,125 @@
+"""What a run takes over: its own checkpoint, where it fits; another's layers; and the history that it keeps."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from trainer import checkpoint as checkpoints
+from trainer.checkpoint import Checkpoint
+from trainer.model import Weights
+from trainer.recipe import Recipe, difference
+
+# what the weights and the sequence of batches stand for; all else may change on resume
+FIXED = ("model.", "data.", "train.seed", "train.batch_size")
+FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad")
+
+
+def require_fresh(run: Path) -> None:
+    """A new run takes a new or empty directory, or that of a run which left no checkpoint."""
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if checkpoints.files(run):
+        raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
+    if not (run / "recipe.json").is_file():
+        raise UserError(f"{run}: exists and is not a run directory; name another --out")
+
+
+def require_classes(recipe: Recipe, dataset: Manifest) -> None:
+    """Raises UserError where a recipe is meant for another number of classes than the data set has."""
+    meant, there = recipe.model.classes, len(dataset.classes)
+    if meant and meant != there:
+        raise UserError(
+            f"{dataset.root}: has {there:,} classes, the recipe is meant for {meant:,} (model.classes); "
+            "name its data set, or --set model.classes=0"
+        )
+
+
+def require_same(resumed: Checkpoint, recipe: Recipe, dataset: Manifest, run: Path, other_data: bool) -> None:
+    """Raises UserError where data or recipe changed in what cannot change on resume."""
+    if not other_data:
+        checkpoints.require_same_data(resumed, dataset.identity, run)
+    classes = tuple(record.wnid for record in dataset.classes)
+    if resumed.classes != classes:
+        raise UserError(
+            f"{run}: has learned {len(resumed.classes):,} classes, {dataset.root} has {len(classes):,}, and not the "
+            "same; start a new run from its layers: --init"
+        )
+    for key, (old, new) in difference(resumed.recipe, recipe).items():
+        if key.startswith(FIXED) and not key.startswith(FREE):
+            raise UserError(f"{run}: --set {key}: cannot change on resume ({old} → {new}); start a new run")
+
+
+def require_unfinished(resumed: Checkpoint, steps: int, run: Path) -> None:
+    if resumed.step >= steps:
+        raise UserError(f"{run}: has done {resumed.step} of {steps} steps; raise them: --set train.steps=N")
+    if resumed.progress["over"]:
+        raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
+
+
+def taken_over(
+    weights: Weights, source: Checkpoint | None, layers: tuple[str, ...], classes: tuple[str, ...]
+) -> Weights:
+    """The weights that a new network takes from a checkpoint: of the layers named, or of all that fit.
+
+    A last layer fits only where the classes are the same.
+
+    Raises:
+        UserError: a layer that was named does not fit, or is not there; or none fits.
+    """
+    if source is None:
+        return {}
+    there = {name.partition(".")[0] for name in source.weights}
+    here = list(dict.fromkeys(name.partition(".")[0] for name in weights))
+    fitting = [
+        layer
+        for layer in here
+        if all(f"{layer}.{kind}" in source.weights for kind in ("weight", "bias"))
+        and all(
+            source.weights[f"{layer}.{kind}"].shape == weights[f"{layer}.{kind}"].shape for kind in ("weight", "bias")
+        )
+        and (layer != here[-1] or source.classes == classes)
+    ]
+    for layer in layers:
+        if layer not in fitting:
+            reason = "its shape or its classes differ" if layer in there & set(here) else "not in both networks"
+            raise UserError(f"--init-layers {layer}: {reason}; those that fit are {', '.join(fitting) or 'none'}")
+    if not fitting:
+        raise UserError("--init: no layer of that network has the name and shape of one of this; name another")
+    names = layers or fitting
+    return {name: value for name, value in source.weights.items() if name.partition(".")[0] in names}
+
+
+def entry(
+    resumed: Checkpoint | None,
+    init: Checkpoint | None,
+    recipe: Recipe,
+    dataset: Manifest,
+    devices: tuple[torch.device, ...],
+) -> dict[str, Any]:
+    """What the history of a run notes at each of its starts: from where, on what, and what changed."""
+    before = resumed.recipe if resumed else recipe
+    return {
+        "step": resumed.step if resumed else 0,
+        "devices": [str(device) for device in devices],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dataset": dataset.identity,
+        "init": {"step": init.step, "dataset": init.dataset} if init else None,
+        "changed": {key: list(values) for key, values in difference(before, recipe).items()},
+    }
+
+
+def said(history: tuple[dict[str, Any], ...]) -> list[str]:
+    """Lines about what a resumed run has changed; "the same bytes" holds only without."""
+    if len(history) < 2:
+        return []
+    before, now = history[-2:]
+    lines = [f"from step {now['step']}: {key} {old} → {new}" for key, (old, new) in now["changed"].items()]
+    for key in ("devices", "threads", "torch", "dataset"):
+        if before[key] != now[key]:
+            old, new = (", ".join(value) if isinstance(value, list) else value for value in (before[key], now[key]))
+            lines.append(f"from step {now['step']}: {key} {old} → {new}: the last bits of the weights may differ")
+    return lines
