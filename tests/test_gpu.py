@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pipeline.online import Loader
-from trainer.model import AlexNet, initial_weights
-from trainer.parallel import TwoColumns
-from trainer.recipe import ModelRecipe
+from trainer import recipe as recipes
+from trainer.model import Grouped, initial_weights
+from trainer.parallel import Columns
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,9 +39,10 @@ def test_batches_from_the_gpu_are_those_of_the_cpu(dataset: Path, split: str, vi
 
 
 def test_two_columns_on_gpus_equal_the_grouped_network_on_the_cpu():
-    recipe = ModelRecipe(maps=(8, 16, 24, 24, 16), units=(64, 48), weight_sd=(0.01,) + (0.05,) * 7)
+    widths = {"conv1": 8, "conv2": 16, "conv3": 24, "conv4": 24, "conv5": 16, "fc6": 64, "fc7": 48}
+    recipe = recipes.load("tiny", [f"model.layers.{name}.width={width}" for name, width in widths.items()]).model
     weights = {name: value.double() for name, value in initial_weights(recipe, 7, 5).items()}
-    grouped, columns = AlexNet(recipe, 7).double(), TwoColumns(recipe, 7, devices()).double()
+    grouped, columns = Grouped(recipe, 7).double(), Columns(recipe, 7, devices()).double()
     grouped.load(weights)
     columns.load(weights)
     x = torch.randn(4, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 60

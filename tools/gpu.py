@@ -18,7 +18,6 @@ import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -213,29 +212,29 @@ class Bench:
 
     def _training(self, batch: int, draw: bool) -> tuple[Loader, Callable[[Batch], int]]:
         """The loader and the step as the trainer has them; at each step dropout masks are drawn, or the same serve."""
-        from trainer import dropout, model, optim, parallel, recipe  # here: only these rows need the trainer
+        from trainer import feed, model, optim, parallel, recipe, watch  # here: only these rows need the trainer
+        from trainer.step import drawn_masks, update
 
         if self._data.samples("train")["label"].min() < 0:
             raise UserError("there are training pictures without a label")
-        parallel.reference_precision()
-        rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9")  # a batch learned by heart has denormals, slow on a CPU
+        # a batch learned by heart has denormals, slow on a CPU
+        rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9", f"train.batch_size={batch}", f"optim.batch_size={batch}")
         plan, twice = recipe.load(self._recipe, rates), (self._device, self._device)
+        parallel.reference_precision(plan.train.precision)
         classes, seed = max(CLASSES, len(self._data.classes)), plan.train.seed
-        network = parallel.TwoColumns(plan.model, classes, twice)
+        network = parallel.Columns(plan.model, classes, twice, plan.train.compile, plan.train.channels_last)
         network.load(model.initial_weights(plan.model, classes, seed))
-        optimiser = optim.Momentum(network.parts(), plan.optim)
-        units, probability = plan.model.units, plan.model.dropout
-        drawn = partial(dropout.masks, seed, units=units, probability=probability, device=self._device)
-        kept = [mask.to(self._device) for mask in drawn(step=0, samples=batch)]
+        optimiser = optim.Momentum(network.parts(), plan.optim.momentum)
+        schedule = optim.Schedule(plan, feed.steps_of(self._data, plan))
+        watched, drop = watch.Watch(network), list[Any]()
 
         def step(given: Batch) -> int:
-            logits = network(given.replicas, drawn(step=given.step, samples=len(given.ids)) if draw else kept)
-            losses = torch.nn.functional.cross_entropy(logits, given.labels, reduction="sum")
-            (losses / batch).backward()
-            optimiser.step(optim.rates(plan.optim, given.step, plan.train.steps))
+            if draw or not drop:
+                drop[:] = drawn_masks(network, seed, given)
+            update(network, optimiser, given, drop, schedule.rates(given.step), plan.train, watched)
             return len(given.ids)
 
-        return Loader(self._data, batch_size=batch, seed=seed, device=twice), step
+        return feed.training(self._data, plan, twice), step
 
 
 def main(words: Sequence[str] | None = None) -> None:

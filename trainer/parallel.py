@@ -28,7 +28,7 @@ class Columns(nn.Module):
     ) -> None:
         super().__init__()
         assert len(devices) == recipe.columns
-        self.recipe, self.devices = recipe, tuple(devices)
+        self.recipe, self.classes, self.devices = recipe, classes, tuple(devices)
         self.columns = nn.ModuleList(Part(recipe, classes, i, device) for i, device in enumerate(devices))
         self.layers = self._columns()[0].layers
         self.segments = segments(self.layers)

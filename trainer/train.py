@@ -2,14 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import manifest
@@ -17,20 +16,19 @@ from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
-from pipeline.online.loader import Batch
 from trainer import checkpoint as checkpoints
 from trainer import feed, resume, watch
 from trainer.checkpoint import Checkpoint
-from trainer.dropout import masks
 from trainer.evaluate import evaluate
-from trainer.layers import dropped_units, multiply_adds, parameter_count
+from trainer.layers import multiply_adds, parameter_count
 from trainer.metrics import Metrics
-from trainer.model import Masks, initial_weights
-from trainer.optim import Momentum, Rates, Schedule
+from trainer.model import initial_weights
+from trainer.optim import Momentum, Schedule
 from trainer.parallel import Columns, reference_precision
 from trainer.progress import Progress
-from trainer.recipe import Recipe, TrainRecipe, to_dict
+from trainer.recipe import Recipe, to_dict
 from trainer.saver import Saver
+from trainer.step import drawn_masks, update
 from trainer.stop import Stop
 from trainer.watch import Diverged, Watch
 
@@ -108,7 +106,6 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
             progress.say(line)
 
         watched, window = Watch(network), _Window(devices[0], loader, resumed.progress["window"] if resumed else None)
-        units = dropped_units(recipe.model, len(classes))
 
         def save(step: int, best: bool = False) -> Path:
             """Hand a checkpoint to the saver; raises Diverged where there is nothing worth saving."""
@@ -129,11 +126,7 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
         # the loop; the devices are waited for at log lines, validations, checkpoints, and every watch.EVERY steps
         for batch in loader:
             rates = schedule.rates(batch.step)
-            drop = [
-                masks(recipe.train.seed, batch.step, len(batch.ids), units, recipe.model.dropout, device, batch.place)
-                for device in dict.fromkeys(devices)
-            ]
-            drop *= len(devices) // len(drop)
+            drop = drawn_masks(network, recipe.train.seed, batch)
             losses = update(network, optimiser, batch, drop, rates, recipe.train, watched)
             window.add(losses, len(batch.ids))
 
@@ -173,33 +166,6 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
             if ended:
                 break
             stop.obey(done)
-
-
-def update(
-    network: Columns,
-    optimiser: Momentum,
-    batch: Batch,
-    drop: Masks | Sequence[Masks],
-    rates: dict[str, Rates],
-    recipe: TrainRecipe,
-    watched: Watch | None = None,
-) -> Tensor:
-    """One step: forward, backward, new weights. → the sum of the losses in nats, on the first device.
-
-    A short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
-    """
-    optimiser.freeze(rates)
-    device = network.devices[0].type
-    with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits, sums = network.watched(batch.replicas, drop)
-    if logits.dtype == torch.bfloat16:
-        logits = logits.float()
-    losses = F.cross_entropy(logits, batch.labels, reduction="sum")
-    (losses / recipe.batch_size).backward()
-    if watched:
-        watched.note(batch.step, losses.detach(), sums)
-    optimiser.step(rates)
-    return losses.detach()
 
 
 def _validation(dataset: Manifest) -> int:

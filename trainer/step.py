@@ -1,0 +1,53 @@
+"""One step of training: masks, forward, backward, new weights."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.online.loader import Batch
+from trainer.dropout import masks
+from trainer.layers import dropped_units
+from trainer.model import Masks
+from trainer.optim import Momentum, Rates
+from trainer.parallel import Columns
+from trainer.recipe import TrainRecipe
+from trainer.watch import Watch
+
+
+def drawn_masks(network: Columns, seed: int, batch: Batch) -> list[Masks]:
+    """The dropout masks of a batch for each column, on its device: drawn there, so that none is sent."""
+    units, probability = dropped_units(network.recipe, network.classes), network.recipe.dropout
+    each = {
+        device: masks(seed, batch.step, len(batch.ids), units, probability, device, batch.place)
+        for device in dict.fromkeys(network.devices)
+    }
+    return [each[device] for device in network.devices]
+
+
+def update(
+    network: Columns,
+    optimiser: Momentum,
+    batch: Batch,
+    drop: Masks | Sequence[Masks],
+    rates: dict[str, Rates],
+    recipe: TrainRecipe,
+    watched: Watch | None = None,
+) -> Tensor:
+    """One step: forward, backward, new weights. → the sum of the losses in nats, on the first device.
+
+    A short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
+    """
+    optimiser.freeze(rates)
+    device = network.devices[0].type
+    with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        logits, sums = network.watched(batch.replicas, drop)
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    losses = F.cross_entropy(logits, batch.labels, reduction="sum")
+    (losses / recipe.batch_size).backward()
+    if watched:
+        watched.note(batch.step, losses.detach(), sums)
+    optimiser.step(rates)
+    return losses.detach()
