@@ -16,8 +16,13 @@ WIDTHS = {
 TWO_COLUMNS = [name for name in recipes.names() if recipes.load(name).model.columns == 2]
 
 
+HALVES = "halves"  # pretrain-2011 with half of the classes for either column
+
+
 def narrow(name: str, *settings: str, size: int = 100) -> Recipe:
-    """A recipe of trainer/recipes at WIDTHS, of images of 100 pixels, or 24 where it is for CIFAR-10."""
+    """A recipe of trainer/recipes, or HALVES, at WIDTHS, of images of 100 pixels, or 24 where it is for CIFAR-10."""
+    if name == HALVES:
+        return narrow("pretrain-2011", 'model.layers.fc8.sees="own"', *settings, size=size)
     order = recipes.load(name).model.order
     widths = [f"model.layers.{layer}.width={WIDTHS[layer]}" for layer in order[:-1]]
     sizes = [f"model.size={size}"] if "fc8" in order else []

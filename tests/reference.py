@@ -141,9 +141,10 @@ def plain_network(name: str, classes: int, side: int = 3) -> nn.Sequential:
     if name == "paper":
         literal = ColumnLRN(2, alpha=5e-4)
         return _sequence(overhang, conv1, relu, literal, pool, conv2, relu, literal, pool, *middle, *head, fc8)
-    if name == "pretrain-2011":
+    if name in ("pretrain-2011", "halves"):
         conv6, bottleneck = ("conv6", conv(16, 16, 3, 1, 1)), ("bottleneck", linear(48, 20))
-        return _sequence(*first, *middle, conv6, relu, *head, bottleneck, ("fc8", PlainHalves(20, classes)))
+        last = (PlainHalves if name == "halves" else linear)(20, classes)
+        return _sequence(*first, *middle, conv6, relu, *head, bottleneck, ("fc8", last))
     mean = nn.AvgPool2d(3, 2, ceil_mode=True)
     small = ("conv1", conv(3, 8, 5, 1, 2)), ("conv2", conv(8, 16, 5, 1, 2))
     if name == "figure1-relu":

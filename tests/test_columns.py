@@ -1,6 +1,6 @@
 """Two columns on two devices against the grouped network: numbers, training, where they meet, and what is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from unittest import mock
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from networks import TWO_COLUMNS, apart, drawn, images, masks_of, narrow
+from networks import HALVES, TWO_COLUMNS, apart, drawn, images, masks_of, narrow
 from pipeline.errors import UserError
 from trainer import recipe as recipes
 from trainer.layers import Layer, ModelRecipe
@@ -20,8 +20,17 @@ from trainer.recipe import Recipe
 
 CPU = (torch.device("cpu"), torch.device("cpu"))
 CLASSES = 7  # an odd number: halves of a last layer are uneven
-COMPARED = ("original", "paper", "without-exchange", "pretrain-2011", "six-conv", "without-conv3")
+COMPARED = ("original", "paper", "without-exchange", "pretrain-2011", HALVES, "six-conv", "without-conv3")
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two, on busy cores, wait for each other far longer than so narrow networks compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def both(model: ModelRecipe, dtype: torch.dtype, classes: int = CLASSES) -> tuple[Grouped, Columns]:
@@ -75,16 +84,16 @@ def trained(network: Grouped | Columns, recipe: Recipe, dtype: torch.dtype, step
 def test_twenty_steps_of_columns_end_at_the_grouped_networks_weights(name: str, dtype: torch.dtype, bound: float):
     """Dropout, weight decay, a drop of both rates, and a first layer that stops learning."""
     settings = ['optim.schedule="drops"', "optim.drops=[10]", "optim.bias_drops=[15]", "optim.decay=0.05"]
-    layers = ["optim.layers.conv1={drops=[5], frozen_from=12}", "optim.lr=0.001", "optim.bias_lr=0.002"]
+    layers = ["optim.layers.conv1={drops=[5], frozen_from=12}", "optim.lr=0.001", "optim.bias_lr=0.001"]
     recipe = narrow(name, "train.epochs=20", "model.size=64", *settings, *layers)
     begun = drawn(recipe.model, CLASSES, dtype)
     expected, found = (trained(network, recipe, dtype) for network in both(recipe.model, dtype))
     for key, w in expected.items():
         assert apart(found[key], w) < bound, key
-        assert apart(found[key], begun[key]) > 1e-3, key  # it has learned
+        assert apart(found[key], begun[key]) > 1e-4, key  # it has learned
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", [*recipes.names(), HALVES])
 def test_weights_survive_the_way_through_the_columns(name: str):
     """What either saves, the other loads: the same bytes, and the same outputs, for every recipe."""
     model = narrow(name).model
@@ -115,7 +124,7 @@ def spied(seen: dict[tuple[int | None, str], Tensor]) -> AbstractContextManager[
     return mock.patch.object(Part, "layer", layer)
 
 
-@pytest.mark.parametrize("name", TWO_COLUMNS)
+@pytest.mark.parametrize("name", [*TWO_COLUMNS, HALVES])
 def test_columns_meet_only_where_the_recipe_says(name: str):
     """Other weights of column 1's first layer reach column 0 with the first layer that sees both, and not before."""
     model = narrow(name).model
@@ -146,7 +155,8 @@ def test_columns_meet_only_where_the_recipe_says(name: str):
         ("original", "conv1 conv2 | conv3 conv4 conv5 | fc6 | fc7 | fc8"),
         ("half", "conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8"),
         ("without-exchange", "conv1 conv2 conv3 conv4 conv5 fc6 fc7 | fc8"),
-        ("pretrain-2011", "conv1 conv2 | conv3 conv4 conv5 | conv6 | fc6 | fc7 | bottleneck fc8"),
+        ("pretrain-2011", "conv1 conv2 | conv3 conv4 conv5 | conv6 | fc6 | fc7 | bottleneck | fc8"),
+        (HALVES, "conv1 conv2 | conv3 conv4 conv5 | conv6 | fc6 | fc7 | bottleneck fc8"),
     ],
 )
 def test_segments_end_where_a_layer_sees_both(name: str, expected: str):
@@ -167,13 +177,13 @@ def test_a_column_may_be_given_its_own_copies():
 
 
 def test_sums_are_those_of_each_layers_outputs():
-    model = narrow("pretrain-2011").model
+    model = narrow(HALVES).model
     seen: dict[tuple[int | None, str], Tensor] = {}
     network = both(model, torch.float64)[1]
     with spied(seen):
         _, sums = network.watched(images(model, 2), None)
     for column in (0, 1):
-        expected = [float(seen[column, layer].sum()) for layer in model.order]
+        expected = [float(seen[column, layer].detach().sum()) for layer in model.order]
         assert sums[column].tolist() == pytest.approx(expected, rel=1e-10)
 
 

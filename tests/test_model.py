@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks import apart, drawn, images, masks_of, narrow
+from networks import HALVES, apart, drawn, images, masks_of, narrow
 from reference import Halving, plain_network
 from trainer import recipe as recipes
 from trainer.layers import ModelRecipe, multiply_adds, parameter_count, plan, pooled, shapes
@@ -25,7 +25,8 @@ TABLE = {  # specification, section 4.2: weights, biases, multiply-adds of one i
     "fc8": (4_096_000, 1_000, 4_096_000),
 }
 PLAIN = [
-    *(("original", 224, 6), ("original", 100, 3), ("paper", 100, 3), ("half", 100, 3), ("pretrain-2011", 100, 3)),
+    *(("original", 224, 6), ("original", 100, 3), ("paper", 100, 3), ("half", 100, 3)),
+    *(("pretrain-2011", 100, 3), (HALVES, 100, 3)),
     *(("tanh", 100, 3), ("without-overlap", 100, 2), ("figure1-relu", 24, 3), ("cifar-11", 24, 3), ("cifar-13", 24, 3)),
 ]  # recipe, sides of the image and of the last maps
 
@@ -53,7 +54,10 @@ def test_the_original_has_the_counts_of_the_specification():
     ("name", "sides"),
     [
         ("original", "conv1 55 27, conv2 27 13, conv3 13 13, conv4 13 13, conv5 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
-        ("without-overlap", "conv1 55 28, conv2 26 13, conv3 13 13, conv4 13 13, conv5 11 6, fc6 1 1, fc7 1 1, fc8 1 1"),
+        (
+            "without-overlap",
+            "conv1 55 28, conv2 26 13, conv3 13 13, conv4 13 13, conv5 11 6, fc6 1 1, fc7 1 1, fc8 1 1",
+        ),
         ("without-conv2", "conv1 55 13, conv3 13 13, conv4 13 13, conv5 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
         ("without-conv5", "conv1 55 27, conv2 27 13, conv3 13 13, conv4 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
         ("cifar-13", "conv1 24 12, conv2 12 6, local3 6 6, local4 6 6, fc10 1 1"),

@@ -7,34 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 from conftest import CLASSES, build
 from pipeline import manifest
 from pipeline.online import Loader
+from runs import assert_same_end, one_line, resume, train, trainer
 from trainer import checkpoint as checkpoints
-from trainer.__main__ import main
 from trainer.evaluate import top_k_errors
 from trainer.metrics import read
 from trainer.model import Grouped
-
-WIDTHS = {"conv1": 4, "conv2": 8, "conv3": 8, "conv4": 8, "conv5": 8, "fc6": 32, "fc7": 32}
-TINY = [
-    *(f"model.layers.{name}.width={width}" for name, width in WIDTHS.items()),
-    "train.batch_size=12",
-    "optim.batch_size=12",
-    "train.log_every=1",
-    "train.validate_every=3",
-]
-
-
-def trainer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def train(data: Path, run: Path, steps: int, *more: object) -> Result:
-    settings = [word for setting in [*TINY, f"train.steps={steps}"] for word in ("--set", setting)]
-    return trainer("train", "--data", data, "--recipe", "tiny", "--out", run, "--devices", "cpu,cpu", *settings, *more)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +25,6 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = train(dataset, folder, 6)
     assert result.exit_code == 0, result.output
     return folder
-
-
-def one_line(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert len(result.output.strip().splitlines()) == 1, result.output
-    for word in words:
-        assert word in result.output
 
 
 def test_a_run_leaves_recipe_metrics_and_checkpoint(run: Path, dataset: Path):
@@ -87,7 +61,7 @@ def test_the_first_loss_is_that_of_a_plain_grouped_network(run: Path, dataset: P
 
 def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_path: Path):
     """Lost after 3 of 8 steps: the end of an epoch, two drops of the rate and the end of lighting are still to come."""
-    every = ["--set", "train.checkpoint_every=3", "--set", "data.lighting_until=45"]
+    every = ("train.checkpoint_every=3", "data.lighting_until=45")
     assert train(dataset, tmp_path / "whole", 8, *every).exit_code == 0
     assert train(dataset, tmp_path / "parts", 8, *every).exit_code == 0
     files = checkpoints.files(tmp_path / "parts")
@@ -96,26 +70,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_pa
         file.unlink()
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as lines:
         lines.write('{"kind": "tra')  # a kill in the middle of a line
-    result = trainer("train", "--data", dataset, "--out", tmp_path / "parts", "--devices", "cpu,cpu", "--resume")
+    result = resume(dataset, tmp_path / "parts")
     assert result.exit_code == 0, result.output
-    one, other = checkpoints.load(tmp_path / "whole"), checkpoints.load(tmp_path / "parts")
-    assert one.recipe == other.recipe
-    for kind in ("weights", "velocity"):
-        for name, value in getattr(one, kind).items():
-            assert torch.equal(value, getattr(other, kind)[name]), (kind, name)
-
-    def without_time(folder: Path) -> list[dict[str, object]]:
-        return [{key: value for key, value in line.items() if key != "time"} for line in read(folder)]
-
-    assert without_time(tmp_path / "whole") == without_time(tmp_path / "parts")
+    assert checkpoints.load(tmp_path / "whole").recipe == checkpoints.load(tmp_path / "parts").recipe
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_training_learns(dataset: Path, tmp_path: Path):
     """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart."""
     widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
     more = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
-    more += ["model.dropout=0.0", "optim.lr=0.005", "train.validate_every=80"]
-    settings = [word for setting in more for word in ("--set", setting)]
+    settings = [*more, "model.dropout=0.0", "optim.lr=0.005", "train.validate_every=80"]
     assert train(dataset, tmp_path / "run", 80, *settings).exit_code == 0
     lines = read(tmp_path / "run")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -161,10 +126,14 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
     one_line(train(tmp_path / "nothing", tmp_path / "r", 2), "no such directory", "build_shards.py")
     assert not (tmp_path / "r").exists()
     one_line(train(dataset, run, 2), "exists already", "--resume")
-    one_line(trainer("train", "--data", dataset, "--out", tmp_path / "none", "--resume"), "no checkpoint")
-    one_line(trainer("train", "--data", dataset, "--out", run, "--resume"), "has done 6 of 6 steps", "train.steps")
-    one_line(train(dataset, tmp_path / "r", 2, "--devices", "cuda:99,cpu"), "cuda:99,cpu", "CUDA devices")
-    one_line(train(dataset, tmp_path / "r", 2, "--set", "train.step=1"), "unknown key train.step")
+    one_line(resume(dataset, tmp_path / "none"), "no checkpoint")
+    one_line(resume(dataset, run), "has done 6 of 6 steps", "train.steps")
+    new = ("train", "--data", dataset, "--out", tmp_path / "r", "--devices")
+    one_line(trainer(*new, "cuda:99,cuda:98"), "cuda:99,cuda:98", "CUDA devices")
+    one_line(trainer(*new, "cpu"), "--devices cpu: 1 given; the network has two columns")
+    one_line(trainer(*new, "cpu,cpu", "--recipe", "half"), "--devices cpu,cpu: 2 given; the network has one column")
+    one_line(train(dataset, tmp_path / "r", 2, "train.step=1"), "unknown key train.step")
+    assert not (tmp_path / "r").exists()
     one_line(trainer("evaluate", "--data", dataset, "--checkpoint", tmp_path), "no checkpoint")
     one_line(trainer("evaluate", "--data", dataset, "--checkpoint", run, "--split", "dev"), "no split named 'dev'")
 
@@ -172,15 +141,14 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
 @pytest.mark.parametrize(("steps", "what"), [(1, "the network's outputs are"), (20, "step 2: the output of conv")])
 def test_divergence_is_named_and_leaves_a_checkpoint_from_before(dataset: Path, tmp_path: Path, steps: int, what: str):
     """After one step the loss is finite, the weights are not. What stays is good to go on from, at a lower rate."""
-    quiet = ("--set", "train.log_every=20", "--set", "train.validate_every=20")
-    result = train(dataset, tmp_path / "r", steps, "--set", "optim.lr=1e38", *quiet)
+    result = train(dataset, tmp_path / "r", steps, "optim.lr=1e38", "train.log_every=20", "train.validate_every=20")
     assert result.exit_code == 2
     last = result.output.splitlines()[-1]
     assert what in last
     assert "diverged" in last
     assert "the checkpoint of step 0 is from before" in last
     assert [file.stem for file in checkpoints.files(tmp_path / "r")] == ["step-00000000"]
-    again = trainer("train", "--data", dataset, "--out", tmp_path / "r", "--resume", "--set", "optim.lr=0.01")
+    again = resume(dataset, tmp_path / "r", "optim.lr=0.01")
     assert again.exit_code == 0, again.output
     assert "optim.lr 1e+38 → 0.01" in again.output
     assert [line["step"] for line in read(tmp_path / "r") if line["kind"] == "train"] == [steps]
@@ -188,12 +156,18 @@ def test_divergence_is_named_and_leaves_a_checkpoint_from_before(dataset: Path, 
 
 def test_what_cannot_change_on_resume_is_refused_and_changes_nothing(run: Path, dataset: Path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    resume = ("train", "--data", dataset, "--out", run, "--resume", "--set", "train.steps=9")
-    one_line(trainer(*resume, "--set", "model.layers.fc6.width=16"), "--set model.layers.fc6.width: cannot change")
-    one_line(trainer(*resume, "--set", "train.seed=1"), "--set train.seed: cannot change on resume (2012 → 1)")
-    one_line(trainer(*resume, "--set", "train.batch_size=8"), "train.batch_size: cannot change")
-    one_line(trainer(*resume, "--recipe", "original"), "a resumed run keeps its own")
-    one_line(trainer("train", "--data", dataset, "--out", run, "--resume", "--set", "optim.lr=5.0"), "has done 6 of 6")
+    refused = {
+        "model.layers.fc6.width=16": "--set model.layers.fc6.width: cannot change on resume (32 → 16)",
+        "train.seed=1": "--set train.seed: cannot change on resume (2012 → 1)",
+        "train.batch_size=8": "train.batch_size: cannot change",
+        'data.mean="colour"': "data.mean: cannot change",
+        "optim.layers.conv9.lr=1.0": "conv9",
+        "train.stepz=1": "unknown key train.stepz",
+    }
+    for setting, words in refused.items():
+        one_line(resume(dataset, run, "train.steps=9", setting), words)
+    one_line(resume(dataset, run, more=("--recipe", "original")), "a resumed run keeps its own")
+    one_line(resume(dataset, run, "optim.lr=5.0"), "has done 6 of 6")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
@@ -203,18 +177,7 @@ def test_damaged_metrics_are_named(run: Path, dataset: Path, tmp_path: Path):
     lines = path.read_text().splitlines(keepends=True)
     for damaged in ("{broken\n", '{"a": 1}\n', "[]\n"):
         path.write_text("".join([*lines[:2], damaged, *lines[2:]]))
-        result = trainer(
-            "train",
-            "--data",
-            dataset,
-            "--out",
-            tmp_path / "run",
-            "--resume",
-            "--set",
-            "train.steps=7",
-            "--devices",
-            "cpu,cpu",
-        )
+        result = resume(dataset, tmp_path / "run", "train.steps=7")
         assert result.exit_code == 2
         assert "metrics.jsonl: line 3 is damaged" in result.output
 
@@ -229,8 +192,7 @@ def test_other_classes_are_refused(run: Path, raw: Path, tmp_path: Path):
 
 def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(run: Path, raw: Path, dataset: Path, tmp_path: Path):
     assert build(raw / "train", tmp_path / "other", "--workers", 1).exit_code == 0
-    resumed = trainer("train", "--data", tmp_path / "other", "--out", run, "--resume", "--set", "train.steps=9")
-    one_line(resumed, "trained on the data set")
+    one_line(resume(tmp_path / "other", run, "train.steps=9"), "trained on the data set")
     shutil.copytree(run, tmp_path / "run")
     file = checkpoints.files(tmp_path / "run")[-1]
     data = file.read_bytes()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pipeline.errors import UserError
 
 KINDS = ("conv", "local", "linear")
-THEN = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh", "dropout")
+MAPS = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh")  # what may follow "conv" and "local"
+UNITS = ("relu", "tanh", "dropout")  # what may follow "linear"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -67,11 +68,11 @@ class ModelRecipe:
         require(self.classes >= 0, "model.classes", self.classes, "at least 0 (0: as the data set has)")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
         require(self.pool_size >= self.pool_stride >= 1, "model.pool_stride", self.pool_stride, "1 to model.pool_size")
-        require(self.lrn_size % 2 == 1, "model.lrn_size", self.lrn_size, "an odd number of maps")
+        require(self.lrn_size >= 1 and self.lrn_size % 2 == 1, "model.lrn_size", self.lrn_size, "an odd number of maps")
         require(self.lrn_alpha >= 0, "model.lrn_alpha", self.lrn_alpha, "at least 0")
         require(self.lrn_k > 0, "model.lrn_k", self.lrn_k, "above 0")
         require(len(set(self.order)) == len(self.order), "model.order", self.order, "names, each once")
-        for name in {*self.layers, *self.order}:
+        for name in dict.fromkeys((*self.layers, *self.order)):
             key = f"model.layers.{name}"
             require(re.fullmatch("[a-z][a-z0-9]*", name) is not None, key, name, "small letters and digits")
             require(name in self.order, key, name, f"in model.order, which has {', '.join(self.order)}")
@@ -86,7 +87,9 @@ def _check(key: str, layer: LayerRecipe) -> None:
         value = getattr(layer, name)
         require(value in known, f"{key}.{name}", repr(value), f"one of {', '.join(known)}")
     for word in layer.then:
-        require(word in THEN, f"{key}.then", repr(word), f"of {', '.join(THEN)}")
+        known = UNITS if layer.kind == "linear" else MAPS
+        require(word in known, f"{key}.then", repr(word), f"of {', '.join(known)}: what may follow {layer.kind!r}")
+    require(layer.then.count("dropout") < 2, f"{key}.then", layer.then, "with dropout once")
     for name, least in (("width", 0), ("kernel", 1), ("stride", 1), ("padding", 0), ("overhang", 0), ("sd", 0)):
         require(getattr(layer, name) >= least, f"{key}.{name}", getattr(layer, name), f"at least {least}")
 
@@ -146,6 +149,8 @@ def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
         groups = recipe.columns if layer.sees == "own" and i else 1
         columns = 1 if last and groups == 1 else recipe.columns
         require(last or width % columns == 0, f"{key}.width", width, "a number of which either column has the half")
+        require(width >= columns, "classes", width, "one for each column at least, which hold halves of them")
+        require(i or columns == recipe.columns, "model.order", recipe.order, "two layers at least, being of two columns")
         if layer.kind == "linear":
             maps, side, own = maps * side**2, 1, 1
         else:

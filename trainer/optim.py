@@ -39,7 +39,7 @@ class Schedule:
 
     def epoch(self, step: int) -> float:
         """The time of a step on the recipe's own clock: `train.epochs` at the end of the run."""
-        return step / self._steps * self._recipe.train.epochs
+        return step * self._recipe.train.epochs / self._steps  # exact at whole epochs, in this order
 
     def lr(self, step: int) -> float:
         """The rate of the weights, but for what a layer has of its own; what log lines show."""

@@ -221,7 +221,8 @@ def from_dict(values: Mapping[str, Any], base: Any, where: str, prefix: str = ""
     elif isinstance(base, Recipe):
         optim, layers = changed.get("optim", base.optim), changed.get("model", base.model).layers
         gone = base.model.layers.keys() - layers.keys()
-        kept = {name: rates for name, rates in optim.layers.items() if name not in gone}
+        given = values.get("optim", {}).get("layers", {})  # of a layer that is not there: an error, below
+        kept = {name: rates for name, rates in optim.layers.items() if name in given or name not in gone}
         changed["optim"] = replace(optim, layers=kept)
     try:
         return replace(base, **changed)
