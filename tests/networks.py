@@ -1,7 +1,9 @@
 """Narrow networks of the recipes, with weights that carry a signal, for tests that compute them."""
 
 import math
+from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,10 +15,17 @@ WIDTHS = {
     "conv1": 8, "conv2": 16, "conv3": 24, "conv4": 24, "conv5": 16, "conv6": 16, "local3": 6, "local4": 4,
     "fc6": 64, "fc7": 48, "bottleneck": 20,
 }  # fmt: skip
+HALVES = "halves"  # pretrain-2011 with half of the classes for either column
 TWO_COLUMNS = [name for name in recipes.names() if recipes.load(name).model.columns == 2]
 
 
-HALVES = "halves"  # pretrain-2011 with half of the classes for either column
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two, on busy cores, wait for each other far longer than so narrow networks compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def narrow(name: str, *settings: str, size: int = 100) -> Recipe:

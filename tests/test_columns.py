@@ -1,6 +1,6 @@
 """Two columns on two devices against the grouped network: numbers, training, where they meet, and what is saved."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from unittest import mock
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, TWO_COLUMNS, apart, drawn, images, masks_of, narrow
+from networks import one_thread as one_thread
 from pipeline.errors import UserError
 from trainer import recipe as recipes
 from trainer.layers import Layer, ModelRecipe
@@ -22,15 +23,6 @@ CPU = (torch.device("cpu"), torch.device("cpu"))
 CLASSES = 7  # an odd number: halves of a last layer are uneven
 COMPARED = ("original", "paper", "without-exchange", "pretrain-2011", HALVES, "six-conv", "without-conv3")
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two, on busy cores, wait for each other far longer than so narrow networks compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def both(model: ModelRecipe, dtype: torch.dtype, classes: int = CLASSES) -> tuple[Grouped, Columns]:

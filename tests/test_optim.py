@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from networks import drawn, images, narrow
+from networks import one_thread as one_thread
 from trainer import recipe as recipes
 from trainer.model import Grouped
 from trainer.optim import Momentum, Rates, Schedule
@@ -103,7 +104,7 @@ def test_stretches_begin_at_whole_steps():
 
 
 def test_drops_are_those_of_the_headline_run():
-    """At epochs 23, 51 and 78 of 93; conv1 at 68 as well, and frozen at 72: at the first step of each, not one later."""
+    """At epochs 23, 51 and 78 of 93; conv1 at 68 as well, and frozen at 72: at the first step of each."""
     per_epoch = 10_009
     found = schedule("original", 93 * per_epoch)
     expected = [(0, 1e-2), (23, 1e-3), (51, 1e-4), (78, 1e-5)]

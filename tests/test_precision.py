@@ -1,28 +1,18 @@
 """Other precisions, memory layouts and compiled segments against the plain run in float32."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, apart, drawn, images, masks_of, narrow
+from networks import one_thread as one_thread
 from trainer import model as models
 from trainer.layers import ModelRecipe
 from trainer.normalisation import lrn
 from trainer.parallel import Columns, reference_precision
 
 CPU = (torch.device("cpu"), torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two, on busy cores, wait for each other far longer than so narrow networks compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def columns(model: ModelRecipe, compile: str = "no", channels_last: bool = False) -> Columns:

@@ -16,6 +16,7 @@ from trainer import checkpoint as checkpoints
 from trainer.evaluate import top_k_errors
 from trainer.metrics import read
 from trainer.model import Grouped
+from trainer.step import update
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_a_run_leaves_recipe_metrics_and_checkpoint(run: Path, dataset: Path):
         assert sorted(line["time"]["stall_by"]) == ["decoding", "reading", "transfer"]
         assert sum(line["time"]["stall_by"].values()) == pytest.approx(line["time"]["stall"])
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
+    assert (run / "report.html").stat().st_size > 10_000
+    assert list((run / "tensorboard").glob("*tfevents*"))
     saved = checkpoints.load(run)
     assert (saved.step, saved.classes, saved.dataset) == (6, CLASSES, manifest.load(dataset).identity)
 
@@ -136,6 +139,21 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
     assert not (tmp_path / "r").exists()
     one_line(trainer("evaluate", "--data", dataset, "--checkpoint", tmp_path), "no checkpoint")
     one_line(trainer("evaluate", "--data", dataset, "--checkpoint", run, "--split", "dev"), "no split named 'dev'")
+
+
+def test_numbers_that_are_not_finite_stop_the_run_within_50_steps(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Far from any log line, validation or checkpoint; what a log line would tell of is told all the same."""
+    taken = []
+    monkeypatch.setattr("trainer.train.update", lambda *given: taken.append(given[2].step) or update(*given))
+    rare = [f"train.{what}=1000" for what in ("log_every", "validate_every", "checkpoint_every")]
+    assert train(dataset, tmp_path / "r", 7, *rare).exit_code == 0
+    result = resume(dataset, tmp_path / "r", "train.steps=1000", "optim.lr=1e38")
+    assert result.exit_code == 2
+    assert "step 9: the output of" in result.output.splitlines()[-1]
+    assert max(taken) < 8 + 50
+    assert checkpoints.load(tmp_path / "r").step == 7
 
 
 @pytest.mark.parametrize(("steps", "what"), [(1, "the network's outputs are"), (20, "step 2: the output of conv")])

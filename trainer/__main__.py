@@ -96,6 +96,7 @@ def train(
     layers = tuple(name.strip() for name in init_layers.split(",")) if init_layers else ()
     start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
     run_training(data, run, chosen, where, start)
+    _write_report(data, run, where)
 
 
 def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:
@@ -156,12 +157,15 @@ def load_network(
 @CHECKPOINT
 @DEVICES
 def report(data: Path, run: Path, devices: str | None) -> None:
-    """Write RUN/report.html: results, samples, curves, kernels and predictions of the run directory --checkpoint."""
+    """Write RUN/report.html anew: results, samples, curves, kernels and predictions of a run directory."""
+    _write_report(data, run, placed(devices, checkpoints.load(run).recipe.model.columns))
+
+
+def _write_report(data: Path, run: Path, devices: tuple[torch.device, ...]) -> None:
     from trainer.report import write_report  # here, because plotly takes long to import
 
     checkpoint = checkpoints.load(run)
-    where = placed(devices, checkpoint.recipe.model.columns)
-    network = load_network(checkpoint, manifest.load(data), where, run)
+    network = load_network(checkpoint, manifest.load(data), devices, run)
     click.echo(write_report(run, data, network, checkpoint))
 
 

@@ -87,8 +87,10 @@ def _check(key: str, layer: LayerRecipe) -> None:
         value = getattr(layer, name)
         require(value in known, f"{key}.{name}", repr(value), f"one of {', '.join(known)}")
     for word in layer.then:
-        known = UNITS if layer.kind == "linear" else MAPS
-        require(word in known, f"{key}.then", repr(word), f"of {', '.join(known)}: what may follow {layer.kind!r}")
+        possible = UNITS if layer.kind == "linear" else MAPS
+        require(
+            word in possible, f"{key}.then", repr(word), f"of {', '.join(possible)}: what may follow {layer.kind!r}"
+        )
     require(layer.then.count("dropout") < 2, f"{key}.then", layer.then, "with dropout once")
     for name, least in (("width", 0), ("kernel", 1), ("stride", 1), ("padding", 0), ("overhang", 0), ("sd", 0)):
         require(getattr(layer, name) >= least, f"{key}.{name}", getattr(layer, name), f"at least {least}")
@@ -150,7 +152,7 @@ def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
         columns = 1 if last and groups == 1 else recipe.columns
         require(last or width % columns == 0, f"{key}.width", width, "a number of which either column has the half")
         require(width >= columns, "classes", width, "one for each column at least, which hold halves of them")
-        require(i or columns == recipe.columns, "model.order", recipe.order, "two layers at least, being of two columns")
+        require(i > 0 or columns == recipe.columns, "model.order", recipe.order, "two layers at least, of two columns")
         if layer.kind == "linear":
             maps, side, own = maps * side**2, 1, 1
         else:

@@ -1,0 +1,229 @@
+"""Recipe files: what each says, what stands over what, and one clear line for whatever is impossible."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import one_line
+from trainer import recipe as recipes
+from trainer.layers import RecipeError, plan
+from trainer.recipe import FOLDER, Recipe, as_setting, difference, from_dict, load, override, to_dict
+
+NAMES = recipes.names()
+CONV3 = "model.layers.conv3"
+
+
+def written(folder: Path, name: str, text: str) -> str:
+    (folder / f"{name}.toml").write_text(text)
+    return str(folder / f"{name}.toml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_survives_json(name: str):
+    """As recipe.json and checkpoints hold it."""
+    recipe = load(name)
+    assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False)), Recipe(), "") == recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_names_its_command(name: str):
+    """In the comment at its beginning, under its own name, with what there is to be put in."""
+    comment = []
+    for line in (FOLDER / f"{name}.toml").read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    command = " ".join(comment)
+    assert "python -m trainer train --data " in command
+    assert f" --recipe {name} " in command
+    assert " --out " in command
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_a_difference_lead_from_one_recipe_to_the_other(name: str):
+    """`difference` misses nothing, where both have the same layers."""
+    original, recipe = load("original"), load(name)
+    found = difference(original, recipe)
+    assert (not found) == (name == "original")
+    assert all(before != now for before, now in found.values())
+    if recipe.model.order == original.model.order:
+        known = {key: now for key, (_, now) in found.items() if now is not None}
+        gone = {key for key, (_, now) in found.items() if now is None}
+        assert not gone - {key for key in found if key.startswith("optim.layers.")}
+        assert override(original, [as_setting(key, value) for key, value in known.items()]) == recipe
+
+
+def test_differences():
+    one = load("original", ["optim.layers={conv2={lr=0.1}}"])
+    other = load("original", ["optim.lr=0.02", f"{CONV3}.then=[]", "optim.layers.conv2.lr=0.1", "train.seed=1"])
+    assert difference(one, other) == {
+        "optim.lr": (0.01, 0.02),
+        f"{CONV3}.then": (("relu",), ()),
+        "train.seed": (2012, 1),
+    }
+    assert difference(load("original"), one)["optim.layers.conv2.lr"] == (None, 0.1)
+    assert difference(one, load("original"))["optim.layers.conv2.lr"] == (0.1, None)
+    assert difference(one, one) == {}
+
+
+def test_settings_reach_nested_keys():
+    """Tables and single keys; whole numbers where a float is meant; texts, lists, booleans."""
+    settings = [
+        "train.steps=4",
+        "optim.lr=1",
+        f"{CONV3}.sd=0.5",
+        f"{CONV3} = {{ bias = 2, then = ['tanh'] }}",
+        "optim.layers.fc8={lr=0.5, drops=[1, 2.5]}",
+        "optim.layers.fc8.frozen_from=3",
+        "train.channels_last=true",
+        'data.order="fixed"',
+    ]
+    recipe, plain = load("original", settings), load("original")
+    conv3, fc8 = recipe.model.layers["conv3"], recipe.optim.layers["fc8"]
+    assert (recipe.train.steps, recipe.optim.lr, recipe.train.channels_last, recipe.data.order) == (4, 1, True, "fixed")
+    assert isinstance(recipe.optim.lr, float)
+    assert (conv3.sd, conv3.bias, conv3.then, conv3.width) == (0.5, 2.0, ("tanh",), 384)
+    assert (fc8.lr, fc8.drops, fc8.frozen_from, fc8.decay) == (0.5, (1.0, 2.5), 3.0, 1.0)
+    assert recipe.model.layers["conv4"] == plain.model.layers["conv4"]
+    assert recipe.optim.layers["conv1"] == plain.optim.layers["conv1"]
+    assert plain == load("original")
+
+
+def test_a_recipe_stands_over_its_base(tmp_path: Path):
+    """What the upper one does not say stays; layers that a new order leaves out go, and their rates."""
+    middle = written(tmp_path, "middle", 'base = "original"\n[optim]\nlr = 0.5\n[model.layers]\nconv3 = { sd = 0.2 }')
+    text = f'base = "{middle}"\n[model]\norder = ["conv2", "conv3", "fc8"]\n[model.layers.conv3]\nbias = 0.5'
+    recipe, original = load(written(tmp_path, "upper", text)), load("original")
+    assert (recipe.optim.lr, recipe.optim.drops) == (0.5, original.optim.drops)
+    conv3 = recipe.model.layers["conv3"]
+    assert (conv3.sd, conv3.bias, conv3.width, conv3.sees) == (0.2, 0.5, 384, "both")
+    assert set(recipe.model.layers) == {"conv2", "conv3", "fc8"}
+    assert recipe.optim.layers == {}  # conv1's went
+    assert load("six-conv").optim.layers == original.optim.layers
+
+
+def test_bases_that_lead_back_are_refused(tmp_path: Path):
+    for own, base in (("alone", "alone"), ("one", "other"), ("other", "third"), ("third", "one")):
+        written(tmp_path, own, f'base = "{tmp_path / base}.toml"')
+    for name in ("alone", "one", "other", "third"):
+        with pytest.raises(RecipeError) as caught:
+            load(str(tmp_path / f"{name}.toml"))
+        one_line(caught, "base", "not lead back")
+    with pytest.raises(RecipeError) as caught:
+        load(written(tmp_path, "wrong", "base = 3"))
+    one_line(caught, "wrong.toml", "base = 3", "another recipe's name")
+
+
+def test_missing_and_broken_files(tmp_path: Path):
+    with pytest.raises(RecipeError) as caught:
+        load("huge")
+    one_line(caught, "huge: no such recipe; there are ", *NAMES)
+    with pytest.raises(RecipeError) as caught:
+        load(written(tmp_path, "child", 'base = "huge"'))
+    one_line(caught, "huge: no such recipe")
+    with pytest.raises(RecipeError) as caught:
+        load(str(tmp_path / "none.toml"))
+    one_line(caught, "none.toml: no such recipe")
+    with pytest.raises(RecipeError) as caught:
+        load(written(tmp_path, "broken", "[model\nsize = 1"))
+    one_line(caught, "broken.toml: not TOML")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError) as caught:
+        load(str(tmp_path / "bytes.toml"))
+    one_line(caught, "bytes.toml: not TOML")
+
+
+IMPOSSIBLE = [  # setting; words of the line
+    ("train.stepz=4", "unknown key train.stepz; known: train.seed, train.batch_size"),
+    ("other.key=4", "unknown key other; known: model, optim, data, train"),
+    (f"{CONV3}.sdd=4", f"unknown key {CONV3}.sdd; known: {CONV3}.kind, {CONV3}.width"),
+    ("optim.layers.conv1.rate=4", "unknown key optim.layers.conv1.rate; known: optim.layers.conv1.lr"),
+    ("optim.layers.conv9.lr=4", "optim.layers.conv9 = conv9: must be a layer of the model: conv1, conv2"),
+    ("model.layers.conv9.width=8", "model.layers.conv9 = conv9: must be in model.order, which has conv1, conv2"),
+    ("train.steps=four", "the value is not TOML", "a text stands in quotes"),
+    ("train.steps=1.5", "train.steps = 1.5: must be int"),
+    ("train.steps=true", "train.steps = True: must be int"),
+    ("train.channels_last=1", "must be bool"),
+    ("train.compile=1", "must be str"),
+    ("optim.lr=inf", "optim.lr = inf: must be float"),
+    ("optim.decay=nan", "optim.decay = nan: must be float"),
+    ("optim.drops=3", "optim.drops = 3: must be a list of float"),
+    ("optim.drops=['a']", "must be float"),
+    (f"{CONV3}=3", f"{CONV3} = 3: a section, not a value"),
+    ("model=3", "not of the form"),
+    ("train.steps", "not of the form"),
+    # numbers that cannot be
+    ("train.batch_size=0", "train.batch_size = 0: must be at least 1"),
+    ("train.steps=-1", "train.steps = -1: must be at least 0"),
+    ("train.epochs=0", "train.epochs = 0.0: must be above 0"),
+    ("train.seed=-1", "train.seed = -1: must be between 0"),
+    ("train.validate_every=-1", "train.validate_every = -1"),
+    ('train.precision="fp16"', "train.precision = 'fp16': must be one of fp32, tf32, bf16"),
+    ('train.compile="yes"', "train.compile = 'yes': must be one of no, segments, graphs"),
+    ('optim.schedule="cosine"', "optim.schedule = 'cosine': must be one of stretches, drops, plateau"),
+    ("optim.momentum=1", "optim.momentum = 1.0: must be at least 0 and below 1"),
+    ("optim.lr=0", "optim.lr = 0.0: must be a number above 0"),
+    ("optim.layers.conv1.lr=-1", "optim.layers.conv1.lr = -1.0: must be at least 0"),
+    ('data.lighting="on"', "data.lighting = 'on': must be one of code, paper, off"),
+    ("data.max_bad=-1", "data.max_bad = -1"),
+    ("model.columns=3", "model.columns = 3: must be 1 or 2"),
+    ("model.dropout=1", "model.dropout = 1.0: must be at least 0 and below 1"),
+    ("model.pool_stride=4", "model.pool_stride = 4: must be 1 to model.pool_size"),
+    ("model.lrn_size=4", "model.lrn_size = 4: must be an odd number"),
+    ("model.lrn_size=-1", "model.lrn_size = -1: must be an odd number"),
+    ("model.lrn_k=0", "model.lrn_k = 0.0: must be above 0"),
+    # layers that do not fit together
+    ('model.order=["conv1", "conv1", "fc8"]', "must be names, each once"),
+    ('model.order=["conv1", "conv9", "fc8"]', "model.order = conv9: must be a layer that has a section"),
+    ('model.order=["conv1", "Conv 2", "fc8"]', "model.layers.Conv 2", "small letters and digits"),
+    ('model.order=["fc8"]', "model.order = ('fc8',): must be two layers at least"),
+    ('model.order=["conv1", "conv2"]', "model.layers.conv2.width = 256: must be 0 in the last layer"),
+    ('model.order=["conv1", "fc8", "conv2"]', "model.layers.fc8.width = 0: must be 0 in the last layer", "only there"),
+    ('model.order=["conv1", "fc6", "conv2", "fc8"]', "model.layers.conv2.kind = conv: must be before the linear ones"),
+    ('model.layers.fc8.kind="conv"', "model.layers.fc8.kind = 'conv': must be linear"),
+    ('model.layers.fc8.then=["relu"]', "model.layers.fc8.then = ('relu',): must be empty"),
+    (f'{CONV3}.kind="cone"', f"{CONV3}.kind = 'cone': must be one of conv, local, linear"),
+    (f'{CONV3}.sees="all"', f"{CONV3}.sees = 'all': must be one of own, both"),
+    (f'{CONV3}.then=["relu", "gelu"]', f"{CONV3}.then = 'gelu': must be of lrn"),
+    (f'{CONV3}.then=["dropout"]', f"{CONV3}.then = 'dropout'", "what may follow 'conv'"),
+    ('model.layers.fc6.then=["pool"]', "model.layers.fc6.then = 'pool'", "what may follow 'linear'"),
+    ('model.layers.fc6.then=["dropout", "dropout"]', "with dropout once"),
+    (f"{CONV3}.width=385", f"{CONV3}.width = 385: must be a number of which either column has the half"),
+    (f"{CONV3}.stride=0", f"{CONV3}.stride = 0: must be at least 1"),
+    (f"{CONV3}.padding=-1", f"{CONV3}.padding = -1: must be at least 0"),
+    (f"{CONV3}.sd=-0.1", f"{CONV3}.sd = -0.1: must be at least 0"),
+    (f"{CONV3}.kernel=16", f"{CONV3}.kernel = 16: must be at most what it sees: 13 pixels"),
+    ("model.size=40", "model.layers.conv5.then = pool: must be after 3 pixels; it has 2"),
+    ("model.size=3", "model.layers.conv1.kernel = 11: must be at most what it sees: 3 pixels"),
+]
+
+
+@pytest.mark.parametrize(("setting", "words"), [(setting, words) for setting, *words in IMPOSSIBLE])
+def test_impossible_settings(setting: str, words: list[str]):
+    """One line that names the setting, the key, and what is known or possible."""
+    with pytest.raises(RecipeError) as caught:
+        load("original", [setting])
+    assert str(caught.value).startswith("--set ")
+    one_line(caught, setting.partition("=")[0], *words)
+
+
+def test_rates_of_a_layer_that_went_are_refused_where_they_are_given(tmp_path: Path):
+    """Those of the base go in silence; those in the same file are a mistake."""
+    text = 'base = "original"\n[model]\norder = ["conv1", "conv3", "fc8"]\n[optim.layers]\nconv2 = { lr = 0.1 }'
+    with pytest.raises(RecipeError) as caught:
+        load(written(tmp_path, "wrong", text))
+    one_line(caught, "wrong.toml", "optim.layers.conv2", "conv1, conv3, fc8")
+
+
+def test_a_class_for_each_column_is_needed():
+    recipe = load("original", ['model.layers.fc8.sees="own"'])
+    with pytest.raises(RecipeError, match="classes = 1: must be one for each column"):
+        plan(recipe.model, 1)
+    assert [layer.share(1) for layer in plan(recipe.model, 3)][-1] == slice(1, 3)
+
+
+def test_the_defaults_are_not_a_network():
+    """A file without layers is refused when the network is to be built, by the same error."""
+    with pytest.raises(RecipeError, match=r"model\.order"):
+        plan(Recipe().model, 10)
