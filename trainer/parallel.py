@@ -34,6 +34,9 @@ class Columns(nn.Module):
         self.segments = segments(self.layers)
         self._runs = [compiled(column.run, compile) for column in self._columns()]
         self._format = torch.channels_last if channels_last else torch.contiguous_format
+        for parameter in self.parameters():
+            if parameter.dim() == 4:  # velocities, too, will lie as the weights do
+                parameter.data = parameter.data.contiguous(memory_format=self._format)
 
     def forward(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None = None) -> Tensor:
         """(n, 3, size, size), or the same for each column → logits (n, classes) on the first device.
@@ -86,12 +89,14 @@ class Columns(nn.Module):
             result[name] = torch.cat(held, 0).contiguous()
         return result
 
+    @torch.no_grad()
     def scatter(self, grouped: Weights) -> list[Weights]:
-        """Tensors in the grouped layout, cut into each column's share on its device."""
+        """Tensors in the grouped layout, cut into each column's share: copies, on its device."""
         found = []
         for column, own in zip(self._columns(), self.parts()):
             shares = {layer.name: column.share(layer) for layer in self.layers}
-            found.append({name: grouped[name][shares[name.split(".")[0]]].to(w) for name, w in own.items()})
+            rows = {name: grouped[name][shares[name.partition(".")[0]]] for name in own}
+            found.append({name: torch.empty_like(w).copy_(rows[name]) for name, w in own.items()})
         return found
 
     def load(self, weights: Weights) -> None:
@@ -100,8 +105,6 @@ class Columns(nn.Module):
             for own, part in zip(self.parts(), self.scatter(weights)):
                 for name, parameter in own.items():
                     parameter.copy_(part[name])
-                    if parameter.dim() == 4:
-                        parameter.data = parameter.data.contiguous(memory_format=self._format)
 
 
 def segments(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:

@@ -37,6 +37,21 @@ def require_classes(recipe: Recipe, dataset: Manifest) -> None:
         )
 
 
+def require_labels(dataset: Manifest, recipe: Recipe) -> bool:
+    """Whether there are validation images, with labels. Raises UserError where the run cannot do without what lacks."""
+    labels = {name: dataset.samples(name)["label"] for name in ("train", "val") if name in dataset.splits}
+    unlabelled = int((labels["train"] < 0).sum())
+    if unlabelled:
+        raise UserError(f"{dataset.root}: {unlabelled:,} training images have no label; build from labelled ones")
+    found = "val" in labels and len(labels["val"]) > 0 and int(labels["val"].min()) >= 0
+    if recipe.optim.schedule == "plateau" and not found:
+        raise UserError(
+            f"{dataset.root}: has no labelled validation images, and optim.schedule = 'plateau' looks at their error; "
+            "take 'drops'"
+        )
+    return found
+
+
 def require_same(resumed: Checkpoint, recipe: Recipe, dataset: Manifest, run: Path, other_data: bool) -> None:
     """Raises UserError where data or recipe changed in what cannot change on resume."""
     if not other_data:

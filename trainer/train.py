@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import manifest
-from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
-from pipeline.manifest import Manifest
 from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
 from trainer import feed, resume, watch
@@ -54,9 +52,12 @@ def train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, ..
     try:
         _train(data, run, recipe, devices, start)
     except Diverged as error:
-        newest = int(checkpoints.files(run)[-1].stem.removeprefix("step-"))
+        found = checkpoints.files(run)
+        if not found:
+            raise Diverged(f"{error}; the first weights are too large: lower the layers' sd") from error
+        step = int(found[-1].stem.removeprefix("step-"))
         raise Diverged(
-            f"{error}; the checkpoint of step {newest} is from before: lower optim.lr and go on from it, "
+            f"{error}; the checkpoint of step {step} is from before: lower optim.lr and go on from it, "
             "--resume --set optim.lr=…"
         ) from error
 
@@ -72,8 +73,7 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
         resume.require_unfinished(resumed, steps, run)
     else:
         resume.require_fresh(run)
-    if recipe.optim.schedule == "plateau" and not _validation(dataset):
-        raise UserError(f"{data}: has no validation images, which optim.schedule = 'plateau' looks at; take 'drops'")
+    validated = resume.require_labels(dataset, recipe)
 
     # network, optimiser, schedule
     reference_precision(recipe.train.precision)
@@ -102,8 +102,10 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
         write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
         write_bytes_aside(run / "history.json", (json.dumps(history, indent=1) + "\n").encode())
         progress.say(f"{counts[0]:,} parameters, {counts[1]:,.1f} million multiply-adds an image; {_where(devices)}")
-        for line in resume.said(history):
-            progress.say(line)
+        for news in resume.said(history):
+            progress.say(news)
+        if not validated:
+            progress.say("there are no labelled validation images: the run is not validated")
 
         watched, window = Watch(network), _Window(devices[0], loader, resumed.progress["window"] if resumed else None)
 
@@ -140,36 +142,33 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
                 watched.check()
                 found, said = window.close()
                 layers = watch.changes(network.parts(), optimiser.velocity)
-                trained = {"step": done, "epoch": batch.epoch, "lr": schedule.lr(batch.step), **found, "layers": layers}
-                metrics.train(trained)
-                progress.train(trained, said)
-            best = False
-            if _validation(dataset) and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
+                line = {"step": done, "epoch": batch.epoch, "lr": schedule.lr(batch.step), **found, "layers": layers}
+                metrics.train(line)
+                progress.train(line, said)
+            best, asked = False, stop.asked
+            if validated and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
                 watched.check()
                 with window.paused():
                     errors = evaluate(network, dataset, recipe, "val", "centre")
-                validated = {"step": done, "epoch": batch.epoch, **errors.to_dict()}
-                metrics.validation(validated)
-                progress.validation(validated)
+                line = {"step": done, "epoch": batch.epoch, **errors.to_dict()}
+                metrics.validation(line)
+                progress.validation(line)
                 best = schedule.is_best(errors.top1_error)
                 what = schedule.validated(errors.top1_error)
                 over = what == "end"
                 ended = ended or over
                 if what == "drop":
                     progress.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
-            if best or ended or stop.asked or _due(recipe.train.checkpoint_every, done, epoch_ends):
+            if best or ended or asked or _due(recipe.train.checkpoint_every, done, epoch_ends):
                 with window.paused():
                     path = save(done, best)
-                if ended or stop.asked:
+                if ended or asked:
                     saver.close()
                     progress.say(f"checkpoint: {path}")
             if ended:
                 break
-            stop.obey(done)
-
-
-def _validation(dataset: Manifest) -> int:
-    return dataset.splits["val"].samples if "val" in dataset.splits else 0
+            if asked:
+                stop.obey(done)
 
 
 def _due(every: int, done: int, epoch_ends: bool) -> bool:
