@@ -56,6 +56,9 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
             file.flush()
             os.fsync(file.fileno())
         os.rename(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)

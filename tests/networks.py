@@ -1,9 +1,7 @@
 """Narrow networks of the recipes, with weights that carry a signal, for tests that compute them."""
 
 import math
-from collections.abc import Iterator
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -17,15 +15,6 @@ WIDTHS = {
 }  # fmt: skip
 HALVES = "halves"  # pretrain-2011 with half of the classes for either column
 TWO_COLUMNS = [name for name in recipes.names() if recipes.load(name).model.columns == 2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two, on busy cores, wait for each other far longer than so narrow networks compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def narrow(name: str, *settings: str, size: int = 100) -> Recipe:

@@ -1,6 +1,5 @@
 """Runs of a network of a few hundred weights, for the tests: in this process, or in one of their own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +47,7 @@ def resume(data: Path, run: Path, *settings: str, more: tuple[str, ...] = ()) ->
 def start(*words: object) -> subprocess.Popen[str]:
     """`python -m trainer train` in a process of its own."""
     command = [sys.executable, "-m", "trainer", "train", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def one_line(result: Result, *words: str) -> None:

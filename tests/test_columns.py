@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, TWO_COLUMNS, apart, drawn, images, masks_of, narrow
-from networks import one_thread as one_thread
 from pipeline.errors import UserError
 from trainer import recipe as recipes
 from trainer.layers import Layer, ModelRecipe

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from networks import HALVES, apart, drawn, images, masks_of, narrow
-from networks import one_thread as one_thread
 from reference import Halving, plain_network
 from trainer import recipe as recipes
 from trainer.layers import ModelRecipe, multiply_adds, parameter_count, plan, pooled, shapes

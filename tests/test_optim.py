@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from networks import drawn, images, narrow
-from networks import one_thread as one_thread
 from trainer import recipe as recipes
 from trainer.model import Grouped
 from trainer.optim import Momentum, Rates, Schedule

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, apart, drawn, images, masks_of, narrow
-from networks import one_thread as one_thread
 from trainer import model as models
 from trainer.layers import ModelRecipe
 from trainer.normalisation import lrn

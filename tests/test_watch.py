@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, drawn, images, masks_of, narrow
-from networks import one_thread as one_thread
 from trainer.optim import Momentum, Rates
 from trainer.parallel import Columns
 from trainer.watch import Diverged, Watch, changes, require_finite
