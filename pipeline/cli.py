@@ -29,7 +29,8 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise _Failure(str(error), error.exit_code) from error
+            notes = getattr(error, "__notes__", [])
+            raise _Failure("; ".join([str(error), *notes]), error.exit_code) from error
         except OSError as error:
             if error.strerror is None:
                 raise

@@ -18,13 +18,15 @@ from pipeline.offline.build import build
 from pipeline.offline.plan import make_plan
 from pipeline.offline.sources import find_sources
 from trainer import checkpoint as checkpoints
+from trainer import recipe as recipes
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
-from trainer.model import shapes
-from trainer.recipe import ModelRecipe, Recipe, TrainRecipe
+from trainer.layers import shapes
 
 CLASSES = ("\"quoted\" & 'co'", "<b>bold", "<script>alert(1)<")  # sorted; each is markup where it is not escaped
-RECIPE = Recipe(ModelRecipe(maps=(4, 4, 4, 4, 4), units=(8, 8)), train=TrainRecipe(batch_size=8, steps=40, seed=7))
+WIDTHS = {"conv1": 4, "conv2": 4, "conv3": 4, "conv4": 4, "conv5": 4, "fc6": 8, "fc7": 8}
+SETTINGS = [f"model.layers.{name}.width={width}" for name, width in WIDTHS.items()]
+RECIPE = recipes.load("original", [*SETTINGS, "train.batch_size=8", "train.steps=40", "train.seed=7"])
 STEP = 40
 TRAIN = [
     {"step": 20, "epoch": 4, "lr": 0.01, "loss": 1.25, "time": {"images_per_second": 100.0, "stall": 0.25}},
@@ -126,7 +128,8 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
         weights[name] = torch.randn(shape, generator=generator) * 1.5 / math.sqrt(math.prod(shape[1:]))
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
     classes = tuple(record.wnid for record in dataset.classes)
-    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity))
+    plain: tuple = ({}, {"steps": RECIPE.train.steps}, ())
+    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
     lines = [{"kind": "train", **line} for line in TRAIN] + [{"kind": "validation", **VALIDATION}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = {"step": STEP, "split": "val", "dataset": dataset.identity, "centre": CENTRE, "ten": TEN}

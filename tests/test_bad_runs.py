@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from conftest import CLASSES, build
 from runs import assert_same_end, one_line, options, resume, start, train, trainer
 from trainer import checkpoint as checkpoints
+from trainer.metrics import read
+from trainer.resume import claimed
 
 
 def test_data_that_lacks_something_is_refused_before_anything_is_written(raw: Path, dataset: Path, tmp_path: Path):
@@ -24,6 +27,75 @@ def test_data_that_lacks_something_is_refused_before_anything_is_written(raw: Pa
     assert build(raw, tmp_path / "small", "--workers", 1, "--size", 64).exit_code == 0
     one_line(train(tmp_path / "small", tmp_path / "run", 1), "images of 64 pixels", "224")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.write_text("a file")
+    one_line(train(dataset, run, 1), "is a file")
+    one_line(resume(dataset, run), "is a file; name the run directory")
+    run.unlink()
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    one_line(train(dataset, run, 1), "is not a run directory (it has thesis.txt)")
+    (run / "thesis.txt").unlink()
+    (run / "recipe.json.0a1b.tmp").write_text("{")  # as a kill in the first second leaves it
+    (run / "tensorboard").mkdir()
+    with claimed(run):
+        one_line(train(dataset, run, 1), "another process trains there")
+    assert train(dataset, run, 1).exit_code == 0
+    assert not list(run.glob("*.tmp"))
+    for file in checkpoints.files(run):
+        file.unlink()
+    before = checkpoints.best_file(run).read_bytes()
+    one_line(train(dataset, run, 1), "exists already")  # of which only the best checkpoint is left
+    assert checkpoints.best_file(run).read_bytes() == before
+
+
+def test_a_change_holds_though_the_run_is_killed_before_its_next_checkpoint(dataset: Path, tmp_path: Path):
+    assert train(dataset, tmp_path / "run", 2).exit_code == 0
+    rare = ("train.steps=500", "train.checkpoint_every=500", "train.validate_every=500", "optim.lr=0.003")
+    words = [word for setting in rare for word in ("--set", setting)]
+    going = start("--data", dataset, "--out", tmp_path / "run", "--devices", "cpu,cpu", "--resume", *words)
+    end = time.monotonic() + 60
+    while going.poll() is None and read(tmp_path / "run")[-1]["step"] <= 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    going.kill()
+    going.communicate()
+    saved = checkpoints.load(tmp_path / "run")
+    assert (saved.step, saved.recipe.optim.lr) == (2, 0.003)
+
+
+def test_a_listener_that_leaves_does_not_end_the_run(dataset: Path, tmp_path: Path):
+    process = start(*options(dataset, tmp_path / "run", "train.steps=6"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert checkpoints.load(tmp_path / "run").step == 6
+
+
+def test_the_page_of_any_recipe(dataset: Path, tmp_path: Path):
+    """Mean aligned with the view; a first layer of another name."""
+    assert train(dataset, tmp_path / "aligned", 1, 'data.mean="aligned"').exit_code == 0
+    text = (
+        "[model]\nsize = 32\ncolumns = 1\norder = ['only']\n[model.layers.only]\nkind = 'linear'\n[train]\nsteps = 1\n"
+    )
+    (tmp_path / "mine.toml").write_text(text)
+    new = (
+        "train",
+        "--data",
+        dataset,
+        "--recipe",
+        tmp_path / "mine.toml",
+        "--out",
+        tmp_path / "mine",
+        "--devices",
+        "cpu",
+    )
+    result = trainer(*new)
+    assert result.exit_code == 0, result.output
+    assert "only, has no kernels to look at" in (tmp_path / "mine" / "report.html").read_text()
 
 
 def test_without_validation_images_a_run_ends_and_says_so(raw: Path, tmp_path: Path):
@@ -49,7 +121,7 @@ def test_without_validation_images_a_run_ends_and_says_so(raw: Path, tmp_path: P
         ("model.layers.fc8.width=10", "model.layers.fc8.width"),
         ("model.layers.conv2.widht=8", "unknown key model.layers.conv2.widht; known: model.layers.conv2.kind"),
         ('data.lighting="on"', "data.lighting = 'on': must be one of code, paper, off"),
-        ("train.keep=0", "train.keep = 0: must be at least 1"),
+        ("train.keep=0", "train.keep = 0: must be between 1 and"),
         ("optim", "not of the form section.key=value"),
     ],
 )

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from conftest import ROOT
 from pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import META, Checkpoint, CheckpointError, best, files, load, save
+from trainer.checkpoint import META, Checkpoint, CheckpointError, best_file, files, load, save
 from trainer.recipe import Recipe, override
 from trainer.saver import Saver
 
@@ -172,13 +172,13 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, monkeypatch: pytest.Monkey
 
     if error:
         monkeypatch.setattr(os, "link", link)
-    assert best(tmp_path) is None
+    assert not best_file(tmp_path).exists()
     with Saver(tmp_path, keep=2) as saver:
         for step in range(1, 7):
             saver.save(checkpoint(step), best=step in (2, 3))
     assert names(tmp_path) == ["best.safetensors", "step-00000005.safetensors", "step-00000006.safetensors"]
     found = tmp_path / "checkpoints" / "best.safetensors"
-    assert best(tmp_path) == found
+    assert best_file(tmp_path) == found
     assert_same(load(found), checkpoint(3))
     with Saver(tmp_path, keep=1) as saver:
         saver.save(checkpoint(6), best=True)

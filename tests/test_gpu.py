@@ -4,11 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from networks import apart, drawn, images, masks_of, narrow
+from pipeline import manifest
 from pipeline.online import Loader
+from runs import TINY
+from tools.gpu_training import FP32, WAYS, Way, training
+from tools.gpu_training import apart as outcomes_apart
+from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
+from trainer.dropout import masks
 from trainer.model import Grouped, initial_weights
+from trainer.optim import Momentum, Schedule
 from trainer.parallel import Columns
+from trainer.train import Start, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,3 +63,74 @@ def test_two_columns_on_gpus_equal_the_grouped_network_on_the_cpu():
     gathered = columns.gathered([{name: w.grad for name, w in part.items()} for part in columns.parts()])
     for name, w in grouped.weights().items():
         torch.testing.assert_close(gathered[name], w.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_masks_drawn_on_the_device_are_the_hosts():
+    """Two layers, of which one's units are no multiple of 4; the places of a second process's batch."""
+    for seed, step, samples, place in ((2012, 0, 8, 0), (2**64 - 1, 2**31 - 1, 5, 123)):
+        units = {"fc6": 4096, "fc7": 50}
+        host = masks(seed, step, samples, units, 0.5, place=place)
+        for where in devices():
+            found = masks(seed, step, samples, units, 0.5, where, place)
+            for name, mask in host.items():
+                assert found[name].device == where
+                assert torch.equal(found[name].cpu(), mask), (where, name)
+
+
+@pytest.fixture
+def expected(dataset: Path) -> dict[str, torch.Tensor]:
+    """What the grouped network makes of the first batch, in float32."""
+    return outcome(dataset, FP32, whole=True)
+
+
+def outcome(dataset: Path, way: Way, whole: bool = False) -> dict[str, torch.Tensor]:
+    """Loss and gradients of the trainer's own steps on one batch: enough of them that CUDA graphs are replayed."""
+    with training(manifest.load(dataset), devices()[0], "tiny", 16, way, whole=whole) as steps:
+        with steps.loader() as loader:
+            batch = next(loader)
+        for _ in range(4):
+            steps.step(batch)
+        return steps.outcome()
+
+
+@pytest.mark.parametrize("way", WAYS["cuda"], ids=str)
+def test_every_way_of_training_is_near_float32(dataset: Path, expected: dict[str, torch.Tensor], way: Way):
+    loss, gradient = outcomes_apart(outcome(dataset, way), expected)
+    assert loss < {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}[way.precision]
+    assert gradient < {"fp32": 0.01, "tf32": 0.1, "bf16": 0.5}[way.precision]  # of the layer that is furthest off
+
+
+@pytest.mark.parametrize("way", [FP32, Way("bf16", True), Way("bf16", True, "graphs")], ids=str)
+def test_a_run_is_resumed(dataset: Path, tmp_path: Path, way: Way):
+    """Validations, and checkpoints in the background; the second part begins with the weights of the first."""
+    settings = (*TINY, "train.validate_every=2", "train.checkpoint_every=2", "train.keep=9", *way.settings())
+    first, second = (recipes.load("tiny", (*settings, f"train.steps={steps}")) for steps in (4, 8))
+    run = tmp_path / "run"
+    train(dataset, run, first, devices(), Start())
+    begun = checkpoints.load(run)
+    assert begun.step == 4
+    train(dataset, run, second, devices(), Start(resumed=begun))
+    ended = checkpoints.load(run)
+    assert (ended.step, ended.loader["step"], len(ended.history)) == (8, 8, 2)
+    for name, w in ended.weights.items():
+        assert w.isfinite().all()
+        assert not torch.equal(w, begun.weights[name]), name
+
+
+def test_five_steps_of_columns_on_gpus_end_at_the_grouped_networks_weights_on_the_cpu():
+    """In float64, with dropout."""
+    recipe = narrow("original", "model.size=64", "optim.lr=0.001", "optim.bias_lr=0.001")
+    begun, schedule = drawn(recipe.model, 7), Schedule(recipe, 5)
+    grouped, columns = Grouped(recipe.model, 7).double(), Columns(recipe.model, 7, devices()).double()
+    networks = (grouped, [grouped.weights()]), (columns, columns.parts())
+    for network, parts in networks:
+        network.load(begun)
+        optimiser = Momentum(parts, recipe.optim.momentum)
+        for step in range(5):
+            logits = network(images(recipe.model, 4), masks_of(recipe.model, 4, seed=step))
+            F.cross_entropy(logits, torch.tensor([0, 2, 4, 6], device=logits.device)).backward()
+            optimiser.step(schedule.rates(step))
+    found = columns.gathered()
+    for name, w in grouped.weights().items():
+        assert apart(found[name], w) < 1e-8, name
+        assert apart(found[name], begun[name]) > 1e-6, name  # it has learned

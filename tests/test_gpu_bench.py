@@ -2,18 +2,26 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from pipeline.manifest import Manifest
-from tools.gpu import BATCHES, COMPARED, HEADER, OUTPUTS, PLANS, REPETITIONS, Bench, Row, main
+from tools import gpu_bench, gpu_training
+from tools.gpu import BATCHES, HEADER, main
+from tools.gpu_bench import COMPARED, DRAWN, OUTPUTS, PLANS, REPETITIONS, Bench, Plan, Row
+from tools.gpu_training import FP32, WAYS, Way
 from tools.peers.datasets import of_images
+from trainer.recipe import COMPILED, PRECISIONS
 
 ((BATCH,), _, _) = PLANS["cpu"]
-TIMED = ("decode", "loader", "step", "fed")
+TIMED = ("decode", "loader", "grouped", "step", "fed")
+TRAINING = ["grouped"] * 2 + ["step"] * 3 + ["fed"] * 2  # both, and steps with the same masks, in fp32 and bf16
+PARTS = ["decode", *["loader"] * len(OUTPUTS), "pixels", *TRAINING, "two devices", "two devices"]
 
 
 def words(dataset: Path, *more: object) -> list[str]:
@@ -26,8 +34,7 @@ def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     found = json.loads(file.read_text())
     rows = [Row(**row) for row in found.pop("rows")]
-    parts = ["decode", *["loader"] * len(OUTPUTS), "pixels", "step", "step", "fed", "two devices", "two devices"]
-    assert [row.part for row in rows] == parts
+    assert [row.part for row in rows] == PARTS
     for row in rows:
         assert row.batch == BATCH
         if row.part in TIMED:
@@ -46,11 +53,29 @@ def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.Cap
         else:
             part, _, what = row.ceiling.partition(", ")
             assert row.share == row.images_per_second / by_name[part, what].images_per_second
-    assert [row.part for row in rows if row.ceiling] == ["loader"] * len(OUTPUTS) + ["step", "fed"]
-    pixels, fed = by_name["pixels", "uint8, hardware_share 0"].found, by_name["fed", "loader's batches"]
+    assert [row.part for row in rows if row.ceiling] == ["loader"] * len(OUTPUTS) + ["step", "step", "fed", "fed"]
+    pixels = by_name["pixels", "uint8, hardware_share 0"].found
     assert pixels["views"] >= COMPARED
     assert pixels["mean difference from the CPU's"] == pixels["largest"] == 0
-    assert fed.found["lost"] == 1 - fed.share
+    for precision in ("fp32", "bf16"):
+        fed = by_name["fed", f"{precision}, loader's batches"]
+        assert fed.ceiling == f"step, {precision}, same batch"
+        assert fed.found["lost"] == 1 - fed.share
+        assert by_name["step", f"{precision}, same batch"].ceiling == f"grouped, {precision}, same batch"
+
+    # what each way makes of the batch, against what the grouped network makes of it in fp32
+    assert "loss off" not in by_name["grouped", "fp32, same batch"].found
+    for what, bound in (("fp32, same batch", 1e-4), ("fp32, same batch, same masks", 1e-4), ("bf16, same batch", 0.5)):
+        step = by_name["step", what].found
+        assert step["loss off"] < bound / 10
+        assert step["gradient off"] < bound
+        assert step["agrees"] == 1
+    assert by_name["step", "bf16, same batch"].found["gradient off"] > 1e-3  # not the same, or it is no bfloat16
+    plain, kept = by_name["step", "fp32, same batch"], by_name["step", "fp32, same batch, same masks"]
+    assert plain.found["for masks"] == 1 - plain.images_per_second / kept.images_per_second
+    for part, on in (("step", "same batch"), ("fed", "loader's batches")):
+        one, other = by_name[part, f"bf16, {on}"], by_name[part, f"fp32, {on}"]
+        assert one.found["times fp32"] == one.images_per_second / other.images_per_second
     for row in rows:
         if row.part in ("loader", "fed"):
             causes = [row.found[cause] for cause in ("reading", "decoding", "transfer")]
@@ -86,16 +111,68 @@ def test_one_row_may_fail(dataset: Path, capsys: pytest.CaptureFixture[str], mon
         monkeypatch.setattr(Bench, name, fail)
     main(words(dataset))
     table = capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
-    assert [line.split()[0] for line in table] == [
-        "part",
-        "decode",
-        *["loader"] * 5,
-        "pixels",
-        *"step step fed two two".split(),
-    ]
+    assert [line.split()[0] for line in table] == ["part", *(part.split()[0] for part in PARTS)]
     reasons = [line.partition("not measured: ")[2].partition("  ")[0] for line in table]
     memory, module = "CUDA out of memory.", "No module named 'click'"
-    assert reasons == ["", "no decoder", *[""] * 6, memory, memory, module, *["one device"] * 2]
+    assert reasons == ["", "no decoder", *[""] * 6, *[memory] * 5, module, module, *["one device"] * 2]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, for what torch makes of it on a CPU")
+def test_a_compiled_way_leaves_nothing_behind(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The code that a GPU runs, with a network of two layers: it agrees, and torch's settings are as before."""
+    recipe, resets = tmp_path / "small.toml", list[bool]()
+    order = 'order = ["conv1", "fc8"]\nsize = 40\nlayers.conv1 = { width = 8 }'
+    recipe.write_text(f'base = "tiny"\n[model]\n{order}\n')
+    monkeypatch.setitem(PLANS, "cpu", Plan((BATCH,), (0,), str(recipe)))
+    reset = torch.compiler.reset
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True) or reset())
+    bench = Bench(of_images(dataset, BATCHES * BATCH, tmp_path / "part"), torch.device("cpu"), 0.01)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    bench._row("grouped", f"{FP32}, {DRAWN}", BATCH, bench._step, FP32)
+    assert not resets
+    way = Way("tf32", True, "segments")
+    row = bench._row("step", f"{way}, {DRAWN}", BATCH, bench._step, way)
+    assert row.not_measured == ""
+    assert row.what == "tf32, channels_last, segments, same batch"
+    assert (row.found["agrees"], row.found["gradient off"] < 1e-4) == (1, True)  # TF32 is of a GPU
+    assert row.found["compiled in, s"] > 0
+    assert len(resets) == 1
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+def test_a_way_that_cannot_be_compiled(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its row says why, not only that; the settings are as before."""
+
+    def fail(*_: object) -> None:
+        torch.backends.cudnn.allow_tf32 = False
+        raise BackendCompilerFailed(torch.compile, RuntimeError("no Triton\nhere"), None)
+
+    before = torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(gpu_training.Training, "__init__", fail)
+    bench = Bench(of_images(dataset, BATCHES * BATCH, tmp_path / "part"), torch.device("cpu"), 0.01)
+    row = bench._row("step", "", BATCH, bench._step, Way("bf16", False, "graphs"))
+    assert (row.rates, row.not_measured) == ([], "RuntimeError: no Triton")
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_wrong_gradients_do_not_agree():
+    right = {"loss": torch.tensor(2.0), "conv1.weight": torch.ones(3), "fc8.weight": torch.full((4,), 1e6)}
+    assert gpu_training.apart(right, right) == (0, 0)
+    loss, gradient = gpu_training.apart({**right, "conv1.weight": torch.zeros(3)}, right)
+    assert (loss, gradient) == (0, 1)  # the worst layer, however small beside others
+    assert max(gpu_bench.WITHIN.values()) < 1
+
+
+def test_the_fastest_way_in_bf16_is_fed():
+    bench = Bench.__new__(Bench)
+    bench._ways, bench.done = WAYS["cuda"], []
+    assert {way.precision for way in bench._ways} == set(gpu_bench.WITHIN) == set(PRECISIONS)
+    assert {way.compile for way in bench._ways} == set(COMPILED)
+    assert bench._fastest_bf16(8).precision == "bf16"  # where none could be measured
+    for rate, way in enumerate(bench._ways):
+        rate = 99.0 if way == FP32 else float(rate % 7)
+        bench.done.append(Row("step", f"{way}, {DRAWN}", 8, [rate], rate))
+    assert str(bench._fastest_bf16(8)) == "bf16, channels_last, segments"
 
 
 def test_only_the_fastest_of_equal_rows_is_in_the_table():
@@ -113,7 +190,7 @@ def test_pictures_without_a_label(dataset: Path, tmp_path: Path, monkeypatch: py
     records["label"][-1] = -1
     monkeypatch.setattr(Manifest, "samples", lambda *_: records)
     bench = Bench(data, torch.device("cpu"), 0.01)
-    row = bench._row("fed", "", BATCH, bench._fed)
+    row = bench._row("fed", "", BATCH, bench._fed, FP32)
     assert (row.rates, row.not_measured) == ([], "there are training pictures without a label")
 
 

@@ -127,9 +127,7 @@ def test_the_best_checkpoint_stays(dataset: Path, tmp_path: Path):
     assert train(dataset, tmp_path / "run", 6, *habits).exit_code == 0
     errors = {line["step"]: line["top1_error"] for line in read(tmp_path / "run") if line["kind"] == "validation"}
     first = min(errors, key=lambda step: (errors[step], step))
-    best = checkpoints.best(tmp_path / "run")
-    assert best is not None
-    assert checkpoints.load(best).step == first
+    assert checkpoints.load(checkpoints.best_file(tmp_path / "run")).step == first
     assert [checkpoints.load(file).step for file in checkpoints.files(tmp_path / "run")] == [6]
 
 

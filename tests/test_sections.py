@@ -12,7 +12,7 @@ import torch
 from pipeline.online import Loader
 from reported import CLASSES, RECIPE, Page, Written, pixels, source
 from trainer import figures, recipe
-from trainer.model import AlexNet
+from trainer.model import Grouped
 
 
 def stored(data: Path, split: str) -> list[bytes]:
@@ -39,7 +39,7 @@ def test_result(written: Written) -> None:
     assert facts["Data set"] == (
         f"pictures: {train} train, {val} val samples, 3 classes, identity {written.dataset.identity[:12]}"
     )
-    assert facts["Network"].startswith("4 · 4 · 4 · 4 · 4 maps (conv1 to conv5), 8 · 8 units")
+    assert facts["Network"].startswith("conv1 4, conv2 4, conv3 4, conv4 4, conv5 4, fc6 8, fc7 8, fc8 3 maps or units")
     assert facts["Training"] == "40 of 40 steps of 8 images, seed 7"
     assert facts["Speed"].startswith("321 images/s, stall 12.5 %")  # medians, not means
 
@@ -93,7 +93,7 @@ def test_kernels_of_each_column(written: Written) -> None:
 
 
 def test_bars_are_the_networks_probabilities(written: Written) -> None:
-    network = AlexNet(RECIPE.model, len(CLASSES))
+    network = Grouped(RECIPE.model, len(CLASSES))
     network.load(written.weights)
     with Loader(written.data, "val", batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
         batch = next(loader)

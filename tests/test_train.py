@@ -130,7 +130,7 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
     assert not (tmp_path / "r").exists()
     one_line(train(dataset, run, 2), "exists already", "--resume")
     one_line(resume(dataset, tmp_path / "none"), "no checkpoint")
-    one_line(resume(dataset, run), "has done 6 of 6 steps", "train.steps")
+    one_line(resume(dataset, run), "has done 6 steps, and 6 are asked for", "train.steps")
     new = ("train", "--data", dataset, "--out", tmp_path / "r", "--devices")
     one_line(trainer(*new, "cuda:99,cuda:98"), "cuda:99,cuda:98", "CUDA devices")
     one_line(trainer(*new, "cpu"), "--devices cpu: 1 given; the network has two columns")
@@ -185,7 +185,7 @@ def test_what_cannot_change_on_resume_is_refused_and_changes_nothing(run: Path, 
     for setting, words in refused.items():
         one_line(resume(dataset, run, "train.steps=9", setting), words)
     one_line(resume(dataset, run, more=("--recipe", "original")), "a resumed run keeps its own")
-    one_line(resume(dataset, run, "optim.lr=5.0"), "has done 6 of 6")
+    one_line(resume(dataset, run, "optim.lr=5.0"), "has done 6 steps, and 6 are asked for")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 

@@ -180,7 +180,7 @@ def test_changes_against_numpy(name: str):
     F.cross_entropy(logits, torch.tensor([0, 1])).backward()
     run.optimiser.step(rates)
     after = {key: value.numpy() for key, value in run.network.gathered().items()}
-    found = changes(run.network.parts(), run.optimiser.velocity)
+    found = changes(run.network.parts(), run.optimiser.velocity, rates)
     assert list(found) == list(run.model.order)
     for layer, numbers in found.items():
         w, update = after[f"{layer}.weight"], after[f"{layer}.weight"] - before[f"{layer}.weight"]
@@ -191,8 +191,19 @@ def test_changes_against_numpy(name: str):
 
 def test_changes_of_weights_that_are_zero():
     network = Columns(narrow("half").model, 7, CPU[:1])
-    found = changes(network.parts(), Momentum(network.parts(), 0.9).velocity)
+    rates = {layer.name: Rates(1.0, 1.0, 0.0) for layer in network.layers}
+    found = changes(network.parts(), Momentum(network.parts(), 0.9).velocity, rates)
     assert found["conv1"] == {"weight": 0, "update": 0, "ratio": 0}
+
+
+def test_a_frozen_layer_does_not_change():
+    run = Run("original")
+    for velocity in run.optimiser.velocity:
+        velocity["conv1.weight"].fill_(1.0)  # of its last update, which will not be repeated
+    rates = {layer: Rates(1.0, 1.0, 0.0, frozen=layer == "conv1") for layer in run.model.order}
+    found = changes(run.network.parts(), run.optimiser.velocity, rates)["conv1"]
+    assert (found["update"], found["ratio"]) == (0, 0)
+    assert found["weight"] > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -90,10 +90,15 @@ def train(
         raise UserError("--other-data: is for --resume; a new run takes any data")
     if init_layers is not None and init is None:
         raise UserError(f"--init-layers {init_layers}: name the run that they come from, too: --init CHECKPOINT")
+    if resume and run.is_file():
+        raise UserError(f"{run}: is a file; name the run directory as --out, and it goes on from its newest checkpoint")
     resumed = checkpoints.load(run) if resume else None
-    chosen = recipes.override(resumed.recipe, settings) if resumed else recipes.load(recipe or "original", settings)
+    base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
+    chosen = recipes.override(base, settings)
     where = placed(devices, chosen.model.columns)
-    layers = tuple(name.strip() for name in init_layers.split(",")) if init_layers else ()
+    layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
+    if init_layers is not None and not layers:
+        raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
     start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
     run_training(data, run, chosen, where, start)
     _write_report(data, run, where)

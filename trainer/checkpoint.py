@@ -57,12 +57,6 @@ def best_file(run: Path) -> Path:
     return run / FOLDER / "best.safetensors"
 
 
-def best(run: Path) -> Path | None:
-    """The checkpoint of the best validation error, if there is one."""
-    path = best_file(run)
-    return path if path.is_file() else None
-
-
 def save(run: Path, checkpoint: Checkpoint) -> Path:
     """Write RUN/checkpoints/step-NNNNNNNN.safetensors atomically. Raises OSError with an older checkpoint untouched."""
     path = step_file(run, checkpoint.step)

@@ -32,7 +32,9 @@ def masks(
         use, places, blocks = DROPOUT + (layer << 8), np.arange(place, place + samples), np.arange(-(-width // 4))
         if on_gpu:
             words = [np.array([*key, use, step, threshold]), places[:, None], blocks]
-            mask = compiled_mask(*(torch.from_numpy(each).to(device) for each in words))
+            # pinned, so that the host need not wait for the steps before
+            sent = [torch.from_numpy(each).pin_memory().to(device, non_blocking=True) for each in words]
+            mask = compiled_mask(*sent)
         else:
             mask = torch.from_numpy((philox(key, (use, step, places[:, None], blocks)) >= threshold).astype(np.float32))
         result[name] = mask.flatten(1)[:, :width]

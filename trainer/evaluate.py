@@ -14,6 +14,8 @@ from trainer.parallel import Columns
 from trainer.recipe import Recipe
 from trainer.watch import Diverged
 
+LEAST = torch.finfo(torch.float64).tiny  # of a probability: its logarithm is finite
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -44,7 +46,7 @@ def evaluate(network: Columns, data: Manifest, recipe: Recipe, split: str, views
                 raise Diverged("the network's outputs are not finite numbers: its training has diverged")
             wrong1 += float(top_k_errors(chances, batch.labels, 1).sum())
             wrong5 += float(top_k_errors(chances, batch.labels, 5).sum())
-            nll -= float(chances.gather(1, batch.labels[:, None]).log().sum())
+            nll -= float(chances.gather(1, batch.labels[:, None]).clamp_min(LEAST).log().sum())
             samples += len(batch.labels)
     return Evaluation(samples, 100 * wrong1 / samples, 100 * wrong5 / samples, nll / samples)
 

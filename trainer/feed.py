@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
 from trainer.recipe import Recipe
@@ -23,10 +24,23 @@ def steps_of(dataset: Manifest, recipe: Recipe) -> int:
     return recipe.train.steps or max(1, round(recipe.train.epochs * steps_per_epoch(dataset, recipe)))
 
 
+def require_pictures(dataset: Manifest, recipe: Recipe) -> None:
+    """Raise UserError where the network cannot see the data set's pictures."""
+    if dataset.recipe.crop != "centre":
+        raise UserError(f"{dataset.root}: built with --crop none, of whole pictures; build with --crop centre")
+    size, view = dataset.recipe.size, recipe.model.size
+    if size < view:
+        raise UserError(
+            f"{dataset.root}: images of {size} pixels, and the network sees {view}; build with --size "
+            f"{-(-view * 256 // 224)}, or take a recipe of a smaller model.size"
+        )
+
+
 def training(
     dataset: Manifest, recipe: Recipe, devices: Sequence[torch.device] = CPU, batch_size: int | None = None
 ) -> Loader:
     """The training split, as a run sees it. Raises UserError where data set and recipe do not fit together."""
+    require_pictures(dataset, recipe)
     until = recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs
     return Loader(
         dataset,
@@ -47,6 +61,7 @@ def training(
 
 def evaluation(dataset: Manifest, recipe: Recipe, split: str, views: str, devices: Sequence[torch.device]) -> Loader:
     """Every image of a split once, as the centre view, ten views, or nine. Raises UserError as `training`."""
+    require_pictures(dataset, recipe)
     return Loader(
         dataset,
         split,

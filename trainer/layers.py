@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
 
+MOST = 2**31  # parameters
 KINDS = ("conv", "local", "linear")
 MAPS = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh")  # what may follow "conv" and "local"
 UNITS = ("relu", "tanh", "dropout")  # what may follow "linear"
@@ -63,7 +64,7 @@ class ModelRecipe:
     lrn_k: float = 2.0
 
     def __post_init__(self) -> None:
-        require(self.size >= 1, "model.size", self.size, "at least 1 pixel")
+        require(1 <= self.size <= 4096, "model.size", self.size, "1 to 4096 pixels")
         require(self.columns in (1, 2), "model.columns", self.columns, "1 or 2")
         require(self.classes >= 0, "model.classes", self.classes, "at least 0 (0: as the data set has)")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
@@ -92,6 +93,11 @@ def _check(key: str, layer: LayerRecipe) -> None:
             word in possible, f"{key}.then", repr(word), f"of {', '.join(possible)}: what may follow {layer.kind!r}"
         )
     require(layer.then.count("dropout") < 2, f"{key}.then", layer.then, "with dropout once")
+    for name in ("padding", "overhang"):
+        value = getattr(layer, name)
+        require(
+            value == 0 or value < layer.kernel, f"{key}.{name}", value, f"less than the kernel, {layer.kernel} pixels"
+        )
     for name, least in (("width", 0), ("kernel", 1), ("stride", 1), ("padding", 0), ("overhang", 0), ("sd", 0)):
         require(getattr(layer, name) >= least, f"{key}.{name}", getattr(layer, name), f"at least {least}")
 
@@ -167,6 +173,8 @@ def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
         found.append(Layer(name, layer, width, maps // groups, groups, columns, own, end))
         maps, side = width, end
     require(bool(found), "model.order", recipe.order, "one layer at least")
+    count = sum(math.prod(layer.weight) + math.prod(layer.bias) for layer in found)
+    require(count <= MOST, "model", f"{count:,} parameters", f"at most {MOST:,}")
     return tuple(found)
 
 

@@ -138,5 +138,5 @@ def compiled(run: Callable[..., Any], how: str) -> Callable[..., Any]:
     """`Part.run` as torch.compile makes it: "segments", or "graphs", which are CUDA graphs as well."""
     if how == "no":
         return run
-    torch._dynamo.config.recompile_limit = 128  # a compilation for each segment, size of batch, and mode
-    return torch.compile(run, mode="reduce-overhead" if how == "graphs" else None)
+    torch._dynamo.config.recompile_limit = 128  # a compilation for each segment of a column, and size of batch
+    return torch.compile(run, dynamic=False, mode="reduce-overhead" if how == "graphs" else None)

@@ -80,9 +80,12 @@ class Schedule:
     def state(self) -> dict[str, Any]:
         return {"best": None if self._best == math.inf else self._best, "since": self._since, "fallen": self._fallen}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._best = math.inf if state["best"] is None else state["best"]
-        self._since, self._fallen = state["since"], state["fallen"]
+    def load_state(self, state: dict[str, Any], forget_errors: bool = False) -> None:
+        """Take over what `state` gave; `forget_errors`, which are of other images, and keep how often rates fell."""
+        self._fallen = state["fallen"]
+        if not forget_errors:
+            self._best = math.inf if state["best"] is None else state["best"]
+            self._since = state["since"]
 
     def _scaled(self, rate: float) -> float:
         """Rates grow with the batch: 256 at 0.02 was as good as 128 at 0.01 in the original's log."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.online.options import devices_of
 from trainer.layers import Layer, ModelRecipe
 from trainer.model import Masks, Part, Weights, compiled
 
@@ -52,12 +53,14 @@ class Columns(nn.Module):
         given = [x] * len(self.devices) if isinstance(x, Tensor) else x
         values = [each.to(device, memory_format=self._format) for each, device in zip(given, self.devices)]
         sums: list[list[Tensor]] = [[] for _ in self.devices]
+        # compiled for training alone: evaluation has other sizes, and keeps outputs that CUDA graphs would overwrite
+        runs = self._runs if torch.is_grad_enabled() else [column.run for column in self._columns()]
         for layers in self.segments:
             holding = range(layers[0].columns)
             if len(self.devices) > 1 and layers[0].groups == 1 and layers[0] is not self.layers[0]:
                 values = [torch.cat([value.to(self.devices[i]) for value in values], 1) for i in holding]
             # one column after the other, so that the devices are both busy
-            found = [self._runs[i](layers, values[i], self._masks(i, layers, masks)) for i in holding]
+            found = [runs[i](layers, values[i], self._masks(i, layers, masks)) for i in holding]
             values = [value for value, _ in found]
             for i, (_, each) in enumerate(found):
                 sums[i].append(each)
@@ -141,7 +144,7 @@ def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
             raise UserError(f"--devices {text}: {device.type} is not supported; give cuda:N or cpu")
     if len({device.type for device in devices}) > 1:
         raise UserError(f"--devices {text}: the loader feeds GPUs or the CPU, not both; give {_example(columns)}")
-    return tuple(devices)
+    return devices_of(names)
 
 
 def _example(columns: int) -> str:

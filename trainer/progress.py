@@ -1,5 +1,6 @@
 """What a run says of itself, for people: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 from collections.abc import Iterable
 from time import monotonic
@@ -55,9 +56,9 @@ class Progress:
         start = f"step {line['step']:>{len(str(self._steps))}}/{self._steps}  {figures}"
         left = self._left(line["step"])
         stall, advice = self._shortened(said, WIDTH - len(start) - len(left))
-        click.echo(start + stall + left)
+        self.say(start + stall + left)
         if advice:
-            click.echo(advice)
+            self.say(advice)
 
     def validation(self, line: dict[str, Any]) -> None:
         """A validation, as for `metrics.Metrics.validation`."""
@@ -68,10 +69,15 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Any other line."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
-        else:
-            click.echo(text)
+        try:
+            if self._bar:
+                self._bar.console.print(text, markup=False, soft_wrap=True)
+            else:
+                click.echo(text)
+        except BrokenPipeError:  # who listened has gone (`| head`): the run goes on, and metrics.jsonl has it all
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
     def _left(self, done: int) -> str:
         """When the run will end, by the speed so far; nothing on the first line, whose speed is that of warming up."""

@@ -1,7 +1,6 @@
 """A training recipe: the options that determine a run. One frozen dataclass, read from TOML, validated once."""
 
 import json
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -14,6 +13,8 @@ FOLDER = Path(__file__).parent / "recipes"
 SCHEDULES = ("stretches", "drops", "plateau")
 PRECISIONS = ("fp32", "tf32", "bf16")
 COMPILED = ("no", "segments", "graphs")
+GREATEST = 3.4e38  # about the greatest float32
+MOST = 2**20  # images of a batch, epochs, steps between two events: beyond any sense
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "keep"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+            require(1 <= getattr(self, name) <= MOST, f"train.{name}", getattr(self, name), f"between 1 and {MOST:,}")
+        require(0 < self.epochs <= MOST, "train.epochs", self.epochs, f"above 0, and at most {MOST:,}")
         require(self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as the epochs take)")
         for name in ("validate_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -154,10 +155,10 @@ def load(name: str, settings: Sequence[str] = ()) -> Recipe:
 def _read(name: str, above: tuple[str, ...]) -> Recipe:
     path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RecipeError(f"{name}: no such recipe; there are {', '.join(names())}, or give a .toml file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML ({error})") from error
     base = values.pop("base", None)
     if base is None:
@@ -177,11 +178,11 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     for setting in settings:
         key, equals, text = setting.partition("=")
         section, *path = key.strip().split(".")
-        if not equals or not path:
+        if not equals or not path or "\n" in setting:
             raise RecipeError(f"--set {setting}: not of the form section.key=value, such as train.steps=4")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # tomllib's own is a ValueError, as is a number of 5,000 digits
             hint = "; a text stands in quotes" if text.strip().isidentifier() else ""
             raise RecipeError(f"--set {setting}: the value is not TOML ({error}{hint})") from error
         for name in reversed(path):
@@ -261,12 +262,13 @@ def _section(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _typed(value: Any, wanted: Any, where: str) -> Any:
-    if wanted is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+    if wanted is float and type(value) in (int, float) and abs(value) <= GREATEST:
         return float(value)
     if wanted in (int, bool, str) and type(value) is wanted:
         return value
     element = {tuple[int, ...]: int, tuple[float, ...]: float, tuple[str, ...]: str}.get(wanted)
     if element and isinstance(value, list | tuple):
         return tuple(_typed(item, element, where) for item in value)
-    kind = f"a list of {element.__name__}" if element else wanted.__name__
+    names = {float: f"a number up to {GREATEST:.2g}", int: "a whole number", bool: "true or false", str: "a text"}
+    kind = f"a list, each {names[element]}" if element else names[wanted]
     raise RecipeError(f"{where} = {value!r}: must be {kind}")

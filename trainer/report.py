@@ -177,10 +177,13 @@ def _curves(dataset: Manifest, lines: Lines) -> str:
 
 def _kernels(network: Columns) -> str:
     grids = ""
-    whole = network.gathered()["conv1.weight"].numpy()
+    first = network.layers[0]
+    if first.recipe.kind != "conv":
+        return f"<p>The first layer, {first.name}, has no kernels to look at.</p>"
+    whole = network.gathered()[f"{first.name}.weight"].numpy()
     for column, kernels in enumerate(np.split(whole, network.recipe.columns)):
         pixels = figures.kernel_grid(kernels)
-        alt = f"The {len(kernels)} kernels of conv1 in column {column}"
+        alt = f"The {len(kernels)} kernels of {first.name} in column {column}"
         image = picture(figures.png(pixels), "png", alt, "pixelated")
         grids += f"<div><h3>Column {column}</h3><figure>{image}<figcaption>{alt}</figcaption></figure></div>"
     side = whole.shape[-1]
@@ -203,7 +206,7 @@ def _predictions(dataset: Manifest, network: Columns, mean: str) -> str:
     pixels = [np.asarray(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in stored]
     sizes = np.array([picture.shape[:2] for picture in pixels])
     windows = recipe.windows(0, 0, ids, None, sizes)
-    views = [augment.reference(picture, windows, i, recipe.rest(0)) for i, picture in enumerate(pixels)]
+    views = [augment.reference(picture, windows, i, recipe.rest(0), recipe.aligned) for i, picture in enumerate(pixels)]
     chances = probabilities(network, torch.from_numpy(np.stack(views))).cpu().numpy()
     words, cards = [record.words for record in dataset.classes], ""
     for number, jpeg, label, row in zip(ids, stored, labels, chances):

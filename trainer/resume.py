@@ -1,11 +1,16 @@
-"""What a run takes over: its own checkpoint, where it fits; another's layers; and the history that it keeps."""
+"""What a run takes over: its directory; its own checkpoint, where it fits; another's layers; and its history."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.errors import UserError
+from pipeline.files import ASIDE, sweep
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
@@ -15,16 +20,41 @@ from trainer.recipe import Recipe, difference
 # what the weights and the sequence of batches stand for; all else may change on resume
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
 FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad")
+OURS = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
+REMEMBERED = {"schedule", "window", "steps", "over"}  # of a checkpoint's `progress`
 
 
 def require_fresh(run: Path) -> None:
     """A new run takes a new or empty directory, or that of a run which left no checkpoint."""
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    if not run.exists():
         return
-    if checkpoints.files(run):
+    if not run.is_dir():
+        raise UserError(f"{run}: is a file; name a directory as --out")
+    if checkpoints.files(run) or checkpoints.best_file(run).exists():
         raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
-    if not (run / "recipe.json").is_file():
-        raise UserError(f"{run}: exists and is not a run directory; name another --out")
+    others = [path.name for path in run.iterdir() if path.name not in OURS and path.suffix != ASIDE]
+    if others:
+        raise UserError(f"{run}: exists and is not a run directory (it has {min(others)}); name another --out")
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """A run directory, made if it is not there, for this process alone; what a killed one left half-written goes.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run}: another process trains there; wait for its end, or name another --out") from error
+        sweep(run)
+        yield
+    finally:
+        os.close(folder)
 
 
 def require_classes(recipe: Recipe, dataset: Manifest) -> None:
@@ -43,7 +73,7 @@ def require_labels(dataset: Manifest, recipe: Recipe) -> bool:
     unlabelled = int((labels["train"] < 0).sum())
     if unlabelled:
         raise UserError(f"{dataset.root}: {unlabelled:,} training images have no label; build from labelled ones")
-    found = "val" in labels and len(labels["val"]) > 0 and int(labels["val"].min()) >= 0
+    found = "val" in labels and len(labels["val"]) > 0 and int(labels["val"].min()) >= 0  # all of them, or none
     if recipe.optim.schedule == "plateau" and not found:
         raise UserError(
             f"{dataset.root}: has no labelled validation images, and optim.schedule = 'plateau' looks at their error; "
@@ -62,14 +92,20 @@ def require_same(resumed: Checkpoint, recipe: Recipe, dataset: Manifest, run: Pa
             f"{run}: has learned {len(resumed.classes):,} classes, {dataset.root} has {len(classes):,}, and not the "
             "same; start a new run from its layers: --init"
         )
+    if missing := REMEMBERED - resumed.progress.keys():
+        raise checkpoints.CheckpointError(f"{run}: its newest checkpoint lacks {', '.join(sorted(missing))}; delete it")
     for key, (old, new) in difference(resumed.recipe, recipe).items():
         if key.startswith(FIXED) and not key.startswith(FREE):
             raise UserError(f"{run}: --set {key}: cannot change on resume ({old} → {new}); start a new run")
 
 
-def require_unfinished(resumed: Checkpoint, steps: int, run: Path) -> None:
+def require_unfinished(resumed: Checkpoint, recipe: Recipe, steps: int, run: Path) -> None:
+    """Raises UserError where there is nothing left to do."""
     if resumed.step >= steps:
-        raise UserError(f"{run}: has done {resumed.step} of {steps} steps; raise them: --set train.steps=N")
+        remedy = "--set train.epochs=N goes on"
+        if recipe.train.steps:
+            remedy = "--set train.steps=N goes on, and the times of its schedule stretch to that"
+        raise UserError(f"{run}: has done {resumed.step} steps, and {steps} are asked for; {remedy}")
     if resumed.progress["over"]:
         raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
 

@@ -55,6 +55,11 @@ class Saver:
         self._pending = self._worker.submit(self._write, path, checkpoints.serialised(checkpoint), best)
         return path
 
+    def look(self) -> None:
+        """Raise UserError if the write in hand has failed by now. Does not wait."""
+        if self._pending and self._pending.done():
+            self._wait()
+
     def close(self) -> None:
         """Wait for the last write. Raises UserError if it failed."""
         self._worker.shutdown(wait=True)
@@ -83,10 +88,12 @@ class Saver:
     def _write(self, path: Path, parts: list[bytes | memoryview], best: bool) -> None:
         target = path
         try:
-            checkpoints.write(path, parts)
-            if best:
+            if best:  # first: a run killed between the two is resumed from before, and finds it the best again
                 target = checkpoints.best_file(self._run)
-                _link(path, target)
+                checkpoints.write(target, parts)
+                _link(target, path)
+            else:
+                checkpoints.write(path, parts)
             # the one just written stays, whatever its step
             others = [file for file in checkpoints.files(self._run) if file != path]
             for target in others[: max(0, len(others) - self._keep + 1)]:

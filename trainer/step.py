@@ -46,7 +46,8 @@ def update(
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="sum")
-    (losses / recipe.batch_size).backward()
+    if losses.requires_grad:  # else every layer is frozen
+        (losses / recipe.batch_size).backward()
     if watched:
         watched.note(batch.step, losses.detach(), sums)
     optimiser.step(rates)

@@ -1,4 +1,4 @@
-"""A request to end: SIGTERM or an interruption lets the step in hand end and the run be saved."""
+"""A request to end: SIGTERM, Ctrl-C or a lost terminal lets the step in hand end and the run be saved."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(UserError):
@@ -19,7 +19,7 @@ class Stopped(UserError):
 
 
 class Stop:
-    """Takes note of SIGTERM and SIGINT while it is a context; a second one acts as it would have without it."""
+    """Takes note of SIGTERM, SIGINT and SIGHUP while it is a context; a second one acts as it would have without it."""
 
     def __init__(self) -> None:
         self._asked: int | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import manifest
+from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
@@ -51,6 +52,8 @@ def train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, ..
     """
     try:
         _train(data, run, recipe, devices, start)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{error.args[0].splitlines()[0]} Lower train.batch_size, or name other --devices") from error
     except Diverged as error:
         found = checkpoints.files(run)
         if not found:
@@ -70,9 +73,10 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
     steps, steps_per_epoch = feed.steps_of(dataset, recipe), feed.steps_per_epoch(dataset, recipe)
     if resumed:
         resume.require_same(resumed, recipe, dataset, run, start.other_data)
-        resume.require_unfinished(resumed, steps, run)
+        resume.require_unfinished(resumed, recipe, steps, run)
     else:
         resume.require_fresh(run)
+    feed.require_pictures(dataset, recipe)
     validated = resume.require_labels(dataset, recipe)
 
     # network, optimiser, schedule
@@ -82,30 +86,32 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
     if resumed:
         network.load(resumed.weights)
         optimiser.velocity = network.scatter(resumed.velocity)
-        schedule.load_state(resumed.progress["schedule"])
+        schedule.load_state(resumed.progress["schedule"], forget_errors=start.other_data)
     else:
         weights = initial_weights(recipe.model, len(classes), recipe.train.seed)
         taken = resume.taken_over(weights, start.init, start.init_layers, classes)
         network.load(weights | taken)
+        del weights, taken
     counts = parameter_count(recipe.model, len(classes)), multiply_adds(recipe.model, len(classes)) / 1e6
     history = (*(resumed.history if resumed else ()), resume.entry(resumed, start.init, recipe, dataset, devices))
 
     began = resumed.step if resumed else 0
     with ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        stack.enter_context(resume.claimed(run))
+        write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
+        write_bytes_aside(run / "history.json", (json.dumps(history, indent=1) + "\n").encode())
         loader = stack.enter_context(feed.training(dataset, recipe, devices))
         if resumed:
             loader.load_state_dict(resumed.loader if not start.other_data else {**loader.state_dict(), "step": began})
         metrics = stack.enter_context(Metrics(run, began))
         saver = stack.enter_context(Saver(run, recipe.train.keep))
         progress = stack.enter_context(Progress(steps, began))
-        stop = stack.enter_context(Stop())
-        write_bytes_aside(run / "recipe.json", (json.dumps(to_dict(recipe), indent=1) + "\n").encode())
-        write_bytes_aside(run / "history.json", (json.dumps(history, indent=1) + "\n").encode())
         progress.say(f"{counts[0]:,} parameters, {counts[1]:,.1f} million multiply-adds an image; {_where(devices)}")
         for news in resume.said(history):
             progress.say(news)
         if not validated:
-            progress.say("there are no labelled validation images: the run is not validated")
+            progress.say("no validation split, or not every image of it has a label: the run is not validated")
 
         watched, window = Watch(network), _Window(devices[0], loader, resumed.progress["window"] if resumed else None)
 
@@ -122,8 +128,8 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
             return saver.save(checkpoint, best)
 
         over = False  # by a last plateau, before its steps are done
-        if not resumed:
-            save(0)  # so that there is one before whatever happens
+        if not resumed or history[-1]["changed"] or start.other_data:
+            save(began)  # so that there is one before whatever happens, and what was changed holds
 
         # the loop; the devices are waited for at log lines, validations, checkpoints, and every watch.EVERY steps
         for batch in loader:
@@ -140,12 +146,13 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
                 watched.check()
             if done % recipe.train.log_every == 0 or ended:
                 watched.check()
+                saver.look()
                 found, said = window.close()
-                layers = watch.changes(network.parts(), optimiser.velocity)
+                layers = watch.changes(network.parts(), optimiser.velocity, rates)
                 line = {"step": done, "epoch": batch.epoch, "lr": schedule.lr(batch.step), **found, "layers": layers}
                 metrics.train(line)
                 progress.train(line, said)
-            best, asked = False, stop.asked
+            best = False
             if validated and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
                 watched.check()
                 with window.paused():
@@ -159,6 +166,7 @@ def _train(data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, .
                 ended = ended or over
                 if what == "drop":
                     progress.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
+            asked = stop.asked  # now: a validation takes long
             if best or ended or asked or _due(recipe.train.checkpoint_every, done, epoch_ends):
                 with window.paused():
                     path = save(done, best)

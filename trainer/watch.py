@@ -1,12 +1,13 @@
 """Watches over the numbers of a run: which layer gave the first one that is not finite, and how much layers change."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from trainer.optim import Rates
 from trainer.parallel import Columns
 
 EVERY = 50  # steps at most between looks; the devices are waited for at a look only
@@ -72,17 +73,21 @@ def _zero(like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def changes(parts: Sequence[dict[str, Tensor]], velocity: Sequence[dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+def changes(
+    parts: Sequence[dict[str, Tensor]], velocity: Sequence[dict[str, Tensor]], rates: Mapping[str, Rates]
+) -> dict[str, dict[str, float]]:
     """By layer: the mean of |w| and of |Δw|, the last update, and their ratio, which the 2012 program printed too.
 
-    A ratio between 10⁻⁴ and 3·10⁻³ is healthy. It waits for the devices.
+    A ratio between 10⁻⁴ and 3·10⁻³ is healthy; a frozen layer has 0. It waits for the devices.
     """
     found: dict[str, Any] = {}
     for name in (name for name in parts[0] if name.endswith(".weight")):
         held = [i for i, part in enumerate(parts) if name in part]
         count = sum(parts[i][name].numel() for i in held)
         w, v = (sum(float(values[i][name].abs().sum()) for i in held) / count for values in (parts, velocity))
-        found[name.removesuffix(".weight")] = {"weight": w, "update": v, "ratio": v / w if w else 0.0}
+        layer = name.removesuffix(".weight")
+        v = 0.0 if rates[layer].frozen else v
+        found[layer] = {"weight": w, "update": v, "ratio": v / w if w else 0.0}
     return found
 
 

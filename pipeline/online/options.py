@@ -34,7 +34,7 @@ def _check_known(options: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...]:
-    """Devices by name, CUDA's with their number. Raises UserError where one is not there."""
+    """Devices by name, CUDA's with their number, the CPU without. Raises UserError where one is not there."""
     found = []
     for name in names:
         try:
@@ -48,6 +48,8 @@ def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...
             if (device.index or 0) >= there:
                 raise UserError(f"device={name!r}: this machine has {there} CUDA devices; name one of them, or cpu")
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        else:
+            device = torch.device("cpu")  # whatever its number: there is one
         found.append(device)
     if len({device.type for device in found}) != 1:
         raise UserError(f"device={names}: name GPUs, or the CPU, at least one and not both")
