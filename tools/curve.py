@@ -50,7 +50,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], limit: float | None) -> Ima
     pen.text((LEFT, 14), "top-1 error of validation, centre view", INK, font)
     if limit is not None:
         pen.line([place(0, limit), place(last, limit)], INK)
-        pen.text((place(last, limit)[0], place(last, limit)[1] + 4), f"{limit:g} %", INK, font, "ra")
+        pen.text((LEFT + 6, place(0, limit)[1] + 4), f"{limit:g} %", INK, font)
     for i, (name, points) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         pen.line([place(*point) for point in points], colour, 3, "curve")
