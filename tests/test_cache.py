@@ -2,107 +2,34 @@
 
 import os
 import random
-import shutil
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import build, one_line
-from pipeline import files, manifest, storage
-from pipeline.errors import UserError
+from cached import (  # noqa: F401 – three are fixtures
+    AMPLE,
+    SHARDS,
+    built_locally,
+    content,
+    data_in_store,
+    fetched,
+    fetching,
+    limit_of,
+    name_of,
+    none_left,
+    on_disk,
+    pieces,
+    place,
+    soon,
+)
+from conftest import one_line
+from pipeline import files, storage
 from pipeline.manifest import DatasetError, Manifest
-from pipeline.online import cache as module
 from pipeline.online.cache import ShardCache
 from pipeline.storage import Location, retries
-from pipeline.storage.readahead import read_ahead
-from pipeline.storage.retries import StorageError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
-
-SHARDS = 12
-PIECE = 8192  # bytes: a shard comes in three
-AMPLE = 2**30  # bytes
-
-
-@pytest.fixture(scope="module")
-def built(little: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cached") / "dataset"
-    result = build(little, root, "--size", 32, "--samples-per-shard", 12, "--workers", 1)
-    assert result.exit_code == 0, result.output
-    return root
-
-
-@pytest.fixture
-def data(built: Path, s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    """The data set in a store; of its files, the shards alone."""
-    names = [name_of(shard) for shard in range(SHARDS)]
-    for _ in read_ahead(names, lambda name: storage.put_if_absent(bucket / name, (built / name).read_bytes())):
-        pass
-    monkeypatch.setattr(module, "PIECE", PIECE)
-    data = replace(manifest.load(built), root=bucket)
-    assert [shard.name for shard in data.splits["train"].shards] == names
-    s3.faults(0)
-    return data
-
-
-def limit_of(data: Manifest, shards: int) -> int:
-    """Bytes that any so many shards fit in, and no more shards than that."""
-    sizes = sorted(data.files[name_of(shard)].bytes for shard in range(SHARDS))
-    assert shards == SHARDS or sum(sizes[: shards + 1]) > sum(sizes[-shards:])
-    return sum(sizes[-shards:])
-
-
-def pieces(data: Manifest, shard: int) -> int:
-    """Requests for a whole shard: one more sees that it ends."""
-    return data.files[name_of(shard)].bytes // PIECE + 1
-
-
-def name_of(shard: int) -> str:
-    return f"train/train-{shard:06d}.tar"
-
-
-def content(descriptor: int) -> bytes:
-    return os.pread(descriptor, 2**24, 0)
-
-
-def place(folder: Path, data: Manifest) -> Path:
-    return folder / data.identity / "train"
-
-
-def on_disk(folder: Path, data: Manifest) -> set[int]:
-    return {int(path.name[-10:-4]) for path in place(folder, data).glob("*.tar")}
-
-
-def fetched(s3: Store) -> Counter[int]:
-    """How many pieces of each shard were asked for since the last `faults`."""
-    return Counter(
-        int(request.partition(".tar")[0][-6:])
-        for request in s3.seen()["requests"]
-        if request.startswith("GET ") and ".tar" in request
-    )
-
-
-def soon(seen: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def fetching() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "penstock-fetch"]
-
-
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """No test leaves a thread behind."""
-    yield
-    soon(lambda: not fetching())
 
 
 def test_every_byte_is_the_sources_and_the_bound_holds(data: Manifest, built: Path, tmp_path: Path):
@@ -258,153 +185,3 @@ def test_bytes_are_right_though_a_third_of_the_answers_fail(
             with cache.lease([shard]) as descriptors:
                 assert content(descriptors[shard]) == (built / name_of(shard)).read_bytes()
     assert s3.seen()["faults"] > 20
-
-
-def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(s3: Store, data: Manifest, tmp_path: Path):
-    s3.faults(1, kinds=["denied"], only="000002.tar")
-    with ShardCache(data, "train", tmp_path, AMPLE) as cache:
-        cache.ahead(range(6))
-        soon(lambda: on_disk(tmp_path, data) == {0, 1, 3, 4, 5} and not fetching())
-        with pytest.raises(StorageError) as error, cache.lease([2]):
-            pytest.fail("leased")
-        one_line(error, name_of(2), "access denied")
-        soon(lambda: not fetching())
-        s3.faults(0)
-        with cache.lease([2]) as descriptors:
-            assert len(content(descriptors[2])) == data.files[name_of(2)].bytes
-
-
-@pytest.mark.parametrize("delay", [0.1, 4.0])  # seconds of each answer: less and more than `close` waits
-def test_close_amid_a_fetch(delay: float, s3: Store, data: Manifest, tmp_path: Path):
-    errors: list[BaseException] = []
-    cache = ShardCache(data, "train", tmp_path, AMPLE, fetchers=2)
-    with cache.lease([0]) as descriptors:
-        pass
-    s3.faults(0, delay=delay)
-
-    def wait() -> None:
-        try:
-            with cache.lease([1]):
-                pass
-        except RuntimeError as error:
-            errors.append(error)
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    cache.ahead(range(SHARDS))
-    soon(lambda: len(list(place(tmp_path, data).glob("*.part"))) == 2)
-    began = time.monotonic()
-    cache.close()
-    assert time.monotonic() - began < 2
-    assert [path.name for path in place(tmp_path, data).iterdir()] == [Path(name_of(0)).name]
-    waiting.join(1)
-    assert str(errors[0]) == "the shard cache is closed"
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        content(descriptors[0])
-    with pytest.raises(RuntimeError), cache.lease([0]):
-        pytest.fail("leased")
-    soon(lambda: not fetching())
-    assert [path.name for path in place(tmp_path, data).iterdir()] == [Path(name_of(0)).name]
-
-
-def test_two_caches_on_one_folder_fetch_each_shard_once(s3: Store, data: Manifest, built: Path, tmp_path: Path):
-    s3.faults(0, delay=0.005)
-    wrong = []
-
-    def walk(cache: ShardCache) -> None:
-        cache.ahead(range(SHARDS))
-        for shard in range(SHARDS):
-            with cache.lease([shard]) as descriptors:
-                if content(descriptors[shard]) != (built / name_of(shard)).read_bytes():
-                    wrong.append(shard)
-
-    with ExitStack() as stack:
-        caches = [stack.enter_context(ShardCache(data, "train", tmp_path, AMPLE)) for _ in range(3)]
-        walks = [threading.Thread(target=walk, args=[cache]) for cache in caches]
-        for each in walks:
-            each.start()
-        for each in walks:
-            each.join(20)
-            assert not each.is_alive()
-    assert not wrong
-    once = sum(pieces(data, shard) for shard in range(SHARDS))
-    assert once <= sum(fetched(s3).values()) < 1.2 * once  # rarely, two see at once that nobody fetches
-    assert len(on_disk(tmp_path, data)) == SHARDS
-
-
-def test_what_another_cache_deletes_is_fetched_again(data: Manifest, built: Path, tmp_path: Path):
-    with (
-        ShardCache(data, "train", tmp_path, AMPLE) as ample,
-        ShardCache(data, "train", tmp_path, limit_of(data, 1)) as narrow,
-    ):
-        ample.ahead(range(4))
-        soon(lambda: on_disk(tmp_path, data) == set(range(4)) and not fetching())
-        with ample.lease([0]) as descriptors:
-            for shard in (0, 1, 2, 5):
-                with narrow.lease([shard]) as others:
-                    assert content(others[shard]) == (built / name_of(shard)).read_bytes()
-            assert 0 not in on_disk(tmp_path, data)
-            assert content(descriptors[0]) == (built / name_of(0)).read_bytes()
-        with ample.lease(range(4)) as descriptors:
-            for shard in range(4):
-                assert content(descriptors[shard]) == (built / name_of(shard)).read_bytes()
-
-
-def test_parts_of_the_dead_go_and_those_of_the_living_stay(data: Manifest, tmp_path: Path):
-    folder = place(tmp_path, data)
-    folder.mkdir(parents=True)
-    dead, living = folder / "train-000001.part", folder / "train-000002.part"
-    dead.write_bytes(b"left")
-    with module._claimed(living) as file:
-        assert file
-        with ShardCache(data, "train", tmp_path, AMPLE):
-            assert [path.name for path in folder.iterdir()] == [living.name]
-
-
-def test_few_descriptors_stay_open(data: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "MAX_OPEN", 3)
-    before = len(os.listdir("/proc/self/fd"))
-    with ShardCache(data, "train", tmp_path, AMPLE) as cache:
-        with cache.lease(range(10)) as descriptors:
-            assert len(set(descriptors.values())) == 10
-        for shard in range(10):
-            with cache.lease([shard]) as descriptors:
-                assert len(content(descriptors[shard])) == data.files[name_of(shard)].bytes
-        assert len(cache._open) == 3
-    soon(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)  # s3fs keeps connections
-
-
-def test_limits_are_refused(data: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    largest = limit_of(data, 1)
-    with pytest.raises(UserError) as error:
-        ShardCache(data, "train", tmp_path, largest - 1)
-    one_line(error, f"{largest - 1:,} bytes", f"{largest:,}", "raise the cache limit")
-    with ShardCache(data, "train", tmp_path, limit_of(data, 3)) as cache, cache.lease([0, 1]):
-        with pytest.raises(UserError) as error, cache.lease([1, 2, 3]):
-            pytest.fail("leased")
-        one_line(error, "4 shards in use", f"{limit_of(data, 3):,}", "raise it", "order='shards' with a smaller window")
-        with cache.lease([1, 2]):
-            pass
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as error:
-        ShardCache(data, "train", tmp_path / "file", AMPLE)
-    one_line(error, str(tmp_path / "file"), "Not a directory", "another cache folder")
-    every = sum(shard.bytes for shard in data.splits["train"].shards)
-    there = sum(path.stat().st_size for path in place(tmp_path, data).glob("*.tar"))
-    assert 0 < there < every
-    for free, fits in ((every - there, True), (every - there - 1, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(free, 0, free))
-        if fits:
-            ShardCache(data, "train", tmp_path, AMPLE).close()
-            continue
-        with pytest.raises(UserError) as error:
-            ShardCache(data, "train", tmp_path, AMPLE)
-        one_line(error, str(tmp_path), f"{free:,} bytes free", f"needs {free + 1:,}", "lower the cache limit")
-
-
-def test_a_folder_that_vanishes_is_one_line(data: Manifest, tmp_path: Path):
-    with ShardCache(data, "train", tmp_path / "cache", AMPLE) as cache:
-        shutil.rmtree(tmp_path / "cache")
-        with pytest.raises(UserError) as error, cache.lease([0]):
-            pytest.fail("leased")
-        one_line(error, str(tmp_path / "cache"), "No such file", "another cache folder")

@@ -13,6 +13,8 @@ from pipeline import manifest
 from pipeline.online import Loader
 from runs import assert_same_end, one_line, resume, train, trainer
 from trainer import checkpoint as checkpoints
+from trainer import feed
+from trainer import recipe as recipes
 from trainer.evaluate import top_k_errors
 from trainer.metrics import read
 from trainer.model import Grouped
@@ -77,6 +79,14 @@ def test_a_resumed_run_ends_with_the_same_bytes(run: Path, dataset: Path, tmp_pa
     assert result.exit_code == 0, result.output
     assert checkpoints.load(tmp_path / "whole").recipe == checkpoints.load(tmp_path / "parts").recipe
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_lighting_ends_when_the_recipe_says(dataset: Path):
+    """At 45 of 90 epochs, which stretch to 8 steps: from the fifth on, batches are those without lighting."""
+    recipe = recipes.load("tiny", ["train.steps=8", "train.epochs=90", "train.batch_size=12", "data.lighting_until=45"])
+    with feed.training(manifest.load(dataset), recipe) as ours, Loader(dataset, batch_size=12, lighting="off") as plain:
+        same = [torch.equal(next(ours).images, next(plain).images) for _ in range(8)]
+    assert same == [False] * 4 + [True] * 4
 
 
 def test_training_learns(dataset: Path, tmp_path: Path):

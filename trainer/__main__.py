@@ -101,7 +101,7 @@ def train(
         raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
     start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
     run_training(data, run, chosen, where, start)
-    _write_report(data, run, where)
+    click.echo(f"page: {_write_report(data, run, where)}")
 
 
 def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:
@@ -163,15 +163,15 @@ def load_network(
 @DEVICES
 def report(data: Path, run: Path, devices: str | None) -> None:
     """Write RUN/report.html anew: results, samples, curves, kernels and predictions of a run directory."""
-    _write_report(data, run, placed(devices, checkpoints.load(run).recipe.model.columns))
+    click.echo(_write_report(data, run, placed(devices, checkpoints.load(run).recipe.model.columns)))
 
 
-def _write_report(data: Path, run: Path, devices: tuple[torch.device, ...]) -> None:
+def _write_report(data: Path, run: Path, devices: tuple[torch.device, ...]) -> Path:
     from trainer.report import write_report  # here, because plotly takes long to import
 
     checkpoint = checkpoints.load(run)
     network = load_network(checkpoint, manifest.load(data), devices, run)
-    click.echo(write_report(run, data, network, checkpoint))
+    return write_report(run, data, network, checkpoint)
 
 
 if __name__ == "__main__":

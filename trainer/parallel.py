@@ -126,29 +126,15 @@ def reference_precision(precision: str = "fp32") -> None:
 
 def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
     """`cuda:0,cuda:1`, `cuda:0,cuda:0` or `cpu,cpu` → a device per column. Raises UserError where one is not there."""
-    names = [name.strip() for name in text.split(",")]
     try:
-        devices = [torch.device(name) for name in names]
-    except RuntimeError as error:
-        raise UserError(f"--devices {text}: not a device; give {_example(columns)}") from error
+        devices = devices_of([name.strip() for name in text.split(",")])
+    except UserError as error:
+        raise UserError(f"--devices {text}: {error}") from error
     if len(devices) != columns:
         count = "one column: give one" if columns == 1 else "two columns: give two"
-        raise UserError(f"--devices {text}: {len(devices)} given; the network has {count}, such as {_example(columns)}")
-    for device in devices:
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(
-                f"--devices {text}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                f"name {'one' if columns == 1 else 'two'} of them, or {'cpu' if columns == 1 else 'cpu,cpu'}"
-            )
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"--devices {text}: {device.type} is not supported; give cuda:N or cpu")
-    if len({device.type for device in devices}) > 1:
-        raise UserError(f"--devices {text}: the loader feeds GPUs or the CPU, not both; give {_example(columns)}")
-    return devices_of(names)
-
-
-def _example(columns: int) -> str:
-    return "cuda:0 or cpu" if columns == 1 else "cuda:0,cuda:1 or cpu,cpu"
+        example = "cuda:0 or cpu" if columns == 1 else "cuda:0,cuda:1 or cpu,cpu"
+        raise UserError(f"--devices {text}: {len(devices)} given; the network has {count}, such as {example}")
+    return devices
 
 
 def default_devices(columns: int = 2) -> str:
