@@ -5,6 +5,7 @@ What decodes raw pictures stands in pipeline/decoding.py; its names are offered 
 
 import io
 import math
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
@@ -12,11 +13,40 @@ from PIL import Image, features
 
 from pipeline.decoding import REASONS, ImageError, decode, sharing
 
-__all__ = ["REASONS", "ImageError", "codec_versions", "decode", "encode", "padded", "rescale"]
+__all__ = ["REASONS", "ImageError", "codec_versions", "decode", "encode", "padded", "rescale", "rescaled"]
 
 CROPS = ("centre", "none")
 MAX_ASPECT = 16  # of a whole picture: its rescaled longer side is at most so many times the shorter one
 MAX_SIDE = 65_500  # pixels: libjpeg's
+
+
+class Rules(Protocol):
+    """What a build recipe (`manifest.BuildRecipe`) says of raw pictures."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def crop(self) -> str: ...
+    @property
+    def filter(self) -> str: ...
+    @property
+    def exif(self) -> str: ...
+    @property
+    def max_bytes(self) -> int: ...
+    @property
+    def max_pixels(self) -> int: ...
+    @property
+    def max_scans(self) -> int: ...
+
+
+def rescaled(data: bytes, rules: Rules) -> np.ndarray:
+    """A raw picture's bytes → its pixels as a build recipe has them stored: `decode`, then `rescale`.
+
+    Raises:
+        ImageError: with the reason's code.
+    """
+    limits = {name: getattr(rules, name) for name in ("max_bytes", "max_pixels", "max_scans", "exif")}
+    return rescale(decode(data, **limits), rules.size, rules.filter, rules.crop)
 
 
 def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre") -> np.ndarray:

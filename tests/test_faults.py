@@ -16,11 +16,11 @@ from conftest import LITTLE, ROOT, begun, build, command, digests, finish, gone,
 SLOW = """
 import os, time
 from pipeline.offline import shards, watchdog
-decode_raw = shards.decode_raw
+rescaled = shards.rescaled
 def slow(data, recipe):
     time.sleep(float(os.environ["SECONDS_PER_DECODE"]))
-    return decode_raw(data, recipe)
-shards.decode_raw = slow
+    return rescaled(data, recipe)
+shards.rescaled = slow
 watchdog.SECONDS = float(os.environ.get("WATCHDOG_SECONDS", watchdog.SECONDS))
 """
 FULL = """

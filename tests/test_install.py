@@ -31,7 +31,7 @@ def test_pillow_simd_is_the_only_pillow():
     assert "pillow-simd" in installed()
     assert "pillow" not in installed()
     assert PIL.__version__ == pins()["pillow-simd"]
-    assert all(features.check(name) for name in ("jpg", "zlib", "webp", "libtiff"))
+    assert all(features.check(name) for name in ("jpg", "zlib", "webp", "libtiff", "freetype2"))
 
 
 def test_everything_installed_has_its_exact_version_in_constraints():

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.image import ImageError, encode, rescale
+from pipeline.image import ImageError, encode, rescaled
 from pipeline.offline.plan import Plan
-from pipeline.offline.shards import BLOCK, decode_raw
+from pipeline.offline.shards import BLOCK
 
 TRIED = 64  # images
 ROUNDED_UP = 2 * BLOCK  # bytes of the tar around a JPEG: a header, and half a block of padding; twice, for the label
@@ -26,7 +26,7 @@ def estimate(plan: Plan, workers: int) -> dict[str, Any]:
     for place in places.tolist():
         (image,) = plan.part("train", place, place + 1)
         try:
-            pixels = rescale(decode_raw(image.raw.read(), recipe), recipe.size, recipe.filter, recipe.crop)
+            pixels = rescaled(image.raw.read(), recipe)
         except ImageError:
             skipped += 1
             continue

@@ -29,6 +29,8 @@ have jpeglib.h || packages+=(libjpeg-dev)
 have zlib.h || packages+=(zlib1g-dev)
 have webp/decode.h && have webp/demux.h || packages+=(libwebp-dev)
 have tiffio.h || packages+=(libtiff-dev)
+command -v pkg-config >/dev/null || packages+=(pkg-config) # how Pillow finds FreeType
+pkg-config --exists freetype2 2>/dev/null || packages+=(libfreetype-dev)
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
   packages+=(python3-dev)
 if [ ${#packages[@]} -gt 0 ]; then
@@ -53,19 +55,19 @@ if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then cc="$cc -mavx2"; fi
 wanted=$(sed -n 's/^pillow-simd==//p' constraints.txt)
 built="pillow-simd $wanted by $cc"
 if [ "$(cat .venv/pillow-simd.built 2>/dev/null)" != "$built" ]; then
-  say "compiling Pillow-SIMD $wanted ($cc; JPEG, zlib, WebP, TIFF)"
+  say "compiling Pillow-SIMD $wanted ($cc; JPEG, zlib, WebP, TIFF, FreeType)"
   CC="$cc" quietly pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps --no-binary pillow-simd \
-    -C jpeg=enable -C zlib=enable -C webp=enable -C tiff=enable "pillow-simd==$wanted"
+    -C jpeg=enable -C zlib=enable -C webp=enable -C tiff=enable -C freetype=enable "pillow-simd==$wanted"
   printf '%s\n' "$built" >.venv/pillow-simd.built
 fi
 
 # 5. everything else
 say "installing torch, DALI and the rest (about 2 GB on disk; more with torch's CUDA build)"
-quietly pip install -c constraints.txt --no-build-isolation -e '.[dev,s3,parquet,ray]'
+quietly pip install -c constraints.txt --no-build-isolation -e '.[dev,s3,parquet,ray,retrieval,export]'
 .venv/bin/python - <<'PY' || fail "Pillow-SIMD lacks a format. Run: rm -r .venv, then the same command again"
 import sys
 from PIL import features
-sys.exit(not all(features.check(name) for name in ("jpg", "zlib", "webp", "libtiff")))
+sys.exit(not all(features.check(name) for name in ("jpg", "zlib", "webp", "libtiff", "freetype2")))
 PY
 touch .venv/ready
 say "done: .venv is ready (activate it with: . .venv/bin/activate)"

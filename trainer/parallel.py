@@ -50,12 +50,28 @@ class Columns(nn.Module):
         self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The logits, and for each column, on its device, the sums of its layers' outputs, as `Part.run` has them."""
+        values, sums = self._run(self.segments, x, masks)
+        return self._whole(values), sums
+
+    def hidden(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """(n, 3, size, size), or the same for each column → what the last layer sees, when testing: (n, units) on the
+        first device, [column 0 | column 1]. With dropout before it, that is times 1 − probability, as in `forward`.
+        """
+        return self._whole(self._run(segments(self.layers[:-1]), x, None)[0]).flatten(1)
+
+    def _run(
+        self,
+        segments: Sequence[Sequence[Layer]],
+        x: Tensor | Sequence[Tensor],
+        masks: Masks | Sequence[Masks] | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the columns hold at the end, and the sums of their layers' outputs."""
         given = [x] * len(self.devices) if isinstance(x, Tensor) else x
         values = [each.to(device, memory_format=self._format) for each, device in zip(given, self.devices)]
         sums: list[list[Tensor]] = [[] for _ in self.devices]
         # compiled for training alone: evaluation has other sizes, and keeps outputs that CUDA graphs would overwrite
         runs = self._runs if torch.is_grad_enabled() else [column.run for column in self._columns()]
-        for layers in self.segments:
+        for layers in segments:
             holding = range(layers[0].columns)
             if len(self.devices) > 1 and layers[0].groups == 1 and layers[0] is not self.layers[0]:
                 values = [torch.cat([value.to(self.devices[i]) for value in values], 1) for i in holding]
@@ -64,8 +80,10 @@ class Columns(nn.Module):
             values = [value for value, _ in found]
             for i, (_, each) in enumerate(found):
                 sums[i].append(each)
-        whole = values[0] if len(values) == 1 else torch.cat([value.to(self.devices[0]) for value in values], 1)
-        return whole, [torch.cat(each) for each in sums]
+        return values, [torch.cat(each) for each in sums]
+
+    def _whole(self, values: Sequence[Tensor]) -> Tensor:
+        return values[0] if len(values) == 1 else torch.cat([value.to(self.devices[0]) for value in values], 1)
 
     def _masks(self, i: int, layers: Sequence[Layer], masks: Masks | Sequence[Masks] | None) -> list[Tensor | None]:
         """What a column needs of the masks."""

@@ -1,6 +1,5 @@
 """The page RUN/report.html: what a run was given, what it learned, how it errs. One file, which needs no network."""
 
-import io
 import json
 import shlex
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import BuildRecipe, Manifest
-from pipeline.online import augment
 from pipeline.online.samples import SampleReader
 from trainer import feed, figures, metrics
 from trainer import recipe as recipes
@@ -29,6 +27,7 @@ from trainer.evaluate import Evaluation, probabilities
 from trainer.figures import picture, table
 from trainer.layers import plan
 from trainer.parallel import Columns
+from trainer.pictures import Pictures
 
 FILE_NAME = "report.html"
 TRAINING_SAMPLES, VALIDATION_SAMPLES = 16, 8  # how many are shown
@@ -57,7 +56,7 @@ def write_report(run: Path, data: Path, network: Columns, checkpoint: Checkpoint
         "Training samples": _training_samples(dataset, checkpoint.recipe),
         "Curves": _curves(dataset, lines),
         "First-layer kernels": _kernels(network),
-        "Validation images": _predictions(dataset, network, checkpoint.recipe.data.mean),
+        "Validation images": _predictions(dataset, network, checkpoint.recipe),
     }
     path = run / FILE_NAME
     title = f"AlexNet, run {run}"
@@ -192,7 +191,7 @@ def _kernels(network: Columns) -> str:
 
 
 @torch.inference_mode()
-def _predictions(dataset: Manifest, network: Columns, mean: str) -> str:
+def _predictions(dataset: Manifest, network: Columns, recipe: recipes.Recipe) -> str:
     """Validation images spread evenly over the split, each with the most probable labels for its centre view."""
     samples = _validation(dataset)
     if not samples:
@@ -201,16 +200,11 @@ def _predictions(dataset: Manifest, network: Columns, mean: str) -> str:
     ids = (2 * np.arange(shown) + 1) * samples // (2 * shown)
     with SampleReader(dataset, "val") as reader:
         stored, labels = reader.read(ids), reader.labels(ids).tolist()
-    centre = augment.Transform(views="centre", view=network.recipe.size, mean=mean)
-    recipe = augment.AlexNet(centre, dataset.statistics(), dataset.recipe.size, seed=0)
-    pixels = [np.asarray(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in stored]
-    sizes = np.array([picture.shape[:2] for picture in pixels])
-    windows = recipe.windows(0, 0, ids, None, sizes)
-    views = [augment.reference(picture, windows, i, recipe.rest(0), recipe.aligned) for i, picture in enumerate(pixels)]
-    chances = probabilities(network, torch.from_numpy(np.stack(views))).cpu().numpy()
+    jpegs = [jpeg.tobytes() for jpeg in stored]
+    chances = probabilities(network, Pictures(dataset, recipe).views(jpegs)).cpu().numpy()
     words, cards = [record.words for record in dataset.classes], ""
-    for number, jpeg, label, row in zip(ids, stored, labels, chances):
-        cards += figures.prediction(f"Validation sample {number}", jpeg.tobytes(), row, words, label)
+    for number, jpeg, label, row in zip(ids, jpegs, labels, chances):
+        cards += figures.prediction(f"Validation sample {number}", jpeg, row, words, label)
     return f'<p>The most probable labels of the centre view; ✓ marks the true one.</p><div class="cards">{cards}</div>'
 
 

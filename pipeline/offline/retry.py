@@ -15,14 +15,14 @@ import numpy as np
 from pipeline import manifest, storage
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
-from pipeline.image import ImageError, codec_versions, rescale
+from pipeline.image import ImageError, codec_versions, rescaled
 from pipeline.manifest import FileRecord, Manifest, Split
 from pipeline.offline import executors, records
 from pipeline.offline.build import SKIPPED_FILE, Slot, conclude, npy, shard_tasks, slots
 from pipeline.offline.plan import Plan
 from pipeline.offline.records import Record
 from pipeline.offline.repair import require_local
-from pipeline.offline.shards import decode_raw, write_shard
+from pipeline.offline.shards import write_shard
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
 
@@ -93,7 +93,7 @@ def _try(found: Manifest, plan: Plan) -> tuple[dict[str, str], Sums]:
             skipped.remove(plan.keys[i])
             (image,) = plan.part(split, place, place + 1)
             try:
-                pixels = rescale(decode_raw(image.raw.read(), recipe), recipe.size, recipe.filter, recipe.crop)
+                pixels = rescaled(image.raw.read(), recipe)
             except ImageError:
                 continue
             gained[image.key] = split

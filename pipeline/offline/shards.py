@@ -10,12 +10,11 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import SourceError, UserError
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
-from pipeline.image import ImageError, codec_versions, decode, encode, rescale
+from pipeline.image import ImageError, codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe
 from pipeline.offline import records
 from pipeline.offline.plan import PlannedImage
@@ -79,17 +78,6 @@ def raw_digest(images: tuple[PlannedImage, ...]) -> str:
     return digest.hexdigest()
 
 
-def decode_raw(data: bytes, recipe: BuildRecipe) -> Image.Image:
-    """`image.decode` within the limits of a build recipe."""
-    return decode(
-        data,
-        max_bytes=recipe.max_bytes,
-        max_pixels=recipe.max_pixels,
-        max_scans=recipe.max_scans,
-        exif=recipe.exif,
-    )
-
-
 def _require_codecs(task: ShardTask) -> None:
     here = codec_versions()
     if wrong := [name for name in sorted(here.keys() | task.codecs.keys()) if here.get(name) != task.codecs.get(name)]:
@@ -138,7 +126,7 @@ class _Shard:
             if data is None:
                 raise ImageError("too_many_bytes")
             self.raw_bytes += len(data)
-            pixels = rescale(decode_raw(data, recipe), recipe.size, recipe.filter, recipe.crop)
+            pixels = rescaled(data, recipe)
         except ImageError as error:
             self.skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
             return

@@ -1,0 +1,77 @@
+"""python -m trainer train"""
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli import Command
+from pipeline.errors import UserError
+from trainer import checkpoint as checkpoints
+from trainer import recipe as recipes
+from trainer.commands.options import DATA, DEVICES, PATH, placed
+from trainer.commands.report import page
+from trainer.train import Start
+from trainer.train import train as run_training
+
+
+@click.command(cls=Command)
+@DATA
+@click.option("--out", "run", type=PATH, required=True, help="The run directory.")
+@click.option("--recipe", help="A file in trainer/recipes without .toml, or a path.  [default: original]")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, such as train.steps=4; may be repeated.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
+@click.option(
+    "--other-data", is_flag=True, help="Resume also on other data than the checkpoint's, of the same classes."
+)
+@click.option(
+    "--init",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="Begin with the layers of another run or checkpoint that fit (fine-tuning).",
+)
+@click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
+@DEVICES
+def train(
+    data: Path,
+    run: Path,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    other_data: bool,
+    init: Path | None,
+    init_layers: str | None,
+    devices: str | None,
+) -> None:
+    """Train on DATA's training split.
+
+    \b
+    Examples:
+      python -m trainer train --data /data/imagenet-256 --out runs/1
+      python -m trainer train --data photos-256 --recipe tiny --out runs/2 --devices cpu,cpu
+      python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
+    """
+    if resume and (recipe or init):
+        option, value = ("--recipe", recipe) if recipe else ("--init", init)
+        raise UserError(f"{option} {value}: a resumed run keeps its own; change single keys with --set")
+    if other_data and not resume:
+        raise UserError("--other-data: is for --resume; a new run takes any data")
+    if init_layers is not None and init is None:
+        raise UserError(f"--init-layers {init_layers}: name the run that they come from, too: --init CHECKPOINT")
+    if resume and run.is_file():
+        raise UserError(f"{run}: is a file; name the run directory as --out, and it goes on from its newest checkpoint")
+    resumed = checkpoints.load(run) if resume else None
+    base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
+    chosen = recipes.override(base, settings)
+    where = placed(devices, chosen.model.columns)
+    layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
+    if init_layers is not None and not layers:
+        raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
+    start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
+    run_training(data, run, chosen, where, start)
+    click.echo(f"page: {page(data, run, where)}")

@@ -1,0 +1,35 @@
+"""The trained network of a checkpoint, for a data set of its classes."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.manifest import Manifest
+from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.parallel import Columns
+
+
+def load_network(checkpoint: Checkpoint, dataset: Manifest, devices: tuple[torch.device, ...], where: Path) -> Columns:
+    """The network of a checkpoint, which was read from `where`, on `devices`.
+
+    Raises:
+        CheckpointError: its classes are not the data set's.
+    """
+    require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), where, dataset.root)
+    network = Columns(checkpoint.recipe.model, len(checkpoint.classes), devices)
+    network.load(checkpoint.weights)
+    return network
+
+
+def require_classes(mine: tuple[str, ...], theirs: tuple[str, ...], where: object, other: object) -> None:
+    """Raise CheckpointError where the classes (wnids by label) of what `where` names are not those of `other`."""
+    if mine == theirs:
+        return
+    differing = next((pair for pair in zip(mine, theirs) if pair[0] != pair[1]), None)
+    how = f"{len(theirs) - len(mine):+} there"
+    if differing:
+        how = f"label {mine.index(differing[0])} is {differing[0]}, there {differing[1]}"
+    raise CheckpointError(
+        f"{where}: a network of {len(mine)} classes, {other} has {len(theirs)} others ({how}); "
+        "name one with the classes that it was trained on"
+    )
