@@ -11,7 +11,8 @@ import torch
 
 from pipeline.online import Loader
 from reported import CLASSES, RECIPE, Page, Written, pixels, source
-from trainer import figures, recipe
+from trainer import recipe
+from trainer.figures import html
 from trainer.model import Grouped
 
 
@@ -120,7 +121,7 @@ def test_bars_are_the_networks_probabilities(written: Written) -> None:
 
 def test_at_most_five_bars_and_a_true_label_beyond_them() -> None:
     chances = np.array([0.01, 0.3, 0.04, 0.25, 0.2, 0.05, 0.15])
-    page = Page(figures.prediction("Sample", figures.png(np.zeros((2, 2, 3), np.uint8)), chances, "abcdefg", 2))
+    page = Page(html.prediction("Sample", html.png(np.zeros((2, 2, 3), np.uint8)), chances, "abcdefg", 2))
     assert [bar.words() for bar in page.root.all("span", "word")] == ["b", "d", "e", "g", "f"]
     assert page.root.all("figcaption")[0].words() == "True label: c (not among these)"
     assert not page.root.all("li", "true")

@@ -23,7 +23,7 @@ def report(data: Path, run: Path, devices: str | None) -> None:
 
 def page(data: Path, run: Path, devices: tuple[torch.device, ...]) -> Path:
     """Write it; return its path."""
-    from trainer.report import write_report  # here, because plotly takes long to import
+    from trainer.figures.page import write_report  # here, because plotly takes long to import
 
     checkpoint = checkpoints.load(run)
     network = load_network(checkpoint, manifest.load(data), devices, run)

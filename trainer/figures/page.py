@@ -20,11 +20,12 @@ from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.online.samples import SampleReader
-from trainer import feed, figures, metrics
+from trainer import feed, metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import Evaluation, probabilities
-from trainer.figures import picture, table
+from trainer.figures import html
+from trainer.figures.html.html import picture, table
 from trainer.layers import plan
 from trainer.parallel import Columns
 from trainer.pictures import Pictures
@@ -132,7 +133,7 @@ def _mean(dataset: Manifest) -> str:
     image = picture((dataset.root / "mean.png").read_bytes(), "png", "The mean of the training images", "mean")
     rows = []
     for i, (deviation, along) in enumerate(zip(deviations, statistics.eigenvectors.T), 1):
-        strip = figures.gradient(colour - deviation * along, colour + deviation * along)
+        strip = html.gradient(colour - deviation * along, colour + deviation * along)
         cells = (f"{i} {strip}", f"{deviation:.1f}", ", ".join(f"{part:.2f}".replace("-", "−") for part in along))
         rows.append([f'<span class="whole">{cell}</span>' for cell in cells])
     caption = "Principal components of the pixels’ colours; each strip ends one standard deviation off the mean colour"
@@ -140,7 +141,7 @@ def _mean(dataset: Manifest) -> str:
     levels = ", ".join(f"{level:.1f}" for level in colour)
     return (
         f'<div class="beside"><figure>{image}<figcaption>Mean of {statistics.n:,} training images</figcaption></figure>'
-        f"<div><p>{figures.gradient(colour, colour)} Mean colour: {levels} grey levels of red, green and blue</p>"
+        f"<div><p>{html.gradient(colour, colour)} Mean colour: {levels} grey levels of red, green and blue</p>"
         f"{table(caption, heads, rows)}</div></div>"
     )
 
@@ -155,14 +156,14 @@ def _training_samples(dataset: Manifest, recipe: recipes.Recipe) -> str:
         stored = reader.read(batch.ids)
     cards = ""
     for number, jpeg, label, x in zip(batch.ids, stored, batch.labels.tolist(), batch.images.numpy()):
-        cards += figures.pair(f"Training sample {number}", _words(dataset, label), jpeg.tobytes(), x)
+        cards += html.pair(f"Training sample {number}", _words(dataset, label), jpeg.tobytes(), x)
     return (
         f"<p>Above, each sample as it is stored ({side} × {side} pixels, JPEG). Beneath, as the network sees it in the "
         f"first epoch: a random view of {view} × {view} pixels, mirrored or not, minus the mean "
         f"{'colour' if recipe.data.mean == 'colour' else 'image'}"
         f"{', with its colours shifted (lighting)' if lit else ''}"
         f"{' and divided by 1.1' if lit and recipe.data.lighting == 'code' else ''}. To show it, "
-        f"{figures.MID_GREY} grey levels are added, and what falls outside 0 to 255 is clipped.</p>"
+        f"{html.MID_GREY} grey levels are added, and what falls outside 0 to 255 is clipped.</p>"
         f'<div class="samples">{cards}</div>'
     )
 
@@ -171,7 +172,7 @@ def _curves(dataset: Manifest, lines: Lines) -> str:
     if not lines:
         return "<p>No steps are recorded.</p>"
     note = "<p>Training is measured with dropout on random views, validation without, on the centre view.</p>"
-    return f'{note if _validation(dataset) else NO_VALIDATION}<div class="charts">{figures.curves(lines)}</div>'
+    return f'{note if _validation(dataset) else NO_VALIDATION}<div class="charts">{html.curves(lines)}</div>'
 
 
 def _kernels(network: Columns) -> str:
@@ -181,9 +182,9 @@ def _kernels(network: Columns) -> str:
         return f"<p>The first layer, {first.name}, has no kernels to look at.</p>"
     whole = network.gathered()[f"{first.name}.weight"].numpy()
     for column, kernels in enumerate(np.split(whole, network.recipe.columns)):
-        pixels = figures.kernel_grid(kernels)
+        pixels = html.kernel_grid(kernels)
         alt = f"The {len(kernels)} kernels of {first.name} in column {column}"
-        image = picture(figures.png(pixels), "png", alt, "pixelated")
+        image = picture(html.png(pixels), "png", alt, "pixelated")
         grids += f"<div><h3>Column {column}</h3><figure>{image}<figcaption>{alt}</figcaption></figure></div>"
     side = whole.shape[-1]
     note = f"{side} × {side} weights of red, green and blue each; a column's least is shown as 0, its greatest as 255."
@@ -204,7 +205,7 @@ def _predictions(dataset: Manifest, network: Columns, recipe: recipes.Recipe) ->
     chances = probabilities(network, Pictures(dataset, recipe).views(jpegs)).cpu().numpy()
     words, cards = [record.words for record in dataset.classes], ""
     for number, jpeg, label, row in zip(ids, jpegs, labels, chances):
-        cards += figures.prediction(f"Validation sample {number}", jpeg, row, words, label)
+        cards += html.prediction(f"Validation sample {number}", jpeg, row, words, label)
     return f'<p>The most probable labels of the centre view; ✓ marks the true one.</p><div class="cards">{cards}</div>'
 
 
@@ -252,7 +253,7 @@ def _page(title: str, sections: dict[str, str], commands: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
-<style>{figures.STYLE}</style>
+<style>{html.STYLE}</style>
 </head><body>
 <header><h1>{escape(title)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>
 <main>{body}</main>
