@@ -25,7 +25,7 @@ from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import Evaluation, probabilities
 from trainer.figures import html
-from trainer.figures.html.html import picture, table
+from trainer.figures.html import picture, table
 from trainer.layers import plan
 from trainer.parallel import Columns
 from trainer.pictures import Pictures
