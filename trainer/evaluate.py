@@ -1,73 +1,137 @@
-"""Error rates over every image of a split: centre view, or the mean of the ten views' probabilities."""
+"""A network's probabilities for every image of a split, and its error rates."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
+from pipeline.online.augment import nine_views, ten_views
+from pipeline.online.meter import Wait
 from trainer import feed
 from trainer.parallel import Columns
+from trainer.processes import ALONE, Processes
 from trainer.recipe import Recipe
+from trainer.tally import Evaluation, Tally
 from trainer.watch import Diverged
 
-LEAST = torch.finfo(torch.float64).tiny  # of a probability: its logarithm is finite
+VIEWS = ("centre", "ten", "nine")
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Error rates in percent, and the mean negative log-likelihood in nats, over `samples` images."""
+class Predicted:
+    """A batch of predictions, on the CPU."""
 
-    samples: int
-    top1_error: float
-    top5_error: float
-    nll: float
+    ids: np.ndarray  # (n,) int64
+    labels: Tensor  # (n,) int64; −1: none
+    chances: dict[str, Tensor]  # by views: probabilities (n, classes) float64
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass
+class Pace:
+    """How fast a split was gone through: images a second, and the stall; a process's own."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: Wait = field(default_factory=Wait)
+
+    def said(self) -> str:
+        speed = self.images / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.images:,} images in {self.seconds:.1f} s, {speed:,.0f} images/s, {self.waited.said(self.seconds)}"
+        )
 
 
 @torch.inference_mode()
-def evaluate(network: Columns, data: Manifest, recipe: Recipe, split: str, views: str) -> Evaluation:
-    """Evaluate every labelled image of `split` exactly once. Raises UserError where it is empty or has no labels."""
-    wrong1 = wrong5 = nll = 0.0
-    samples = 0
-    with feed.evaluation(data, recipe, split, views, network.devices) as loader:
+def predictions(
+    network: Columns,
+    data: Manifest,
+    recipe: Recipe,
+    split: str,
+    views: Sequence[str],
+    batch_size: int | None = None,
+    job: Processes = ALONE,
+    pace: Pace | None = None,
+) -> Iterator[Predicted]:
+    """Every image of `split` exactly once, in the order of the ids: all in the first process, its share in the others.
+
+    Args:
+        views: "centre", and "ten" or "nine", whose probabilities are averaged; the centre view is one of those, and
+            pictures are decoded once for both.
+        batch_size: images that all processes together take at a time.
+        pace: takes the speed, once the last batch is taken.
+    Raises:
+        UserError: the split is empty; data and recipe do not fit together.
+        Diverged: an output is not a finite number.
+    """
+    shown = next((each for each in views if each != "centre"), "centre")
+    assert {*views} <= {shown, "centre"}, views
+    centre = _centre(shown, data.recipe.size, recipe.model.size)
+    with feed.evaluation(data, recipe, split, shown, network.devices, batch_size, job.rank, job.count) as loader:
+        began, images = time.perf_counter(), 0
         for batch in loader:
-            if int(batch.labels.min()) < 0:
-                raise UserError(
-                    f"{data.root}: the split {split!r} has images without a label; it can be predicted, not evaluated"
-                )
-            chances = probabilities(network, batch.replicas)
-            if not bool(chances.isfinite().all()):
+            rows = torch.stack([torch.from_numpy(batch.ids), batch.labels.cpu()], 1).double()
+            if len(rows):  # a process may have none of a short last batch
+                each = view_probabilities(network, batch.replicas)
+                found = [each[:, centre] if name == "centre" else each.mean(1) for name in views]
+                rows = torch.cat([rows, *(chances.cpu() for chances in found)], 1)
+            else:
+                rows = rows.new_zeros(0, 2 + network.classes * len(views))
+            if not bool(rows.isfinite().all()):
                 raise Diverged("the network's outputs are not finite numbers: its training has diverged")
-            wrong1 += float(top_k_errors(chances, batch.labels, 1).sum())
-            wrong5 += float(top_k_errors(chances, batch.labels, 5).sum())
-            nll -= float(chances.gather(1, batch.labels[:, None]).clamp_min(LEAST).log().sum())
-            samples += len(batch.labels)
-    return Evaluation(samples, 100 * wrong1 / samples, 100 * wrong5 / samples, nll / samples)
+            images += len(batch.ids)
+            rows = job.gathered(rows, batch.whole)
+            chances = rows[:, 2:].chunk(len(views), 1)
+            yield Predicted(rows[:, 0].long().numpy(), rows[:, 1].long(), dict(zip(views, chances)))
+        if pace is not None:
+            pace.images, pace.seconds, pace.waited = images, time.perf_counter() - began, loader.meter.total
+
+
+def evaluate(network: Columns, data: Manifest, recipe: Recipe, split: str, views: str) -> Evaluation:
+    """The error rates over every image of `split`. Raises UserError where it is empty or has images without a label."""
+    require_labels(data, split)
+    tally = Tally(network.classes)
+    for batch in predictions(network, data, recipe, split, [views]):
+        tally.add(batch.labels, batch.chances[views])
+    return tally.whole()
+
+
+def require_labels(data: Manifest, split: str) -> None:
+    """Raise UserError where an image has none."""
+    if not labelled(data, split):
+        raise UserError(
+            f"{data.root}: the split {split!r} has images without a label; they can be predicted "
+            "(--save-probabilities, or the command ensemble), not evaluated"
+        )
+
+
+def labelled(data: Manifest, split: str) -> bool:
+    """Whether every image of the split has a label."""
+    return bool((data.samples(split)["label"] >= 0).all())
+
+
+def _centre(views: str, size: int, view: int) -> int:
+    """Which of several views is the centre view."""
+    if views == "centre":
+        return 0
+    middle = (size - view) // 2
+    return {"ten": ten_views, "nine": nine_views}[views](size, view).index((middle, middle, False))
+
+
+def view_probabilities(network: Columns, images: Tensor | Sequence[Tensor]) -> Tensor:
+    """(n, 3, size, size), or (n, views, 3, size, size), or the same for each column → softmax (n, views, classes)
+    float64, of one view where there is no such dimension."""
+    each = [images] * len(network.devices) if isinstance(images, Tensor) else images
+    n = len(each[0])
+    views = each[0].shape[1] if each[0].dim() == 5 else 1
+    flat = [image.reshape(n * views, *image.shape[-3:]) for image in each]
+    return network(flat).double().softmax(1).unflatten(0, (n, views))
 
 
 def probabilities(network: Columns, images: Tensor | Sequence[Tensor]) -> Tensor:
-    """(n, 3, size, size), or (n, views, 3, size, size) which are averaged, or the same for each column → softmax
-    (n, classes) float64."""
-    each = [images] * len(network.devices) if isinstance(images, Tensor) else images
-    if each[0].dim() == 4:
-        return network(each).double().softmax(1)
-    n, views = each[0].shape[:2]
-    return network([image.flatten(0, 1) for image in each]).double().softmax(1).unflatten(0, (n, views)).mean(1)
-
-
-def top_k_errors(chances: Tensor, labels: Tensor, k: int) -> Tensor:
-    """(n, classes), (n,) → (n,) in [0, 1]: 1 if at least k classes are strictly likelier; ties share the credit.
-
-    As in the 2012 code: with `larger` classes strictly above and `equal` level with the true one (itself included),
-    the credit is (k − larger) / equal, at most 1.
-    """
-    true = chances.gather(1, labels[:, None])
-    larger = (chances > true).sum(1)
-    equal = (chances == true).sum(1)
-    return 1 - ((k - larger) / equal).clamp(0, 1)
+    """As `view_probabilities`, the mean over the views: (n, classes) float64."""
+    return view_probabilities(network, images).mean(1)

@@ -59,13 +59,24 @@ def training(
     )
 
 
-def evaluation(dataset: Manifest, recipe: Recipe, split: str, views: str, devices: Sequence[torch.device]) -> Loader:
+def evaluation(
+    dataset: Manifest,
+    recipe: Recipe,
+    split: str,
+    views: str,
+    devices: Sequence[torch.device],
+    batch_size: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Loader:
     """Every image of a split once, as the centre view, ten views, or nine. Raises UserError as `training`."""
     require_pictures(dataset, recipe)
     return Loader(
         dataset,
         split,
-        batch_size=BATCH_SIZE[views],
+        batch_size=BATCH_SIZE[views] * ranks if batch_size is None else batch_size,
+        rank=rank,
+        ranks=ranks,
         device=tuple(devices),
         views=views,
         view=recipe.model.size,

@@ -1,5 +1,6 @@
 """Where the network lives: columns on devices, which meet only where a layer sees both."""
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -156,6 +157,9 @@ def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
 
 
 def default_devices(columns: int = 2) -> str:
-    """A GPU per column where there are as many, one for all where there is one, else the CPU."""
-    count = torch.cuda.device_count()
-    return ",".join(f"cuda:{i % count}" if count else "cpu" for i in range(columns))
+    """A GPU per column where there are as many, one for all where there is one, else the CPU.
+
+    Of several processes of torchrun on a machine, each has the next ones.
+    """
+    count, first = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")) * columns
+    return ",".join(f"cuda:{(first + i) % count}" if count else "cpu" for i in range(columns))

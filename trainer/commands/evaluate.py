@@ -1,42 +1,163 @@
 """python -m trainer evaluate"""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
 
 from pipeline import manifest
 from pipeline.cli import Command
+from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
-from pipeline.manifest import DatasetError
+from pipeline.manifest import DatasetError, Manifest
 from trainer import checkpoint as checkpoints
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, placed
-from trainer.evaluate import evaluate as evaluate_views
+from trainer import probabilities
+from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, placed
+from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
 from trainer.network import load_network
+from trainer.probabilities import Add, Origin
+from trainer.processes import processes
+from trainer.tally import Tally
+
+NAMES = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
+RECORDED = 1000  # confused pairs in evaluation.json
 
 
 @click.command(cls=Command)
 @DATA
 @CHECKPOINT
 @click.option("--split", default="val", show_default=True)
+@click.option(
+    "--views",
+    default="centre,ten",
+    show_default=True,
+    help="centre, ten, nine (of CIFAR-10), or centre and one of the others.",
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Images at a time.  [default: 128, or 16 of several views]")
+@click.option("--confused", default=10, show_default=True, type=click.IntRange(0), help="Pairs of classes to show.")
+@click.option("--per-class", is_flag=True, help="Show the errors of each class.")
+@click.option(
+    "--save-probabilities", "saved", type=PATH, metavar="OUT.npz", help="Write every image's, of the last of --views."
+)
+@JSON
 @DEVICES
-def evaluate(data: Path, run: Path, split: str, devices: str | None) -> None:
-    """Top-1 and top-5 error over every image of a split, for the centre view and the ten views."""
-    dataset = manifest.load(data)
-    checkpoint = checkpoints.load(run)
+def evaluate(
+    data: Path,
+    run: Path,
+    split: str,
+    views: str,
+    batch_size: int | None,
+    confused: int,
+    per_class: bool,
+    saved: Path | None,
+    as_json: bool,
+    devices: str | None,
+) -> None:
+    """Top-1 and top-5 error over every image of a split, for the centre view and the ten views.
+
+    \b
+    Examples:
+      python -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
+      torchrun --nproc-per-node 4 -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
+    """
+    shown, dataset, checkpoint = _views(views), manifest.load(data), checkpoints.load(run)
     where = placed(devices, checkpoint.recipe.model.columns)
-    if dataset.split(split).samples == 0:
+    samples = dataset.split(split).samples
+    if samples == 0:
         raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
+    if saved is not None and saved.suffix != ".npz":
+        raise UserError(f"--save-probabilities {saved}: give a name that ends in .npz")
+    has_labels = labelled(dataset, split)
+    if not saved:
+        require_labels(dataset, split)
     network = load_network(checkpoint, dataset, where, run)
+    tallies, pace = {name: Tally(network.classes) for name in shown}, Pace()
+    origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
+
+    def go_through(add: Add | None) -> None:
+        for batch in predictions(network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace):
+            if add:
+                add(batch.labels.numpy(), batch.chances[shown[-1]].numpy())
+            for name in shown if has_labels else ():
+                tallies[name].add(batch.labels, batch.chances[name])
+
+    with processes() as job:
+        if saved and job.first:
+            probabilities.save(saved, origin, samples, go_through)
+        else:
+            go_through(None)
+    if not job.first:
+        return
+    if not has_labels:
+        click.echo(f"{saved}: the probabilities of {samples:,} images; not all have a label, so there are no errors")
+        return
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
+    result |= {name: tally.whole().to_dict() for name, tally in tallies.items()}
+    result |= {"details_of": shown[-1], **_details(tallies[shown[-1]], dataset)}
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    if run.is_dir() and shown == ["centre", "ten"]:
+        write_bytes_aside(run / "evaluation.json", text.encode())
+    if as_json:
+        click.echo(text, nl=False)
+        return
     click.echo(
         f"{'':12}{'top-1 error':>12}{'top-5 error':>12}{'log-likelihood':>16}   "
-        f"({split}, {dataset.split(split).samples:,} images, step {checkpoint.step})"
+        f"({split}, {samples:,} images, step {checkpoint.step})"
     )
-    for views, name in (("centre", "centre view"), ("ten", "ten views")):
-        found = evaluate_views(network, dataset, checkpoint.recipe, split, views)
-        result[views] = found.to_dict()
-        click.echo(f"{name:12}{found.top1_error:>10.1f} %{found.top5_error:>10.1f} %{-found.nll:>16.4f}")
-    if run.is_dir():
-        write_bytes_aside(run / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    for name in shown:
+        whole = tallies[name].whole()
+        click.echo(f"{NAMES[name]:12}{whole.top1_error:>10.1f} %{whole.top5_error:>10.1f} %{-whole.nll:>16.4f}")
+    if per_class:
+        _print_classes(result["classes"], NAMES[shown[-1]])
+    _print_confused(result["confused"][:confused], NAMES[shown[-1]])
+    click.echo(pace.said() + (f"; of {job.count} processes, the first's" if job.count > 1 else ""))
+
+
+def _views(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if name not in VIEWS]
+    if wrong or len(set(names)) != len(names) or {"ten", "nine"} <= set(names):
+        raise UserError(
+            f"--views {text}: give centre, ten or nine, or centre and one of the others, such as centre,ten"
+        )
+    return sorted(names, key=VIEWS.index)
+
+
+def _details(tally: Tally, dataset: Manifest) -> dict[str, Any]:
+    """The errors of each class, and the pairs that are confused most often."""
+    classes = []
+    for record, found in zip(dataset.classes, tally.by_class()):
+        errors = found.to_dict() if found else {"samples": 0}
+        classes.append({"label": record.label, "wnid": record.wnid, "words": record.words, **errors})
+    confused = []
+    for pair in tally.confused(RECORDED):
+        words = {f"{key}_words": dataset.classes[getattr(pair, key)].words for key in ("true", "predicted")}
+        confused.append({**asdict(pair), **words})
+    return {"classes": classes, "confused": confused}
+
+
+def _print_confused(pairs: list[dict[str, Any]], views: str) -> None:
+    if not pairs:
+        return
+    table = Table("images", "of its class", "true", "taken for", title=f"most confused ({views})", title_justify="left")
+    for pair in pairs:
+        share = f"{pair['share']:.1f} %"
+        table.add_row(str(pair["images"]), share, _plain(pair["true_words"]), _plain(pair["predicted_words"]))
+    Console().print(table)
+
+
+def _print_classes(classes: list[dict[str, Any]], views: str) -> None:
+    table = Table("class", "images", "top-1 error", "top-5 error", title=f"by class ({views})", title_justify="left")
+    for each in classes:
+        errors = [f"{each[key]:.1f} %" if each["samples"] else "" for key in ("top1_error", "top5_error")]
+        table.add_row(f"{each['wnid']} {_plain(each['words'])}", f"{each['samples']:,}", *errors)
+    Console().print(table)
+
+
+def _plain(words: str) -> str:
+    """What a terminal may show of a class's words."""
+    return "".join(letter if letter.isprintable() else "?" for letter in words).replace("[", "\\[")

@@ -23,12 +23,13 @@ from pipeline.online.samples import SampleReader
 from trainer import feed, metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
-from trainer.evaluate import Evaluation, probabilities
+from trainer.evaluate import probabilities
 from trainer.figures import html
 from trainer.figures.html import picture, table
 from trainer.layers import plan
 from trainer.parallel import Columns
 from trainer.pictures import Pictures
+from trainer.tally import Evaluation
 
 FILE_NAME = "report.html"
 TRAINING_SAMPLES, VALIDATION_SAMPLES = 16, 8  # how many are shown
