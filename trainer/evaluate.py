@@ -1,7 +1,7 @@
 """A network's probabilities for every image of a split, and its error rates."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from trainer.tally import Evaluation, Tally
 from trainer.watch import Diverged
 
 VIEWS = ("centre", "ten", "nine")
+Progress = Callable[[str, int, int], None]  # what is done, how many images, of how many
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def predictions(
     batch_size: int | None = None,
     job: Processes = ALONE,
     pace: Pace | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Predicted]:
     """Every image of `split` exactly once, in the order of the ids: all in the first process, its share in the others.
 
@@ -64,6 +66,7 @@ def predictions(
             pictures are decoded once for both.
         batch_size: images that all processes together take at a time.
         pace: takes the speed, once the last batch is taken.
+        progress: is told what is done, and how far that is.
     Raises:
         UserError: the split is empty; data and recipe do not fit together.
         Diverged: an output is not a finite number.
@@ -84,6 +87,8 @@ def predictions(
             if not bool(rows.isfinite().all()):
                 raise Diverged("the network's outputs are not finite numbers: its training has diverged")
             images += len(batch.ids)
+            if progress:
+                progress(split, batch.step * loader.order.batch_size + batch.whole, loader.order.samples)
             rows = job.gathered(rows, batch.whole)
             chances = rows[:, 2:].chunk(len(views), 1)
             yield Predicted(rows[:, 0].long().numpy(), rows[:, 1].long(), dict(zip(views, chances)))

@@ -156,6 +156,11 @@ def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
     return devices
 
 
+def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:
+    """A device per column: those that were named, as for `parse_devices`, or the default."""
+    return parse_devices(default_devices(columns) if devices is None else devices, columns)
+
+
 def default_devices(columns: int = 2) -> str:
     """A GPU per column where there are as many, one for all where there is one, else the CPU.
 

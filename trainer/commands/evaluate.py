@@ -16,9 +16,10 @@ from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, placed
+from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
 from trainer.network import load_network
+from trainer.parallel import placed
 from trainer.probabilities import Add, Origin
 from trainer.processes import processes
 from trainer.tally import Tally
@@ -79,13 +80,13 @@ def evaluate(
     origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
 
     def go_through(add: Add | None) -> None:
-        for batch in predictions(network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace):
+        for batch in predictions(network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace, progress):
             if add:
                 add(batch.labels.numpy(), batch.chances[shown[-1]].numpy())
             for name in shown if has_labels else ():
                 tallies[name].add(batch.labels, batch.chances[name])
 
-    with processes() as job:
+    with processes() as job, followed() as progress:
         if saved and job.first:
             probabilities.save(saved, origin, samples, go_through)
         else:

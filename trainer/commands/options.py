@@ -1,11 +1,17 @@
 """What several commands ask for, and what they make of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
-from trainer.parallel import default_devices, parse_devices
+from trainer.evaluate import Progress
+from trainer.parallel import placed as placed
 
 PATH = click.Path(path_type=Path)
 
@@ -26,6 +32,17 @@ DEVICES = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON, for programs, instead of text for people.")
 
 
-def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:
-    """A device per column: those that were named, or the default."""
-    return parse_devices(default_devices(columns) if devices is None else devices, columns)
+@contextmanager
+def followed() -> Iterator[Progress]:
+    """How far a long command is, on a terminal, on stderr, until the context ends."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def follow(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(escape(what), total=of)
+            bars.update(tasks[what], completed=done)
+
+        yield follow

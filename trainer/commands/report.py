@@ -8,8 +8,9 @@ import torch
 from pipeline import manifest
 from pipeline.cli import Command
 from trainer import checkpoint as checkpoints
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, placed
+from trainer.commands.options import CHECKPOINT, DATA, DEVICES
 from trainer.network import load_network
+from trainer.parallel import placed
 
 
 @click.command(cls=Command)

@@ -8,8 +8,9 @@ from pipeline.cli import Command
 from pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
-from trainer.commands.options import DATA, DEVICES, PATH, placed
+from trainer.commands.options import DATA, DEVICES, PATH
 from trainer.commands.report import page
+from trainer.parallel import placed
 from trainer.train import Start
 from trainer.train import train as run_training
 

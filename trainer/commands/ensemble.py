@@ -1,0 +1,117 @@
+"""python -m trainer ensemble"""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import manifest
+from pipeline.cli import Command
+from pipeline.errors import UserError
+from pipeline.files import write_bytes_aside
+from trainer import ensemble as ensembles
+from trainer import probabilities
+from trainer.commands.options import DEVICES, JSON, PATH, followed
+from trainer.ensemble import Ensemble, Mean, parse_weights
+from trainer.evaluate import VIEWS
+from trainer.submission import devkit_ids, submission
+from trainer.tally import Evaluation
+
+
+@click.command(cls=Command)
+@click.argument("members", nargs=-1, required=True, type=PATH, metavar="RUN…")
+@click.option("--data", type=PATH, help="A dataset directory; of saved probabilities alone, only for --submission.")
+@click.option("--split", default="val", show_default=True)
+@click.option("--views", type=click.Choice(VIEWS), default="ten", show_default=True)
+@click.option("--weights", "given", metavar="2,1,…", help="How much each counts.  [default: all alike]")
+@click.option("--fit", metavar="SPLIT", help="Take the weights that make the true labels of this split likeliest.")
+@click.option(
+    "--submission", "submitted", type=PATH, metavar="OUT.txt", help="Write five devkit ids an image, for ILSVRC."
+)
+@click.option("--save-probabilities", "saved", type=PATH, metavar="OUT.npz", help="Write the mean of every image's.")
+@JSON
+@DEVICES
+def ensemble(
+    members: tuple[Path, ...],
+    data: Path | None,
+    split: str,
+    views: str,
+    given: str | None,
+    fit: str | None,
+    submitted: Path | None,
+    saved: Path | None,
+    as_json: bool,
+    devices: str | None,
+) -> None:
+    """Average the probabilities of several networks: run directories, checkpoints, or what evaluate saved of them.
+
+    \b
+    Examples:
+      python -m trainer ensemble runs/1 runs/2 runs/3 --data /data/imagenet-256
+      python -m trainer ensemble runs/1 runs/2 --data D --fit val --split test --submission test.txt
+      python -m trainer ensemble val-1.npz val-2.npz --weights 2,1
+    """
+    if given and fit:
+        raise UserError(f"--weights {given}, --fit {fit}: give one of the two")
+    if saved is not None and saved.suffix != ".npz":
+        raise UserError(f"--save-probabilities {saved}: give a name that ends in .npz")
+    dataset = None if data is None else manifest.load(data)
+    if submitted is not None:
+        if dataset is None:
+            raise UserError(f"--submission {submitted}: name the data set, whose devkit ids it needs: --data DATASET")
+        devkit_ids(dataset, split)  # what it would refuse, now
+    with followed() as progress:
+        networks = Ensemble(ensembles.load(members), dataset, views, devices, progress)
+        weights = np.full(len(members), 1 / len(members)) if given is None else parse_weights(given, len(members))
+        for each in dict.fromkeys([split, fit or split]):
+            networks.require_saved(each)
+        if fit:
+            weights = networks.fitted(fit, keep=fit == split)
+        found = networks.mean(weights, split)
+    whole = found.whole
+    if submitted is not None and dataset is not None:
+        write_bytes_aside(submitted, submission(whole.values, dataset, split))
+    if saved is not None:
+        probabilities.save(saved, whole.origin, len(whole.labels), lambda add: add(whole.labels, whole.values))
+    if as_json:
+        click.echo(json.dumps(_plain(found, weights, fit), indent=1, allow_nan=False))
+        return
+    _print(found, weights)
+    if fit == split:
+        click.echo(f"The weights are fitted on {split!r} itself: on other images the errors will be larger.")
+    for what, path in (("submission", submitted), ("probabilities", saved)):
+        if path is not None:
+            click.echo(f"{what}: {path}")
+
+
+def _print(found: Mean, weights: np.ndarray) -> None:
+    origin = found.whole.origin
+    title = f"{origin.split}, {len(found.whole.labels):,} images"
+    table = Table(
+        "network", "weight", "top-1 error", "top-5 error", "log-likelihood", title=title, title_justify="left"
+    )
+    for name, weight, errors in zip(origin.networks, weights, found.alone):
+        table.add_row(name.replace("[", "\\["), f"{weight:.3f}", *_cells(errors))
+    table.add_row("together", "", *_cells(found.together), style="bold")
+    Console().print(table)
+    if found.together is None:
+        click.echo("Not every image has a label, so there are no errors.")
+
+
+def _cells(errors: Evaluation | None) -> list[str]:
+    if errors is None:
+        return ["", "", ""]
+    return [f"{errors.top1_error:.1f} %", f"{errors.top5_error:.1f} %", f"{-errors.nll:.4f}"]
+
+
+def _plain(found: Mean, weights: np.ndarray, fit: str | None) -> dict[str, object]:
+    """What --json prints."""
+    networks = []
+    for name, weight, errors in zip(found.whole.origin.networks, weights.tolist(), found.alone):
+        networks.append({"network": name, "weight": weight, "errors": errors.to_dict() if errors else None})
+    origin, together = found.whole.origin, found.together
+    about = {"split": origin.split, "dataset": origin.dataset, "samples": len(found.whole.labels), "fitted_on": fit}
+    return about | {"networks": networks, "together": together.to_dict() if together else None}
