@@ -1,0 +1,277 @@
+"""Exported files: what they hold, ONNX Runtime and plain torch on them against our network; every refusal."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+
+from conftest import CLASSES, ROOT, build, digests
+from networks import drawn, narrow
+from pipeline import manifest
+from pipeline.manifest import Manifest
+from pipeline.online import Loader
+from pipeline.online.samples import SampleReader
+from reference import jpeg_pixels
+from runs import one_line, trainer
+from trainer import checkpoint as checkpoints
+from trainer import export, onnxgraph
+from trainer.checkpoint import Checkpoint
+from trainer.model import Grouped
+
+RECIPE, STEP = narrow("original", size=224), 4321
+
+
+def session(graph: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    return onnxruntime.InferenceSession(graph, options)
+
+
+@dataclass
+class Trained:
+    """A data set, a run of it, and the run's weights."""
+
+    data: Path
+    run: Path
+    dataset: Manifest
+    weights: dict[str, torch.Tensor]
+
+
+def saved(data: Path, run: Path) -> Trained:
+    """A run directory of random weights, by which the pictures differ."""
+    dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
+    velocity = {name: torch.ones_like(value) for name, value in weights.items()}
+    classes = tuple(record.wnid for record in dataset.classes)
+    plain: tuple = ({}, {"steps": STEP}, ())
+    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
+    return Trained(data, run, dataset, weights)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return saved(dataset, tmp_path_factory.mktemp("trained") / "run 1")
+
+
+@dataclass
+class Files:
+    """What `export` wrote of the run of `trained`, and said."""
+
+    folder: Path
+    output: str
+    noise: str  # past click, on the descriptors
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        with safe_open(self.folder / "model.safetensors", framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def about(self) -> tuple[str, str]:
+        """The metadata of both."""
+        with safe_open(self.folder / "model.safetensors", framework="numpy") as file:
+            weights = file.metadata()
+        graph = session((self.folder / "model.onnx").read_bytes()).get_modelmeta().custom_metadata_map
+        assert weights.keys() == graph.keys() == {"penstock"}
+        return weights["penstock"], graph["penstock"]
+
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        return session((self.folder / "model.onnx").read_bytes()).run(["probabilities"], {"pixels": pixels})[0]
+
+
+def exported(run: Path, data: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> Files:
+    result = trainer("export", run, "--data", data, "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.safetensors"]
+    return Files(folder, result.output, "".join(capfd.readouterr()))
+
+
+@pytest.fixture
+def files(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Files:
+    return exported(trained.run, trained.data, tmp_path / "out", capfd)
+
+
+def centres(dataset: Manifest) -> tuple[list[bytes], np.ndarray]:
+    """Every validation picture: its JPEG; of its 256 × 256 pixels, by Pillow, the middle as the files take it."""
+    with SampleReader(dataset, "val") as reader:
+        jpegs = [jpeg.tobytes() for jpeg in reader.read(np.arange(len(reader)))]
+    windows = [jpeg_pixels(jpeg)[16:240, 16:240].transpose(2, 0, 1) for jpeg in jpegs]
+    return jpegs, np.stack(windows).astype(np.float32)
+
+
+def of_the_loader(dataset: Manifest, weights: dict[str, torch.Tensor], **options: str) -> np.ndarray:
+    """Probabilities of every validation picture, decoded and centred by DALI, of the network in float64."""
+    network = Grouped(RECIPE.model, len(CLASSES)).double()
+    network.load(weights)
+    with Loader(dataset, "val", batch_size=4, views="centre", **options) as loader, torch.inference_mode():
+        return torch.cat([network(batch.images.double()) for batch in loader]).softmax(1).numpy()
+
+
+def test_the_graph_takes_raw_pixels_and_gives_what_evaluation_sees(files: Files, trained: Trained):
+    pixels = centres(trained.dataset)[1]
+    expected = of_the_loader(trained.dataset, trained.weights)
+    assert expected.std(0).max() > 0.1  # pictures differ
+    np.testing.assert_allclose(files.probabilities(pixels), expected, atol=2e-5)
+    assert np.abs(files.probabilities(pixels + 1) - expected).max() > 1e-3  # and a grey level shows
+
+
+def test_the_weights_are_those_of_the_checkpoint_and_nothing_else(files: Files, trained: Trained):
+    tensors, size = files.tensors(), trained.dataset.recipe.size
+    mean = trained.dataset.statistics().mean_image[16:240, 16:240].transpose(2, 0, 1)
+    assert size == 256
+    assert tensors.keys() == trained.weights.keys() | {"mean"}
+    assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
+    assert all((tensors[name] == value.numpy()).all() for name, value in trained.weights.items())
+    assert (tensors["mean"] == mean.astype(np.float32)).all()
+
+
+def test_both_say_what_they_are(files: Files, trained: Trained):
+    weights, graph = files.about()
+    assert weights == graph
+    about = json.loads(weights)
+    assert about["classes"] == [{"wnid": each.wnid, "words": each.words} for each in trained.dataset.classes]
+    assert (about["step"], about["dataset"], about["model"]["dropout"]) == (STEP, trained.dataset.identity, 0.5)
+    assert about["model"]["layers"]["conv1"]["then"] == ["lrn", "pool", "relu"]
+    assert about["input"]["view"] == "rows and columns 16 to 239 of a picture of 256 x 256 pixels"
+    assert [about["input"][key] for key in ("colours", "range", "shape")] == ["RGB", [0, 255], ["n", 3, 224, 224]]
+
+
+def test_the_command_says_what_it_wrote_and_nothing_speaks_past_it(files: Files, trained: Trained):
+    graph = onnx.load(files.folder / "model.onnx")
+    parameters = sum(value.numel() for value in trained.weights.values())
+    lines = files.output.splitlines()
+    assert f"{files.folder}/model.safetensors" in lines[0]
+    assert f"{parameters:,} parameters of step {STEP:,}" in lines[0]
+    assert f"{len(graph.graph.node)} nodes" in lines[1]
+    differences = re.search(r"on 9 pictures of val: .* at most (\S+) and (\S+)$", lines[2])
+    assert differences is not None
+    assert all(float(number) < 1e-5 for number in differences.groups())
+    assert files.noise == ""
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(files: Files, trained: Trained, capfd: pytest.CaptureFixture[str]):
+    before = digests(files.folder)
+    (file,) = checkpoints.files(trained.run)
+    exported(file, trained.data, files.folder, capfd)
+    assert digests(files.folder) == before
+
+
+def test_the_examples_of_the_document_compute_the_network(
+    files: Files, trained: Trained, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """The code stands in docs/export.md, and runs without us."""
+    torch_code, onnx_code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    imported = set(re.findall(r"^(?:import|from) (\w+)", torch_code + onnx_code, re.MULTILINE))
+    assert imported == {"torch", "safetensors", "json", "numpy", "onnxruntime", "PIL"}
+    jpegs, pixels = centres(trained.dataset)
+    (files.folder / "picture.jpg").write_bytes(jpegs[0])
+    monkeypatch.chdir(files.folder)
+    plain: dict[str, Any] = {}
+    exec(torch_code, plain)
+    expected = of_the_loader(trained.dataset, trained.weights)
+    with torch.inference_mode():
+        np.testing.assert_allclose(plain["alexnet"](torch.from_numpy(pixels)).numpy(), expected, atol=2e-5)
+    exec(onnx_code, graph := dict[str, Any]())
+    np.testing.assert_allclose(graph["probabilities"], expected[:1], atol=2e-5)
+    assert capfd.readouterr().out == trained.dataset.classes[int(expected[0].argmax())].words + "\n"
+
+
+@pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
+def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Trained, mean: str):
+    recipe = replace(RECIPE, data=replace(RECIPE.data, mean=mean))
+    with Loader(trained.dataset, "val", batch_size=9, views="centre", mean=mean) as loader:
+        seen = next(loader).images.numpy()
+    found = export.mean_view(trained.dataset, recipe)
+    assert (found.shape, found.dtype) == ((3, 224, 224), np.float32)
+    np.testing.assert_allclose(centres(trained.dataset)[1] - found, seen, atol=1e-4)
+
+
+def test_a_data_set_without_validation_is_compared_on_training_pictures(raw: Path, tmp_path: Path):
+    assert build(raw / "train", tmp_path / "data", "--workers", 1, "--holdout", 0).exit_code == 0
+    saved(tmp_path / "data", tmp_path / "run")
+    result = trainer("export", tmp_path / "run", "--data", tmp_path / "data")
+    assert "on 16 pictures of train" in result.output
+    assert (tmp_path / "run/export/model.onnx").exists()
+
+
+def test_real_photographs(shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Six photographs of each of three classes, of all sizes."""
+    for name in ("dress", "hat", "shoes"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        for path in sorted((shared / "clothing10/train" / name).iterdir())[:6]:
+            shutil.copy(path, tmp_path / "raw" / name)
+    assert build(tmp_path / "raw", tmp_path / "data", "--workers", 1, "--holdout", 0.5).exit_code == 0
+    own = saved(tmp_path / "data", tmp_path / "run")
+    files = exported(own.run, own.data, tmp_path / "out", capfd)
+    expected = of_the_loader(own.dataset, own.weights)
+    assert expected.std(0).max() > 0.1
+    np.testing.assert_allclose(files.probabilities(centres(own.dataset)[1]), expected, atol=2e-5)
+
+
+def refused(data: Path, run: Path, out: Path, *words: str) -> None:
+    """One line, and nothing is trained."""
+    one_line(trainer("export", run, "--data", data, "--out", out), *words)
+    assert not out.exists()
+
+
+def copied(trained: Trained, run: Path, **changes: Any) -> Path:
+    """The run of `trained` with another checkpoint."""
+    checkpoints.save(run, replace(checkpoints.load(trained.run), **changes))
+    return run
+
+
+def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out"
+    refused(trained.data, tmp_path, out, "no checkpoint in", "train first")
+    refused(tmp_path, trained.run, out, "not a dataset directory")
+    (file,) = checkpoints.files(trained.run)
+    one_line(trainer("export", file, "--data", trained.data), "is a checkpoint file", "--out")
+    for package in ("onnx", "onnxruntime"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            refused(trained.data, trained.run, out, f"needs the package {package}:", "pip install 'penstock[export]'")
+
+
+def test_other_data_is_refused(trained: Trained, tmp_path: Path):
+    """Other classes, other pictures, pictures that are too small."""
+    out, classes = tmp_path / "out", ("one", "three", "two")
+    refused(trained.data, copied(trained, tmp_path / "1", classes=classes), out, "3 classes", "label 0 is one")
+    run = copied(trained, tmp_path / "2", dataset="0" * 64)
+    refused(trained.data, run, out, "trained on the data set 000000000000…", trained.dataset.identity[:12])
+    large = replace(RECIPE, model=replace(RECIPE.model, size=300))
+    weights = drawn(large.model, len(CLASSES), torch.float32)
+    run = copied(trained, tmp_path / "3", recipe=large, weights=weights, velocity=weights)
+    refused(trained.data, run, out, "images of 256 pixels, and the network sees 300", "--size")
+
+
+def test_a_network_that_has_diverged_is_refused(trained: Trained, tmp_path: Path):
+    """Numbers that are not finite, in the weights or only in what they give."""
+    for number, value, words in ((1, np.nan, "conv3.bias"), (2, np.inf, "conv3.bias"), (3, 3e38, "outputs")):
+        weights = {name: each.clone() for name, each in trained.weights.items()}
+        weights["conv3.bias"][:4] = value
+        run = copied(trained, tmp_path / f"{number}", weights=weights)
+        refused(trained.data, run, tmp_path / "out", words, "not finite", "has diverged")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "words"),
+    [
+        (onnxgraph, "BETA", 0.5, ("model.onnx: its probabilities differ", "nothing was written")),
+        (export, "mean_view", lambda *_: np.zeros((3, 224, 224), np.float32), ("model.safetensors: its", "nothing")),
+        (export, "mean_view", lambda *_: np.full((3, 224, 224), np.nan, np.float32), ("differ from", "by nan")),
+        (onnxgraph, "MOST_BYTES", 10_000, ("weights of 0.00 GiB", "an ONNX file holds")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_would_not_be_the_network_is_not_written(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: Any, words: tuple
+):
+    monkeypatch.setattr(module, name, value)
+    refused(trained.data, trained.run, tmp_path / "out", *words)

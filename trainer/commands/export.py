@@ -1,0 +1,47 @@
+"""python -m trainer export"""
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli import Command
+from pipeline.errors import UserError
+from trainer.commands.options import DATA, PATH, RUN
+from trainer.export import MEAN, Exported
+from trainer.export import export as write
+
+
+@click.command(cls=Command, interrupted="nothing was written, or whole files")
+@RUN
+@DATA
+@click.option("--out", type=PATH, help="The folder of the two files.  [default: RUN/export]")
+def export(run: Path, data: Path, out: Path | None) -> None:
+    """Write a run's network for other programs: model.safetensors and model.onnx.
+
+    RUN is a run directory, of which the newest checkpoint is taken, or a checkpoint file; DATA is what it was trained
+    on. On pictures of it both files must give the network's own probabilities before they are written.
+
+    \b
+    Examples:
+      python -m trainer export runs/1 --data /data/imagenet-256
+      python -m trainer export runs/1/checkpoints/best.safetensors --data /data/imagenet-256 --out best
+    """
+    if out is None and run.is_file():
+        raise UserError(f"{run}: is a checkpoint file; name a folder for what is exported, too: --out FOLDER")
+    found = write(run, data, run / "export" if out is None else out)
+    for line in said(found):
+        click.echo(line)
+
+
+def said(found: Exported) -> list[str]:
+    """What was written, how it was checked, how it is loaded."""
+    weights, graph = (f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in (found.weights, found.graph))
+    return [
+        f"{weights}: {found.parameters:,} parameters of step {found.step:,}, and {MEAN}",
+        f"{graph}: {found.nodes} nodes",
+        f"compared with the network on {found.pictures} pictures of {found.split}: probabilities differ by at most "
+        f"{found.weights_differ:.1e} and {found.graph_differs:.1e}",
+        f'load: safetensors.torch.load_file("{found.weights}")',
+        f'      onnxruntime.InferenceSession("{found.graph}").run(["probabilities"], {{"pixels": pixels}})',
+        "docs/export.md has an example of each, and what they are to be given",
+    ]
