@@ -1,13 +1,15 @@
 """Saved probabilities: one .npz of a network's, or several networks', for every image of a split."""
 
+import errno
 import io
 import json
+import math
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from pipeline.files import HashingFile, write_aside
 FORMAT = 1
 ABOUT = {"format": int, "dataset": str, "split": str, "views": str, "from": list}
 SLACK = 1e-6  # by which the sum of an image's probabilities may differ from 1
+HEADER = 256  # bytes; ours are shorter
+DAMAGE = (zipfile.BadZipFile, TokenError, ValueError, KeyError, TypeError, EOFError, RuntimeError, OSError)
 Add = Callable[[np.ndarray, np.ndarray], None]
 
 
@@ -74,10 +78,10 @@ def save(path: Path, origin: Origin, samples: int, fill: Callable[[Add], None]) 
             for name, array in rest.items():
                 held = io.BytesIO()
                 np.save(held, array, allow_pickle=False)
-                archive.writestr(f"{name}.npy", held.getvalue())
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), held.getvalue())  # which is of 1980, not of now
+        assert sum(map(len, labels)) == samples
 
     write_aside(path, write)
-    assert sum(map(len, labels)) == samples
 
 
 class _Stream(io.RawIOBase):
@@ -96,19 +100,42 @@ class _Stream(io.RawIOBase):
 
 def load(path: Path) -> Probabilities:
     """Read what `save` wrote. Raises UserError where it is something else or damaged, or OSError."""
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-            if packed or archive.testzip():
-                raise ValueError("a member is compressed, or its CRC-32 differs")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return _checked(arrays["about"], arrays["classes"], arrays["labels"], arrays["probabilities"])
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, NotImplementedError) as error:
-        what = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not saved probabilities, or damaged ({what}); write it again with --save-probabilities"
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            return _read(file)
+        except DAMAGE as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # as a seek to before the file is
+                raise
+            what = " ".join(str(error).split())
+            raise UserError(
+                f"{path}: not saved probabilities, or damaged ({what}); write it again with --save-probabilities"
+            ) from error
+
+
+def _read(file: BinaryIO) -> Probabilities:
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in members):
+            raise ValueError("a member is compressed")
+        if archive.testzip():
+            raise ValueError("the CRC-32 of a member differs")
+        return _checked(*(_array(archive, name) for name in ("about", "classes", "labels", "probabilities")))
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One that is as large as its header says: no memory is taken for what is not there."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name}: another version of .npy")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member, max_header_size=HEADER)
+        if dtype.hasobject:
+            raise ValueError(f"{name}: Python objects")
+        if info.file_size - member.tell() != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name}: not as large as its header says")
+        member.seek(0)
+        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        return array
 
 
 def _checked(about: np.ndarray, classes: np.ndarray, labels: np.ndarray, values: np.ndarray) -> Probabilities:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -26,13 +28,21 @@ class Processes:
         """(n, width) float64 on the CPU of each process → those of all, by rank, in the first; its own in the others.
 
         `most`: as many rows as one process has at most, the same for all; a process may have none.
+
+        Raises:
+            UserError: another process is gone.
         """
         if self.count == 1:
             return rows
         sent = torch.full((most, 1 + rows.shape[1]), 0.0, dtype=torch.float64)
         sent[: len(rows), 0], sent[: len(rows), 1:] = 1.0, rows  # a row that counts begins with 1
         received = [torch.empty_like(sent) for _ in range(self.count)] if self.first else None
-        dist.gather(sent, received)
+        try:
+            dist.gather(sent, received)
+        except RuntimeError as error:  # what gloo makes of a closed connection
+            raise UserError(
+                "another process of this job has ended before its time; the reason is in its own line"
+            ) from error
         if received is None:
             return rows
         whole = torch.cat(received)
@@ -44,12 +54,22 @@ ALONE = Processes()
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Those of the job that torchrun started, joined until the context ends, by gloo: what they exchange is small."""
+    """Those of the job that torchrun started, joined until the context ends, by gloo: what they exchange is small.
+
+    Raises:
+        UserError: they do not find each other.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        what = str(error).partition("\n")[0]
+        raise UserError(
+            f"WORLD_SIZE={count}, and there is no such job ({what}); start it with torchrun, or unset WORLD_SIZE"
+        ) from error
     try:
         yield Processes(dist.get_rank(), count)
     finally:

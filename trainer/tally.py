@@ -77,4 +77,4 @@ def top_k_errors(chances: Tensor, labels: Tensor, k: int) -> Tensor:
     true = chances.gather(1, labels[:, None])
     larger = (chances > true).sum(1)
     equal = (chances == true).sum(1)
-    return 1 - ((k - larger) / equal).double().clamp(0, 1)
+    return 1 - ((k - larger).double() / equal).clamp(0, 1)

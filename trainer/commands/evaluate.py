@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import manifest
 from pipeline.cli import Command
@@ -38,7 +39,11 @@ RECORDED = 1000  # confused pairs in evaluation.json
     show_default=True,
     help="centre, ten, nine (of CIFAR-10), or centre and one of the others.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Images at a time.  [default: 128, or 16 of several views]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Images at a time, of all processes.  [default: for each 128, or 16 of several views]",
+)
 @click.option("--confused", default=10, show_default=True, type=click.IntRange(0), help="Pairs of classes to show.")
 @click.option("--per-class", is_flag=True, help="Show the errors of each class.")
 @click.option(
@@ -80,7 +85,8 @@ def evaluate(
     origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
 
     def go_through(add: Add | None) -> None:
-        for batch in predictions(network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace, progress):
+        told = progress if job.first else None
+        for batch in predictions(network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace, told):
             if add:
                 add(batch.labels.numpy(), batch.chances[shown[-1]].numpy())
             for name in shown if has_labels else ():
@@ -93,15 +99,17 @@ def evaluate(
             go_through(None)
     if not job.first:
         return
-    if not has_labels:
-        click.echo(f"{saved}: the probabilities of {samples:,} images; not all have a label, so there are no errors")
-        return
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
+    if not has_labels:
+        said = f"{saved}: the probabilities of {samples:,} images; not all have a label, so there are no errors"
+        click.echo(json.dumps(result | {"samples": samples}, indent=1) if as_json else said)
+        return
     result |= {name: tally.whole().to_dict() for name, tally in tallies.items()}
     result |= {"details_of": shown[-1], **_details(tallies[shown[-1]], dataset)}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if run.is_dir() and shown == ["centre", "ten"]:
-        write_bytes_aside(run / "evaluation.json", text.encode())
+        name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"
+        write_bytes_aside(run / name, text.encode())
     if as_json:
         click.echo(text, nl=False)
         return
@@ -155,10 +163,11 @@ def _print_classes(classes: list[dict[str, Any]], views: str) -> None:
     table = Table("class", "images", "top-1 error", "top-5 error", title=f"by class ({views})", title_justify="left")
     for each in classes:
         errors = [f"{each[key]:.1f} %" if each["samples"] else "" for key in ("top1_error", "top5_error")]
-        table.add_row(f"{each['wnid']} {_plain(each['words'])}", f"{each['samples']:,}", *errors)
+        name = each["words"] if each["words"] == each["wnid"] else f"{each['wnid']} {each['words']}"
+        table.add_row(_plain(name), f"{each['samples']:,}", *errors)
     Console().print(table)
 
 
-def _plain(words: str) -> str:
-    """What a terminal may show of a class's words."""
-    return "".join(letter if letter.isprintable() else "?" for letter in words).replace("[", "\\[")
+def _plain(words: str) -> Text:
+    """What a terminal may show of a class's words: as they are, without control characters."""
+    return Text("".join(letter if letter.isprintable() else "?" for letter in words))
