@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from trainer.evaluate import Progress
-from trainer.parallel import placed as placed
 
 PATH = click.Path(path_type=Path)
 

@@ -1,0 +1,131 @@
+"""The auto-encoder: features → a short binary code → features. Near features get codes of which few bits differ.
+
+One layer up and one down. The encoder begins with the principal components, turned at random so that each bit carries
+as much as any other, and both layers are then trained to give the features back, through noise, which drives the
+code's units to their ends (Salakhutdinov and Hinton, Semantic hashing, 2009; for pictures Krizhevsky and Hinton, Using
+very deep autoencoders for content-based image retrieval, 2011). docs/retrieval.md has what other codes find.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+SEED = 2012
+SAMPLE = 20_000  # rows that it learns from, at most
+STEPS, BATCH, RATE = 1000, 256, 0.03  # the rate is relative to the first weights' spread, and falls to nothing
+NOISE = 1.0  # standard deviation, where that of the code's inputs is 1
+POWER = 4  # iterations for the principal components
+RIDGE = 1e-3  # of the first decoder's least squares, relative to the rows
+AT_ONCE = 4096  # rows encoded at a time
+
+
+@dataclass(frozen=True)
+class AutoEncoder:
+    """A bit is 1 where features · up + bias > 0; with h = ±1 for each bit, h · down + offset gives the features back.
+
+    All float32: `up` (units, bits), `bias` (bits,), `down` (bits, units), `offset` (units,).
+    """
+
+    up: Tensor
+    bias: Tensor
+    down: Tensor
+    offset: Tensor
+
+    @torch.no_grad()
+    def codes(self, features: np.ndarray) -> np.ndarray:
+        """(n, units) float16 or float32 → (n, bits / 8) uint8, the first bit being the highest of the first byte."""
+        found = [np.zeros((0, self.up.shape[1] // 8), np.uint8)]
+        for start in range(0, len(features), AT_ONCE):
+            part = torch.from_numpy(np.array(features[start : start + AT_ONCE])).float()
+            found.append(np.packbits((part @ self.up + self.bias > 0).numpy(), axis=1))
+        return np.concatenate(found)
+
+    def decoded(self, codes: np.ndarray) -> np.ndarray:
+        """(n, bits / 8) uint8 → (n, units) float32."""
+        signs = torch.from_numpy(np.unpackbits(codes, axis=1).astype(np.float32) * 2 - 1)
+        decoded: np.ndarray = (signs @ self.down + self.offset).numpy()
+        return decoded
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file."""
+        return save({name: value.contiguous() for name, value in vars(self).items()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "AutoEncoder":
+        """What `to_bytes` gave; need not be trusted, but is not checked."""
+        return cls(**load(data))
+
+
+def learnt(rows: Tensor, bits: int, tell: Callable[[int], object] = lambda steps: None) -> AutoEncoder:
+    """An auto-encoder of features, (n, units) float32, n ≥ 1. The same rows give the same one on the same machine.
+
+    Args:
+        tell: is called after each of the `STEPS`, with how many are done.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    mean = rows.mean(0)
+    spread = float((rows - mean).square().sum(1).mean().sqrt()) or 1.0  # 1 where all rows are equal
+    x = (rows - mean) / spread
+    up = _turned(x, bits, generator)
+    up = up / (float((x @ up).std(correction=0)) or 1.0)
+    up, bias, down, offset = _trained(x, up, generator, tell)
+    up = up / spread
+    return AutoEncoder(up, bias - mean @ up, down * spread, offset * spread + mean)
+
+
+def _turned(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """The principal components of centred rows (n, units), turned at random: (units, bits).
+
+    Where there are fewer components than bits, each bit is a direction among them, and no two components are mixed
+    unequally: the rows of the random matrix are orthonormal.
+    """
+    components = principal(x, min(bits, x.shape[1], max(1, len(x) - 1)), generator)
+    turn = torch.linalg.qr(torch.randn(bits, components.shape[1], generator=generator)).Q
+    return components @ turn.T
+
+
+def principal(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The first principal components of centred rows (n, units), orthonormal, in no order: (units, count).
+
+    By subspace iteration (Halko, Martinsson and Tropp, Finding structure with randomness, 2011, algorithm 4.4).
+    """
+    more = min(x.shape[1], count + 16)
+    basis = torch.linalg.qr(torch.randn(x.shape[1], more, generator=generator)).Q
+    for _ in range(POWER):
+        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
+    seen = x @ basis
+    turn = torch.linalg.eigh((seen.T @ seen).double()).eigenvectors.float()
+    return basis @ turn[:, -count:]
+
+
+def _trained(x: Tensor, up: Tensor, generator: torch.Generator, tell: Callable[[int], object]) -> tuple[Tensor, ...]:
+    """Encoder and decoder that give rows x back, by Adam from `up` on."""
+    signs = (x @ up > 0).float() * 2 - 1
+    ridge = RIDGE * len(x) * torch.eye(up.shape[1])
+    down = torch.linalg.solve(signs.T @ signs + ridge, signs.T @ x)
+    layers = [up, torch.zeros(up.shape[1]), down, torch.zeros(x.shape[1])]
+    spreads = [float(up.std()), 1.0, float(down.std()), float(down.std())]
+    parameters = [layer.clone().requires_grad_() for layer in layers]
+    groups = [{"params": [parameter], "lr": RATE * spread} for parameter, spread in zip(parameters, spreads)]
+    optimiser = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / STEPS, STEPS)
+    for step in range(STEPS):
+        batch = x[torch.randint(len(x), (min(BATCH, len(x)),), generator=generator)]
+        _loss(batch, parameters, generator).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+        tell(step + 1)
+    return tuple(parameter.detach() for parameter in parameters)
+
+
+def _loss(x: Tensor, parameters: list[Tensor], generator: torch.Generator) -> Tensor:
+    """The mean squared distance of rows to what comes back of them through a noisy code."""
+    up, bias, down, offset = parameters
+    inputs = x @ up + bias
+    code = torch.tanh(inputs + NOISE * torch.randn(inputs.shape, generator=generator))
+    return (code @ down + offset - x).square().sum(1).mean()
