@@ -1,4 +1,4 @@
-"""A data set and a run made here, and the page that `python -m trainer report` writes of them, as a tree."""
+"""A data set and a run made here, and the page that `python -m trainer figures` writes of them, as a tree."""
 
 import base64
 import io
@@ -29,10 +29,14 @@ SETTINGS = [f"model.layers.{name}.width={width}" for name, width in WIDTHS.items
 RECIPE = recipes.load("original", [*SETTINGS, "train.batch_size=8", "train.steps=40", "train.seed=7"])
 STEP = 40
 TRAIN = [
-    {"step": 20, "epoch": 4, "lr": 0.01, "loss": 1.25, "time": {"images_per_second": 100.0, "stall": 0.25}},
-    {"step": 30, "epoch": 7, "lr": 0.01, "loss": 1.125, "time": {"images_per_second": 321.0, "stall": 0.125}},
-    {"step": 40, "epoch": 9, "lr": 0.01, "loss": 0.75, "time": {"images_per_second": 400.0, "stall": 0.0}},
+    {"step": step, "epoch": epoch, "lr": 0.01, "loss": loss, "time": {"images_per_second": speed, "stall": stall}}
+    for step, epoch, loss, speed, stall in (
+        (20, 4, 1.25, 100.0, 0.25),
+        (30, 7, 1.125, 321.0, 0.125),
+        (40, 9, 0.75, 400.0, 0.0),
+    )
 ]
+RATIOS = {"conv1": (0.004, 0.002, 0.001), "fc8": (0.5, 0.0, 0.125)}  # by layer; fc8 stands still at step 30
 VALIDATION = {"step": 40, "epoch": 9, "samples": 9, "top1_error": 62.5, "top5_error": 12.25, "nll": 1.0625}
 CENTRE = {"samples": 9, "top1_error": 61.24, "top5_error": 13.37, "nll": 1.5151}
 TEN = {"samples": 9, "top1_error": 59.91, "top5_error": 11.13, "nll": 1.4142}
@@ -130,16 +134,20 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
     classes = tuple(record.wnid for record in dataset.classes)
     plain: tuple = ({}, {"steps": RECIPE.train.steps}, ())
     checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
-    lines = [{"kind": "train", **line} for line in TRAIN] + [{"kind": "validation", **VALIDATION}]
+    lines: list[dict] = [{"kind": "train", **line} for line in TRAIN]
+    for i, line in enumerate(lines):
+        line["layers"] = {name: {"ratio": ratios[i]} for name, ratios in RATIOS.items()}
+    lines.append({"kind": "validation", **VALIDATION})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = {"step": STEP, "split": "val", "dataset": dataset.identity, "centre": CENTRE, "ten": TEN}
+    evaluation["confused"] = [{"true": 0, "predicted": 2, "images": 3, "share": 50.0}]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     return weights
 
 
-def invoke(data: Path, run: Path) -> Result:
+def invoke(data: Path, run: Path, *more: str) -> Result:
     return CliRunner().invoke(
-        main, ["report", "--data", str(data), "--checkpoint", str(run), "--devices", "cpu,cpu"], prog_name="trainer"
+        main, ["figures", str(run), "--data", str(data), "--devices", "cpu,cpu", *more], prog_name="trainer"
     )
 
 

@@ -1,10 +1,12 @@
-"""The page of `python -m trainer report`: whole in one file, whatever of the run is missing; mistakes are one line."""
+"""The page of `python -m trainer figures`: whole in one file, whatever of the run is missing; mistakes are one line."""
 
 import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+
+from PIL import Image
 
 from pipeline import manifest
 from reported import CLASSES, Written, build_dataset, draw, invoke, pixels, read_page, save_run
@@ -14,7 +16,13 @@ from trainer import checkpoint as checkpoints
 
 
 def test_the_command_names_the_page(written: Written) -> None:
-    assert written.output == f"{written.run / 'report.html'}\n"
+    names = ("kernels", "predictions", "neighbours", "curves", "updates", "augmentation")
+    files = [written.run / "figures" / f"{name}.png" for name in names]
+    assert written.output.splitlines() == [*map(str, files), f"{written.run / 'report.html'}"]
+    for file in files:
+        with Image.open(file) as sheet:
+            assert sheet.format == "PNG"
+            assert len(sheet.convert("RGB").getcolors(2**24)) > 20, f"{file.name} is blank"
 
 
 def test_nothing_is_fetched(written: Written) -> None:
@@ -42,7 +50,7 @@ def test_plotly_is_there_once(written: Written) -> None:
 
 def test_every_picture_has_a_text_and_a_size(written: Written) -> None:
     images = written.page.root.all("img")
-    assert len(images) == 1 + 2 * 16 + 2 + min(8, written.dataset.splits["val"].samples)
+    assert len(images) == 1 + 2 * 16 + 2 + min(8, written.dataset.splits["val"].samples) + 5 * 7 + 1
     for image in images:
         assert image.attributes["alt"].strip()
         height, width = pixels(image).shape[:2]
@@ -95,9 +103,33 @@ def test_no_validation_split_and_few_training_samples(tmp_path: Path) -> None:
     result = invoke(tmp_path / "data", tmp_path / "run")
     assert result.exit_code == 0, result.output
     page = read_page(tmp_path / "run")
-    for name in ("result", "curves", "validation-images"):
-        assert "The data set has no validation images." in page.section(name).text
+    for name in ("result", "curves", "validation-images", "similar-training-images"):
+        assert "The data set has no images in val." in page.section(name).text
+    assert sorted(path.stem for path in (tmp_path / "run" / "figures").iterdir()) == [
+        *("augmentation", "curves", "kernels", "updates")
+    ]
+    assert "no predictions.png: The data set has no images in val." in result.output.splitlines()
     assert len(page.root.all("img", "seen")) == len(page.root.all("img", "stored")) == dataset.splits["train"].samples
+
+
+def test_only_errors_and_another_split(written: Written, tmp_path: Path) -> None:
+    run = shutil.copytree(written.run, tmp_path / "run")
+    assert invoke(written.data, run, "--only-errors", "--split", "train").exit_code == 0
+    figures = read_page(run).section("images-of-train").all("figure")
+    assert 1 <= len(figures) <= 8
+    for figure in figures:
+        first = figure.all("li")[0]
+        assert not first.all("b"), "the most probable label is the true one"
+        assert figure.all("figcaption")[0].words().startswith("True label: ")
+
+
+def test_a_figure_that_there_is_nothing_for_goes(written: Written, tmp_path: Path) -> None:
+    run = shutil.copytree(written.run, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    result = invoke(written.data, run)
+    assert "no curves.png: no steps are recorded" in result.output.splitlines()
+    assert not (run / "figures" / "curves.png").exists()
+    assert (run / "figures" / "kernels.png").exists()
 
 
 def test_old_evaluation_says_so(written: Written, tmp_path: Path) -> None:

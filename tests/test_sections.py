@@ -1,7 +1,9 @@
-"""The sections of the page of `python -m trainer report`: every picture, bar and number is true to its source."""
+"""The sections of the page of `python -m trainer figures`: every picture, bar and number is true to its source."""
 
 import json
+import re
 import shlex
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.online import Loader
-from reported import CLASSES, RECIPE, Page, Written, pixels, source
+from reported import CLASSES, RATIOS, RECIPE, Page, Written, invoke, pixels, read_page, source
+from runs import trainer
 from trainer import recipe
-from trainer.figures import html
+from trainer.figures import html, material
 from trainer.model import Grouped
 
 
@@ -81,8 +84,8 @@ def test_curves_are_the_recorded_numbers(written: Written) -> None:
 def test_kernels_of_each_column(written: Written) -> None:
     grids = written.page.section("first-layer-kernels").all("img", "pixelated")
     for image, kernels in zip(grids, written.weights["conv1.weight"].split(2)):
-        low, high = kernels.min(), kernels.max()
-        expected = ((kernels - low) / (high - low) * 255).round().permute(0, 2, 3, 1).numpy()
+        largest = written.weights["conv1.weight"].abs().max()  # of both columns: they have one scale
+        expected = (128 + 127 * kernels / largest).round().permute(0, 2, 3, 1).numpy()
         grid = pixels(image)
         assert grid.shape == (46, 91, 3)  # two kernels of 44 × 44 in a row, and borders
         for i, kernel in enumerate(expected):
@@ -115,8 +118,67 @@ def test_bars_are_the_networks_probabilities(written: Written) -> None:
             )
             width = bar.all("span", "bar")[0].attributes["style"].removeprefix("width: ").removesuffix("%")
             assert float(width) == pytest.approx(100 * row[expected], abs=0.01)
-    assert ids == sorted(set(ids))
+    assert len(ids) == len(set(ids))
     assert len(ids) == min(8, len(jpegs))
+
+
+def features(written: Written, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """What fc8 is given, of each sample of a split: (n, 8), and the labels (n,)."""
+    network = Grouped(RECIPE.model, len(CLASSES))
+    network.load(written.weights)
+    with Loader(written.data, split, batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
+        batch = next(loader)
+        return network.run(network.layers[:-1], batch.images, [None] * 7)[0].numpy(), batch.labels.numpy()
+
+
+def test_neighbours_are_the_nearest_training_images(written: Written) -> None:
+    (asked, labels), (rows, known) = features(written, "val"), features(written, "train")
+    queries, jpegs = stored(written.data, "val"), stored(written.data, "train")
+    shown = written.page.section("similar-training-images").all("div", "near")
+    assert len(shown) == 5
+    for row in shown:
+        first, *found = row.all("figure")
+        query = queries.index(source(first.all("img")[0]))
+        distances = np.sqrt(((rows.astype(np.float64) - asked[query]) ** 2).sum(1))
+        nearest = np.argsort(distances, kind="stable")[:6]
+        assert [jpegs.index(source(figure.all("img")[0])) for figure in found] == nearest.tolist()
+        for figure, i in zip(found, nearest, strict=True):
+            (caption,) = figure.all("figcaption")
+            distance = re.search(r"[\d.]+$", caption.text)
+            assert distance is not None
+            assert float(distance[0]) == pytest.approx(distances[i], rel=1e-3)
+            assert (caption.text[0] == "✓") == (known[i] == labels[query])
+
+
+def test_many_training_images_are_looked_for_in_the_index(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def figures_of(run: Path) -> list[str]:
+        assert invoke(written.data, run).exit_code == 0
+        return [image.attributes["src"] for image in read_page(run).section("similar-training-images").all("img")]
+
+    run = Path(shutil.copytree(written.run, tmp_path / "run"))
+    expected = figures_of(run)
+    monkeypatch.setattr(material, "SEARCHED", 3)
+    assert figures_of(run) == []
+    assert "no index there" in read_page(run).section("similar-training-images").text
+    made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
+    assert made.exit_code == 0, made.output
+    assert figures_of(run) == expected
+    made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--split", "val")
+    assert made.exit_code == 0, made.output
+    assert figures_of(run) == []
+    assert "is of the split 'val'" in read_page(run).section("similar-training-images").text
+
+
+def test_confused_pairs_and_updates(written: Written) -> None:
+    rows = written.page.section("result").all("tbody")[1].all("tr")
+    assert [[cell.words() for cell in row.inside] for row in rows] == [[CLASSES[0], CLASSES[2], "3"]]
+    (script,) = (s.text for s in written.page.root.all("script") if 'getElementById("updates")' in s.text)
+    traces, _ = json.JSONDecoder().raw_decode(script, script.index("[", script.index("Plotly.newPlot(")))
+    drawn = {trace["name"]: dict(zip(trace["x"], trace["y"])) for trace in traces}
+    expected = {name: {20 + 10 * i: value for i, value in enumerate(row) if value} for name, row in RATIOS.items()}
+    assert drawn == expected
 
 
 def test_at_most_five_bars_and_a_true_label_beyond_them() -> None:
@@ -138,4 +200,4 @@ def test_commands_give_the_recipe(written: Written) -> None:
     assert train[train.index("--out") + 1] == str(written.run)
     settings = [train[i + 1] for i, word in enumerate(train) if word == "--set"]
     assert recipe.load(train[train.index("--recipe") + 1], settings) == RECIPE
-    assert [command[3] for command in commands[1:]] == ["train", "evaluate", "report"]
+    assert [command[3] for command in commands[1:]] == ["train", "evaluate", "figures"]

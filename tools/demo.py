@@ -62,7 +62,7 @@ def main(raw: Path | None, limit: int) -> None:
         raise UserError(f"{raw}: too few pictures to hold some out for validation; give 50 or more, or a val/ folder")
     step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run)
     step("Evaluate", "-m", "trainer", "evaluate", "--data", dataset, "--checkpoint", run)
-    step("Write the page", "-m", "trainer", "report", "--data", dataset, "--checkpoint", run)
+    step("Draw figures", "-m", "trainer", "figures", run, "--data", dataset)
     _print_table(ROOT / dataset, ROOT / run, seconds)
 
 

@@ -6,7 +6,7 @@ import click
 
 from trainer.parallel import reference_precision
 
-COMMANDS = ("train", "evaluate", "report", "ensemble", "predict", "index", "similar", "export")
+COMMANDS = ("train", "evaluate", "ensemble", "predict", "figures", "index", "similar", "export")
 
 
 class Commands(click.Group):

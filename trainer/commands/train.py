@@ -8,8 +8,8 @@ from pipeline.cli import Command
 from pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
+from trainer.commands.figures import drawn
 from trainer.commands.options import DATA, DEVICES, PATH
-from trainer.commands.report import page
 from trainer.parallel import placed
 from trainer.train import Start
 from trainer.train import train as run_training
@@ -75,4 +75,4 @@ def train(
         raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
     start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
     run_training(data, run, chosen, where, start)
-    click.echo(f"page: {page(data, run, where)}")
+    click.echo(f"page: {drawn(data, run, where)[-1]}")

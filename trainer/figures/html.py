@@ -11,9 +11,20 @@ import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 
+from trainer.predict import top
+
 MID_GREY = 128  # grey levels: what is added to an input, whose mean is about zero, to show it
 FONT = "system-ui, sans-serif"
-LINES = (("#1f5f8b", "solid", "circle"), ("#b4530f", "dash", "diamond"))  # told apart without colour, too
+LINES = (  # told apart without colour, too
+    ("#1f5f8b", "solid", "circle"),
+    ("#b4530f", "dash", "diamond"),
+    ("#3b7d3b", "dot", "square"),
+    ("#7a3e9d", "dashdot", "cross"),
+    ("#1c2733", "solid", "x"),
+    ("#8a6d00", "dash", "triangle-up"),
+    ("#0f7f86", "dot", "triangle-down"),
+    ("#a6243c", "dashdot", "star"),
+)
 
 STYLE = """
 :root { --ink: #1c2733; --soft: #55626d; --line: #d5dce2; --blue: #1f5f8b; color-scheme: light; }
@@ -65,7 +76,15 @@ tbody th { font-weight: 400; }
 .true .bar { background: var(--blue); }
 .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 pre { white-space: pre-wrap; font-size: .875rem; background: #f4f6f8; padding: .75rem; margin: 0 0 .75rem; }
+.near { display: grid; grid-template-columns: repeat(3, 1fr); gap: .75rem; margin-bottom: 1.5rem; break-inside: avoid; }
+.near img { width: 100%; }
+.near .asked { grid-column: 1 / -1; max-width: 8rem; }
+.scroll { overflow-x: auto; }
+.scroll:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+.scroll img { max-width: none; }
 @media (min-width: 40rem) {
+  .near { grid-template-columns: 1.2fr repeat(6, 1fr); }
+  .near .asked { grid-column: auto; max-width: none; padding-right: 1rem; border-right: 1px solid var(--line); }
   .samples { grid-template-columns: repeat(4, 1fr); }
   .cards, .charts, .grids { grid-template-columns: repeat(2, 1fr); }
 }
@@ -77,7 +96,8 @@ pre { white-space: pre-wrap; font-size: .875rem; background: #f4f6f8; padding: .
 @media screen and (min-width: 75rem) {
   .pixelated { zoom: 2; } /* whole pixels only, so that all borders stay */
 }
-@media print { nav { display: none; } body { max-width: none; } .charts { display: block; } }
+@media print { nav { display: none; } body { max-width: none; } .charts { display: block; }
+  .scroll { overflow: visible; } .scroll img { max-width: 100%; } }
 """
 
 
@@ -114,21 +134,15 @@ def seen_pixels(x: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x.transpose(1, 2, 0) + MID_GREY), 0, 255).astype(np.uint8)
 
 
-def kernel_grid(kernels: np.ndarray, zoom: int = 4, columns: int = 6) -> np.ndarray:
-    """(n, 3, side, side) float → one picture (height, width, 3) uint8 of all, with white borders of 1 pixel.
-
-    The least weight of all kernels becomes 0 and the greatest 255, so that strong kernels look stronger than weak ones.
-    """
-    low, span = kernels.min(), np.ptp(kernels) or 1.0
-    tiles = np.rint((kernels - low) / span * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    tiles = tiles.repeat(zoom, axis=1).repeat(zoom, axis=2)
+def grid(tiles: np.ndarray, columns: int = 6) -> np.ndarray:
+    """(n, side, side, 3) uint8 → one picture (height, width, 3) uint8 of all, with white borders of 1 pixel."""
     columns = min(columns, len(tiles))
     rows, pitch = -(-len(tiles) // columns), tiles.shape[1] + 1
-    grid = np.full((rows * pitch + 1, columns * pitch + 1, 3), 255, np.uint8)
+    whole = np.full((rows * pitch + 1, columns * pitch + 1, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):
         top, left = i // columns * pitch + 1, i % columns * pitch + 1
-        grid[top : top + pitch - 1, left : left + pitch - 1] = tile
-    return grid
+        whole[top : top + pitch - 1, left : left + pitch - 1] = tile
+    return whole
 
 
 def gradient(low: np.ndarray, high: np.ndarray) -> str:
@@ -141,14 +155,9 @@ def _shown(colour: np.ndarray) -> list[int]:
     return [int(level) for level in np.clip(np.rint(colour), 0, 255)]
 
 
-def most_probable(chances: np.ndarray, k: int = 5) -> np.ndarray:
-    """(classes,) → the labels of the k most probable, the first first; all where there are fewer; (≤ k,) int64."""
-    return np.argsort(-chances, kind="stable")[:k]
-
-
 def bars(chances: np.ndarray, words: Sequence[str], label: int) -> str:
     """The five most probable of (classes,) probabilities as a list of bars; the class `label` is ticked and bold."""
-    return f'<ol class="bars">{"".join(_bar(words[i], chances[i], i == label) for i in most_probable(chances))}</ol>'
+    return f'<ol class="bars">{"".join(_bar(words[i], chances[i], i == label) for i in top(chances))}</ol>'
 
 
 def _bar(word: str, chance: float, is_true: bool) -> str:
@@ -172,11 +181,27 @@ def pair(name: str, words: str, jpeg: bytes, x: np.ndarray) -> str:
 def prediction(name: str, jpeg: bytes, chances: np.ndarray, words: Sequence[str], label: int) -> str:
     """A picture beside its `bars`; `words` of every class, `label` −1: none."""
     true = words[label] if label >= 0 else "no label"
-    missed = "" if label in most_probable(chances) or label < 0 else " (not among these)"
+    missed = "" if label in top(chances) or label < 0 else " (not among these)"
     return (
         f"<figure>{picture(jpeg, 'jpeg', f'{name}, {true}', 'stored')}<div><figcaption>True label: "
         f"<b>{escape(true)}</b>{missed}</figcaption>{bars(chances, words, label)}</div></figure>"
     )
+
+
+def near(name: str, jpeg: bytes, words: str, distance: float | None, same: bool) -> str:
+    """A picture of a row of neighbours; `distance` None: what was looked for. `same`: it has that one's label."""
+    mark = '✓ <span class="spoken">(the same label)</span>' if same else ""
+    label = f"<b>{mark}{escape(words)}</b>" if same or distance is None else escape(words)
+    how = "looked for" if distance is None else f"{distance:.4g}"
+    style = "asked" if distance is None else "found"
+    image = picture(jpeg, "jpeg", f"{name}, {words}", "stored")
+    return f'<figure class="{style}">{image}<figcaption>{label}<br>{how}</figcaption></figure>'
+
+
+def wide(data: bytes, name: str, alt: str) -> str:
+    """A PNG at its own size, which scrolls where the page is narrower; the arrow keys scroll it, too."""
+    image = picture(data, "png", alt, "whole-size")
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{image}</div>'
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -199,16 +224,31 @@ def curves(lines: Sequence[dict[str, Any]]) -> str:
     errors = [curve("validation", "top1_error", "top-1"), curve("validation", "top5_error", "top-5")]
     charts = _chart("losses", "Loss", "loss (nats per image)", losses, with_library=True)
     if errors[0].steps:
-        charts += _chart("errors", "Validation error", "error (% of images)", errors, with_library=False)
+        charts += _chart("errors", "Validation error", "error (% of images)", errors)
+    if ratios := _ratios([line for line in lines if line["kind"] == "train" and "layers" in line]):
+        charts += _chart("updates", "Updates", "mean |update| / mean |weight|", ratios, log=True)
     return charts
 
 
-def _chart(name: str, title: str, unit: str, lines: Sequence[Curve], with_library: bool) -> str:
+def _ratios(lines: Sequence[dict[str, Any]]) -> list[Curve]:
+    """Each layer's ratio of update to weight, where it is above zero: a frozen layer's is not."""
+    found = []
+    for name in lines[0]["layers"] if lines else ():
+        mine = [(line["step"], line["layers"][name]["ratio"]) for line in lines]
+        steps, values = zip(*[(step, ratio) for step, ratio in mine if ratio > 0] or [((), ())])
+        found += [Curve(name, steps, values)] if steps else []
+    return found
+
+
+def _chart(
+    name: str, title: str, unit: str, lines: Sequence[Curve], with_library: bool = False, log: bool = False
+) -> str:
     """A chart over the steps of a run; `name` is its id, `unit` the title of its vertical axis.
 
     `with_library` puts plotly.js (5 MB) before it: once per page, at the first chart.
     """
     axis = {"gridcolor": "#e3e8ec", "linecolor": "#8a959e", "ticks": "outside", "automargin": True, "fixedrange": True}
+    scale = {"type": "log", "dtick": 1, "exponentformat": "power"} if log else {"rangemode": "tozero"}
     layout = {
         "template": "none",
         "font": {"family": FONT, "size": 13, "color": "#1c2733"},
@@ -218,9 +258,9 @@ def _chart(name: str, title: str, unit: str, lines: Sequence[Curve], with_librar
         "dragmode": False,
         "showlegend": True,
         "xaxis": axis | {"title": "step (updates)", "rangemode": "tozero"},
-        "yaxis": axis | {"title": unit, "rangemode": "tozero"},
+        "yaxis": axis | {"title": unit} | scale,
     }
-    html = go.Figure([_trace(line, *LINES[i]) for i, line in enumerate(lines)], layout).to_html(
+    html = go.Figure([_trace(line, *LINES[i % len(LINES)]) for i, line in enumerate(lines)], layout).to_html(
         config={"responsive": True, "displayModeBar": False},
         include_plotlyjs=with_library,
         full_html=False,

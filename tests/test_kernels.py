@@ -1,0 +1,167 @@
+"""Figure 3: selectivity of kernels that are known, and the sheet's pixels against plain numpy."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from trainer.figures import selectivity
+from trainer.figures.kernels import kernels, measured, reading, tiles
+
+GREY = (1.0, 1.0, 1.0)
+
+
+def patch(envelope: float, colour: tuple[float, float, float], frequency: float = 0.0, degrees: float = 0.0):
+    """A Gabor patch, (3, 11, 11); a blob where the frequency is 0."""
+    y, x = np.mgrid[-5:6, -5:6]
+    angle = np.deg2rad(degrees)
+    wave = np.cos(2 * np.pi * frequency * (x * np.cos(angle) + y * np.sin(angle)))
+    return np.multiply.outer(colour, wave * np.exp(-(x**2 + y**2) / (2 * envelope**2)))
+
+
+def gabors() -> np.ndarray:
+    return np.stack([patch(2.5, GREY, 0.2, degrees) for degrees in range(0, 180, 15)])
+
+
+def blobs() -> np.ndarray:
+    return np.stack([patch(1.8, colour) for colour in ((1, -1, 0), (-1, 0, 1), (1, 1, -2))])
+
+
+def random(n: int, side: int = 11) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, 3, side, side))
+
+
+def test_grey_gratings_have_no_colour_and_one_direction() -> None:
+    assert selectivity.colour(gabors()) == pytest.approx(0, abs=1e-12)
+    found = selectivity.orientation(gabors())
+    assert found.min() > 0.85
+    assert np.ptp(found) < 0.03  # whatever the direction, that of the square's sides and of its corners included
+
+
+def test_coloured_blobs_have_colour_and_no_direction() -> None:
+    assert selectivity.colour(blobs()) == pytest.approx(1, abs=1e-12)
+    assert selectivity.orientation(blobs()) == pytest.approx(0, abs=1e-9)
+
+
+def test_colour_is_the_share_of_the_energy() -> None:
+    grey, coloured = patch(2, GREY, 0.1), 0.3 * patch(2, (2, -1, -1))
+    share = (coloured**2).sum() / ((grey**2).sum() + (coloured**2).sum())
+    assert 0.1 < share < 0.4
+    assert selectivity.colour((grey + coloured)[None]) == pytest.approx(share)
+    assert selectivity.colour(random(1)) == pytest.approx(_projected(random(1)[0]))
+
+
+def _projected(kernel: np.ndarray) -> float:
+    """1 − |projection onto (1, 1, 1)/√3|² / |w|², place by place."""
+    w = kernel.reshape(3, -1)
+    along = np.array(GREY) / np.sqrt(3) @ w
+    return 1 - float((along**2).sum() / (w**2).sum())
+
+
+def test_orientation_is_that_of_the_fourier_power() -> None:
+    """Of sums written out, a frequency at a time."""
+    kernel, side = random(1, 5)[0], 20
+    kernel = kernel - kernel.mean((1, 2), keepdims=True)
+    y, x = np.mgrid[:5, :5]
+    resultant, total = 0j, 0.0
+    for v in range(-10, 10):
+        for u in range(-10, 10):
+            if 0 < u * u + v * v < 100:
+                waves = (kernel * np.exp(-2j * np.pi * (u * x + v * y) / side)).sum((1, 2))
+                power = float((np.abs(waves) ** 2).sum())
+                resultant, total = resultant + power * np.exp(2j * np.arctan2(v, u)), total + power
+    assert selectivity.orientation(random(1, 5)) == pytest.approx(abs(resultant) / total)
+
+
+def test_orientation_knows_no_turns_scales_or_colours() -> None:
+    kernels, found = random(6), selectivity.orientation(random(6))
+    for same in (np.rot90(kernels, 1, (2, 3)), kernels[..., ::-1], 1e-3 * kernels, kernels[:, ::-1], kernels + 5):
+        assert selectivity.orientation(same) == pytest.approx(found)
+    crossed = patch(2.5, GREY, 0.2, 0) + patch(2.5, GREY, 0.2, 90)
+    assert selectivity.orientation(crossed[None]) == pytest.approx(0, abs=1e-9)
+
+
+def test_noise_is_what_it_should_be() -> None:
+    assert selectivity.colour(random(300)).mean() == pytest.approx(2 / 3, abs=0.01)
+    assert selectivity.orientation(random(300)).mean() < 0.1
+
+
+@pytest.mark.parametrize("kernel", [np.zeros((1, 3, 11, 11)), np.full((1, 3, 11, 11), 0.1), np.ones((1, 3, 1, 1))])
+def test_what_is_even_has_neither(kernel: np.ndarray) -> None:
+    assert selectivity.colour(kernel) == pytest.approx(0, abs=1e-12)
+    assert selectivity.orientation(kernel) == 0
+
+
+def test_means_go_by_the_energy() -> None:
+    both = np.concatenate([3 * gabors()[:1], blobs()[:1]])
+    grey, coloured = ((kernel**2).sum() for kernel in both)
+    assert selectivity.mean(np.array([0.0, 1.0]), both) == pytest.approx(coloured / (grey + coloured))
+    assert selectivity.mean(np.zeros(2), np.zeros((2, 3, 4, 4))) == 0
+
+
+def test_chance_counts_halves() -> None:
+    """Against all halves of eight kernels, one by one."""
+    weights = np.concatenate([gabors()[:3], blobs()[:1], blobs(), gabors()[4:5]])
+    energies = (weights**2).sum((1, 2, 3))
+    coloured = energies * [_projected(kernel) for kernel in weights]
+
+    def apart(half: tuple[int, ...]) -> float:
+        first = np.isin(np.arange(8), half)
+        return abs(coloured[first].sum() / energies[first].sum() - coloured[~first].sum() / energies[~first].sum())
+
+    halves = [apart(half) for half in combinations(range(8), 4)]
+    expected = np.mean([value >= apart((0, 1, 2, 3)) - 1e-9 for value in halves])
+    assert 0.05 < expected < 0.95
+    assert selectivity.chance(weights) == pytest.approx(expected, abs=0.02)
+    swapped = np.concatenate([weights[4:], weights[:4]])
+    assert selectivity.chance(swapped) == pytest.approx(expected, abs=0.02)
+    assert selectivity.chance(np.repeat(blobs()[:1], 4, axis=0)) == 1
+
+
+def test_words_are_the_measures() -> None:
+    assert measured(gabors()) == f"colour 0.00, orientation {selectivity.orientation(gabors()).mean():.2f}"
+    assert measured(blobs()) == "colour 1.00, orientation 0.00"
+    columns = np.concatenate([gabors()[:9], np.repeat(blobs(), 3, axis=0)])
+    assert "differ by more than chance explains" in reading(columns, 2)
+    assert "differ no more than chance explains" in reading(random(8), 2)
+    assert "two columns" not in reading(random(8), 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "side", "columns", "zoom"), [(96, 11, 2, 6), (64, 5, 1, 13), (2, 11, 2, 6), (3, 70, 1, 1)]
+)
+def test_every_kernel_is_in_its_place(n: int, side: int, columns: int, zoom: int) -> None:
+    weights = random(n, side).astype(np.float32)
+    sheet = np.asarray(kernels(weights, columns))
+    pitch, tops = side * zoom + 6, []
+    across = (1200 - 48 + 6) // pitch
+    for i, kernel in enumerate(weights):
+        column, place = divmod(i, n // columns)
+        levels = np.rint(128 + 127 * kernel.astype(float) / np.abs(weights).max())
+        tile = np.stack([np.kron(plane, np.ones((zoom, zoom))) for plane in levels], 2)
+        left = 24 + place % across * pitch
+        strip = sheet[:, left : left + side * zoom]
+        (top,) = [top for top in range(len(strip) - side * zoom) if (strip[top : top + side * zoom] == tile).all()]
+        tops.append((column, top - place // across * pitch))
+    starts = sorted(set(tops))  # where each column's rows begin
+    assert [column for column, _ in starts] == list(range(columns))
+    rows = -(-(n // columns) // across)
+    assert all(below - above > rows * pitch for (_, above), (_, below) in pairwise(starts))
+
+
+def test_zero_is_grey_and_scale_is_common() -> None:
+    weights = np.zeros((2, 3, 3, 3))
+    assert (tiles(weights, 1) == 128).all()
+    weights[1, 0] = [[2], [-2], [1]]
+    found = tiles(weights, 2)
+    assert found.shape == (2, 6, 6, 3)
+    assert found[1, ::2, 0, 0].tolist() == [255, 1, round(128 + 127 / 2)]
+    assert (found[0] == 128).all()
+
+
+def test_a_network_that_diverged_is_named() -> None:
+    weights = random(4)
+    weights[2, 1, 0, 0] = np.nan
+    with pytest.raises(UserError, match="diverged"):
+        kernels(weights, 2)

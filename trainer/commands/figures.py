@@ -1,0 +1,45 @@
+"""python -m trainer figures"""
+
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline import manifest
+from pipeline.cli import Command
+from trainer import checkpoint as checkpoints
+from trainer.commands.options import DATA, DEVICES, RUN
+from trainer.network import load_network
+from trainer.parallel import placed
+
+
+@click.command(cls=Command)
+@RUN
+@DATA
+@click.option("--split", help="Whose images are shown with predictions.  [default: val]")
+@click.option("--only-errors", is_flag=True, help="Show images that the network gets wrong.")
+@DEVICES
+def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices: str | None) -> None:
+    """Draw RUN/figures/*.png and the page RUN/report.html.
+
+    Kernels of the first layer (Figure 3 of the paper), predictions and nearest training images (Figure 4), curves,
+    updates by layer, and what crops and lighting do to a picture.
+    """
+    if split is not None:
+        manifest.load(data).split(split)
+    where = placed(devices, checkpoints.load(run).recipe.model.columns)
+    for line in drawn(data, run, where, split or "val", only_errors):
+        click.echo(line)
+
+
+def drawn(
+    data: Path, run: Path, devices: tuple[torch.device, ...], split: str = "val", only_errors: bool = False
+) -> list[str]:
+    """Draw all; what there is to say of it, a line each, the page last."""
+    from trainer.figures.draw import draw  # here, because plotly takes long to import
+    from trainer.figures.material import gather
+
+    checkpoint, dataset = checkpoints.load(run), manifest.load(data)
+    network = load_network(checkpoint, dataset, devices, run)
+    written, lacking = draw(gather(run, dataset, network, checkpoint, split, only_errors))
+    return [*(f"no {name}: {why}" for name, why in lacking.items()), *map(str, written)]
