@@ -19,9 +19,9 @@ from tools.peers.datasets import of_images
 from trainer.recipe import COMPILED, PRECISIONS
 
 ((BATCH,), _, _) = PLANS["cpu"]
-TIMED = ("decode", "loader", "grouped", "step", "fed")
+TIMED = ("decode", "loader", "grouped", "step", "fed", "evaluate")
 TRAINING = ["grouped"] * 2 + ["step"] * 3 + ["fed"] * 2  # both, and steps with the same masks, in fp32 and bf16
-PARTS = ["decode", *["loader"] * len(OUTPUTS), "pixels", *TRAINING, "two devices", "two devices"]
+PARTS = ["decode", *["loader"] * len(OUTPUTS), "pixels", *TRAINING, *["evaluate"] * 2, "two devices", "two devices"]
 
 
 def words(dataset: Path, *more: object) -> list[str]:
@@ -53,7 +53,10 @@ def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.Cap
         else:
             part, _, what = row.ceiling.partition(", ")
             assert row.share == row.images_per_second / by_name[part, what].images_per_second
-    assert [row.part for row in rows if row.ceiling] == ["loader"] * len(OUTPUTS) + ["step", "step", "fed", "fed"]
+    assert [row.part for row in rows if row.ceiling] == [
+        *["loader"] * len(OUTPUTS),
+        *("step", "step", "fed", "fed", "evaluate", "evaluate"),
+    ]
     pixels = by_name["pixels", "uint8, hardware_share 0"].found
     assert pixels["views"] >= COMPARED
     assert pixels["mean difference from the CPU's"] == pixels["largest"] == 0
@@ -101,6 +104,7 @@ def test_one_row_may_fail(dataset: Path, capsys: pytest.CaptureFixture[str], mon
         "_decode": RuntimeError(said),
         "_step": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
         "_fed": ModuleNotFoundError("No module named 'click'"),
+        "_evaluate": ModuleNotFoundError("No module named 'click'"),
     }
     for name, error in failing.items():
 
@@ -114,7 +118,7 @@ def test_one_row_may_fail(dataset: Path, capsys: pytest.CaptureFixture[str], mon
     assert [line.split()[0] for line in table] == ["part", *(part.split()[0] for part in PARTS)]
     reasons = [line.partition("not measured: ")[2].partition("  ")[0] for line in table]
     memory, module = "CUDA out of memory.", "No module named 'click'"
-    assert reasons == ["", "no decoder", *[""] * 6, *[memory] * 5, module, module, *["one device"] * 2]
+    assert reasons == ["", "no decoder", *[""] * 6, *[memory] * 5, *[module] * 4, *["one device"] * 2]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, for what torch makes of it on a CPU")

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from itertools import cycle, product
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from pipeline.online.loader import Batch, Loader
 from pipeline.online.meter import Meter
 from pipeline.online.samples import SampleReader
 from pipeline.online.windows import Windows
-from tools.gpu_training import BF16, FP32, WAYS, Training, Way, apart, skipped, training
+from tools.gpu_training import BF16, FP32, WAYS, Training, Way, apart, evaluating, skipped, training
 
 REPETITIONS = 5
 WARM_UP = 8  # steps before the first that is timed: more than a loader has ahead
@@ -107,6 +107,8 @@ class Bench:
             for way in (FP32, self._fastest_bf16(batch)):
                 yield self._row("fed", f"{way}, {FED}", batch, self._fed, way)
         self._given, self._reference = None, {}
+        for views in ("centre", "ten"):
+            yield self._row("evaluate", f"fp32, {views}", ends[0], self._evaluate, views)
         for feed in ("split", "replicate"):
             yield self._row("two devices", f"uint8, {feed}", ends[-1], self._two, feed)
 
@@ -232,6 +234,14 @@ class Bench:
             self._time(row, lambda: trained.step(next(loader)), ceiling, loader)
         row.found |= {"lost": 1 - row.share} if row.share else {}
         self._against_fp32(row, way, FED)
+
+    def _evaluate(self, row: Row, views: str) -> None:
+        """Probabilities of the network on the host, as the command `evaluate` has them; the stall is a pass's."""
+        ceiling = self.fastest("loader", "float32", row.batch)
+        stall: dict[str, float] = {}
+        with closing(evaluating(self._data, self._device, self._plan.recipe, row.batch, views, stall)) as steps:
+            self._time(row, lambda: next(steps), ceiling)
+        row.found |= stall
 
     def _training(self, way: Way, batch: int, **more: bool) -> AbstractContextManager[Training]:
         return training(self._data, self._device, self._plan.recipe, batch, way, **more)

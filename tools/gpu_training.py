@@ -1,7 +1,7 @@
 """A step of training in each way that a recipe can choose, as the GPU bench times it."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -112,6 +112,22 @@ def training(
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
         if way.compile != "no":
             torch.compiler.reset()
+
+
+def evaluating(
+    data: Manifest, device: torch.device, name: str, batch: int, views: str, stall: dict[str, float]
+) -> Generator[int, None, None]:
+    """The images of each batch of evaluation, pass after pass; `stall` takes that of the latest whole pass."""
+    from trainer import evaluate, model, parallel, recipe
+
+    plan, classes = recipe.load(name), max(CLASSES, len(data.classes))
+    network = parallel.Columns(plan.model, classes, (device, device))
+    network.load(model.initial_weights(plan.model, classes, plan.train.seed))
+    while True:
+        pace = evaluate.Pace()
+        for found in evaluate.predictions(network, data, plan, "train", [views], batch, pace=pace):
+            yield len(found.ids)
+        stall["stall"] = sum(pace.waited.shares(pace.seconds).values())
 
 
 def _whole(network: Any, classes: int, weights: dict[str, Tensor], device: torch.device) -> Any:
