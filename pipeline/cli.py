@@ -1,6 +1,8 @@
 """How every command of ours ends before its time: one line on stderr and an exit code, no traceback."""
 
+import os
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -31,6 +33,8 @@ class Command(click.Command):
         except UserError as error:
             notes = getattr(error, "__notes__", [])
             raise _Failure("; ".join([str(error), *notes]), error.exit_code) from error
+        except BrokenPipeError:
+            raise _nobody_listens() from None
         except OSError as error:
             if error.strerror is None:
                 raise
@@ -67,7 +71,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
 
+def _nobody_listens() -> SystemExit:
+    """How a command ends whose output was closed (`| head`): quietly."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # for what is still in the buffer
+    os.close(nowhere)
+    return SystemExit(128 + signal.SIGPIPE)
+
+
+def shown(text: str) -> str:
+    """What a terminal may show: control characters, and bytes that are no UTF-8, are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class _Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
+        super().__init__(shown(message))
         self.exit_code = exit_code  # type: ignore[misc]

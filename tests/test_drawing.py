@@ -68,6 +68,7 @@ def test_what_cannot_be_drawn_is_spelled() -> None:
     assert drawable("cre\u0300me") == "creme"
     assert drawable("−3 × 4 – Straße") == "-3 x 4 - Strasse"
     assert drawable("猫 x") == "\\u732b x"
+    assert drawable("\x1b[31m\x07") == "\\x1b[31m\\x07"
     assert drawable("it’s “so” …") == "it’s “so” …"
 
 

@@ -1,5 +1,6 @@
 """`python -m trainer ensemble` against plain numpy and scipy: means, fitted weights, submissions, refusals."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -83,9 +84,17 @@ def ensemble(*words: object) -> dict:
     return json.loads(result.stdout)
 
 
-def save(path: Path, dataset: str = "0", split: str = "val", classes: str = "abc", labels: tuple = (0, 1)) -> Path:
-    origin = Origin(dataset * 64, split, "ten", ("a run",), tuple(classes))
-    probabilities.save(path, origin, 2, lambda add: add(np.array(labels), np.full((2, 3), 1 / 3)))
+def save(
+    path: Path,
+    dataset: str = "0",
+    split: str = "val",
+    classes: str = "abc",
+    labels: tuple = (0, 1),
+    views: str = "ten",
+) -> Path:
+    origin = Origin(dataset * 64, split, views, ("a run",), tuple(classes))
+    n = len(labels)
+    probabilities.save(path, origin, n, lambda add: add(np.array(labels), np.full((n, 3), 1 / 3)))
     return path
 
 
@@ -188,6 +197,61 @@ def test_what_a_person_sees(networks: list[Path], data: Path):
         assert word in result.output
 
 
+def test_names_of_any_length_and_letters_leave_the_numbers_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    long, strange = save(tmp_path / f"{'a' * 60}.npz"), save(tmp_path / "[red]\udcff\x1b[31m.npz")
+    result = trainer("ensemble", long, strange)
+    assert result.exit_code == 0, result.output
+    numbers = "0.500       66.7 %        0.0 %         -1.0986"
+    lines = result.output.splitlines()
+    assert [line.strip() for line in lines[1:3]] == [
+        f"{numbers}   {long}",
+        f"{numbers}   {tmp_path}/[red]\\udcff\\x1b[31m.npz",
+    ]
+    assert lines[3].split() == ["66.7", "%", "0.0", "%", "-1.0986", "together"]
+
+
+def test_what_a_mean_of_different_views_says_of_itself(tmp_path: Path):
+    files = [save(tmp_path / f"{i}.npz", views=views) for i, views in enumerate(("centre", "ten", "centre"))]
+    ensemble(*files, "--save-probabilities", tmp_path / "mean.npz")
+    assert probabilities.load(tmp_path / "mean.npz").origin.views == "centre, ten"
+
+
+def test_a_full_disk_does_not_keep_the_errors_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    file = save(tmp_path / "a.npz")
+    monkeypatch.setattr("trainer.probabilities.save", full)
+    result = trainer("ensemble", file, "--save-probabilities", tmp_path / "mean.npz")
+    assert result.exit_code == 2
+    assert result.stdout.splitlines()[-1].endswith("together")
+    assert result.stderr == f"Error: {tmp_path}/mean.npz: No space left on device\n"
+
+
+def test_what_will_be_refused_is_refused_before_anything_is_computed(
+    networks: list[Path], data: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("trainer.ensemble.predictions", never)
+    run, more = networks[0], ("--data", data, "--devices", "cpu,cpu")
+    one_line(trainer("ensemble", run, *more, "--split", "tset", "--fit", "train"), "no split named 'tset'")
+    one_line(trainer("ensemble", run, *more, "--fit", "test"), "'test' has images without a label", "fit on one")
+    one_line(trainer("ensemble", run, *more, "--devices", "cpu"), "two columns")
+    (tmp_path / "file").write_bytes(b"")
+    for option, name in (("--submission", "out.txt"), ("--save-probabilities", "out.npz")):
+        one_line(trainer("ensemble", run, *more, option, tmp_path / "file" / name), "file is a file, not a directory")
+    one_line(trainer("ensemble", run, *more, "--split", "train", "--submission", tmp_path / "x.txt"), "is shuffled")
+    checkpoint = checkpoints.load(run)
+    names = tuple(record.wnid for record in manifest.load(small).classes)
+    weights = drawn(RECIPE.model, len(names), torch.float32)
+    other = Checkpoint(7, RECIPE, names, checkpoint.dataset, weights, weights, {}, {}, ())
+    checkpoints.save(tmp_path / "run", other)
+    one_line(trainer("ensemble", tmp_path / "run", "--data", small), "images of 32 pixels, and the network sees 224")
+
+
 def test_refusals(networks: list[Path], data: Path, dataset: Path, tmp_path: Path):
     first, second = networks[:2]
     one_line(trainer("ensemble", first, second), "--data")
@@ -205,7 +269,12 @@ def test_refusals(networks: list[Path], data: Path, dataset: Path, tmp_path: Pat
     one_line(trainer("ensemble", a, save(tmp_path / "b.npz", split="train")), "split 'train', not of 'val'")
     other = save(tmp_path / "b.npz", dataset="1")
     one_line(trainer("ensemble", a, other), "data set 111111111111, not of 000000000000")
-    one_line(trainer("ensemble", a, save(tmp_path / "b.npz", labels=(1, 1))), "other labels")
+    other = save(tmp_path / "b.npz", labels=(1, 1))
+    for fit in ((), ("--fit", "val")):
+        one_line(trainer("ensemble", a, other, *fit), "b.npz: has other labels than", "a.npz")
+    one_line(trainer("ensemble", a, save(tmp_path / "b.npz", labels=(0, 1, 2)), "--fit", "val"), "other labels")
+    (tmp_path / "folder.npz").mkdir()
+    one_line(trainer("ensemble", a, "--save-probabilities", tmp_path / "folder.npz"), "folder.npz: is a directory")
     a.write_bytes(a.read_bytes()[:200])
     one_line(trainer("ensemble", a), "not saved probabilities, or damaged", "a.npz")
 

@@ -1,15 +1,19 @@
 """`evaluate` against tarfile, Pillow, numpy and a float64 network: any views, and batches of any size."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
 
-from conftest import build
+from conftest import ROOT, build
 from evaluated import (
     CLASSES,
     FLOAT32,
@@ -230,10 +234,59 @@ def test_mistakes_are_one_clear_line(made: Made, own: Made, tmp_path: Path):
     one_line(told(made.run, "--save-probabilities", tmp_path / "a.csv"), "a.csv: give a name that ends in .npz")
     (tmp_path / "file").write_bytes(b"")
     one_line(told(made.run, "--save-probabilities", tmp_path / "file" / "a.npz"), str(tmp_path / "file"))
+    url = told(made.run, "--save-probabilities", "s3://bucket/a.npz")
+    assert (url.exit_code, "s3://bucket/a.npz: is a URL" in url.output) == (2, True)
     (tmp_path / "a.npz").mkdir()
     one_line(told(made.run, "--save-probabilities", tmp_path / "a.npz"), str(tmp_path / "a.npz"), "directory")
     save_run(own.run, made.data, weights(made.data), classes=("ant", *CLASSES[1:]))
     one_line(told(own.run), "a network of 7 classes", "label 0 is ant, there [bold]ant")
+
+
+def test_weights_of_another_network(own: Made):
+    """As one number for all classes they would fit, and be wrong."""
+    whole = weights(own.data)
+    lacking = {name: value for name, value in whole.items() if name != "fc8.bias"}
+    for found, words in (
+        (lacking, "fc8.bias is missing, its recipe says (7,)"),
+        (whole | {"fc8.bias": whole["fc8.bias"][:1]}, "fc8.bias is (1,), its recipe says (7,)"),
+        (whole | {"fc9.bias": whole["fc8.bias"]}, "fc9.bias is (7,), its recipe says none"),
+    ):
+        save_run(own.run, own.data, found)
+        one_line(trainer("evaluate", *own.options), "damaged", words)
+
+
+def test_a_run_that_cannot_be_written_to_is_told_all_the_same(own: Made):
+    """A directory stands where evaluation.json would."""
+    (own.run / "evaluation.json").mkdir()
+    result = trainer("evaluate", *own.options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert "evaluation.json" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    for word in ("centre view", "ten views", "most confused"):
+        assert word in result.stdout
+
+
+def test_a_reader_who_leaves_does_not_keep_the_run_from_its_evaluation(own: Made, monkeypatch: pytest.MonkeyPatch):
+    def leave(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("trainer.commands.evaluate.click.echo", leave)
+    trainer("evaluate", *own.options)
+    assert json.loads((own.run / "evaluation.json").read_text())["ten"]["samples"] == sum(VAL)
+
+
+def test_a_terminal_that_lacks_letters(made: Made, tmp_path: Path):
+    from forgery import remake
+
+    root = Path(shutil.copytree(made.data, tmp_path / "data"))
+    remake(root, lambda body: [record.update(words="ânè") for record in body["classes"]])
+    options = Made(root, made.run).options
+    command = [sys.executable, "-m", "trainer", "evaluate", *map(str, options), "--views", "centre", "--per-class"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?n?" in done.stdout
 
 
 def test_an_empty_split(made: Made, tmp_path: Path):

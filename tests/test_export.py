@@ -233,6 +233,7 @@ def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypa
     refused(tmp_path, trained.run, out, "not a dataset directory")
     (file,) = checkpoints.files(trained.run)
     one_line(trainer("export", file, "--data", trained.data), "is a checkpoint file", "--out")
+    one_line(trainer("export", trained.run, "--data", trained.data, "--out", file), "is a file", "name a folder")
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -127,6 +127,7 @@ def test_what_cannot_be_indexed(dataset: Path, run: Path, tmp_path: Path, monkey
     (mine / "thesis.txt").write_text("mine")
     one_line(index(run, dataset, "--out", mine), "is not an index (it has thesis.txt)", "--out")
     one_line(index(run, dataset, "--out", mine / "thesis.txt"), "is a file")
+    one_line(index(run, dataset, "--out", "/proc"), "is where a disk is mounted")
     assert (mine / "thesis.txt").read_text() == "mine"
     save_run(tmp_path / "large", dataset, factor=1e4)
     one_line(index(tmp_path / "large", dataset), "float16 ends at 65,504", "--float32")
@@ -135,7 +136,7 @@ def test_what_cannot_be_indexed(dataset: Path, run: Path, tmp_path: Path, monkey
     save_run(tmp_path / "infinite", dataset, factor=float("inf"))
     one_line(index(tmp_path / "infinite", dataset), "not finite")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
-    one_line(index(run, dataset), "0.0 GB are free", "make room")
+    one_line(index(run, dataset), "1.0 MB are free", "make room")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "faiss", None)
     one_line(index(run, dataset), "needs the package faiss: pip install 'penstock[retrieval]'")
@@ -203,3 +204,35 @@ def test_a_folder_takes_the_place_of_another(flag: int, tmp_path: Path, monkeypa
             os.close(number)
         assert os.listdir(tmp_path) == ["index"]
         assert os.listdir(tmp_path / "index") == [text]
+
+
+def test_a_link_to_an_index_stays_a_link(dataset: Path, run: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    (disk / "mine").mkdir(parents=True)
+    (run / "index").symlink_to(disk / "mine")
+    for bits in (32, 40):
+        result = index(run, dataset, "--bits", bits)
+        assert result.exit_code == 0, result.output
+        assert (run / "index").is_symlink()
+        assert Index(disk / "mine").meta.bits == bits
+        assert (sorted(os.listdir(run)), os.listdir(disk)) == (["checkpoints", "index"], ["mine"])
+
+
+def test_the_folder_at_hand_is_not_replaced(dataset: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name in (".", here, run.parent / "run" / ".." / "here"):
+        one_line(index(run, dataset, "--out", name), "is the folder that you are in", "--out")
+
+
+@pytest.mark.parametrize("name", ["index", "*"])
+def test_folders_of_others_stay(name: str, tmp_path: Path):
+    others = ["index.mine.tmp", "index.0123456g.tmp", "a.01234567.tmp"]
+    for other in others:
+        (tmp_path / other).mkdir()
+    (tmp_path / f"{name}.01234567.tmp").mkdir()
+    (tmp_path / f"{name}.89abcdef.tmp").symlink_to(tmp_path / "a.01234567.tmp")
+    with appearing(tmp_path / name):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, name, f"{name}.89abcdef.tmp"])

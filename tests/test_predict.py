@@ -1,5 +1,6 @@
 """`trainer predict` against what the loader and the network make of the same pictures in a data set."""
 
+import gzip
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from tars import tar_bytes, tree
 from trainer import checkpoint as checkpoints
 from trainer.network import load_network
 from trainer.pictures import Pictures
-from trainer.predict import BATCH_SIZE, THREADS, Prediction, top
+from trainer.predict import BATCH_SIZE, THREADS, Prediction, fits, top
 from trainer.raw.raws import Failure, Raw
 
 
@@ -128,6 +129,14 @@ def test_what_no_manifest_lists_goes_the_way_of_raw_pictures(world: World, tmp_p
 # What is said
 
 
+def test_a_gzipped_picture_is_not_as_the_builder_stores_it(world: World):
+    """A shard may hold one that the builder did not write; a network is shown no bytes that are not a JPEG's."""
+    size = world.dataset.recipe.size
+    assert fits(picture_bytes(size, size), world.dataset.recipe)
+    assert not fits(gzip.compress(picture_bytes(size, size)), world.dataset.recipe)
+    assert not fits(picture_bytes(size, size + 1), world.dataset.recipe)
+
+
 def test_the_text_says_what_the_json_says(world: World, tmp_path: Path):
     (tmp_path / "bad.jpg").write_bytes(b"no")
     files = [tmp_path / "bad.jpg", *world.files.values()]
@@ -199,6 +208,14 @@ def test_a_closed_pipe_ends_quietly(world: World):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + 13
+
+
+def test_a_closed_stdout_is_no_terminal(world: World):
+    command = [sys.executable, "-m", "trainer", "predict", str(world.raw / "val"), "--data", str(world.data)]
+    command += ["--checkpoint", str(world.run), "--devices", "cpu,cpu"]
+    line = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # Mistakes

@@ -83,6 +83,9 @@ def test_a_job_that_nobody_started(made: Made, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = trainer("evaluate", *made.options)
     one_line(result, "WORLD_SIZE=2, and there is no such job", "RANK", "start it with torchrun, or unset WORLD_SIZE")
+    for count in ("", "two", "-1"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        one_line(trainer("evaluate", *made.options), f"WORLD_SIZE={count}: not a number of processes", "unset")
 
 
 @pytest.mark.slow

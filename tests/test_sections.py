@@ -165,6 +165,9 @@ def test_many_training_images_are_looked_for_in_the_index(
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
     assert made.exit_code == 0, made.output
     assert figures_of(run) == expected
+    (run / "index" / "features.npy").write_bytes(b"")  # the rest of the page does not need it
+    assert figures_of(run) == []
+    assert "make the index again" in read_page(run).section("similar-training-images").text
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--split", "val")
     assert made.exit_code == 0, made.output
     assert figures_of(run) == []

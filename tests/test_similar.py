@@ -122,9 +122,9 @@ def test_a_damaged_index_is_refused(name: str, raw: Path, dataset: Path, run: Pa
 
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", whole + b" "):
         file.write_bytes(damaged)
-        refused(str(file) if name != "index.json" else "index.json", "amaged")
+        refused(str(file) if name != "index.json" else "index.json", "amaged", "make ", " again")
     file.unlink()
-    refused("no index there" if name == "index.json" else str(file))
+    refused("no index there" if name == "index.json" else f"{file}: missing", "python -m trainer index")
 
 
 def test_an_index_of_another_version_is_refused(raw: Path, dataset: Path, run: Path):

@@ -1,5 +1,7 @@
 """python -m trainer COMMAND"""
 
+import io
+import sys
 from importlib import import_module
 
 import click
@@ -26,6 +28,8 @@ class Commands(click.Group):
 def main() -> None:
     """AlexNet (2012) as two columns on two devices."""
     reference_precision()  # a recipe may choose another
+    if isinstance(sys.stdout, io.TextIOWrapper):  # bars, names, class words: `?` for what its encoding lacks
+        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

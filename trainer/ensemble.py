@@ -12,7 +12,8 @@ from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint
-from trainer.evaluate import Progress, predictions
+from trainer.evaluate import Progress, labelled, predictions
+from trainer.feed import require_pictures
 from trainer.network import load_network, require_classes
 from trainer.parallel import placed
 from trainer.probabilities import Origin, Probabilities
@@ -55,7 +56,7 @@ class Ensemble:
         dataset: what runs compute on, and saved probabilities must be of; None: there are saved ones alone.
         views, devices: of runs; see `evaluate.predictions` and `parallel.placed`.
     Raises:
-        UserError: their classes differ, or a run has no data set.
+        UserError: their classes differ, or a run has no data set, or one that it cannot see, or no devices.
     """
 
     members: tuple[Member, ...]
@@ -74,9 +75,18 @@ class Ensemble:
         if self.dataset is not None:
             wnids = tuple(record.wnid for record in self.dataset.classes)
             require_classes(first.classes, wnids, first.place, self.dataset.root)
+            for recipe in (each.source.recipe for each in self.members if isinstance(each.source, Checkpoint)):
+                require_pictures(self.dataset, recipe)
+                placed(self.devices, recipe.model.columns)
 
-    def require_saved(self, split: str) -> None:
-        """Raise UserError where saved probabilities are of another split or data set than they are asked for."""
+    def require_split(self, split: str, labels: bool = False) -> None:
+        """Raise UserError where a split is not there, empty or without the `labels` that are needed, or where saved
+        probabilities are of another split or data set than they are asked for."""
+        if self.dataset is not None:
+            if not self.dataset.split(split).samples:
+                raise UserError(f"{self.dataset.root}: the split {split!r} is empty; name another")
+            if labels and not labelled(self.dataset, split):
+                raise _unlabelled(self.dataset.root, split)
         identity = self.dataset.identity if self.dataset else None
         for member in self.members:
             if isinstance(member.source, Probabilities):
@@ -99,11 +109,14 @@ class Ensemble:
         Raises:
             UserError: an image of it has no label; as `mean`.
         """
-        true = []
+        true: list[np.ndarray] = []
+        labels = np.zeros(0)
         for i, member in enumerate(self.members):
             mine = self._values(i, split)
             if mine.labels.min() < 0:
-                raise UserError(f"{member.place}: the split {split!r} has images without a label; fit on one that has")
+                raise _unlabelled(member.place, split)
+            labels = labels if i else mine.labels
+            self._require_labels(i, mine.labels, labels)
             true.append(mine.values[np.arange(len(mine.labels)), mine.labels])
             if keep:
                 self._kept[i, split] = mine
@@ -116,19 +129,22 @@ class Ensemble:
             UserError: data and networks do not fit together; the split is empty; labels differ.
             Diverged: a network's outputs are not finite numbers.
         """
-        alone, first = [], self._values(0, split)
+        alone, views, first = [], [], self._values(0, split)
         total = np.zeros_like(first.values)
         for i, weight in enumerate(weights):
             mine = self._values(i, split) if i else first
-            if not np.array_equal(mine.labels, first.labels):
-                raise UserError(
-                    f"{self.members[i].place}: has other labels than {self.members[0].place}; save both anew"
-                )
+            self._require_labels(i, mine.labels, first.labels)
             total += weight * mine.values
             alone.append(errors(mine))
+            views.append(mine.origin.views)
         names = tuple(member.name for member in self.members)
-        whole = Probabilities(replace(first.origin, networks=names), first.labels, total)
+        origin = replace(first.origin, networks=names, views=", ".join(dict.fromkeys(views)))
+        whole = Probabilities(origin, first.labels, total)
         return Mean(whole, errors(whole), tuple(alone))
+
+    def _require_labels(self, i: int, mine: np.ndarray, first: np.ndarray) -> None:
+        if not np.array_equal(mine, first):
+            raise UserError(f"{self.members[i].place}: has other labels than {self.members[0].place}; save both anew")
 
     def _values(self, i: int, split: str) -> Probabilities:
         member = self.members[i]
@@ -153,6 +169,10 @@ def load(places: Sequence[Path]) -> tuple[Member, ...]:
         Member(place, probabilities.load(place) if place.suffix == ".npz" else checkpoints.load(place))
         for place in places
     )
+
+
+def _unlabelled(where: object, split: str) -> UserError:
+    return UserError(f"{where}: the split {split!r} has images without a label; fit on one that has")
 
 
 def errors(found: Probabilities) -> Evaluation | None:

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.manifest import Manifest
 from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.layers import shapes
 from trainer.parallel import Columns
 
 
@@ -13,9 +14,10 @@ def load_network(checkpoint: Checkpoint, dataset: Manifest, devices: tuple[torch
     """The network of a checkpoint, which was read from `where`, on `devices`.
 
     Raises:
-        CheckpointError: its classes are not the data set's.
+        CheckpointError: its classes are not the data set's, or its weights are not those of its recipe.
     """
     require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), where, dataset.root)
+    require_weights(checkpoint, where)
     network = Columns(checkpoint.recipe.model, len(checkpoint.classes), devices)
     network.load(checkpoint.weights)
     return network
@@ -33,3 +35,15 @@ def require_classes(mine: tuple[str, ...], theirs: tuple[str, ...], where: objec
         f"{where}: a network of {len(mine)} classes, {other} has {len(theirs)} others ({how}); "
         "name one with the classes that it was trained on"
     )
+
+
+def require_weights(checkpoint: Checkpoint, where: object) -> None:
+    """Raise CheckpointError where names or shapes are not its recipe's: some would fit all the same, by repetition."""
+    wanted = shapes(checkpoint.recipe.model, len(checkpoint.classes))
+    found = {name: tuple(value.shape) for name, value in checkpoint.weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{where}: damaged ({name} is {found.get(name, 'missing')}, its recipe says {wanted.get(name, 'none')})"
+                "; name another checkpoint, or train again"
+            )

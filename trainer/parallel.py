@@ -166,5 +166,8 @@ def default_devices(columns: int = 2) -> str:
 
     Of several processes of torchrun on a machine, each has the next ones.
     """
-    count, first = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")) * columns
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if not rank.isdecimal():
+        raise UserError(f"LOCAL_RANK={rank}: must be this process's number on the machine, as torchrun sets it")
+    count, first = torch.cuda.device_count(), int(rank) * columns
     return ",".join(f"cuda:{(first + i) % count}" if count else "cpu" for i in range(columns))

@@ -21,6 +21,7 @@ from trainer.watch import Diverged
 BATCH_SIZE = {"centre": 32, "ten": 8}  # pictures; results come a batch at a time
 THREADS = min(4, os.cpu_count() or 1)  # that decode, each with as much memory as the builder's worker
 SHOWN = 5  # labels
+JPEG = b"\xff\xd8"  # how one begins
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,6 @@ def _ready(pictures: Pictures, raw: Raw | Failure) -> _Ready | Failure:
 
 
 def fits(data: bytes, rules: BuildRecipe) -> bool:
-    """Whether a picture is a JPEG as the builder stores it, RGB of size × size. Raises ImageError."""
+    """Whether a picture is a JPEG as the builder stores it: RGB of size × size, and not gzipped. Raises ImageError."""
     image = decode(data, max_bytes=rules.max_bytes, max_pixels=rules.max_pixels, max_scans=rules.max_scans)
-    return image.format == "JPEG" and image.size == (rules.size, rules.size)
+    return data.startswith(JPEG) and image.format == "JPEG" and image.size == (rules.size, rules.size)

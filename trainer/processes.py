@@ -59,7 +59,10 @@ def processes() -> Iterator[Processes]:
     Raises:
         UserError: they do not find each other.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal():
+        raise UserError(f"WORLD_SIZE={said}: not a number of processes; start them with torchrun, or unset WORLD_SIZE")
+    count = int(said)
     if count == 1:
         yield ALONE
         return

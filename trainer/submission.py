@@ -16,7 +16,8 @@ def submission(values: np.ndarray, dataset: Manifest, split: str) -> bytes:
     Args:
         values: (n, classes) float64, in the order of the ids: that of the file names.
     Raises:
-        UserError: the classes have no devkit ids, or images of the split are missing: a line would stand for another.
+        UserError: the classes have no devkit ids, or images of the split are missing or shuffled: a line would stand
+            for another.
     """
     ids = devkit_ids(dataset, split)
     best = np.argsort(-values, axis=1, kind="stable")[:, :GUESSES]
@@ -30,6 +31,10 @@ def devkit_ids(dataset: Manifest, split: str) -> np.ndarray:
         raise UserError(
             f"{dataset.root}: its classes have no devkit ids, and a submission is made of them; build from ILSVRC's "
             "archives with their devkit"
+        )
+    if split == "train":
+        raise UserError(
+            f"{dataset.root}: the split 'train' is shuffled; a submission is of val or test, in the order of the files"
         )
     lacking = dataset.split(split).skipped
     if lacking or dataset.recipe.limit:

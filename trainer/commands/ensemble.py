@@ -5,16 +5,14 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from pipeline import manifest
-from pipeline.cli import Command
+from pipeline.cli import Command, shown
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from trainer import ensemble as ensembles
 from trainer import probabilities
-from trainer.commands.options import DEVICES, JSON, PATH, followed
+from trainer.commands.options import DEVICES, JSON, PATH, followed, require_writable
 from trainer.ensemble import Ensemble, Mean, parse_weights
 from trainer.evaluate import VIEWS
 from trainer.submission import devkit_ids, submission
@@ -63,48 +61,51 @@ def ensemble(
         if dataset is None:
             raise UserError(f"--submission {submitted}: name the data set, whose devkit ids it needs: --data DATASET")
         devkit_ids(dataset, split)  # what it would refuse, now
+    require_writable(submitted)
+    require_writable(saved)
     with followed() as progress:
         networks = Ensemble(ensembles.load(members), dataset, views, devices, progress)
         weights = np.full(len(members), 1 / len(members)) if given is None else parse_weights(given, len(members))
         for each in dict.fromkeys([split, fit or split]):
-            networks.require_saved(each)
+            networks.require_split(each, labels=each == fit)
         if fit:
             weights = networks.fitted(fit, keep=fit == split)
         found = networks.mean(weights, split)
     whole = found.whole
-    if submitted is not None and dataset is not None:
-        write_bytes_aside(submitted, submission(whole.values, dataset, split))
-    if saved is not None:
-        probabilities.save(saved, whole.origin, len(whole.labels), lambda add: add(whole.labels, whole.values))
+    try:
+        if as_json:
+            click.echo(json.dumps(_plain(found, weights, fit), indent=1, allow_nan=False))
+        else:
+            _print(found, weights)
+    finally:  # neither who has left (`| head`) nor a full disk keeps the other from what took long
+        if submitted is not None and dataset is not None:
+            write_bytes_aside(submitted, submission(whole.values, dataset, split))
+        if saved is not None:
+            probabilities.save(saved, whole.origin, len(whole.labels), lambda add: add(whole.labels, whole.values))
     if as_json:
-        click.echo(json.dumps(_plain(found, weights, fit), indent=1, allow_nan=False))
         return
-    _print(found, weights)
     if fit == split:
         click.echo(f"The weights are fitted on {split!r} itself: on other images the errors will be larger.")
     for what, path in (("submission", submitted), ("probabilities", saved)):
         if path is not None:
-            click.echo(f"{what}: {path}")
+            click.echo(f"{what}: {shown(str(path))}")
 
 
 def _print(found: Mean, weights: np.ndarray) -> None:
+    """The names come last: they may be longer than a line."""
     origin = found.whole.origin
-    title = f"{origin.split}, {len(found.whole.labels):,} images"
-    table = Table(
-        "network", "weight", "top-1 error", "top-5 error", "log-likelihood", title=title, title_justify="left"
-    )
+    head = f"{'weight':>6}{'top-1 error':>13}{'top-5 error':>13}{'log-likelihood':>16}   "
+    click.echo(f"{head}({origin.split}, {len(found.whole.labels):,} images)")
     for name, weight, errors in zip(origin.networks, weights, found.alone):
-        table.add_row(name.replace("[", "\\["), f"{weight:.3f}", *_cells(errors))
-    table.add_row("together", "", *_cells(found.together), style="bold")
-    Console().print(table)
+        click.echo(f"{weight:6.3f}{_errors(errors)}   {shown(name)}")
+    click.echo(f"{'':6}{_errors(found.together)}   together")
     if found.together is None:
         click.echo("Not every image has a label, so there are no errors.")
 
 
-def _cells(errors: Evaluation | None) -> list[str]:
-    if errors is None:
-        return ["", "", ""]
-    return [f"{errors.top1_error:.1f} %", f"{errors.top5_error:.1f} %", f"{-errors.nll:.4f}"]
+def _errors(found: Evaluation | None) -> str:
+    """Three columns."""
+    return f"{found.top1_error:11.1f} %{found.top5_error:11.1f} %{-found.nll:16.4f}" if found else " " * 42
 
 
 def _plain(found: Mean, weights: np.ndarray, fit: str | None) -> dict[str, object]:

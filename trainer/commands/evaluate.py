@@ -12,12 +12,13 @@ from rich.text import Text
 
 from pipeline import manifest
 from pipeline.cli import Command
+from pipeline.cli import shown as printable
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed
+from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
 from trainer.network import load_network
 from trainer.parallel import placed
@@ -77,6 +78,7 @@ def evaluate(
         raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
     if saved is not None and saved.suffix != ".npz":
         raise UserError(f"--save-probabilities {saved}: give a name that ends in .npz")
+    require_writable(saved)
     has_labels = labelled(dataset, split)
     if not saved:
         require_labels(dataset, split)
@@ -101,29 +103,39 @@ def evaluate(
         return
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
     if not has_labels:
-        said = f"{saved}: the probabilities of {samples:,} images; not all have a label, so there are no errors"
+        file = printable(str(saved))
+        said = f"{file}: the probabilities of {samples:,} images; not all have a label, so there are no errors"
         click.echo(json.dumps(result | {"samples": samples}, indent=1) if as_json else said)
         return
     result |= {name: tally.whole().to_dict() for name, tally in tallies.items()}
     result |= {"details_of": shown[-1], **_details(tallies[shown[-1]], dataset)}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    if run.is_dir() and shown == ["centre", "ten"]:
-        name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"
-        write_bytes_aside(run / name, text.encode())
-    if as_json:
-        click.echo(text, nl=False)
-        return
+    try:
+        if as_json:
+            click.echo(text, nl=False)
+        else:
+            _print(result, shown, per_class, confused)
+            click.echo(pace.said() + (f"; of {job.count} processes, the first's" if job.count > 1 else ""))
+    finally:  # neither who has left (`| head`) nor a run that cannot be written to keeps the other from what took long
+        if run.is_dir() and shown == ["centre", "ten"]:
+            name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"
+            write_bytes_aside(run / name, text.encode())
+
+
+def _print(result: dict[str, Any], shown: list[str], per_class: bool, confused: int) -> None:
+    samples = result[shown[0]]["samples"]
     click.echo(
         f"{'':12}{'top-1 error':>12}{'top-5 error':>12}{'log-likelihood':>16}   "
-        f"({split}, {samples:,} images, step {checkpoint.step})"
+        f"({result['split']}, {samples:,} images, step {result['step']})"
     )
     for name in shown:
-        whole = tallies[name].whole()
-        click.echo(f"{NAMES[name]:12}{whole.top1_error:>10.1f} %{whole.top5_error:>10.1f} %{-whole.nll:>16.4f}")
+        whole = result[name]
+        click.echo(
+            f"{NAMES[name]:12}{whole['top1_error']:>10.1f} %{whole['top5_error']:>10.1f} %{-whole['nll']:>16.4f}"
+        )
     if per_class:
         _print_classes(result["classes"], NAMES[shown[-1]])
     _print_confused(result["confused"][:confused], NAMES[shown[-1]])
-    click.echo(pace.said() + (f"; of {job.count} processes, the first's" if job.count > 1 else ""))
 
 
 def _views(text: str) -> list[str]:

@@ -28,6 +28,8 @@ def export(run: Path, data: Path, out: Path | None) -> None:
     """
     if out is None and run.is_file():
         raise UserError(f"{run}: is a checkpoint file; name a folder for what is exported, too: --out FOLDER")
+    if out is not None and out.is_file():
+        raise UserError(f"--out {out}: is a file; name a folder for the two files")
     found = write(run, data, run / "export" if out is None else out)
     for line in said(found):
         click.echo(line)

@@ -1,8 +1,10 @@
 """What several commands ask for, and what they make of it."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -10,9 +12,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from pipeline import storage
+from pipeline.errors import UserError
 from trainer.evaluate import Progress
 
-PATH = click.Path(path_type=Path)
+
+class Local(click.Path):
+    """A path on this machine: of a URL, a path would be a folder called s3: here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and storage.is_remote(value):
+            self.fail(f"{value}: is a URL; name a path on this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = Local(path_type=Path)
 
 DATA = click.option("--data", type=PATH, required=True, help="A dataset directory, from tools/build_shards.py.")
 CHECKPOINT = click.option(
@@ -45,3 +59,21 @@ def followed() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done)
 
         yield follow
+
+
+def require_writable(path: Path | None) -> None:
+    """Meet what keeps a file from being written now, and not once its content is computed.
+
+    Raises:
+        UserError: it is a directory, or stands below a file.
+        OSError: the operating system's own words.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name a file")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise UserError(f"{path}: {above} is a file, not a directory; name another place")
+    with tempfile.TemporaryFile(dir=above):
+        pass

@@ -1,6 +1,5 @@
 """python -m trainer predict"""
 
-import io
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import click
 from rich.text import Text
 
 from pipeline import manifest
-from pipeline.cli import Command
+from pipeline.cli import Command, shown
 from pipeline.errors import UserError
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
@@ -24,11 +23,10 @@ from trainer.predict import Prediction
 from trainer.predict import predict as predicted
 from trainer.raw.places import pictures as pictures_at
 from trainer.raw.places import places
-from trainer.raw.raws import Failure, LeftOut, shown
+from trainer.raw.raws import Failure, LeftOut
 
 BAR = 12  # characters
 EIGHTHS = " ▏▎▍▌▋▊▉"
-NOBODY_LISTENS = 128 + 13  # SIGPIPE's exit code, as shells have it
 
 
 @click.command(cls=Command)
@@ -53,17 +51,15 @@ def predict(where: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
     network = load_network(checkpoint, dataset, placed(devices, checkpoint.recipe.model.columns), run)
     pictures, left_out = Pictures(dataset, checkpoint.recipe), LeftOut()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the bars
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # it tells of bad pictures, as we do
     done = failed = 0
     for each in predicted(network, pictures, pictures_at(found, dataset.recipe, left_out), views):
         failed += isinstance(each, Failure)
         done += isinstance(each, Prediction)
         if as_json:
-            _say(json.dumps(_plain(each, dataset.classes), allow_nan=False))
+            click.echo(json.dumps(_plain(each, dataset.classes), allow_nan=False))
         elif isinstance(each, Prediction):
-            _say(_text(each, dataset.classes))
+            click.echo(_text(each, dataset.classes))
         else:
             click.echo(f"{shown(each.name)}: {each.code}: {shown(each.reason)}", err=True)
     _end(done, failed, left_out)
@@ -95,7 +91,8 @@ def _plain(each: Prediction | Failure, classes: Sequence[ClassRecord]) -> dict[s
 
 def _text(each: Prediction, classes: Sequence[ClassRecord]) -> str:
     """The picture's name and a line for each label, no wider than the terminal, if it is one."""
-    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    shell = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
+    width = os.get_terminal_size(sys.stdout.fileno()).columns if shell else 0
     lines = [click.style(shown(each.name), bold=True)]
     for label, chance in each.labels:
         words, wnid = shown(classes[label].words), shown(classes[label].wnid)
@@ -117,14 +114,3 @@ def _cut(words: str, width: int) -> str:
     text = Text(words)
     text.truncate(max(width, 8), overflow="ellipsis")
     return text.plain
-
-
-def _say(text: str) -> None:
-    """A line for people or programs, who may have left (`| head`): then there is nothing more to do."""
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        raise SystemExit(NOBODY_LISTENS) from None

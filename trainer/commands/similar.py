@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from pipeline import manifest
-from pipeline.cli import Command
+from pipeline.cli import Command, shown
 from pipeline.errors import UserError
 from pipeline.image import ImageError
 from pipeline.manifest import Manifest
@@ -19,7 +19,6 @@ from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
 from trainer.network import load_network
 from trainer.parallel import Columns, placed
 from trainer.pictures import Pictures
-from trainer.raw.raws import shown
 from trainer.retrieval.features import hidden
 from trainer.retrieval.index import Index, digest
 from trainer.retrieval.search import exact as searched_exactly

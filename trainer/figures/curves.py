@@ -33,7 +33,7 @@ def curves(lines: Lines) -> Image.Image:
 
 def updates(lines: Lines) -> Image.Image:
     """The mean absolute update of a step over the mean absolute weight, of each layer, on a log axis."""
-    trained = [line for line in lines if line["kind"] == "train"]
+    trained = [line for line in lines if line["kind"] == "train" and "layers" in line]
     names = list(dict.fromkeys(name for line in trained for name in line["layers"]))
     drawn = []
     for i, name in enumerate(names):

@@ -59,7 +59,7 @@ def _drawable(character: str) -> str:
     plain = "".join(part for part in normalize("NFKD", character) if not combining(part))
     if all(_in_font(part) for part in plain):
         return plain
-    return character.encode("ascii", "backslashreplace").decode("ascii")
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _in_font(character: str) -> bool:
@@ -138,7 +138,7 @@ def stacked(*parts: Image.Image, gap: int = 16) -> Image.Image:
 def png(sheet: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     out = io.BytesIO()
-    sheet.save(out, "PNG", optimize=True)
+    sheet.save(out, "PNG")
     return out.getvalue()
 
 

@@ -60,7 +60,8 @@ tbody th { font-weight: 400; }
 @media (min-width: 22.5rem) { .whole { white-space: nowrap; } }
 .strip { display: inline-block; width: 2.5rem; height: 1.1rem; border: 1px solid var(--line); vertical-align: middle; }
 .beside { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-.beside > div { flex: 1 1 20rem; }
+.beside > div { flex: 1 1 min(20rem, 100%); }
+.word, figcaption b { overflow-wrap: anywhere; unicode-bidi: isolate; } /* also in a table; a word turns no other */
 .samples { display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.25rem .75rem; }
 .samples img, .cards img { width: 100%; }
 .samples img + img { margin-top: .4rem; }
@@ -118,7 +119,7 @@ def data_uri(data: bytes, kind: str) -> str:
 def png(pixels: np.ndarray) -> bytes:
     """(height, width, 3) uint8 RGB → the bytes of a PNG file."""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", optimize=True)
+    Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
 
 
@@ -192,7 +193,7 @@ def near(name: str, jpeg: bytes, words: str, distance: float | None, same: bool)
     """A picture of a row of neighbours; `distance` None: what was looked for. `same`: it has that one's label."""
     mark = '✓ <span class="spoken">(the same label)</span>' if same else ""
     label = f"<b>{mark}{escape(words)}</b>" if same or distance is None else escape(words)
-    how = "looked for" if distance is None else f"{distance:.4g}"
+    how = "looked for" if distance is None else f"{distance:#.4g}".rstrip(".")
     style = "asked" if distance is None else "found"
     image = picture(jpeg, "jpeg", f"{name}, {words}", "stored")
     return f'<figure class="{style}">{image}<figcaption>{label}<br>{how}</figcaption></figure>'
@@ -233,8 +234,8 @@ def curves(lines: Sequence[dict[str, Any]]) -> str:
 def _ratios(lines: Sequence[dict[str, Any]]) -> list[Curve]:
     """Each layer's ratio of update to weight, where it is above zero: a frozen layer's is not."""
     found = []
-    for name in lines[0]["layers"] if lines else ():
-        mine = [(line["step"], line["layers"][name]["ratio"]) for line in lines]
+    for name in dict.fromkeys(name for line in lines for name in line["layers"]):
+        mine = [(line["step"], line["layers"][name]["ratio"]) for line in lines if name in line["layers"]]
         steps, values = zip(*[(step, ratio) for step, ratio in mine if ratio > 0] or [((), ())])
         found += [Curve(name, steps, values)] if steps else []
     return found

@@ -1,7 +1,6 @@
 """What the figures of a run are made of: its records, pictures with the network's answers, and their neighbours."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -13,16 +12,16 @@ import torch
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
-from trainer import metrics
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import probabilities
+from trainer.figures import records
 from trainer.parallel import Columns
 from trainer.pictures import Pictures
 from trainer.recipe import Recipe
 from trainer.retrieval.features import features, hidden
 from trainer.retrieval.index import BadIndex, Index, digest
 from trainer.retrieval.search import nearest
-from trainer.tally import Evaluation
+from trainer.watch import Diverged
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; of these for each (Figure 4)
 SEARCHED = 20_000  # training images at most that are gone through for a figure; more want an index
@@ -98,38 +97,20 @@ def gather(
 
     Raises:
         UserError: `run` is not a directory; `dataset` is not what it was trained on; a file of either is damaged.
+        Diverged: what the network makes of a picture is not a finite number.
     """
     if not run.is_dir():
         raise UserError(f"{run}: not a directory; figures are of a whole run: name its directory")
     require_same_data(checkpoint, dataset.identity, run)
-    lines = _recorded(run / metrics.FILE_NAME, lambda path: metrics.read(path.parent)) or []
-    evaluation = _recorded(run / "evaluation.json", _evaluation)
+    lines, evaluation = records.lines(run), records.evaluation(run, len(dataset.classes))
     kernels = None
     if network.layers[0].recipe.kind == "conv":
         kernels = network.gathered()[f"{network.layers[0].name}.weight"].numpy()
     seen, queries, lacking = _looked_at(dataset, network, checkpoint.recipe, split, only_errors)
-    similar, why = _similar(run, dataset, network, checkpoint, queries)
+    similar, why = _similar(run, dataset, network, checkpoint, split, queries)
     lacking["similar"] = lacking["seen"] if not queries else why
     about = (run, dataset, checkpoint, lines, evaluation, kernels, split, only_errors)
     return Material(*about, seen, similar, lacking)
-
-
-def _recorded(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What a run wrote down; None where there is no such file."""
-    try:
-        return read(path) if path.exists() else None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    """What `evaluate` wrote. Raises KeyError, TypeError or ValueError where it is something else."""
-    found = json.loads(path.read_text())
-    about = {"step": int(found["step"]), "split": str(found["split"]), "dataset": str(found["dataset"])}
-    confused = [(int(pair["true"]), int(pair["predicted"]), int(pair["images"])) for pair in found.get("confused", ())]
-    return about | {views: Evaluation(**found[views]).to_dict() for views in ("centre", "ten")} | {"confused": confused}
 
 
 def _looked_at(
@@ -143,6 +124,9 @@ def _looked_at(
     first = [next(found) for _ in range(min(SHOWN, samples))]
     if not only_errors:
         return tuple(first), tuple(first[:QUERIES]), {"seen": ""}
+    if not bool((dataset.samples(split)["label"] >= 0).any()):
+        why = f"No image in {split} has a label, so none is known to be an error."
+        return (), tuple(first[:QUERIES]), {"seen": why}
     wrong = [each for each in first if each.label >= 0 and each.wrong]
     for each in found:
         if len(wrong) >= SHOWN:
@@ -162,6 +146,8 @@ def _answers(dataset: Manifest, network: Columns, recipe: Recipe, split: str) ->
             ids = order[start : start + AT_ONCE]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
             chances = probabilities(network, pictures.views(jpegs)).cpu().numpy()
+            if not np.isfinite(chances).all():
+                raise Diverged("the network's outputs are not finite numbers: its training has diverged")
             for each in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), chances):
                 yield Seen(*each)
 
@@ -176,22 +162,24 @@ def _stride(n: int) -> int:
 
 @torch.inference_mode()
 def _similar(
-    run: Path, dataset: Manifest, network: Columns, checkpoint: Checkpoint, queries: tuple[Seen, ...]
+    run: Path, dataset: Manifest, network: Columns, checkpoint: Checkpoint, split: str, queries: tuple[Seen, ...]
 ) -> tuple[tuple[tuple[Seen, tuple[Found, ...]], ...], str]:
+    """Each query and its nearest training images, without itself; or why there are none."""
     if not queries:
         return (), ""
     asked = hidden(network, Pictures(dataset, checkpoint.recipe).views([each.jpeg for each in queries]))
     rows, why = _training_features(run, dataset, network, checkpoint)
     if rows is None:
         return (), why
-    ids, distances = nearest(rows, asked, NEAREST)
+    own = split == "train"  # each query is the nearest to itself
+    found = []
     with SampleReader(dataset, "train") as reader:
-        jpegs = [jpeg.tobytes() for jpeg in reader.read(ids.flatten())]
-        labels = reader.labels(ids.flatten()).tolist()
-    flat = [Found(*each) for each in zip(ids.flatten().tolist(), jpegs, labels, distances.flatten().tolist())]
-    width = ids.shape[1]
-    found = (tuple(flat[start : start + width]) for start in range(0, len(flat), width))
-    return tuple(zip(queries, found)), ""
+        for query, *each in zip(queries, *nearest(rows, asked, NEAREST + own)):
+            ids, distances = (numbers[each[0] != query.id if own else slice(None)][:NEAREST] for numbers in each)
+            jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
+            seen = zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), distances.tolist())
+            found.append((query, tuple(Found(*one) for one in seen)))
+    return tuple(found), ""
 
 
 def _training_features(

@@ -67,7 +67,7 @@ def _row(row: Row) -> Image.Image:
         left = MARGIN + SIDE + APART + i * (SIDE + GAP)
         put(part, (left, 0), each.pixels, SIDE)
         _words(part, left, each.words, same=each.same)
-        write(part, (left, SIDE + 30), f"{each.distance:#.4g}", SMALL, SOFT)
+        write(part, (left, SIDE + 30), f"{each.distance:#.4g}".rstrip("."), SMALL, SOFT)
     return part
 
 

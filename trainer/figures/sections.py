@@ -17,6 +17,7 @@ from trainer.figures.material import Material, Seen
 from trainer.layers import plan
 
 TRAINING_SAMPLES, CONFUSED = 16, 8  # how many are shown
+TILE, ACROSS = 44, 6  # pixels of a kernel, and kernels in a row: what a phone is wide; fewer of larger ones
 
 
 def facts(material: Material) -> str:
@@ -53,7 +54,8 @@ def errors(material: Material, command: list[str]) -> str:
     rows = []
     for name, key in (("centre view", "centre"), ("ten views", "ten")):
         found = evaluation[key]
-        rows.append([name, f"{found['top1_error']:.1f} %", f"{found['top5_error']:.1f} %", f"{found['nll']:.3f}"])
+        rates = (f"{found[key]:.1f}&nbsp;%" for key in ("top1_error", "top5_error"))
+        rows.append([name, *rates, f"{found['nll']:.3f}"])
     heads = ("view", "top-1 error", "top-5 error", "negative log-likelihood, nats")
     confused = _confused(material, evaluation["confused"])
     return f'<div class="beside"><div>{table(caption, heads, rows)}</div>{confused}</div>'
@@ -63,8 +65,8 @@ def _confused(material: Material, pairs: list[tuple[int, int, int]]) -> str:
     if not pairs:
         return ""
     rows = [
-        [escape(material.words(true)), escape(material.words(taken)), f"{images:,}"]
-        for true, taken, images in pairs[:CONFUSED]
+        [*(f'<span class="word">{escape(material.words(label))}</span>' for label in pair), f"{images:,}"]
+        for *pair, images in pairs[:CONFUSED]
     ]
     return f"<div>{table('Confused most often, by the ten views', ('true label', 'taken for', 'images'), rows)}</div>"
 
@@ -133,12 +135,14 @@ def first_kernels(material: Material) -> str:
         return "<p>The first layer has no kernels to look at.</p>"
     grids, columns = "", material.recipe.model.columns
     side = material.kernels.shape[-1]
-    shown = np.split(kernels.tiles(material.kernels, zoom=4), columns)
+    shown = np.split(kernels.tiles(material.kernels, zoom=max(1, TILE // side)), columns)
     for column, (part, tiles) in enumerate(zip(np.split(material.kernels, columns), shown)):
         alt = f"The {len(part)} kernels of {side} × {side} weights in column {column}: {kernels.measured(part)}"
-        image = picture(html.png(html.grid(tiles)), "png", alt, "pixelated")
+        across = max(1, ACROSS * TILE // tiles.shape[1])
+        image = picture(html.png(html.grid(tiles, across)), "png", alt, "pixelated")
         caption = f"{len(part)} kernels; {kernels.measured(part)}"
-        grids += f"<div><h3>Column {column}</h3><figure>{image}<figcaption>{caption}</figcaption></figure></div>"
+        name = f"Column {column}" if columns > 1 else "One column"
+        grids += f"<div><h3>{name}</h3><figure>{image}<figcaption>{caption}</figcaption></figure></div>"
     return f'<p>{escape(kernels.reading(material.kernels, columns))}</p><div class="grids">{grids}</div>'
 
 

@@ -62,15 +62,15 @@ def chance(weights: np.ndarray) -> float:
     count as one of the draws). Small: the columns differ by more than chance.
     """
     each = energy(weights)
-    coloured = each * colour(weights)
+    values = np.stack([each * colour(weights), each], 1)  # of a kernel, for the two sums of a mean
 
-    def apart(order: np.ndarray) -> float:
-        first, second = (float(_ratio(coloured[half].sum(), each[half].sum())) for half in np.split(order, 2))
-        return abs(first - second)
+    def apart(orders: np.ndarray) -> np.ndarray:
+        first, second = (_ratio(*np.moveaxis(values[half].sum(1), 1, 0)) for half in np.split(orders, 2, axis=1))
+        return np.abs(first - second)
 
-    generator, given = np.random.default_rng(2012), apart(np.arange(len(each)))
-    as_much = sum(apart(generator.permutation(len(each))) >= given * (1 - FLAT) for _ in range(DRAWS))
-    return (as_much + 1) / (DRAWS + 1)
+    given = apart(np.arange(len(each))[None])[0]
+    drawn = np.random.default_rng(2012).permuted(np.tile(np.arange(len(each)), (DRAWS, 1)), axis=1)
+    return (int((apart(drawn) >= given * (1 - FLAT)).sum()) + 1) / (DRAWS + 1)
 
 
 def require_finite(weights: np.ndarray) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from pipeline import storage
+from pipeline.cli import shown
 from pipeline.errors import UserError
 from pipeline.manifest import BuildRecipe
 from pipeline.storage import Location, read_ahead
-from trainer.raw.raws import Failure, LeftOut, Raw, no_picture, shown, unreadable, useless
+from trainer.raw.raws import Failure, LeftOut, Raw, no_picture, unreadable, useless
 from trainer.raw.tarred import tarred
 
 MOST = 100_000  # places that one pattern may name

@@ -57,8 +57,3 @@ def no_picture(name: str) -> str:
     if last.startswith("."):
         return "hidden"
     return next((f"*{ending}" for ending in BESIDE if last.endswith(ending)), "")
-
-
-def shown(text: str) -> str:
-    """What a terminal may show: control characters, and bytes that are no UTF-8, are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ def appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which becomes `folder` when the body has ended well; else it is deleted.
 
     What it holds is on the disk before it has its name. What writers that were killed left beside it is deleted first:
-    each holds a lock on its temporary folder for as long as it lives.
+    each holds a lock on its temporary folder for as long as it lives. A link stays one: what it leads to is replaced.
 
     Raises:
         OSError: with the older `folder` untouched.
     """
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{ASIDE}")
@@ -48,8 +50,9 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Delete the temporary folders of `folder` that nobody writes any more."""
-    for aside in folder.parent.glob(f"{folder.name}.*{ASIDE}"):
-        if not aside.is_dir():
+    ours = re.compile(rf"{re.escape(folder.name)}\.[0-9a-f]{{8}}{re.escape(ASIDE)}")
+    for aside in sorted(folder.parent.iterdir()):
+        if not ours.fullmatch(aside.name) or aside.is_symlink() or not aside.is_dir():
             continue
         number = os.open(aside, os.O_RDONLY)
         try:
@@ -67,7 +70,7 @@ def require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if free < size:
         raise UserError(
-            f"{folder}: needs {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; make room, or name another --out"
+            f"{folder}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make room, or name another --out"
         )
 
 

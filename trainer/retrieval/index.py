@@ -8,6 +8,7 @@ index.json               what it is of, and the files; written last
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -58,7 +59,7 @@ class Index:
         self.meta, digests = _read(folder)
         small = {name: _intact(folder / name, digests[name]) for name in SMALL}
         meta = self.meta
-        self.rows = Rows(folder / FEATURES, (meta.n, meta.units), DTYPES[meta.dtype])
+        self.rows = _features(folder / FEATURES, meta)
         self.codes = Rows(folder / CODES, (meta.n, meta.bits // 8), np.dtype(np.uint8)).mapped
         self.encoder = AutoEncoder.from_bytes(small[ENCODER])
 
@@ -107,6 +108,10 @@ def require_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a directory as --out")
+    if folder.samefile("."):
+        raise UserError(f"{folder}: is the folder that you are in, and cannot be replaced; name another --out")
+    if os.path.ismount(folder):
+        raise UserError(f"{folder}: is where a disk is mounted, and cannot be replaced; name a folder in it as --out")
     others = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
     if others:
         raise UserError(f"{folder}: exists and is not an index (it has {others[0]}); name another --out")
@@ -133,6 +138,15 @@ def _read(folder: Path) -> tuple[Meta, dict[str, str]]:
     if not intact:
         raise BadIndex(f"{path}: damaged (its checksum does not fit its content); make it again")
     return Meta(**values), digests
+
+
+def _features(path: Path, meta: Meta) -> Rows:
+    try:
+        return Rows(path, (meta.n, meta.units), DTYPES[meta.dtype])
+    except FileNotFoundError as error:
+        raise BadIndex(f"{path}: missing; make the index again: python -m trainer index") from error
+    except UserError as error:
+        raise BadIndex(f"{error}; make the index again: python -m trainer index") from error
 
 
 def _intact(path: Path, promised: str) -> bytes:
