@@ -56,6 +56,18 @@ def test_columns_equal_the_grouped_network(name: str, dtype: torch.dtype, bound:
             assert apart(found[key], gradient) < bound, (n, key)
 
 
+@pytest.mark.parametrize("name", [*COMPARED, "cifar-11"])
+def test_what_the_last_layer_sees(name: str):
+    """Its input in the grouped network, from which the last layer alone makes the outputs."""
+    model = narrow(name).model
+    (grouped, columns), x = both(model, torch.float64), images(model, 3)
+    before = grouped.layers[:-1]
+    with torch.no_grad():
+        seen = columns.hidden(x)
+        assert apart(seen, grouped.run(before, x, [None] * len(before))[0].flatten(1)) < 1e-10
+        assert apart(grouped.layer(grouped.layers[-1], seen, None), columns(x)) < 1e-10
+
+
 def trained(network: Grouped | Columns, recipe: Recipe, dtype: torch.dtype, steps: int = 20) -> dict[str, Tensor]:
     """The weights after so many steps on images that differ from step to step, with dropout."""
     parts = [network.weights()] if isinstance(network, Grouped) else network.parts()

@@ -57,7 +57,10 @@ class Columns(nn.Module):
     def hidden(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """(n, 3, size, size), or the same for each column → what the last layer sees, when testing: (n, units) on the
         first device, [column 0 | column 1]. With dropout before it, that is times 1 − probability, as in `forward`.
+        A last layer that is the first sees the pictures.
         """
+        if len(self.layers) == 1:
+            return (x if isinstance(x, Tensor) else x[0]).to(self.devices[0]).flatten(1)
         return self._whole(self._run(segments(self.layers[:-1]), x, None)[0]).flatten(1)
 
     def _run(

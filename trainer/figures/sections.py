@@ -132,7 +132,7 @@ def curves(material: Material) -> str:
 def first_kernels(material: Material) -> str:
     """Figure 3 of the paper."""
     if material.kernels is None:
-        return "<p>The first layer has no kernels to look at.</p>"
+        return f"<p>The first layer, {material.recipe.model.order[0]}, has no kernels to look at.</p>"
     grids, columns = "", material.recipe.model.columns
     side = material.kernels.shape[-1]
     shown = np.split(kernels.tiles(material.kernels, zoom=max(1, TILE // side)), columns)
