@@ -12,10 +12,11 @@ from torch import Tensor
 from networks import HALVES, TWO_COLUMNS, apart, drawn, images, masks_of, narrow
 from pipeline.errors import UserError
 from trainer import recipe as recipes
+from trainer.devices import parse_devices
 from trainer.layers import Layer, ModelRecipe
 from trainer.model import Grouped, Masks, Part
 from trainer.optim import Momentum, Schedule
-from trainer.parallel import Columns, parse_devices
+from trainer.parallel import Columns
 from trainer.recipe import Recipe
 
 CPU = (torch.device("cpu"), torch.device("cpu"))

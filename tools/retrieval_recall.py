@@ -13,7 +13,7 @@ from pipeline.cli import Command
 from trainer import checkpoint as checkpoints
 from trainer.commands.options import PATH
 from trainer.network import load_network
-from trainer.parallel import placed
+from trainer.devices import placed
 from trainer.retrieval import codes
 from trainer.retrieval.codes import AutoEncoder
 from trainer.retrieval.hamming import Hamming

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import HashingFile, write_aside
+from pipeline.storage import volumes
 from trainer.recipe import Recipe, from_dict, to_dict
 
 FOLDER = "checkpoints"
@@ -86,18 +88,7 @@ def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
     weights, velocity = checkpoint.weights, checkpoint.velocity
     if {name: value.shape for name, value in weights.items()} != {name: v.shape for name, v in velocity.items()}:
         raise ValueError("weights and velocity differ in names or shapes")
-    plain = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "recipe": to_dict(checkpoint.recipe),
-        "classes": checkpoint.classes,
-        "dataset": checkpoint.dataset,
-        "loader": checkpoint.loader,
-        "progress": checkpoint.progress,
-        "history": checkpoint.history,
-        "tensors": sorted(weights),
-    }
-    header: dict[str, Any] = {"__metadata__": {META: json.dumps(plain, allow_nan=False)}}
+    header: dict[str, Any] = {"__metadata__": {META: described(checkpoint)}}
     data, end = [], 0
     for kind, tensors in zip(KINDS, (weights, velocity)):
         for name in sorted(tensors):
@@ -108,6 +99,27 @@ def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return [len(text).to_bytes(8, "little") + text, *data]
+
+
+def described(checkpoint: Checkpoint) -> str:
+    """All of a checkpoint but its tensors, as JSON. Raises ValueError, TypeError as `serialised`."""
+    plain = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "recipe": to_dict(checkpoint.recipe),
+        "classes": checkpoint.classes,
+        "dataset": checkpoint.dataset,
+        "loader": checkpoint.loader,
+        "progress": checkpoint.progress,
+        "history": checkpoint.history,
+        "tensors": sorted(checkpoint.weights),
+    }
+    return json.dumps(plain, allow_nan=False)
+
+
+def without_tensors(text: str) -> Checkpoint:
+    """What `described` gave, with no tensors. Raises CheckpointError, ValueError where it is of another version."""
+    return _checkpoint(_plain(text), {}, {})
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -146,6 +158,10 @@ def _read(path: Path) -> Checkpoint:
     for name, value in weights.items():
         if value.shape != velocity[name].shape or {value.dtype, velocity[name].dtype} != {torch.float32}:
             raise CheckpointError(f"damaged ({name}: weights and velocity differ in shape, or are not float32)")
+    return _checkpoint(meta, weights, velocity)
+
+
+def _checkpoint(meta: dict[str, Any], weights: dict[str, Tensor], velocity: dict[str, Tensor]) -> Checkpoint:
     try:
         recipe = from_dict(meta["recipe"], Recipe(), "its recipe")
     except UserError as error:
@@ -190,10 +206,11 @@ def _newest(run: Path) -> Path:
     if found:
         return found[-1]
     if run.suffix == ".safetensors":
-        raise CheckpointError(f"{run}: no such file; name a run directory, or one of its {FOLDER}")
-    raise CheckpointError(
-        f"{run}: no checkpoint in {run / FOLDER}; train first: python -m trainer train --data DATASET --out {run}"
-    )
+        raise CheckpointError(f"{run}: no such file; name a run directory, or one of its {FOLDER}{volumes.hint(run)}")
+    if (run / FOLDER).is_dir():
+        os.scandir(run / FOLDER).close()  # the operating system's own words, where it cannot be listed
+    train = f"train first: python -m trainer train --data DATASET --out {run}"
+    raise CheckpointError(f"{run}: no checkpoint in {run / FOLDER}; {train}{volumes.hint(run)}")
 
 
 def require_same_data(checkpoint: Checkpoint, identity: str, where: Path) -> None:

@@ -12,10 +12,10 @@ from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint
+from trainer.devices import placed
 from trainer.evaluate import Progress, labelled, predictions
 from trainer.feed import require_pictures
 from trainer.network import load_network, require_classes
-from trainer.parallel import placed
 from trainer.probabilities import Origin, Probabilities
 from trainer.tally import Evaluation, Tally
 

@@ -1,5 +1,6 @@
 """A network's probabilities for every image of a split, and its error rates."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,13 +97,19 @@ def predictions(
             pace.images, pace.seconds, pace.waited = images, time.perf_counter() - began, loader.meter.total
 
 
-def evaluate(network: Columns, data: Manifest, recipe: Recipe, split: str, views: str) -> Evaluation:
-    """The error rates over every image of `split`. Raises UserError where it is empty or has images without a label."""
+def evaluate(
+    network: Columns, data: Manifest, recipe: Recipe, split: str, views: str, job: Processes = ALONE
+) -> Evaluation:
+    """The error rates over every image of `split`, found by all processes, in each.
+
+    Raises UserError where it is empty or has images without a label.
+    """
     require_labels(data, split)
     tally = Tally(network.classes)
-    for batch in predictions(network, data, recipe, split, [views]):
+    for batch in predictions(network, data, recipe, split, [views], job=job):
         tally.add(batch.labels, batch.chances[views])
-    return tally.whole()
+    found = json.dumps(tally.whole().to_dict()) if job.first else ""  # JSON keeps every bit of a float
+    return Evaluation(**json.loads(job.texts(found)[0]))
 
 
 def require_labels(data: Manifest, split: str) -> None:

@@ -1,6 +1,7 @@
 """What a recipe asks of the loader."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
+from trainer.devices import local_rank
 from trainer.recipe import Recipe
 
 BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images; several views make as many inputs of each
@@ -37,15 +39,26 @@ def require_pictures(dataset: Manifest, recipe: Recipe) -> None:
 
 
 def training(
-    dataset: Manifest, recipe: Recipe, devices: Sequence[torch.device] = CPU, batch_size: int | None = None
+    dataset: Manifest,
+    recipe: Recipe,
+    devices: Sequence[torch.device] = CPU,
+    batch_size: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Loader:
-    """The training split, as a run sees it. Raises UserError where data set and recipe do not fit together."""
+    """The training split, as process `rank` of a run sees it.
+
+    Raises UserError where data set and recipe do not fit together.
+    """
     require_pictures(dataset, recipe)
     until = recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs
     return Loader(
         dataset,
         "train",
         batch_size=batch_size or recipe.train.batch_size,
+        rank=rank,
+        ranks=ranks,
+        threads=threads(),
         seed=recipe.train.seed,
         order=recipe.data.order,
         max_bad=recipe.data.max_bad,
@@ -77,8 +90,14 @@ def evaluation(
         batch_size=BATCH_SIZE[views] * ranks if batch_size is None else batch_size,
         rank=rank,
         ranks=ranks,
+        threads=threads(),
         device=tuple(devices),
         views=views,
         view=recipe.model.size,
         mean=recipe.data.mean,
     )
+
+
+def threads() -> int:
+    """Of a process's decoder: its share of the cores that the job may use on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // local_rank()[1])

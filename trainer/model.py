@@ -139,4 +139,5 @@ def compiled(run: Callable[..., Any], how: str) -> Callable[..., Any]:
     if how == "no":
         return run
     torch._dynamo.config.recompile_limit = 128  # a compilation for each segment of a column, and size of batch
+    torch._dynamo.config.optimize_ddp = False  # no other cuts: not one for each bucket of gradients
     return torch.compile(run, dynamic=False, mode="reduce-overhead" if how == "graphs" else None)

@@ -1,14 +1,11 @@
 """Where the network lives: columns on devices, which meet only where a layer sees both."""
 
-import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.online.options import devices_of
 from trainer.layers import Layer, ModelRecipe
 from trainer.model import Masks, Part, Weights, compiled
 
@@ -144,33 +141,3 @@ def reference_precision(precision: str = "fp32") -> None:
     """What float32 products on a GPU are made of: "fp32", as in 2012; else TF32, with 10 bits of mantissa."""
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-
-
-def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
-    """`cuda:0,cuda:1`, `cuda:0,cuda:0` or `cpu,cpu` → a device per column. Raises UserError where one is not there."""
-    try:
-        devices = devices_of([name.strip() for name in text.split(",")])
-    except UserError as error:
-        raise UserError(f"--devices {text}: {error}") from error
-    if len(devices) != columns:
-        count = "one column: give one" if columns == 1 else "two columns: give two"
-        example = "cuda:0 or cpu" if columns == 1 else "cuda:0,cuda:1 or cpu,cpu"
-        raise UserError(f"--devices {text}: {len(devices)} given; the network has {count}, such as {example}")
-    return devices
-
-
-def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:
-    """A device per column: those that were named, as for `parse_devices`, or the default."""
-    return parse_devices(default_devices(columns) if devices is None else devices, columns)
-
-
-def default_devices(columns: int = 2) -> str:
-    """A GPU per column where there are as many, one for all where there is one, else the CPU.
-
-    Of several processes of torchrun on a machine, each has the next ones.
-    """
-    rank = os.environ.get("LOCAL_RANK", "0")
-    if not rank.isdecimal():
-        raise UserError(f"LOCAL_RANK={rank}: must be this process's number on the machine, as torchrun sets it")
-    count, first = torch.cuda.device_count(), int(rank) * columns
-    return ",".join(f"cuda:{(first + i) % count}" if count else "cpu" for i in range(columns))

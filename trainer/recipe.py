@@ -238,15 +238,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def difference(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys in which two recipes differ, with both values: {"optim.lr": (0.01, 0.001)}. None: not there."""
-    one, other = _flat(to_dict(before)), _flat(to_dict(now))
+    one, other = flat(to_dict(before)), flat(to_dict(now))
     keys = [*one, *(key for key in other if key not in one)]
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What `to_dict` gave, by full keys: {"optim.lr": 0.01}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 

@@ -149,12 +149,14 @@ def entry(
     recipe: Recipe,
     dataset: Manifest,
     devices: tuple[torch.device, ...],
+    processes: int,
 ) -> dict[str, Any]:
     """What the history of a run notes at each of its starts: from where, on what, and what changed."""
     before = resumed.recipe if resumed else recipe
     return {
         "step": resumed.step if resumed else 0,
         "devices": [str(device) for device in devices],
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dataset": dataset.identity,
@@ -169,8 +171,9 @@ def said(history: tuple[dict[str, Any], ...]) -> list[str]:
         return []
     before, now = history[-2:]
     lines = [f"from step {now['step']}: {key} {old} → {new}" for key, (old, new) in now["changed"].items()]
-    for key in ("devices", "threads", "torch", "dataset"):
-        if before[key] != now[key]:
-            old, new = (", ".join(value) if isinstance(value, list) else value for value in (before[key], now[key]))
+    for key in ("devices", "processes", "threads", "torch", "dataset"):
+        was = before.get(key, 1)  # older checkpoints know of one process only
+        if was != now[key]:
+            old, new = (", ".join(value) if isinstance(value, list) else value for value in (was, now[key]))
             lines.append(f"from step {now['step']}: {key} {old} → {new}: the last bits of the weights may differ")
     return lines

@@ -13,6 +13,7 @@ from trainer.model import Masks
 from trainer.optim import Momentum, Rates
 from trainer.parallel import Columns
 from trainer.recipe import TrainRecipe
+from trainer.replicas import Replicas
 from trainer.watch import Watch
 
 
@@ -27,7 +28,7 @@ def drawn_masks(network: Columns, seed: int, batch: Batch) -> list[Masks]:
 
 
 def update(
-    network: Columns,
+    network: Columns | Replicas,
     optimiser: Momentum,
     batch: Batch,
     drop: Masks | Sequence[Masks],
@@ -37,7 +38,8 @@ def update(
 ) -> Tensor:
     """One step: forward, backward, new weights. → the sum of the losses in nats, on the first device.
 
-    A short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
+    Of several processes, each has its part of the batch in `Replicas`, and the sum of that one's losses. A short batch
+    counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
     """
     optimiser.freeze(rates)
     device = network.devices[0].type

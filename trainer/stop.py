@@ -40,10 +40,10 @@ class Stop:
         return self._asked is not None
 
     def obey(self, step: int) -> None:
-        """Raise Stopped if the end was asked for. The run is saved up to `step`."""
-        if self._asked is not None:
-            name = signal.Signals(self._asked).name
-            raise Stopped(f"{name}: stopped and saved after step {step}; go on by --resume", self._asked)
+        """Raise Stopped: the end was asked for, of this process or of another, and the run is saved up to `step`."""
+        number = signal.SIGTERM if self._asked is None else self._asked
+        name = signal.Signals(number).name if self._asked is not None else "another process was asked to end"
+        raise Stopped(f"{name}: stopped and saved after step {step}; go on by --resume", number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = number

@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from trainer.optim import Rates
 from trainer.parallel import Columns
+from trainer.processes import ALONE, Processes
 
 EVERY = 50  # steps at most between looks; the devices are waited for at a look only
 NEVER = 2**62
@@ -21,7 +22,8 @@ class Diverged(UserError):
 class Watch:
     """Notes on the devices, at every step, whether loss, outputs and gradients are finite; `check` reads the notes."""
 
-    def __init__(self, network: Columns) -> None:
+    def __init__(self, network: Columns, job: Processes = ALONE) -> None:
+        self._job = job
         self._layers = [
             [layer.name for layer in network.layers if i < layer.columns] for i in range(len(network.devices))
         ]
@@ -42,10 +44,14 @@ class Watch:
             self._gradients[i] = _first(self._gradients[i], both, step)
 
     def check(self) -> None:
-        """Raise Diverged, with the step and the layer, where a number since the beginning was not finite."""
+        """Raise Diverged, with the step and the layer, where a number since the beginning was not finite.
+
+        Every process of a job calls it, and each sees what one has noted.
+        """
         outputs = self._merged(self._outputs)
         gradients = self._merged(self._gradients)
-        loss = int(self._loss)
+        loss, *each = self._job.least([int(self._loss), *outputs.values(), *gradients.values()])
+        outputs, gradients = dict(zip(outputs, each)), dict(zip(gradients, each[len(outputs) :]))
         step = min(loss, *outputs.values(), *gradients.values())
         if step == NEVER:
             return

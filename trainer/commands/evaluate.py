@@ -19,9 +19,9 @@ from pipeline.manifest import DatasetError, Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
+from trainer.devices import placed
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
 from trainer.network import load_network
-from trainer.parallel import placed
 from trainer.probabilities import Add, Origin
 from trainer.processes import processes
 from trainer.tally import Tally

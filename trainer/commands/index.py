@@ -17,8 +17,9 @@ from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.commands.options import DEVICES, PATH, RUN
+from trainer.devices import placed
 from trainer.network import load_network
-from trainer.parallel import Columns, placed
+from trainer.parallel import Columns
 from trainer.retrieval.hamming import require_faiss
 from trainer.retrieval.index import LEAST_BITS, MOST_BITS, Index
 from trainer.retrieval.make import Tell, make

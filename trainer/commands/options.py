@@ -26,7 +26,7 @@ class Local(click.Path):
         return super().convert(value, param, ctx)
 
 
-PATH = Local(path_type=Path)
+PATH = Local(path_type=Path, readable=False)  # what cannot be read is told with its remedy, where it is read
 
 DATA = click.option("--data", type=PATH, required=True, help="A dataset directory, from tools/build_shards.py.")
 CHECKPOINT = click.option(

@@ -16,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
 from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON
+from trainer.devices import placed
 from trainer.network import load_network
-from trainer.parallel import placed
 from trainer.pictures import Pictures
 from trainer.predict import Prediction
 from trainer.predict import predict as predicted

@@ -16,8 +16,9 @@ from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
 from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
+from trainer.devices import placed
 from trainer.network import load_network
-from trainer.parallel import Columns, placed
+from trainer.parallel import Columns
 from trainer.pictures import Pictures
 from trainer.retrieval.features import hidden
 from trainer.retrieval.index import Index, digest

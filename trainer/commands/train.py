@@ -6,11 +6,13 @@ import click
 
 from pipeline.cli import Command
 from pipeline.errors import UserError
+from trainer import agreement
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.commands.figures import drawn
 from trainer.commands.options import DATA, DEVICES, PATH
-from trainer.parallel import placed
+from trainer.devices import placed
+from trainer.processes import PATIENCE, processes
 from trainer.train import Start
 from trainer.train import train as run_training
 
@@ -38,6 +40,13 @@ from trainer.train import train as run_training
 )
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    default=PATIENCE,
+    show_default=True,
+    help="Seconds that a process of torchrun waits for another before it holds it for gone.",
+)
 def train(
     data: Path,
     run: Path,
@@ -48,6 +57,7 @@ def train(
     init: Path | None,
     init_layers: str | None,
     devices: str | None,
+    patience: float,
 ) -> None:
     """Train on DATA's training split.
 
@@ -56,7 +66,32 @@ def train(
       python -m trainer train --data /data/imagenet-256 --out runs/1
       python -m trainer train --data photos-256 --recipe tiny --out runs/2 --devices cpu,cpu
       python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
+      torchrun --nproc-per-node 4 -m trainer train --data /data/imagenet-256 --out runs/1   (docs/scale-out.md)
     """
+    with processes(patience) as job:
+        with job.together():
+            _require_possible(run, recipe, resume, other_data, init, init_layers)
+            resumed = checkpoints.load(run) if resume and job.first else None
+            initial = checkpoints.load(init) if init and job.first else None
+        resumed = agreement.shared(job, resumed)
+        options = {"--resume": resume, "--other-data": other_data, "--init": init and str(init)}
+        agreement.require_alike(job, {**options, "--init-layers": init_layers})
+        with job.together():
+            base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
+            chosen = recipes.override(base, settings)
+            where = placed(devices, chosen.model.columns)
+            layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
+            if init_layers is not None and not layers:
+                raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
+        run_training(data, run, chosen, where, Start(resumed, other_data, initial, layers), job)
+    if job.first:
+        click.echo(f"page: {drawn(data, run, where)[-1]}")
+
+
+def _require_possible(
+    run: Path, recipe: str | None, resume: bool, other_data: bool, init: Path | None, init_layers: str | None
+) -> None:
+    """Raise UserError where options contradict each other."""
     if resume and (recipe or init):
         option, value = ("--recipe", recipe) if recipe else ("--init", init)
         raise UserError(f"{option} {value}: a resumed run keeps its own; change single keys with --set")
@@ -66,13 +101,3 @@ def train(
         raise UserError(f"--init-layers {init_layers}: name the run that they come from, too: --init CHECKPOINT")
     if resume and run.is_file():
         raise UserError(f"{run}: is a file; name the run directory as --out, and it goes on from its newest checkpoint")
-    resumed = checkpoints.load(run) if resume else None
-    base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
-    chosen = recipes.override(base, settings)
-    where = placed(devices, chosen.model.columns)
-    layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
-    if init_layers is not None and not layers:
-        raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
-    start = Start(resumed, other_data, checkpoints.load(init) if init else None, layers)
-    run_training(data, run, chosen, where, start)
-    click.echo(f"page: {drawn(data, run, where)[-1]}")

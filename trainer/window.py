@@ -1,0 +1,74 @@
+"""Loss, speed and stall of the steps since the last log line, over all processes of a job."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.online.meter import Meter
+from trainer.processes import Processes
+
+
+class Window:
+    """Adds up a process's own; `state` and `close` are called by every process, and have the sums.
+
+    A checkpoint holds what the loss is made of.
+    """
+
+    def __init__(self, device: torch.device, meter: Meter, job: Processes, state: dict[str, Any] | None) -> None:
+        self._device, self._meter, self._job = device, meter, job
+        self._restart()
+        if state and job.first:
+            self._losses.fill_(state["losses"])
+            self._images = state["images"]
+
+    def _restart(self) -> None:
+        self._losses, self._images, self._timed = torch.zeros((), device=self._device), 0, 0
+        self._since, self._waited = time.perf_counter(), self._meter.total
+
+    def add(self, losses: Tensor, images: int) -> None:
+        """`losses`: their sum over so many images, in nats."""
+        self._losses += losses
+        self._images += images
+        self._timed += images
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here takes no time of the window."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the steps that were started belong to it
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def state(self) -> dict[str, Any]:
+        own = {"losses": float(self._losses), "images": self._images}
+        return {key: sum(each[key] for each in self._told(own)) for key in own}
+
+    def close(self) -> tuple[dict[str, Any], str]:
+        """{"loss": its mean, "time": images/s and stall}, and what is said of the stall. Waits for the device.
+
+        Processes wait for each other, so the stall is that of the one that waited most for its batches.
+        """
+        own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
+        seconds = time.perf_counter() - self._since
+        waited = self._meter.total - self._waited
+        own |= {"stall": waited.shares(seconds), "said": waited.said(seconds)}
+        self._restart()
+        told = self._told(own)
+        losses, images, timed = (sum(each[key] for each in told) for key in ("losses", "images", "timed"))
+        stalls = [sum(each["stall"].values()) for each in told]
+        worst = stalls.index(max(stalls))
+        speed = {"images_per_second": timed / seconds, "stall": stalls[worst], "stall_by": told[worst]["stall"]}
+        said = told[worst]["said"]
+        if self._job.count > 1:
+            speed["stall_of_process"] = worst
+            said = said.replace(" (", f" (process {worst}: ")
+        return {"loss": losses / images, "time": speed}, said
+
+    def _told(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in self._job.texts(json.dumps(own))]  # JSON keeps every bit of a float
