@@ -64,11 +64,9 @@ class Window:
         stalls = [sum(each["stall"].values()) for each in told]
         worst = stalls.index(max(stalls))
         speed = {"images_per_second": timed / seconds, "stall": stalls[worst], "stall_by": told[worst]["stall"]}
-        said = told[worst]["said"]
         if self._job.count > 1:
             speed["stall_of_process"] = worst
-            said = said.replace(" (", f" (process {worst}: ")
-        return {"loss": losses / images, "time": speed}, said
+        return {"loss": losses / images, "time": speed}, told[worst]["said"]
 
     def _told(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(text) for text in self._job.texts(json.dumps(own))]  # JSON keeps every bit of a float

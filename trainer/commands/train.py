@@ -85,7 +85,10 @@ def train(
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
         run_training(data, run, chosen, where, Start(resumed, other_data, initial, layers), job)
     if job.first:
-        click.echo(f"page: {drawn(data, run, where)[-1]}")
+        try:
+            click.echo(f"page: {drawn(data, run, where)[-1]}")
+        except UserError as error:  # a sample that does not decode, say: the run is whole, and saved
+            click.echo(f"no page: {error}", err=True)
 
 
 def _require_possible(

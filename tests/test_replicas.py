@@ -1,0 +1,217 @@
+"""Training in several processes: losses, weights and errors are those of one; a run saved with two goes on with any."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runs
+from conftest import ROOT
+from crew import Crew, Ended, environments
+from trainer import checkpoint as checkpoints
+from trainer.metrics import read
+
+STEPS, SAVED = 20, 8
+# rates and first weights that move the loss by more than a tenth; conv1 is frozen half-way; of 41 samples the last
+# batch of an epoch has one, for the first process
+SETTINGS = (
+    *(f"model.layers.{name}.sd=0.1" for name in runs.WIDTHS),
+    *("optim.lr=0.03", "optim.bias_lr=0.03", "optim.layers.conv1={drops=[], frozen_from=45}"),
+    *("train.batch_size=8", "optim.batch_size=8", "data.max_bad=3"),
+    *("train.validate_every=10", f"train.checkpoint_every={SAVED}", "train.keep=9"),
+)
+ON = "go on by --resume"
+BAD = (5, 30)  # samples whose bytes are damaged
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    crew = Crew(3)
+    yield crew
+    crew.end()
+
+
+@pytest.fixture(scope="module")
+def data(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dataset` with two damaged samples. Read only."""
+    root = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("damaged") / "dataset"))
+    for record in np.load(root / "train" / "samples.npy")[list(BAD)]:
+        shard = root / "train" / f"train-{record['shard']:06d}.tar"
+        content = bytearray(shard.read_bytes())
+        content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
+        shard.write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process. Read only."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    (ended,) = crew.run(words(data, run))
+    assert ended.exit_code == 0, ended.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(data: Path, crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
+    """That of two processes. Read only."""
+    run = tmp_path_factory.mktemp("pair") / "run"
+    return run, crew.run(*[words(data, run)] * 2)
+
+
+def words(data: Path, run: Path, *settings: str, steps: int = STEPS) -> list[str]:
+    return ["train", *runs.options(data, run, f"train.steps={steps}", *SETTINGS, *settings)]
+
+
+def resumed(data: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "--data", str(data), "--out", str(run), "--devices", "cpu,cpu", "--resume", *more]
+
+
+def half(run: Path, to: Path) -> Path:
+    """A copy of a run as it was after `SAVED` steps."""
+    shutil.copytree(run, to)
+    for path in checkpoints.files(to):
+        if path > checkpoints.step_file(to, SAVED):
+            path.unlink()
+    return to
+
+
+def assert_the_same_training(run: Path, other: Path) -> None:
+    """But for rounding: plain averaging of gradients over unequal parts would be off by 1 % and more."""
+    mine, theirs = read(run), read(other)
+    assert [(line["kind"], line["step"]) for line in mine] == [(line["kind"], line["step"]) for line in theirs]
+    for kind, key in (("train", "loss"), ("validation", "top1_error"), ("validation", "nll")):
+        found, expected = ([line[key] for line in lines if line["kind"] == kind] for lines in (mine, theirs))
+        assert found == pytest.approx(expected, rel=1e-5)
+    first = checkpoints.load(checkpoints.step_file(other, 0)).weights
+    for step in (SAVED, STEPS):
+        found, expected = (checkpoints.load(checkpoints.step_file(each, step)) for each in (run, other))
+        assert found.progress["schedule"] == expected.progress["schedule"]
+        assert found.loader == expected.loader
+        for name, value in expected.weights.items():
+            came = float((value - first[name]).norm())
+            assert float((found.weights[name] - value).norm()) < 1e-4 * came, (step, name)
+
+
+def test_two_processes_train_as_one(alone: Path, pair: tuple[Path, list[Ended]]):
+    run, (first, second) = pair
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output
+    assert all(line.endswith("stands in") for line in second.output.splitlines())  # of what it met itself
+    assert all(f": sample {sample} (key " in first.output + second.output for sample in BAD)
+    assert "two columns on cpu and cpu, in each of 2 processes" in first.output
+    assert_the_same_training(run, alone)
+    spread = [line["loss"] for line in read(alone) if line["kind"] == "train"]
+    assert max(spread) - min(spread) > 0.1  # else it would prove little
+    assert checkpoints.load(run).loader["bad"] == list(BAD)
+
+
+def test_three_processes_train_as_one(data: Path, alone: Path, crew: Crew, tmp_path: Path):
+    ended = crew.run(*[words(data, tmp_path / "run")] * 3)
+    assert [each.exit_code for each in ended] == [0, 0, 0], ended
+    assert_the_same_training(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_run_saved_with_two_processes_goes_on(
+    data: Path, alone: Path, pair: tuple[Path, list[Ended]], crew: Crew, tmp_path: Path, count: int
+):
+    run = half(pair[0], tmp_path / "run")
+    first, *others = crew.run(*[resumed(data, run)] * count)
+    assert first.exit_code == 0, first.output
+    assert [tuple(each) for each in others] == [(0, "")] * (count - 1)
+    assert_the_same_training(run, alone)
+    assert (f"from step {SAVED}: processes 2 → {count}" in first.output) == (count != 2)
+    assert [entry["processes"] for entry in checkpoints.load(run).history] == [2, count]
+    if count == 2:
+        runs.assert_same_end(run, pair[0])
+
+
+def test_processes_that_differ_are_refused(data: Path, dataset: Path, plain: Path, crew: Crew, tmp_path: Path):
+    run = tmp_path / "run"
+    for others, *said in (
+        (words(data, run, "optim.momentum=0.5"), "has optim.momentum 0.5, and the first process", "has 0.9"),
+        (words(plain, run), "has the data set ", "has ", "start all processes alike"),
+        (resumed(data, run), "has --resume True", "has False"),
+    ):
+        first, second = crew.run(words(data, run), others)
+        assert (first.exit_code, second.exit_code, second.output) == (2, 2, "")
+        assert first.output.startswith("Error: process 1, on ")
+        assert len(first.output.splitlines()) == 1, first.output
+        for word in said:
+            assert word in first.output
+        assert not run.exists()
+
+
+def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path: Path):
+    run, nowhere = tmp_path / "run", tmp_path / "nowhere"
+    first, second, third = crew.run(words(data, run), words(nowhere, run), words(nowhere, run))
+    assert [each.exit_code for each in (first, second, third)] == [2, 2, 2]
+    assert second.output.startswith(f"Error: {nowhere}")  # once by who met it, and once where people look
+    assert first.output == second.output.replace("Error: ", "Error: process 1: ")
+    assert third.output == ""
+    assert not run.exists()
+
+
+def test_numbers_that_are_not_finite_are_said_once(dataset: Path, crew: Crew, tmp_path: Path):
+    first, second = crew.run(*[words(dataset, tmp_path / "run", "optim.lr=1e30", "train.log_every=5")] * 2)
+    assert (first.exit_code, second.exit_code, second.output) == (2, 2, "")
+    assert "is not a finite number" in first.output
+    assert "the checkpoint of step 0 is from before" in first.output
+
+
+def test_a_signal_to_one_process_ends_and_saves(dataset: Path, tmp_path: Path):
+    run, pipe = tmp_path / "run", subprocess.PIPE
+    command = [sys.executable, "-m", "trainer", *words(dataset, run, steps=10**6)]
+    variables = [os.environ | {"OMP_NUM_THREADS": "1"} | each for each in environments(2)]
+    first, second = (
+        subprocess.Popen(command, cwd=ROOT, env=each, stdout=pipe, stderr=pipe, text=True) for each in variables
+    )
+    until(lambda: len(checkpoints.files(run)) > 1, first)
+    second.send_signal(signal.SIGTERM)
+    (output, errors), others = first.communicate(timeout=60), second.communicate(timeout=60)
+    assert (first.returncode, second.returncode, others) == (143, 143, ("", ""))
+    step = checkpoints.load(run).step
+    assert (
+        errors == f"Error: another process was asked to end: stopped and saved after step {step}; go on by --resume\n"
+    )
+    assert f"checkpoint: {checkpoints.step_file(run, step)}" in output
+
+
+def test_a_killed_process_ends_the_job_and_the_run_goes_on(dataset: Path, tmp_path: Path):
+    run, pipe = tmp_path / "run", subprocess.PIPE
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    job = subprocess.Popen([*start, *words(dataset, run, steps=10**6)], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    try:
+        until(lambda: len(checkpoints.files(run)) > 1, job)
+        mine = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        second = next(pid for pid in mine if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(int(second), signal.SIGKILL)
+        _, errors = job.communicate(timeout=60)  # a minute, from then
+    finally:
+        job.terminate()
+    assert job.returncode == 1  # torchrun's
+    gone = (
+        "Error: another process of this job has ended before its time; the reason is in its own line; go on by --resume"
+    )
+    assert sum(line.startswith(gone) for line in errors.splitlines()) == 1, errors
+    saved = checkpoints.load(run).step
+    result = runs.resume(dataset, run, f"train.steps={saved + 2}")
+    assert result.exit_code == 0, result.output
+    assert checkpoints.load(run).step == saved + 2
+
+
+def until(seen: object, process: subprocess.Popen[str]) -> None:
+    """Return once `seen()`; fail where the process ends before, or after two minutes."""
+    deadline = time.monotonic() + 120
+    assert callable(seen)
+    while not seen():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
