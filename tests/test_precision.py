@@ -108,3 +108,16 @@ def test_reference_precision():
     for name in ("tf32", "bf16", "fp32"):
         reference_precision(name)
         assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (name != "fp32")
+
+
+@pytest.mark.parametrize("compile", ["no", "segments"])
+def test_the_empty_part_of_a_batch_gives_gradients_of_zero(compile: str):
+    """What a process has of a batch that is smaller than the job."""
+    network = columns(narrow("original", size=64).model, compile)
+    logits, sums = network.watched(torch.zeros(0, 3, 64, 64), None)
+    assert logits.shape == (0, network.classes)
+    assert all(each.isfinite().all() for each in sums)
+    logits.sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name

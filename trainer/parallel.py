@@ -70,8 +70,9 @@ class Columns(nn.Module):
         given = [x] * len(self.devices) if isinstance(x, Tensor) else x
         values = [each.to(device, memory_format=self._format) for each, device in zip(given, self.devices)]
         sums: list[list[Tensor]] = [[] for _ in self.devices]
-        # compiled for training alone: evaluation has other sizes, and keeps outputs that CUDA graphs would overwrite
-        runs = self._runs if torch.is_grad_enabled() else [column.run for column in self._columns()]
+        # compiled for training alone: evaluation has other sizes, and keeps outputs that CUDA graphs would overwrite;
+        # and not for the empty part of a batch, for which torch compiles wrongly (2.13)
+        runs = self._runs if torch.is_grad_enabled() and len(values[0]) else [column.run for column in self._columns()]
         for layers in segments:
             holding = range(layers[0].columns)
             if len(self.devices) > 1 and layers[0].groups == 1 and layers[0] is not self.layers[0]:
