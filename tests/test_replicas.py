@@ -207,6 +207,79 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(dataset: Path, tmp_pa
     assert checkpoints.load(run).step == saved + 2
 
 
+def machines(count: int, words: list[str]) -> list[subprocess.Popen[str]]:
+    """A torchrun for each of so many machines, all of which this one is; of one process each, in one group."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(count), "--nproc-per-node", "1"]
+    place = environments(count)[0]
+    where = ["--master-addr", place["MASTER_ADDR"], "--master-port", place["MASTER_PORT"]]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [*start, *where, "--node-rank", str(i), "-m", "trainer", *words],
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(data: Path, alone: Path, tmp_path: Path):
+    jobs = machines(2, words(data, tmp_path / "run"))
+    ended = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], ended
+    assert "step" not in ended[1][0]
+    assert_the_same_training(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_gone_ends_the_others(dataset: Path, crew: Crew, tmp_path: Path):
+    run = tmp_path / "run"
+    first, second = machines(2, words(dataset, run, steps=10**6))
+    until(lambda: len(checkpoints.files(run)) > 1, first)
+    own = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    for pid in (second.pid, *map(int, own)):
+        os.kill(pid, signal.SIGKILL)
+    _, errors = first.communicate(timeout=60)  # a minute, from then
+    second.communicate()
+    gone = f"Error: another process of this job has ended before its time; the reason is in its own line; {ON}"
+    assert sum(line.startswith(gone) for line in errors.splitlines()) == 1, errors
+    saved = checkpoints.load(run).step
+    ended = crew.run(*[resumed(dataset, run, "--set", f"train.steps={saved + 2}")] * 3)
+    assert [each.exit_code for each in ended] == [0, 0, 0], ended
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others(dataset: Path, tmp_path: Path):
+    """Stopped, it neither answers nor closes its connections, like a machine without power."""
+    run, pipe = tmp_path / "run", subprocess.PIPE
+    command = [sys.executable, "-m", "trainer", *words(dataset, run, steps=10**6), "--patience", "5"]
+    variables = [os.environ | {"OMP_NUM_THREADS": "1"} | each for each in environments(2)]
+    first, second = (
+        subprocess.Popen(command, cwd=ROOT, env=each, stdout=pipe, stderr=pipe, text=True) for each in variables
+    )
+    until(lambda: len(checkpoints.files(run)) > 1, first)
+    second.send_signal(signal.SIGSTOP)
+    _, errors = first.communicate(timeout=60)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 2
+    assert errors.startswith("Error: another process of this job has not answered for 5 s; go on by --resume"), errors
+
+
+@pytest.mark.slow
+def test_compiled_segments_in_several_processes(data: Path, crew: Crew, tmp_path: Path):
+    """Also with the empty parts of the last batches."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    for run, count in ((one, 1), (several, 3)):
+        ended = crew.run(*[words(data, run, 'train.compile="segments"')] * count)
+        assert [each.exit_code for each in ended] == [0] * count, ended
+    assert_the_same_training(several, one)
+
+
 def until(seen: object, process: subprocess.Popen[str]) -> None:
     """Return once `seen()`; fail where the process ends before, or after two minutes."""
     deadline = time.monotonic() + 120

@@ -1,6 +1,5 @@
 """A network's probabilities for every image of a split, and its error rates."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +58,7 @@ def predictions(
     job: Processes = ALONE,
     pace: Pace | None = None,
     progress: Progress | None = None,
+    gather: bool = True,
 ) -> Iterator[Predicted]:
     """Every image of `split` exactly once, in the order of the ids: all in the first process, its share in the others.
 
@@ -68,6 +68,7 @@ def predictions(
         batch_size: images that all processes together take at a time.
         pace: takes the speed, once the last batch is taken.
         progress: is told what is done, and how far that is.
+        gather: else the first process, too, gets its share alone.
     Raises:
         UserError: the split is empty; data and recipe do not fit together.
         Diverged: an output is not a finite number.
@@ -90,7 +91,8 @@ def predictions(
             images += len(batch.ids)
             if progress:
                 progress(split, batch.step * loader.order.batch_size + batch.whole, loader.order.samples)
-            rows = job.gathered(rows, batch.whole)
+            if gather:
+                rows = job.gathered(rows, batch.whole)
             chances = rows[:, 2:].chunk(len(views), 1)
             yield Predicted(rows[:, 0].long().numpy(), rows[:, 1].long(), dict(zip(views, chances)))
         if pace is not None:
@@ -106,10 +108,11 @@ def evaluate(
     """
     require_labels(data, split)
     tally = Tally(network.classes)
-    for batch in predictions(network, data, recipe, split, [views], job=job):
-        tally.add(batch.labels, batch.chances[views])
-    found = json.dumps(tally.whole().to_dict()) if job.first else ""  # JSON keeps every bit of a float
-    return Evaluation(**json.loads(job.texts(found)[0]))
+    with job.together():
+        for batch in predictions(network, data, recipe, split, [views], job=job, gather=False):
+            tally.add(batch.labels, batch.chances[views])
+    job.total(tally.sums)
+    return tally.whole()
 
 
 def require_labels(data: Manifest, split: str) -> None:

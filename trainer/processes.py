@@ -78,6 +78,12 @@ class Processes:
             dist.all_reduce(found, dist.ReduceOp.MIN)
         return found.tolist()
 
+    def total(self, sums: Tensor) -> None:
+        """The sum over all processes, in place, in all; on the tensor's device."""
+        if self.count > 1:
+            with self.exchange():
+                dist.all_reduce(sums)
+
     def send(self, tensor: Tensor) -> None:
         """The first process's values, in place, in all; on the tensor's device."""
         if self.count > 1:

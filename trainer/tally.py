@@ -34,33 +34,33 @@ class Confusion:
 
 
 class Tally:
-    """Adds up predictions, batch by batch."""
+    """Adds up predictions, batch by batch; `sums` of several are those of all their images."""
 
     def __init__(self, classes: int) -> None:
-        self._sums = torch.zeros((classes, 4), dtype=torch.float64)  # images, wrong by top-1, wrong by top-5, nats
+        self.sums = torch.zeros((classes, 4), dtype=torch.float64)  # images, wrong by top-1, wrong by top-5, nats
         self._confused: Counter[tuple[int, int]] = Counter()
 
     def add(self, labels: Tensor, chances: Tensor) -> None:
         """Labels (n,) int64, each of a class, and probabilities (n, classes) float64, on the CPU."""
         nats = -chances.gather(1, labels[:, None])[:, 0].clamp_min(LEAST).log()
         wrong = [top_k_errors(chances, labels, k) for k in (1, 5)]
-        self._sums.index_add_(0, labels, torch.stack([torch.ones_like(nats), *wrong, nats], 1))
+        self.sums.index_add_(0, labels, torch.stack([torch.ones_like(nats), *wrong, nats], 1))
         predicted = chances.argmax(1)  # the first of several that are level
         missed = predicted != labels
         self._confused.update(zip(labels[missed].tolist(), predicted[missed].tolist()))
 
     def whole(self) -> Evaluation:
         """Over all images; there must be one at least."""
-        return _evaluation(self._sums.sum(0))
+        return _evaluation(self.sums.sum(0))
 
     def by_class(self) -> list[Evaluation | None]:
         """By label; None for a class without images."""
-        return [_evaluation(row) if row[0] else None for row in self._sums]
+        return [_evaluation(row) if row[0] else None for row in self.sums]
 
     def confused(self, most: int) -> list[Confusion]:
         """The pairs that are confused most often, at most so many; of equally frequent ones the lower labels first."""
         pairs = sorted(self._confused.items(), key=lambda item: (-item[1], item[0]))[:most]
-        return [Confusion(*pair, images, 100 * images / float(self._sums[pair[0], 0])) for pair, images in pairs]
+        return [Confusion(*pair, images, 100 * images / float(self.sums[pair[0], 0])) for pair, images in pairs]
 
 
 def _evaluation(sums: Tensor) -> Evaluation:
