@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 # small networks on busy cores: two threads wait for each other far longer than they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # processes of a job talk to this machine alone
 
 import numpy as np
 import pytest
