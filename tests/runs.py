@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from click.testing import CliRunner, Result
@@ -23,8 +25,11 @@ TINY = (
 )
 
 
-def trainer(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+def trainer(*arguments: object, page: bool = True) -> Result:
+    """A command of the trainer; of training without its last act, the page, which takes longer than a few steps."""
+    not_drawn = mock.patch("trainer.commands.train.drawn", return_value=[Path("not drawn")])
+    with nullcontext() if page else not_drawn:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def options(data: Path, run: Path, *settings: str, recipe: str = "tiny") -> list[str]:
@@ -33,15 +38,15 @@ def options(data: Path, run: Path, *settings: str, recipe: str = "tiny") -> list
     return [*words, *(word for setting in (*TINY, *settings) for word in ("--set", setting))]
 
 
-def train(data: Path, run: Path, steps: int, *settings: str, recipe: str = "tiny") -> Result:
+def train(data: Path, run: Path, steps: int, *settings: str, recipe: str = "tiny", page: bool = False) -> Result:
     """A new run of so many steps."""
-    return trainer("train", *options(data, run, f"train.steps={steps}", *settings, recipe=recipe))
+    return trainer("train", *options(data, run, f"train.steps={steps}", *settings, recipe=recipe), page=page)
 
 
 def resume(data: Path, run: Path, *settings: str, more: tuple[str, ...] = ()) -> Result:
     """Go on with a run."""
     words = (word for setting in settings for word in ("--set", setting))
-    return trainer("train", "--data", data, "--out", run, "--devices", "cpu,cpu", "--resume", *words, *more)
+    return trainer("train", "--data", data, "--out", run, "--devices", "cpu,cpu", "--resume", *words, *more, page=False)
 
 
 def start(*words: object) -> subprocess.Popen[str]:

@@ -5,6 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import CLASSES, build
@@ -184,3 +185,16 @@ def test_a_network_of_other_classes_is_not_resumed(raw: Path, dataset: Path, tmp
     assert build(tmp_path / "raw", tmp_path / "two", "--workers", 1).exit_code == 0
     told = resume(tmp_path / "two", tmp_path / "run", "train.steps=2", more=("--other-data",))
     one_line(told, "has learned 3 classes", "has 2", "--init")
+
+
+def test_a_run_is_whole_without_the_page_that_a_damaged_sample_prevents(dataset: Path, tmp_path: Path):
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    record = np.load(data / "train" / "samples.npy")[5]
+    shard = data / "train" / f"train-{record['shard']:06d}.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
+    shard.write_bytes(content)
+    result = train(data, tmp_path / "run", 1, "data.max_bad=1", page=True)
+    assert result.exit_code == 0, result.output
+    assert f"no page: {shard}: damaged at sample 5 " in result.output
+    assert checkpoints.load(tmp_path / "run").step == 1

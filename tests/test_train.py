@@ -25,7 +25,7 @@ from trainer.tally import top_k_errors
 def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps; the schedule is that of 6 steps."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    result = train(dataset, folder, 6)
+    result = train(dataset, folder, 6, page=True)
     assert result.exit_code == 0, result.output
     return folder
 
