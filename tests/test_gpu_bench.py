@@ -11,21 +11,36 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from pipeline.manifest import Manifest
-from tools import gpu_bench, gpu_training
+from tools import gpu_bench, gpu_training, plain_alexnet
 from tools.gpu import BATCHES, HEADER, main
-from tools.gpu_bench import COMPARED, DRAWN, OUTPUTS, PLANS, REPETITIONS, Bench, Plan, Row
-from tools.gpu_training import FP32, WAYS, Way
+from tools.gpu_bench import COMPARED, DRAWN, OUTPUTS, PLANS, RUN, Bench, Plan
+from tools.gpu_rows import REPETITIONS, Row
+from tools.gpu_training import BESIDE, BF16, FP32, WAYS
+from tools.operations import SIDES, of_step
 from tools.peers.datasets import of_images
+from tools.ways import Way
+from trainer import recipe as recipes
+from trainer.layers import plan
 from trainer.recipe import COMPILED, PRECISIONS
 
 ((BATCH,), _, _) = PLANS["cpu"]
-TIMED = ("decode", "loader", "grouped", "step", "fed", "evaluate")
-TRAINING = ["grouped"] * 2 + ["step"] * 3 + ["fed"] * 2  # both, and steps with the same masks, in fp32 and bf16
-PARTS = ["decode", *["loader"] * len(OUTPUTS), "pixels", *TRAINING, *["evaluate"] * 2, "two devices", "two devices"]
+TIMED = ("decode", "loader", "grouped", "torchvision", "step", "fed", "evaluate")
+# both, and steps with the same masks, in fp32 and bf16
+TRAINING = ["grouped"] * 2 + ["torchvision"] * 2 + ["step"] * 3 + ["fed"] * 2
+LOADED = ["loader"] * (len(OUTPUTS) + 1)
+PARTS = ["decode", *LOADED, "pixels", *["matrix"] * 2, *TRAINING, *["evaluate"] * 2, *["two devices"] * 4]
 
 
 def words(dataset: Path, *more: object) -> list[str]:
     return [str(dataset), "--device", "cpu", "--seconds", "0.05", *map(str, more)]
+
+
+@pytest.fixture(autouse=True)
+def thin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision's network at a sixteenth of its width."""
+    convolutions = tuple((width // 16, *rest) for width, *rest in plain_alexnet.CONVOLUTIONS)
+    monkeypatch.setattr(plain_alexnet, "CONVOLUTIONS", convolutions)
+    monkeypatch.setattr(plain_alexnet, "UNITS", 64)
 
 
 def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -36,7 +51,7 @@ def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.Cap
     rows = [Row(**row) for row in found.pop("rows")]
     assert [row.part for row in rows] == PARTS
     for row in rows:
-        assert row.batch == BATCH
+        assert row.batch == (SIDES["cpu"] if row.part == "matrix" else BATCH)
         if row.part in TIMED:
             assert len(row.rates) == REPETITIONS
             assert all(math.isfinite(rate) and rate > 0 for rate in row.rates)
@@ -53,6 +68,7 @@ def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.Cap
         else:
             part, _, what = row.ceiling.partition(", ")
             assert row.share == row.images_per_second / by_name[part, what].images_per_second
+    assert by_name["loader", RUN].found["stall"] > 0
     assert [row.part for row in rows if row.ceiling] == [
         *["loader"] * len(OUTPUTS),
         *("step", "step", "fed", "fed", "evaluate", "evaluate"),
@@ -64,7 +80,23 @@ def test_every_row_is_measured(dataset: Path, tmp_path: Path, capsys: pytest.Cap
         fed = by_name["fed", f"{precision}, loader's batches"]
         assert fed.ceiling == f"step, {precision}, same batch"
         assert fed.found["lost"] == 1 - fed.share
-        assert by_name["step", f"{precision}, same batch"].ceiling == f"grouped, {precision}, same batch"
+        step, demand = by_name["step", f"{precision}, same batch"], fed.images_per_second / fed.share
+        assert step.ceiling == f"grouped, {precision}, same batch"
+        assert fed.found["supply over demand"] == pytest.approx(by_name["loader", RUN].images_per_second / demand)
+        # operations are those of the two networks; shares are of that precision's product
+        product = by_name["matrix", f"{precision}, n × n"].found
+        assert 0 < product["least"] <= product["TFLOP/s"] <= product["most"]
+        ours = of_step([layer.multiply_adds for layer in plan(recipes.load("tiny").model, 1000)])
+        for part, operations in (
+            ("grouped", ours),
+            ("step", ours),
+            ("torchvision", of_step(plain_alexnet.multiply_adds())),
+        ):
+            row = by_name[part, f"{precision}, same batch"]
+            assert row.found["TFLOP/s"] == pytest.approx(row.images_per_second * operations / 1e12)
+            assert row.found["of the matrix rate"] == pytest.approx(row.found["TFLOP/s"] / product["TFLOP/s"])
+        plain = by_name["torchvision", f"{precision}, same batch"].images_per_second
+        assert step.found["times torchvision"] == step.images_per_second / plain
 
     # what each way makes of the batch, against what the grouped network makes of it in fp32
     assert "loss off" not in by_name["grouped", "fp32, same batch"].found
@@ -102,6 +134,7 @@ def test_one_row_may_fail(dataset: Path, capsys: pytest.CaptureFixture[str], mon
     said = "Error in MIXED operator,\nwith the following traceback:\nencountered:\n\nno decoder\nStacktrace"
     failing = {
         "_decode": RuntimeError(said),
+        "_plain": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
         "_step": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
         "_fed": ModuleNotFoundError("No module named 'click'"),
         "_evaluate": ModuleNotFoundError("No module named 'click'"),
@@ -118,7 +151,7 @@ def test_one_row_may_fail(dataset: Path, capsys: pytest.CaptureFixture[str], mon
     assert [line.split()[0] for line in table] == ["part", *(part.split()[0] for part in PARTS)]
     reasons = [line.partition("not measured: ")[2].partition("  ")[0] for line in table]
     memory, module = "CUDA out of memory.", "No module named 'click'"
-    assert reasons == ["", "no decoder", *[""] * 6, *[memory] * 5, *[module] * 4, *["one device"] * 2]
+    assert reasons == ["", "no decoder", *[""] * 9, *[memory] * 7, *[module] * 4, *["one device"] * 4]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, for what torch makes of it on a CPU")
@@ -147,7 +180,7 @@ def test_a_compiled_way_leaves_nothing_behind(dataset: Path, tmp_path: Path, mon
 def test_a_way_that_cannot_be_compiled(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its row says why, not only that; the settings are as before."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         torch.backends.cudnn.allow_tf32 = False
         raise BackendCompilerFailed(torch.compile, RuntimeError("no Triton\nhere"), None)
 
@@ -170,6 +203,7 @@ def test_wrong_gradients_do_not_agree():
 def test_the_fastest_way_in_bf16_is_fed():
     bench = Bench.__new__(Bench)
     bench._ways, bench.done = WAYS["cuda"], []
+    assert {FP32, BF16} <= set(BESIDE["cuda"]) <= set(bench._ways)
     assert {way.precision for way in bench._ways} == set(gpu_bench.WITHIN) == set(PRECISIONS)
     assert {way.compile for way in bench._ways} == set(COMPILED)
     assert bench._fastest_bf16(8).precision == "bf16"  # where none could be measured

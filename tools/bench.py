@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.cli import Command
 from pipeline.errors import UserError
+from tools.bench_train import train
 from tools.peers import environments, facts
 from tools.peers.building import Building
 from tools.peers.contestants import CONTESTANTS
@@ -45,6 +46,9 @@ def only_option(names: list[str]) -> Callable[..., Any]:
 @click.group()
 def main() -> None:
     """Measure, and say what was measured: hardware, versions, repetitions, medians."""
+
+
+main.add_command(train)
 
 
 @main.command(cls=Command)

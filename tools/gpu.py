@@ -1,6 +1,6 @@
 """What a GPU gains from the feed: decoding alone, our loader, the trainer's step in every precision, and both at once.
 
-    python tools/gpu.py [DATASET] [--device cuda:0] [--seconds 3] [--json FILE] [--markdown]      (some 8 minutes)
+    python tools/gpu.py [DATASET] [--device cuda:0] [--seconds 3] [--json FILE] [--markdown]      (some 10 minutes)
 
 Where Penstock is not installed: PYTHONPATH=FOLDER_OF_DALI:. python3 tools/gpu.py DATASET, with torch, numpy and DALI
 alone. Without DATASET pictures are drawn, for which it takes all of Penstock's packages.
@@ -22,7 +22,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from tools.gpu_bench import CHECKED, CORES, PLANS, REPETITIONS, WITHIN, Bench
+from tools.gpu_bench import CHECKED, CORES, PLANS, WITHIN, Bench
+from tools.gpu_rows import REPETITIONS
 from tools.peers.datasets import of_images
 from tools.peers.made_up import make_up
 

@@ -1,13 +1,9 @@
 """The measuring: decoding, loading, and training on one device, row by row."""
 
-import gc
 import os
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
 from itertools import cycle, product
 from typing import Any, NamedTuple
 
@@ -15,29 +11,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.augment import VIEW_SIZE, AlexNet, Transform
 from pipeline.online.feed import IN_GRAPH
 from pipeline.online.graph import Graph, GraphOptions
 from pipeline.online.loader import Batch, Loader
-from pipeline.online.meter import Meter
 from pipeline.online.samples import SampleReader
 from pipeline.online.windows import Windows
-from tools.gpu_training import BF16, FP32, WAYS, Training, Way, apart, evaluating, skipped, training
+from tools.gpu_rows import Row, Rows
+from tools.gpu_training import (
+    BESIDE,
+    BF16,
+    FP32,
+    WAYS,
+    Training,
+    apart,
+    evaluating,
+    plain_training,
+    restored,
+    skipped,
+    training,
+)
+from tools.operations import SIDES, Product
+from tools.plain_alexnet import PlainTraining
+from tools.ways import Way, synthetic
 
-REPETITIONS = 5
-WARM_UP = 8  # steps before the first that is timed: more than a loader has ahead
 STORED = 8  # batches whose JPEGs lie in memory, for decoding alone
+ONE = "one device"
 READERS, COMPARED = 4, 200  # at a time; views, at least
 CORES = len(os.sched_getaffinity(0))
 PLAIN, COLOUR = {"output": "uint8"}, {"mean": "colour"}
 OUTPUTS = (PLAIN, *({"output": output, **mean} for output in ("float32", "bfloat16") for mean in ({}, COLOUR)))
 KEPT, DRAWN, FED = "same batch, same masks", "same batch", "loader's batches"
+RUN, SYNTHETIC = "as a run asks for it", "synthetic batch"
 CHECKED = 4  # steps; CUDA graphs are replayed from the third
 WITHIN = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.5}  # of the gradient of a layer: what rounding turns over is not little
-TRAINED = ("grouped", "step", "fed")
-FAILURES = (RuntimeError, UserError, ImportError, AssertionError, OSError, subprocess.SubprocessError)
 Stored = list[tuple[list[np.ndarray], Windows]]
 
 
@@ -53,37 +61,13 @@ PLANS = {
 }
 
 
-@dataclass
-class Row:
-    part: str
-    what: str
-    batch: int
-    rates: list[float] = field(default_factory=list)  # images/s of each repetition
-    images_per_second: float | None = None  # their median
-    host_cores: float | None = None  # seconds of this process on a core, per second
-    ceiling: str = ""  # an earlier row
-    share: float | None = None  # of the ceiling
-    found: dict[str, float] = field(default_factory=dict)
-    not_measured: str = ""
-
-    def cells(self) -> tuple[str, ...]:
-        """Text for `HEADER`."""
-        rate = f"not measured: {self.not_measured}" if self.not_measured else ""
-        if self.rates:
-            rate = f"{self.images_per_second:,.0f} ({min(self.rates):,.0f} to {max(self.rates):,.0f})"
-        cores = "" if self.host_cores is None else f"{self.host_cores:.1f}"
-        share = "" if self.share is None else f"{100 * self.share:.0f} % of {self.ceiling}"
-        found = ", ".join(f"{key} {value:.3g}" for key, value in self.found.items())
-        return self.part, self.what, f"{self.batch:,}", rate, share, cores, found
-
-
-class Bench:
+class Bench(Rows):
     """Measures a data set of pictures of 256 × 256 on a device; `rows` gives each row once it is measured."""
 
     def __init__(self, data: Manifest, device: torch.device, seconds: float) -> None:
-        self._data, self._device, self._seconds = data, device, seconds
-        self._cuda, self._plan, self._ways = device.type == "cuda", PLANS[device.type], WAYS[device.type]
-        self.done = list[Row]()
+        super().__init__(device, seconds)
+        self._data, self._plan, self._ways = data, PLANS[device.type], WAYS[device.type]
+        self._products = dict[str, float]()  # operations/s of a matrix product, by precision
         self._given: Batch | None = None  # what all steps of one size are on
         self._reference = dict[str, Tensor]()  # what fp32 makes of it
 
@@ -96,11 +80,17 @@ class Bench:
                 yield self._row("decode", "uint8", batch, self._decode, share, stored)
         for batch, options in product(ends, OUTPUTS):
             yield self._row("loader", ", ".join(options.values()), batch, self._load, options)
+        for batch in ends:
+            yield self._row("loader", RUN, batch, self._supply)
         for share in sorted({shares[0], shares[-1]}):
             yield self._row("pixels", f"uint8, hardware_share {share}", ends[0], self._compare, share)
+        for precision in dict.fromkeys(way.precision for way in self._ways):
+            yield self._row("matrix", f"{precision}, n × n", SIDES[self._device.type], self._product, precision)
         for batch in ends:
-            for way in (FP32, BF16):
+            for way in BESIDE[self._device.type]:
                 yield self._row("grouped", f"{way}, {DRAWN}", batch, self._step, way)
+            for way in BESIDE[self._device.type]:
+                yield self._row("torchvision", f"{way}, {DRAWN}", batch, self._plain, way)
             yield self._row("step", f"{FP32}, {KEPT}", batch, self._step, FP32)
             for way in self._ways:
                 yield self._row("step", f"{way}, {DRAWN}", batch, self._step, way)
@@ -111,61 +101,13 @@ class Bench:
             yield self._row("evaluate", f"fp32, {views}", ends[0], self._evaluate, views)
         for feed in ("split", "replicate"):
             yield self._row("two devices", f"uint8, {feed}", ends[-1], self._two, feed)
-
-    def _row(self, part: str, what: str, batch: int, measure: Callable[..., None], *arguments: object) -> Row:
-        row = Row(part, what, batch)
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        try:
-            measure(row, *arguments)
-        except FAILURES as error:  # torch's out of memory is a RuntimeError, and so is what it cannot compile
-            text = str(error)
-            for before in ("encountered:\n", "raised:\n"):  # DALI, torch.compile: the cause stands behind it
-                text = text.partition(before)[2] or text
-            row.not_measured = (text.strip().splitlines() or [type(error).__name__])[0][:200]
-        if self._cuda and part in TRAINED:
-            row.found["GiB"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()  # DALI takes its memory elsewhere
-        self.done.append(row)
-        return row
-
-    def fastest(self, part: str, what: str, batch: int) -> Row:
-        """Of the rows so far with these names; one without figures where there is none."""
-        rows = [row for row in self.done if (row.part, row.what, row.batch) == (part, what, batch)]
-        return max(rows, key=lambda row: row.images_per_second or 0.0, default=Row(part, what, batch))
+        for batch, way in product(ends, (FP32, BF16)):
+            yield self._row("two devices", f"step, {way}, {SYNTHETIC}", batch, self._step_on_two, way)
 
     def _fastest_bf16(self, batch: int) -> Way:
         """Of the ways of this device, in steps on the same batch."""
         rates = {way: self.fastest("step", f"{way}, {DRAWN}", batch).images_per_second or 0.0 for way in self._ways}
         return max((way for way in self._ways if way.precision == "bf16"), key=rates.__getitem__)
-
-    def _time(self, row: Row, step: Callable[[], int], ceiling: Row | None = None, loader: Any = None) -> None:
-        """Repetitions of `step`, which returns its images; the device is waited for at the end of each alone."""
-        each = self._seconds / REPETITIONS
-        step()  # alone: it may compile
-        self._repetition(step, each, WARM_UP)
-        meter = loader.meter if loader else Meter()
-        waited, cpu, began = meter.total, time.process_time(), time.perf_counter()
-        row.rates = [self._repetition(step, each, 1) for _ in range(REPETITIONS)]
-        wall, row.images_per_second = time.perf_counter() - began, statistics.median(row.rates)
-        row.host_cores = (time.process_time() - cpu) / wall
-        if ceiling and ceiling.images_per_second:
-            row.ceiling = f"{ceiling.part}, {ceiling.what}"
-            row.share = row.images_per_second / ceiling.images_per_second
-        if loader:
-            shares = (meter.total - waited).shares(wall)
-            row.found |= {"stall": sum(shares.values()), **shares}
-
-    def _repetition(self, step: Callable[[], int], seconds: float, least: int) -> float:
-        """Images/s of at least so many steps and seconds."""
-        images, steps, began = 0, 0, time.perf_counter()
-        while steps < least or time.perf_counter() < began + seconds:
-            images, steps = images + step(), steps + 1
-        for number in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(number)
-        return images / (time.perf_counter() - began)
 
     def _stored(self, batch: int) -> Stored:
         """A few batches in memory: JPEGs, and random windows."""
@@ -197,13 +139,42 @@ class Bench:
         with Loader(self._data, batch_size=row.batch, **options) as loader:
             self._time(row, lambda: len(next(loader).images), ceiling or alone, loader)
 
+    def _supply(self, row: Row) -> None:
+        """The loader with the options of a run, with nobody who looks at its batches."""
+        with self._training(FP32, row.batch) as trained, trained.loader() as loader:
+            self._time(row, lambda: len(next(loader).ids), loader=loader)
+
+    def _product(self, row: Row, precision: str) -> None:
+        with restored():
+            self._time(row, Product(precision, self._device, row.batch).step)
+        assert row.images_per_second is not None
+        self._products[precision] = row.images_per_second
+        rates, row.rates, row.images_per_second, row.host_cores = row.rates, [], None, None  # they are of no images
+        row.found = {"TFLOP/s": self._products[precision] / 1e12, "least": min(rates) / 1e12, "most": max(rates) / 1e12}
+
+    def _second(self) -> torch.device | None:
+        """Another GPU, where there is one."""
+        count = torch.cuda.device_count() if self._cuda else 0
+        return torch.device("cuda", (self._device.index + 1) % count) if count > 1 else None
+
     def _two(self, row: Row, feed: str) -> None:
-        if not self._cuda or torch.cuda.device_count() < 2:
-            row.not_measured = "one device"
+        if not (other := self._second()):
+            row.not_measured = ONE
             return
-        other = torch.device("cuda", (self._device.index + 1) % torch.cuda.device_count())
         options = {"device": (self._device, other), "feed": feed, **PLAIN}
         self._load(row, options, self.fastest("loader", "uint8", row.batch))
+
+    def _step_on_two(self, row: Row, way: Way) -> None:
+        """A column on each device, beside both on one."""
+        if not (other := self._second()):
+            row.not_measured = ONE
+            return
+        with self._training(way, row.batch, second=other) as trained:
+            given = synthetic(row.batch, trained.side, trained.devices)
+            self._time(row, lambda: trained.step(given))
+            trained.check()
+            self._operations(row, way, trained)
+        self._against(row, "step", f"{way}, {DRAWN}", "times one device")
 
     def _compare(self, row: Row, share: float) -> None:
         options: dict[str, Any] = {"batch_size": row.batch, "hardware_share": share, **PLAIN}
@@ -224,15 +195,37 @@ class Bench:
             given = self._batch(row.batch, trained)
             self._check(row, way, trained, given)
             self._time(row, lambda: trained.step(given), self.fastest("grouped", row.what, row.batch))
+            self._operations(row, way, trained)
         if not grouped and row.what != kept:
-            self._against(row, kept, "for masks", lambda ours, theirs: 1 - ours / theirs)
+            self._against(row, row.part, kept, "for masks", lambda ours, theirs: 1 - ours / theirs)
+            self._against(row, "torchvision", row.what, "times torchvision")
             self._against_fp32(row, way, DRAWN)
+
+    def _plain(self, row: Row, way: Way) -> None:
+        """Torchvision's network in plain torch, on the same batch."""
+        with plain_training(self._data, self._device, self._plan.recipe, row.batch, way) as trained:
+            given = self._batch(row.batch, trained)
+            self._time(row, lambda: trained.step(given))
+            trained.check()
+            self._operations(row, way, trained)
+        self._against_fp32(row, way, DRAWN)
+
+    def _operations(self, row: Row, way: Way, trained: Training | PlainTraining) -> None:
+        """Operations/s, and their share of the matrix rate of all devices."""
+        if row.images_per_second:
+            made, most = row.images_per_second * trained.operations, self._products.get(way.precision)
+            row.found["TFLOP/s"] = made / 1e12
+            if most:
+                row.found["of the matrix rate"] = made / most / len(set(trained.devices))
 
     def _fed(self, row: Row, way: Way) -> None:
         ceiling = self.fastest("step", f"{way}, {DRAWN}", row.batch)
         with self._training(way, row.batch) as trained, trained.loader() as loader:
             self._time(row, lambda: trained.step(next(loader)), ceiling, loader)
         row.found |= {"lost": 1 - row.share} if row.share else {}
+        supply, demand = self.fastest("loader", RUN, row.batch).images_per_second, ceiling.images_per_second
+        if supply and demand:
+            row.found["supply over demand"] = supply / demand
         self._against_fp32(row, way, FED)
 
     def _evaluate(self, row: Row, views: str) -> None:
@@ -243,10 +236,10 @@ class Bench:
             self._time(row, lambda: next(steps), ceiling)
         row.found |= stall
 
-    def _training(self, way: Way, batch: int, **more: bool) -> AbstractContextManager[Training]:
+    def _training(self, way: Way, batch: int, **more: Any) -> AbstractContextManager[Training]:
         return training(self._data, self._device, self._plan.recipe, batch, way, **more)
 
-    def _batch(self, size: int, trained: Training) -> Batch:
+    def _batch(self, size: int, trained: Training | PlainTraining) -> Batch:
         """The first of the loader, kept for all rows of its size."""
         if self._given is None or len(self._given.ids) != size:
             self._given, self._reference = None, {}
@@ -272,10 +265,4 @@ class Bench:
 
     def _against_fp32(self, row: Row, way: Way, on: str) -> None:
         if way != FP32:
-            self._against(row, f"{FP32}, {on}", "times fp32", lambda ours, theirs: ours / theirs)
-
-    def _against(self, row: Row, what: str, key: str, figure: Callable[[float, float], float]) -> None:
-        """Note a figure of this row's rate and an earlier one's of the same part, where there are both."""
-        other = self.fastest(row.part, what, row.batch).images_per_second
-        if row.images_per_second and other:
-            row.found[key] = figure(row.images_per_second, other)
+            self._against(row, row.part, f"{FP32}, {on}", "times fp32")

@@ -3,36 +3,17 @@
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.loader import Batch, Loader
-
-CLASSES = 1000  # of the network, at least
-
-
-@dataclass(frozen=True)
-class Way:
-    """What a recipe says of arithmetic: keys of its section `train`."""
-
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: str = "no"
-
-    def __str__(self) -> str:
-        compiled = self.compile if self.compile != "no" else ""
-        return ", ".join(filter(None, (self.precision, "channels_last" * self.channels_last, compiled)))
-
-    def settings(self) -> tuple[str, ...]:
-        layout = str(self.channels_last).lower()
-        return f'train.precision="{self.precision}"', f"train.channels_last={layout}", f'train.compile="{self.compile}"'
-
+from tools.operations import of_step
+from tools.plain_alexnet import PlainTraining
+from tools.ways import CLASSES, Way, require_labels
 
 FP32, BF16 = Way(), Way("bf16")
 WAYS = {
@@ -48,6 +29,8 @@ WAYS = {
     ),
     "cpu": (FP32, BF16),
 }
+# those in which the grouped network and torchvision's are trained as well
+BESIDE = {"cuda": (FP32, BF16, Way("bf16", True), Way("bf16", True, "segments")), "cpu": (FP32, BF16)}
 
 
 class Training:
@@ -58,24 +41,46 @@ class Training:
 
     Args:
         draw: dropout masks at every step, as in training; else those of the first step serve.
+        second: the device of the second column, where it is another.
     """
 
     def __init__(
-        self, data: Manifest, device: torch.device, name: str, batch: int, way: Way, draw: bool, whole: bool
+        self,
+        data: Manifest,
+        device: torch.device,
+        name: str,
+        batch: int,
+        way: Way,
+        draw: bool = True,
+        whole: bool = False,
+        second: torch.device | None = None,
     ) -> None:
-        from trainer import feed, model, optim, parallel, recipe, watch  # here: only these rows need the trainer
+        from trainer import (
+            feed,
+            layers,
+            model,
+            optim,
+            parallel,
+            recipe,
+            watch,
+        )  # here: only these rows need the trainer
         from trainer.step import drawn_masks, update
 
-        if data.samples("train")["label"].min() < 0:
-            raise UserError("there are training pictures without a label")
+        require_labels(data)
         rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
         sizes = (f"train.batch_size={batch}", f"optim.batch_size={batch}")
         plan = recipe.load(name, (*rates, *sizes, *way.settings()))
-        devices, classes, seed = (device, device), max(CLASSES, len(data.classes)), plan.train.seed
+        classes, seed = max(CLASSES, len(data.classes)), plan.train.seed
+        homes = (device, second or device)[: plan.model.columns]
+        devices = homes[:1] if whole else homes
+        self.devices, self.side, self.parameters = devices, plan.model.size, layers.parameter_count(plan.model, classes)
+        self.operations = of_step([layer.multiply_adds for layer in layers.plan(plan.model, classes)])
         parallel.reference_precision(plan.train.precision)
         weights = model.initial_weights(plan.model, classes, seed)
         if whole:
-            network = _whole(model.Grouped(plan.model, classes), classes, weights, device)
+            grouped = model.Grouped(plan.model, classes)
+            grouped.load(weights)
+            network = _whole(grouped, model.compiled(grouped.run, way.compile), classes, device, way.channels_last)
         else:
             network = parallel.Columns(plan.model, classes, devices, plan.train.compile, plan.train.channels_last)
             network.load(weights)
@@ -90,9 +95,13 @@ class Training:
             return len(given.ids)
 
         self.step: Callable[[Batch], int] = step
-        self.loader: Callable[[], Loader] = lambda: feed.training(data, plan, devices)
+        self.loader: Callable[[], Loader] = lambda: feed.training(data, plan, homes)
         self._losses, self._check = torch.zeros(()), watched.check
         self._velocity: Callable[[], dict[str, Tensor]] = lambda: network.gathered(optimiser.velocity)
+
+    def check(self) -> None:
+        """Raise UserError where a number was not finite."""
+        self._check()
 
     def outcome(self) -> dict[str, Tensor]:
         """The last step's loss, and the velocities, on the host. Raises UserError where a number is not finite."""
@@ -101,13 +110,25 @@ class Training:
 
 
 @contextmanager
-def training(
-    data: Manifest, device: torch.device, name: str, batch: int, way: Way, draw: bool = True, whole: bool = False
-) -> Iterator[Training]:
+def training(data: Manifest, device: torch.device, name: str, batch: int, way: Way, **more: Any) -> Iterator[Training]:
     """A `Training` of which nothing stays: no setting of torch's, and nothing compiled for it."""
+    with restored(way):
+        yield Training(data, device, name, batch, way, **more)
+
+
+@contextmanager
+def plain_training(data: Manifest, device: torch.device, name: str, batch: int, way: Way) -> Iterator[PlainTraining]:
+    """A `PlainTraining` of which as little stays."""
+    with restored(way):
+        yield PlainTraining(data, device, name, batch, way)
+
+
+@contextmanager
+def restored(way: Way = FP32) -> Iterator[None]:
+    """Put torch's settings back in the end, and forget what was compiled for a way."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
-        yield Training(data, device, name, batch, way, draw, whole)
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
         if way.compile != "no":
@@ -130,13 +151,14 @@ def evaluating(
         stall["stall"] = sum(pace.waited.shares(pace.seconds).values())
 
 
-def _whole(network: Any, classes: int, weights: dict[str, Tensor], device: torch.device) -> Any:
-    """`model.Grouped` on a device, as `trainer.step` wants a network."""
-    network.load(weights)
-    network.to(device)
+def _whole(network: Any, run: Callable[..., Any], classes: int, device: torch.device, channels_last: bool) -> Any:
+    """`model.Grouped` on a device, as `trainer.step` wants a network; `run` is its own, compiled or not."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network.to(device, memory_format=layout)
 
     def watched(replicas: tuple[Tensor, ...], masks: Any) -> tuple[Tensor, list[Tensor]]:
-        x, sums = network.run(network.layers, replicas[0], [masks[0].get(layer.name) for layer in network.layers])
+        images = replicas[0].to(device, memory_format=layout)
+        x, sums = run(network.layers, images, [masks[0].get(layer.name) for layer in network.layers])
         return x, [sums]
 
     return SimpleNamespace(

@@ -12,8 +12,8 @@ from pipeline import manifest
 from pipeline.cli import Command
 from trainer import checkpoint as checkpoints
 from trainer.commands.options import PATH
-from trainer.network import load_network
 from trainer.devices import placed
+from trainer.network import load_network
 from trainer.retrieval import codes
 from trainer.retrieval.codes import AutoEncoder
 from trainer.retrieval.hamming import Hamming

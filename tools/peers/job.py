@@ -84,14 +84,14 @@ def report(span: Span, *packages: str, **more: object) -> None:
     result = {
         "images": span.images,
         "seconds": span.ended - span.began,
-        "rss": 1024 * max(_own_peak(), children),
+        "rss": 1024 * max(own_peak(), children),
         "versions": {package: version(package) for package in packages},
         **more,
     }
     print("\n" + json.dumps(result), flush=True)
 
 
-def _own_peak() -> int:
-    """KiB. Not from getrusage, whose peak includes that of the process that started this one."""
+def own_peak() -> int:
+    """The highest resident memory of this process, in KiB. Not from getrusage, which has that of its parent too."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])

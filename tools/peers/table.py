@@ -83,17 +83,31 @@ def _median_of(entries: Sequence[Entry], name: str, workers: int) -> float:
 
 def print_table(columns: Columns, entries: Sequence[Entry], facts: Sequence[str], markdown: bool, say: Say) -> None:
     """Facts, the table, and what each contestant does."""
+    titles = {entry.contestant.title: entry.contestant.does for entry in entries}
+    does = [f"{title}: {text}." for title, text in titles.items()]
+    print_rows(columns.header, rows(columns, entries), facts, does, markdown, say)
+
+
+def print_rows(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    facts: Sequence[str],
+    notes: Sequence[str],
+    markdown: bool,
+    say: Say,
+) -> None:
+    """Facts, a table, and notes."""
     if markdown:
         say("\n".join(f"- {fact}" for fact in facts) + "\n")
-        for row in (columns.header, ("---",) * len(columns.header), *rows(columns, entries)):
+        for row in (header, ("---",) * len(header), *rows):
             say(f"| {' | '.join(row)} |")
         say("")
     else:
         for fact in facts:
             say(fact)
-        table = Table(*columns.header)
-        for row in rows(columns, entries):
+        table = Table(*header)
+        for row in rows:
             table.add_row(*row)
         Console(width=max(140, Console().width)).print(table)
-    for title, does in {entry.contestant.title: entry.contestant.does for entry in entries}.items():
-        say(f"{'- ' if markdown else ''}{title}: {does}.")
+    for note in notes:
+        say(f"{'- ' if markdown else ''}{note}")
