@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from crew import Crew
 from networks import apart, drawn, images, masks_of, narrow
 from pipeline import manifest
 from pipeline.online import Loader
-from runs import TINY
+from runs import TINY, options
 from tools.gpu_training import FP32, WAYS, Way, training
 from tools.gpu_training import apart as outcomes_apart
 from trainer import checkpoint as checkpoints
@@ -134,3 +135,23 @@ def test_five_steps_of_columns_on_gpus_end_at_the_grouped_networks_weights_on_th
     for name, w in grouped.weights().items():
         assert apart(found[name], w) < 1e-8, name
         assert apart(found[name], begun[name]) > 1e-6, name  # it has learned
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL refuses two processes on one device")
+def test_two_processes_by_nccl_train_as_one(dataset: Path, tmp_path: Path):
+    """Each with both columns on a GPU of its own; where there are four GPUs, with a column on each."""
+    count = torch.cuda.device_count()
+    each = ["cuda:0,cuda:1", "cuda:2,cuda:3"] if count > 3 else ["cuda:0,cuda:0", "cuda:1,cuda:1"]
+    crew = Crew(2)
+    try:
+        for name, homes in (("one", each[:1]), ("two", each)):
+            words = options(dataset, tmp_path / name, "train.steps=5", "train.keep=9")
+            words[words.index("cpu,cpu")] = ",".join(homes)
+            ended = crew.run(*[["train", *words]] * len(homes))
+            assert [each.exit_code for each in ended] == [0] * len(homes), ended
+    finally:
+        crew.end()
+    one, two = (checkpoints.load(tmp_path / name).weights for name in ("one", "two"))
+    begun = checkpoints.load(checkpoints.step_file(tmp_path / "one", 0)).weights
+    for name, w in one.items():
+        assert float((two[name] - w).norm()) < 0.01 * float((w - begun[name]).norm()), name
