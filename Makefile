@@ -1,7 +1,7 @@
 # The commands of the README. Each target sets up .venv first, if that is not done already.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test slow gpu lint clean
+.PHONY: help setup demo test slow gpu lint docker clean
 
 help:
 	@echo 'make demo               raw pictures -> shards -> training -> evaluation -> a page (about 3 minutes)'
@@ -9,6 +9,7 @@ help:
 	@echo 'make test               the tests        make slow   the long proofs'
 	@echo 'make gpu                the tests that need a CUDA device, and its speed (skipped without one)'
 	@echo 'make lint               ruff and mypy    make setup  only set up .venv'
+	@echo 'make docker             builds and tries the image without a Docker engine (root, Debian)'
 
 setup: .venv/ready
 
@@ -30,6 +31,9 @@ gpu: setup
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools
+
+docker:
+	@bash docker/prove.sh
 
 clean:
 	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.errors import UserError
-from pipeline.storage import Location, location
+from pipeline.storage import Location, location, volumes
 
 
 class Command(click.Command):
@@ -38,7 +38,7 @@ class Command(click.Command):
         except OSError as error:
             if error.strerror is None:
                 raise
-            raise _Failure(f"{error.filename}: {error.strerror}" if error.filename else error.strerror) from error
+            raise _Failure(volumes.explained(error)) from error
         except _Terminated as error:
             raise _Failure(f"terminated{self._interrupted}", 128 + signal.SIGTERM) from error
         except KeyboardInterrupt as error:

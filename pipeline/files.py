@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
-from pipeline.storage import Location, objects
+from pipeline.storage import Location, objects, volumes
 
 ASIDE = ".tmp"  # how the name of a file that is not yet whole ends
 
@@ -42,11 +42,13 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
     Returns:
         {"bytes": its size, "sha256": hex}.
     Raises:
+        UserError: `path` is in a container of ours and on no volume.
         Whatever `write`, the file system or the store raises; then nothing of the file stays, and an older `path` is
         untouched.
     """
     if not isinstance(path, Path):
         return _write_remote(str(path), write)
+    volumes.require_kept(path)
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ASIDE}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -63,6 +65,20 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
     return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
+
+
+def require_writable(folder: Path) -> None:
+    """Meet now what would keep files from being written to `folder`, which may not be there yet.
+
+    Raises:
+        UserError: it is in a container of ours and on no volume.
+        OSError: the operating system's refusal.
+    """
+    volumes.require_kept(folder)
+    above = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if above.is_dir():
+        with tempfile.TemporaryFile(dir=above):
+            pass
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.storage import Location
+from pipeline.storage import Location, volumes
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
@@ -168,6 +168,8 @@ class Manifest:
         path = self.root / name
         try:
             data = storage.read_bytes(path)
+        except PermissionError:
+            raise  # it may be whole
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}; build it again") from error
         if name not in self.files or sha256(data) != self.files[name].sha256:
@@ -204,16 +206,17 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     root = storage.location(root)
     path = root / FILE_NAME
     if not storage.is_dir(root):
-        raise DatasetError(f"{root}: no such directory; build one with: python tools/build_shards.py RAW {root}")
+        build = f"build one with: python tools/build_shards.py RAW {root}"
+        raise DatasetError(f"{root}: no such directory; {build}{volumes.hint(root)}")
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
-        hint = (
+        why = (
             "its build has not finished; run the same command again"
             if storage.is_dir(root / ".build")
             else "not a dataset directory"
         )
-        raise DatasetError(f"{path}: missing ({hint})") from error
+        raise DatasetError(f"{path}: missing ({why}){volumes.hint(root)}") from error
     manifest = parse(data, root)
     sizes = storage.sizes(root, manifest.files)
     for name, record in manifest.files.items():

@@ -107,7 +107,7 @@ def test_what_is_no_layout_is_refused_with_exit_code_2_and_nothing_written(tmp_p
     (tmp_path / "texts" / "a.txt").write_text("a")
     for name, message in (
         ("missing", "no such directory"),
-        ("empty", "Found nothing"),
+        ("empty", "empty: is the volume mounted?"),
         ("texts", "Found 0 folders and 1 files"),
         ("texts/a.txt", "not a directory"),
     ):

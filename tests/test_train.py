@@ -142,7 +142,7 @@ def test_bad_input_is_one_clear_line(run: Path, dataset: Path, raw: Path, tmp_pa
     one_line(resume(dataset, tmp_path / "none"), "no checkpoint")
     one_line(resume(dataset, run), "has done 6 steps, and 6 are asked for", "train.steps")
     new = ("train", "--data", dataset, "--out", tmp_path / "r", "--devices")
-    one_line(trainer(*new, "cuda:99,cuda:98"), "cuda:99,cuda:98", "CUDA devices")
+    one_line(trainer(*new, "cuda:99,cuda:98"), "cuda:99,cuda:98", "or name cpu")
     one_line(trainer(*new, "cpu"), "--devices cpu: 1 given; the network has two columns")
     one_line(trainer(*new, "cpu,cpu", "--recipe", "half"), "--devices cpu,cpu: 2 given; the network has one column")
     one_line(train(dataset, tmp_path / "r", 2, "train.step=1"), "unknown key train.step")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from pipeline import storage
 from pipeline.cli import Command, Place
 from pipeline.errors import UserError
+from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, Manifest, parse
 from pipeline.offline.build import SKIPPED_FILE, Run, build, merge_parts, slots
 from pipeline.offline.plan import Plan, make_plan
@@ -63,6 +65,8 @@ def main(raw: Location, dataset: Location, **options: Any) -> None:
         raw, dataset = raw.absolute(), dataset.absolute()  # its workers may have another working directory
     run = chosen_run(raw, dataset, asked)
     limit = SkipLimit.parse(asked["max_skipped"]) if asked["max_skipped"] else SKIP_LIMIT
+    if isinstance(dataset, Path) and not asked["dry_run"]:
+        require_writable(dataset)  # before RAW is listed, which may take minutes
     sources = chosen_sources(raw, asked, cache=None if asked["dry_run"] else dataset / BUILD_FOLDER)
     plan = make_plan(sources, recipe)
     _tell_plan(raw, sources, plan, asked["as_json"])

@@ -34,9 +34,11 @@ FOLDER = Path("demo")
     show_default=True,
     help="Use at most this many of your pictures.",
 )
-def main(raw: Path | None, limit: int) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Where NAME is made.  [default: demo]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `trainer train`; may be repeated.")
+def main(raw: Path | None, limit: int, out: Path | None, settings: tuple[str, ...]) -> None:
     """Run the whole chain on RAW, or without RAW on pictures that are drawn for it. Everything goes to demo/NAME."""
-    place = _place(raw)
+    place = _place(raw, FOLDER if out is None else out.resolve())
     for folder in ("raw", "dataset", "run"):  # all of an earlier demo on the same RAW; nothing else is ever touched
         shutil.rmtree(ROOT / place / folder, ignore_errors=True)
     seconds: dict[str, float] = {}
@@ -60,23 +62,24 @@ def main(raw: Path | None, limit: int) -> None:
     step("Build shards", "tools/build_shards.py", source, dataset, "--samples-per-shard", 256, "--limit", limit)
     if not manifest.load(ROOT / dataset).splits.get("val"):
         raise UserError(f"{raw}: too few pictures to hold some out for validation; give 50 or more, or a val/ folder")
-    step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run)
+    chosen = [f"--set={setting}" for setting in settings]
+    step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run, *chosen)
     step("Evaluate", "-m", "trainer", "evaluate", "--data", dataset, "--checkpoint", run)
     step("Draw figures", "-m", "trainer", "figures", run, "--data", dataset)
     _print_table(ROOT / dataset, ROOT / run, seconds)
 
 
-def _place(raw: Path | None) -> Path:
-    """demo/drawn, or demo/NAME-DIGEST for RAW, below ROOT; raises UserError for a RAW that is missing or in the way."""
+def _place(raw: Path | None, out: Path) -> Path:
+    """OUT/drawn, or OUT/NAME-DIGEST for RAW, from ROOT; raises UserError for a RAW that is missing or in the way."""
     if raw is None:
-        return FOLDER / "drawn"
+        return out / "drawn"
     whole = raw.resolve()
     if not whole.is_dir():
         raise UserError(f"{raw}: no such directory; RAW is the folder with your raw images or archives")
-    if whole.is_relative_to(ROOT / FOLDER) or ROOT.is_relative_to(whole):
-        raise UserError(f"{raw}: holds the project, or lies in {FOLDER}/, where demos are written; move it elsewhere")
+    if whole.is_relative_to(ROOT / out) or ROOT.is_relative_to(whole):
+        raise UserError(f"{raw}: holds the project, or lies in {out}/, where demos are written; move it elsewhere")
     digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:6]
-    return FOLDER / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', whole.name).strip('-')}-{digest}"
+    return out / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', whole.name).strip('-')}-{digest}"
 
 
 def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:

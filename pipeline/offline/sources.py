@@ -14,7 +14,7 @@ from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
 from pipeline.offline.scans import Scans
 from pipeline.offline.table import RawTable
 from pipeline.offline.words import read_text
-from pipeline.storage import Location
+from pipeline.storage import Location, volumes
 
 __all__ = [
     "DEVKIT_TAR",
@@ -113,7 +113,7 @@ def _folder(raw: Location) -> Folder:
         return Folder(raw.parent, (raw.name,), ())
     raise SourceError(
         f"{raw}: {'not a directory, a .tar or a .parquet' if storage.exists(raw) else 'no such directory'}; "
-        "RAW is the folder with the raw images or archives"
+        f"RAW is the folder with the raw images or archives{volumes.hint(raw)}"
     )
 
 
@@ -125,6 +125,8 @@ def _choose(folder: Folder, name: str | None) -> Layout:
     for layout in LAYOUTS.values():
         if layout.recognise(folder):
             return layout
+    if hint := volumes.hint(folder.path):
+        raise SourceError(f"{folder.path}: no raw images{hint}")
     some = folder.folders or folder.files
     found = f"{len(folder.folders)} folders and {len(folder.files)} files" if some else "nothing"
     raise SourceError(

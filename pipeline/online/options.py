@@ -1,5 +1,7 @@
 """What a user may choose of a loader, checked: recipes, devices, counts."""
 
+import ctypes
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +12,8 @@ from pipeline.manifest import Manifest
 from pipeline.online.augment import AlexNet, Transform
 from pipeline.online.plain import ImageNet
 from pipeline.online.windows import Recipe
+
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # where NVIDIA's driver is: on Linux; on Windows' Linux
 
 
 def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
@@ -46,7 +50,7 @@ def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...
         if device.type == "cuda":
             there = torch.cuda.device_count()
             if (device.index or 0) >= there:
-                raise UserError(f"device={name!r}: this machine has {there} CUDA devices; name one of them, or cpu")
+                raise UserError(f"device={name!r}: {missing_device(there)}, or name cpu")
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         else:
             device = torch.device("cpu")  # whatever its number: there is one
@@ -54,6 +58,26 @@ def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...
     if len({device.type for device in found}) != 1:
         raise UserError(f"device={names}: name GPUs, or the CPU, at least one and not both")
     return tuple(found)
+
+
+def missing_device(there: int) -> str:
+    """Why torch, which sees `there` CUDA devices, does not have another one, and what to do."""
+    if there:
+        seen = "cuda:0" if there == 1 else f"cuda:0 to cuda:{there - 1}"
+        many = "is 1 CUDA device" if there == 1 else f"are {there} CUDA devices"
+        return f"there {many} here; name {seen}, one for both columns if need be (cuda:0,cuda:0)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install its CUDA build"
+    if not any(os.path.exists(driver) for driver in DRIVERS):
+        return "no NVIDIA driver in sight; in a container, start it with --gpus all (NVIDIA Container Toolkit)"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "the driver's libcuda.so.1 is missing; in a container, NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} leaves none; unset it"
+    return f"the driver shows none to torch's CUDA {torch.version.cuda}; see nvidia-smi, or install a newer driver"
 
 
 def check_counts(**counts: int) -> None:

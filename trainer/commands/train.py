@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import click
+import torch
 
 from pipeline.cli import Command
 from pipeline.errors import UserError
+from pipeline.online.options import missing_device
 from trainer import agreement
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
@@ -83,6 +85,8 @@ def train(
             layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
             if init_layers is not None and not layers:
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
+        if devices is None and where[0].type == "cpu" and torch.version.cuda and job.first:
+            click.echo(f"training on the CPU: {missing_device(0)}", err=True)
         run_training(data, run, chosen, where, Start(resumed, other_data, initial, layers), job)
     if job.first:
         try:
