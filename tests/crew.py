@@ -5,11 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ADDRESS = "127.0.0.1"
+ADDRESS, ROOT = "127.0.0.1", Path(__file__).parent.parent
 
 
 class Ended(NamedTuple):
@@ -51,6 +52,34 @@ def environments(count: int) -> list[dict[str, str]]:
         {key: str(value) for key, value in {"RANK": rank, "LOCAL_RANK": rank, **counts, **place}.items()}
         for rank in range(count)
     ]
+
+
+def machines(count: int, words: list[str]) -> list[subprocess.Popen[str]]:
+    """A torchrun for each of so many machines, all of which this one is; of one process each, in one group."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(count), "--nproc-per-node", "1"]
+    place = environments(count)[0]
+    where = ["--master-addr", place["MASTER_ADDR"], "--master-port", place["MASTER_PORT"]]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [*start, *where, "--node-rank", str(i), "-m", "trainer", *words],
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
+        )
+        for i in range(count)
+    ]
+
+
+def until(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Return once `seen()`; fail where the process ends before, or after two minutes."""
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def main() -> None:

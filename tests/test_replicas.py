@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 import runs
 from conftest import ROOT
-from crew import Crew, Ended, environments
+from crew import Crew, Ended, environments, machines, until
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 
@@ -125,7 +124,8 @@ def test_a_run_saved_with_two_processes_goes_on(
     run = half(pair[0], tmp_path / "run")
     first, *others = crew.run(*[resumed(data, run)] * count)
     assert first.exit_code == 0, first.output
-    assert [tuple(each) for each in others] == [(0, "")] * (count - 1)
+    assert [each.exit_code for each in others] == [0] * (count - 1)
+    assert all(line.endswith("stands in") for each in others for line in each.output.splitlines())  # read ahead
     assert_the_same_training(run, alone)
     assert (f"from step {SAVED}: processes 2 → {count}" in first.output) == (count != 2)
     assert [entry["processes"] for entry in checkpoints.load(run).history] == [2, count]
@@ -157,6 +157,38 @@ def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path:
     assert first.output == second.output.replace("Error: ", "Error: process 1: ")
     assert third.output == ""
     assert not run.exists()
+
+
+def test_a_sum_that_is_resumed_between_log_lines(dataset: Path, crew: Crew, tmp_path: Path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    crew.run(*[words(dataset, whole, "train.log_every=9", "train.validate_every=5", steps=15)] * 2)
+    ended = crew.run(*[resumed(dataset, half(whole, run))] * 2)
+    assert [each.exit_code for each in ended] == [0, 0], ended
+    runs.assert_same_end(run, whole)
+
+
+def test_bad_samples_of_all_processes_count(data: Path, crew: Crew, tmp_path: Path):
+    """Each process meets one, and one may fail; else a checkpoint would be saved that cannot be resumed."""
+    first, second = crew.run(*[words(data, tmp_path / "run", "data.max_bad=1")] * 2)
+    assert (first.exit_code, second.exit_code) == (2, 2)
+    said = f"Error: step {SAVED}: 2 samples failed in all processes, allowed: data.max_bad=1; look at the data with"
+    assert said in first.output
+    assert "Error" not in second.output
+    assert checkpoints.load(tmp_path / "run").step == 0
+
+
+def test_evaluation_refuses_once_and_before_it_begins(data: Path, alone: Path, crew: Crew, tmp_path: Path):
+    words = ["evaluate", "--data", data, "--checkpoint", alone, "--devices", "cpu,cpu"]
+    for first, second, said in (
+        ([*words, "--checkpoint", tmp_path], [*words, "--checkpoint", tmp_path], f"Error: {tmp_path}: no checkpoint"),
+        (words, [*words, "--batch-size", "5"], "has --batch-size 5, and the first process, on "),
+        (words, [*words, "--checkpoint", checkpoints.step_file(alone, 0)], "has the checkpoint of step 0, and the "),
+    ):
+        ended = crew.run(first, second)
+        assert [each.exit_code for each in ended] == [2, 2]
+        assert len(ended[0].output.splitlines()) == 1, ended
+        assert said in ended[0].output
+        assert ended[1].output == ""
 
 
 def test_numbers_that_are_not_finite_are_said_once(dataset: Path, crew: Crew, tmp_path: Path):
@@ -207,25 +239,6 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(dataset: Path, tmp_pa
     assert checkpoints.load(run).step == saved + 2
 
 
-def machines(count: int, words: list[str]) -> list[subprocess.Popen[str]]:
-    """A torchrun for each of so many machines, all of which this one is; of one process each, in one group."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(count), "--nproc-per-node", "1"]
-    place = environments(count)[0]
-    where = ["--master-addr", place["MASTER_ADDR"], "--master-port", place["MASTER_PORT"]]
-    pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(
-            [*start, *where, "--node-rank", str(i), "-m", "trainer", *words],
-            cwd=ROOT,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            start_new_session=True,
-        )
-        for i in range(count)
-    ]
-
-
 @pytest.mark.slow
 def test_two_machines_train_as_one(data: Path, alone: Path, tmp_path: Path):
     jobs = machines(2, words(data, tmp_path / "run"))
@@ -253,10 +266,12 @@ def test_a_machine_that_is_gone_ends_the_others(dataset: Path, crew: Crew, tmp_p
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_others(dataset: Path, tmp_path: Path):
+@pytest.mark.parametrize("every", [1, 1000])  # waited for at log lines; in the gradients' exchange, after the vote's
+def test_a_process_that_hangs_ends_the_others(dataset: Path, tmp_path: Path, every: int):
     """Stopped, it neither answers nor closes its connections, like a machine without power."""
     run, pipe = tmp_path / "run", subprocess.PIPE
-    command = [sys.executable, "-m", "trainer", *words(dataset, run, steps=10**6), "--patience", "5"]
+    settings = (f"train.log_every={every}", f"train.validate_every={every}")
+    command = [sys.executable, "-m", "trainer", *words(dataset, run, *settings, steps=10**6), "--patience", "5"]
     variables = [os.environ | {"OMP_NUM_THREADS": "1"} | each for each in environments(2)]
     first, second = (
         subprocess.Popen(command, cwd=ROOT, env=each, stdout=pipe, stderr=pipe, text=True) for each in variables
@@ -278,13 +293,3 @@ def test_compiled_segments_in_several_processes(data: Path, crew: Crew, tmp_path
         ended = crew.run(*[words(data, run, 'train.compile="segments"')] * count)
         assert [each.exit_code for each in ended] == [0] * count, ended
     assert_the_same_training(several, one)
-
-
-def until(seen: object, process: subprocess.Popen[str]) -> None:
-    """Return once `seen()`; fail where the process ends before, or after two minutes."""
-    deadline = time.monotonic() + 120
-    assert callable(seen)
-    while not seen():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -1,6 +1,7 @@
 """Which device each column of each process lives on."""
 
 import os
+from collections import Counter
 
 import torch
 
@@ -22,28 +23,27 @@ def parse_devices(text: str, columns: int = 2) -> tuple[torch.device, ...]:
     Raises:
         UserError: one is not there, too few or too many are named, or two processes name one GPU.
     """
-    names = [name.strip() for name in text.split(",")]
     rank, processes = local_rank()
-    if len(names) == columns * processes:
-        names = names[rank * columns : (rank + 1) * columns]
-        shared = False
-    else:
-        shared = processes > 1
     try:
-        devices = devices_of(names)
+        named = devices_of([name.strip() for name in text.split(",")])
     except UserError as error:
         raise UserError(f"--devices {text}: {error}") from error
-    if len(devices) != columns:
+    shares = [named] * processes
+    if len(named) == columns * processes:
+        shares = [named[i * columns : (i + 1) * columns] for i in range(processes)]
+    if len(shares[rank]) != columns:
         count = "one column: give one" if columns == 1 else "two columns: give two"
         example = "cuda:0 or cpu" if columns == 1 else "cuda:0,cuda:1 or cpu,cpu"
         more = f", for each of the {processes} processes on this machine" if processes > 1 else ""
-        raise UserError(f"--devices {text}: {len(devices)} given; the network has {count}{more}, such as {example}")
-    if shared and devices[0].type == "cuda":
+        raise UserError(f"--devices {text}: {len(named)} given; the network has {count}{more}, such as {example}")
+    users = Counter(device for share in shares for device in set(share))
+    common = [str(device) for device in dict.fromkeys(named) if device.type == "cuda" and users[device] > 1]
+    if common:
         raise UserError(
-            f"--devices {text}: {processes} processes on this machine would share them; "
+            f"--devices {text}: {processes} processes on this machine would share {' and '.join(common)}; "
             f"name {columns * processes}, {columns} for each, or leave --devices out"
         )
-    return devices
+    return shares[rank]
 
 
 def default_devices(columns: int = 2) -> str:

@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.storage import volumes
 
 PATIENCE = 50.0  # seconds; so that a job knows within a minute that one of its machines is gone
+# of gloo's errors, which have no type of their own: the place in its code, or what it says once one exchange was late
+GLOO = ("/gloo/", "Application timeout caused pair closure")
 
 
 class Gone(UserError):
@@ -104,7 +107,8 @@ class Processes:
             yield
         except (UserError, OSError) as error:
             mine = error
-        found = self.texts(f"{mine} " if mine else "")  # a message may be empty
+        said = volumes.explained(mine) if isinstance(mine, OSError) and mine.strerror else str(mine)
+        found = self.texts(f"{said} " if mine else "")  # a message may be empty
         refused = next((rank for rank, text in enumerate(found) if text), None)
         if refused is None:
             return
@@ -120,7 +124,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in GLOO):
                 raise
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 what = f"has not answered for {self.patience:g} s"

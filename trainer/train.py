@@ -92,7 +92,8 @@ def _train(
             resume.require_fresh(run)
         feed.require_pictures(dataset, recipe)
         validated = resume.require_labels(dataset, recipe)
-    facts = {"the data set": dataset.identity, "devices of type": devices[0].type, "torch": torch.__version__}
+    place = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
+    facts = {"the data set": dataset.identity, "devices:": place, "torch": torch.__version__}
     agreement.require_alike(job, {**flat(to_dict(recipe)), **facts})
 
     # network, optimiser, schedule
@@ -147,6 +148,11 @@ def _train(
             bad = {sample for text in job.texts(json.dumps(loader.bad)) for sample in json.loads(text)}
             state = {**loader.state_dict(), "bad": sorted(bad)}
             with job.together():
+                if len(bad) > recipe.data.max_bad:  # each process has met fewer
+                    raise UserError(
+                        f"step {step}: {len(bad)} samples failed in all processes, allowed: "
+                        f"data.max_bad={recipe.data.max_bad}; look at the data with tools/verify_shards.py"
+                    )
                 if journal:
                     weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
                     watch.require_finite(step, weights)
@@ -192,10 +198,11 @@ def _train(
                 what = schedule.validated(errors.top1_error)
                 over = what == "end"
                 ended = ended or over
-                if journal:
-                    journal.validation({"step": done, "epoch": batch.epoch, **errors.to_dict()})
-                    if what == "drop":
-                        journal.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
+                with job.together():
+                    if journal:
+                        journal.validation({"step": done, "epoch": batch.epoch, **errors.to_dict()})
+                if journal and what == "drop":
+                    journal.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
             asked = vote(stop.asked)  # now: a validation takes long
             if best or ended or asked or _due(recipe.train.checkpoint_every, done, epoch_ends):
                 with window.paused():

@@ -27,7 +27,9 @@ class Window:
             self._images = state["images"]
 
     def _restart(self) -> None:
-        self._losses, self._images, self._timed = torch.zeros((), device=self._device), 0, 0
+        # in float64 sums of float32 losses are exact: a run that goes on has the sum of one that was not interrupted
+        self._losses = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._images = self._timed = 0
         self._since, self._waited = time.perf_counter(), self._meter.total
 
     def add(self, losses: Tensor, images: int) -> None:

@@ -1,6 +1,7 @@
 """python -m trainer evaluate"""
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from pipeline.cli import shown as printable
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
+from trainer import agreement, probabilities
 from trainer import checkpoint as checkpoints
-from trainer import probabilities
 from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
 from trainer.devices import placed
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
@@ -71,30 +72,38 @@ def evaluate(
       python -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
       torchrun --nproc-per-node 4 -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
     """
-    shown, dataset, checkpoint = _views(views), manifest.load(data), checkpoints.load(run)
-    where = placed(devices, checkpoint.recipe.model.columns)
-    samples = dataset.split(split).samples
-    if samples == 0:
-        raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
-    if saved is not None and saved.suffix != ".npz":
-        raise UserError(f"--save-probabilities {saved}: give a name that ends in .npz")
-    require_writable(saved)
-    has_labels = labelled(dataset, split)
-    if not saved:
-        require_labels(dataset, split)
-    network = load_network(checkpoint, dataset, where, run)
-    tallies, pace = {name: Tally(network.classes) for name in shown}, Pace()
-    origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
+    with ExitStack() as stack:
+        job = stack.enter_context(processes())
+        with job.together():
+            shown, dataset, checkpoint = _views(views), manifest.load(data), checkpoints.load(run)
+            where = placed(devices, checkpoint.recipe.model.columns)
+            samples = dataset.split(split).samples
+            if samples == 0:
+                raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
+            if saved is not None and saved.suffix != ".npz":
+                raise UserError(f"--save-probabilities {saved}: give a name that ends in .npz")
+            if job.first:
+                require_writable(saved)
+            has_labels = labelled(dataset, split)
+            if not saved:
+                require_labels(dataset, split)
+            network = load_network(checkpoint, dataset, where, run)
+        facts = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
+        options = {"--split": split, "--views": shown, "--batch-size": batch_size}
+        agreement.require_alike(job, {**facts, **options})
+        tallies, pace = {name: Tally(network.classes) for name in shown}, Pace()
+        origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
+        progress = stack.enter_context(followed()) if job.first else None
 
-    def go_through(add: Add | None) -> None:
-        told = progress if job.first else None
-        for batch in predictions(network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace, told):
-            if add:
-                add(batch.labels.numpy(), batch.chances[shown[-1]].numpy())
-            for name in shown if has_labels else ():
-                tallies[name].add(batch.labels, batch.chances[name])
+        def go_through(add: Add | None) -> None:
+            for batch in predictions(
+                network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace, progress
+            ):
+                if add:
+                    add(batch.labels.numpy(), batch.chances[shown[-1]].numpy())
+                for name in shown if has_labels else ():
+                    tallies[name].add(batch.labels, batch.chances[name])
 
-    with processes() as job, followed() as progress:
         if saved and job.first:
             probabilities.save(saved, origin, samples, go_through)
         else:
