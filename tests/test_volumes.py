@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from conftest import ROOT, build
-from pipeline.online import options
+from pipeline.online import devices as options
 from pipeline.storage import volumes
 from tools.make_raw import main as make_raw
 from trainer.__main__ import main as trainer
