@@ -15,7 +15,7 @@ from conftest import LITTLE, begun, build, command, digests
 from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
-from tools import progress
+from tools import build_progress
 
 PLAIN = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
 
@@ -191,7 +191,7 @@ def test_json_lines(little: Path, tmp_path: Path):
 
 
 def test_plain_lines_without_a_terminal(little: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(build_progress, "SECONDS_BETWEEN_LINES", 0.0)
     done = build(little, tmp_path / "dataset", *LITTLE, "--workers", 1)
     assert done.exit_code == 0
     assert "\x1b" not in done.output
