@@ -14,13 +14,16 @@ MARK = "penstock-imagenet"  # in the first line of our own penstock/__init__.py
 def require_ours() -> None:
     """Raise ImportError where the package `penstock` belongs to another distribution. Imports nothing."""
     spec = find_spec("penstock")
-    origin = spec.origin if spec and spec.origin else None
-    if origin is None or MARK not in Path(origin).read_text(encoding="utf-8", errors="replace"):
-        raise ImportError(
-            f"{origin or 'the package penstock'}: belongs to another distribution called penstock, not to "
-            "penstock-imagenet; run `pip uninstall penstock`, then install penstock-imagenet again (pip's "
-            "--force-reinstall --no-deps), or give each an environment of its own"
-        )
+    if spec and spec.origin and MARK in Path(spec.origin).read_text(encoding="utf-8", errors="replace"):
+        return
+    if spec and spec.origin:
+        fault = f"{spec.origin}: belongs to another distribution called penstock, not to penstock-imagenet"
+    else:
+        fault = "the package penstock lacks its __init__.py, which another distribution called penstock has removed"
+    raise ImportError(
+        f"{fault}; run `pip uninstall penstock`, then install penstock-imagenet again (pip's --force-reinstall "
+        "--no-deps), or give each an environment of its own"
+    )
 
 
 def main() -> None:

@@ -186,15 +186,17 @@ def test_help_imports_no_torch(environment: Path):
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "False", "")
 
 
-@pytest.fixture(params=["overwritten", "before"])
+@pytest.fixture(params=["overwritten", "removed", "before"])
 def foreign(request: pytest.FixtureRequest, environment: Path, tmp_path: Path) -> Iterator[Path]:
-    """The file of another distribution called penstock: in the place of ours, or before ours on the path."""
+    """The file of another distribution called penstock: in the place of ours, removed again, or before ours."""
     (path,) = environment.glob("lib/python*/site-packages/penstock/__init__.py")
     ours = path.read_bytes()
     if request.param == "before":
         path = tmp_path / "penstock" / "__init__.py"
         path.parent.mkdir()
     path.write_text('"""A flow tracer."""\n')
+    if request.param == "removed":
+        path.unlink()
     yield path
     path.write_bytes(ours)
 
@@ -204,11 +206,12 @@ def test_a_package_of_another_distribution_is_named(environment: Path, foreign: 
     path = str(foreign.parent.parent)
     done = run(environment, "penstock", "--help", PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"Error: {foreign}: belongs to another distribution called penstock")
+    fault = f"{foreign}: belongs to" if foreign.exists() else "the package penstock lacks its __init__.py, which"
+    assert done.stderr.startswith(f"Error: {fault} another distribution called penstock")
     assert "`pip uninstall penstock`" in done.stderr
     if (foreign.parent / "pipeline").exists():
         done = run(environment, "python", "-c", "from penstock.pipeline.online import Loader", PYTHONPATH=path)
-        assert done.stderr.splitlines()[-1].startswith(f"ImportError: {foreign}: belongs to another distribution")
+        assert done.stderr.splitlines()[-1].startswith(f"ImportError: {fault} another distribution")
 
 
 @pytest.mark.proof

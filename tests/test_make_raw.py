@@ -222,7 +222,7 @@ def accuracy(
 
 def test_mean_colours_do_not_tell_the_class() -> None:
     """A classifier that sees only mean colours stays near chance, and would not if the classes were tinted."""
-    classes, per_class = 10, {"train": 40, "val": 20}
+    classes, per_class = 10, {"train": 30, "val": 15}
 
     def colour(split: str, c: int, i: int) -> NDArray[np.float64]:
         with Image.open(io.BytesIO(make_raw.picture(SEED, split, c, i))) as image:

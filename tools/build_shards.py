@@ -67,16 +67,12 @@ def recipe_option(field: Field[Any], text: str) -> Callable[[Function], Function
     return click.option(name, type=kind, default=field.default, show_default=True, help=text)
 
 
-class PartType(click.ParamType):
-    """K/N as a `Part`."""
-
-    name = "K/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
-        number, slash, of = str(value).partition("/")
-        if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10**6:
-            return Part(int(number), int(of))
-        self.fail(f"{value}: not K/N with K from 1 to N, such as 3/16", param, ctx)
+def parse_part(text: str) -> Part:
+    """Return K/N as a `Part`."""
+    number, slash, of = text.partition("/")
+    if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10**6:
+        return Part(int(number), int(of))
+    raise click.BadParameter(f"{text}: not K/N with K from 1 to N, such as 3/16")
 
 
 workers_option = click.option(
@@ -105,7 +101,12 @@ run_options = options(
         help="HOST:PORT of a Ray cluster's head, or auto: the cluster of this machine. RAW and DATASET then lie where "
         "each node sees them under the same path.",
     ),
-    click.option("--part", type=PartType(), help="Build every Nth shard from the Kth on, one job of N; see --merge."),
+    click.option(
+        "--part",
+        type=parse_part,
+        metavar="K/N",
+        help="Build every Nth shard from the Kth on, one job of N; see --merge.",
+    ),
     click.option("--merge", is_flag=True, help="End a build whose parts are all built."),
     click.option("--dry-run", is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout, for machines."),
