@@ -7,6 +7,7 @@ import pty
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from conftest import LITTLE, begun, build, command, digests
 from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
-from tools import build_progress
+from tools import build_progress, build_shards
 
 PLAIN = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
 
@@ -221,6 +222,19 @@ def test_a_bar_on_a_terminal(little: Path, tmp_path: Path):
     assert "━".encode() in seen
     assert b"images/s" in seen
     assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")  # the cursor is back
+
+
+def test_recipe_options_are_the_fields_of_the_build_recipe():
+    options = {option.name: option for option in build_shards.main.params}
+    recipe = manifest.BuildRecipe()
+    for name in build_shards.RECIPE_HELP:
+        assert options[name].default == getattr(recipe, name), name
+        assert options[name].opts == [f"--{name.replace('_', '-')}"]
+    assert {field.name for field in fields(recipe)} - set(options) == {"max_bytes", "max_pixels", "max_scans"}
+    for option, value in (("--size", 15), ("--size", 1025), ("--crop", "left"), ("--holdout", 0.6), ("--seed", -1)):
+        refused = build("raw", "dataset", option, value)
+        assert refused.exit_code == 2
+        assert option in refused.stderr.splitlines()[-1]
 
 
 def test_help_shows_examples():

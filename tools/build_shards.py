@@ -4,11 +4,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -29,8 +29,6 @@ from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, is_remote, location
 from tools.build_progress import BuildProgress, print_closing_table, print_estimate, print_event
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 RECIPE_HELP = {  # of the fields of BuildRecipe that are options; the other fields keep their defaults
     "size": "Pixels of a side of the stored square.",
     "crop": "none: the whole picture, its shorter side --size, for other models' augmentation; the statistics are then "
@@ -46,25 +44,14 @@ RECIPE_HELP = {  # of the fields of BuildRecipe that are options; the other fiel
 }
 
 
-def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Return several options as one decorator, in the order in which the help lists them."""
-
-    def decorate(function: Function) -> Function:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-def recipe_option(field: Field[Any], text: str) -> Callable[[Function], Function]:
+def recipe_option(field: Field[Any]) -> click.Option:
     """Return the option of a field of BuildRecipe: the field's name, default, and choices or bounds."""
     if "choices" in field.metadata:
         kind: click.ParamType = click.Choice(field.metadata["choices"])
     else:
         kind = (click.FloatRange if field.type is float else click.IntRange)(*field.metadata["bounds"])
-    name = f"--{field.name.replace('_', '-')}"
-    return click.option(name, type=kind, default=field.default, show_default=True, help=text)
+    name, text = f"--{field.name.replace('_', '-')}", RECIPE_HELP[field.name]
+    return click.Option([name], type=kind, default=field.default, show_default=True, help=text)
 
 
 def parse_part(text: str) -> Part:
@@ -75,76 +62,74 @@ def parse_part(text: str) -> Part:
     raise click.BadParameter(f"{text}: not K/N with K from 1 to N, such as 3/16")
 
 
-workers_option = click.option(
-    "--workers",
+WORKERS = click.Option(
+    ["--workers"],
     type=click.IntRange(min=1),
     default=len(os.sched_getaffinity(0)),
     show_default="all cores",
     help="Processes at a time.",
 )
 
-run_options = options(
-    workers_option,
-    click.option(
-        "--executor",
+RUN = [
+    WORKERS,
+    click.Option(
+        ["--executor"],
         type=click.Choice(["processes", "ray"]),
         default="processes",
         show_default=True,
         help="Who builds the shards: processes here, or a Ray cluster (with the extra ray installed): there --workers "
         "tasks at a time, by default one on each CPU.",
     ),
-    click.option(
-        "--ray-address",
+    click.Option(
+        ["--ray-address"],
         metavar="ADDRESS",
         default=lambda: os.environ.get("RAY_ADDRESS", "auto"),
         show_default="RAY_ADDRESS, else auto",
         help="HOST:PORT of a Ray cluster's head, or auto: the cluster of this machine. RAW and DATASET then lie where "
         "each node sees them under the same path.",
     ),
-    click.option(
-        "--part",
+    click.Option(
+        ["--part"],
         type=parse_part,
         metavar="K/N",
         help="Build every Nth shard from the Kth on, one job of N; see --merge.",
     ),
-    click.option("--merge", is_flag=True, help="End a build whose parts are all built."),
-    click.option("--dry-run", is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
-    click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout, for machines."),
-)
+    click.Option(["--merge"], is_flag=True, help="End a build whose parts are all built."),
+    click.Option(["--dry-run"], is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
+    click.Option(["--json", "as_json"], is_flag=True, help="One JSON object a line on stdout, for machines."),
+]
 
-source_options = options(
-    click.option("--layout", metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}."),
-    click.option(
-        "--classes",
+SOURCE = [
+    click.Option(["--layout"], metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}."),
+    click.Option(
+        ["--classes"],
         metavar="FILE",
         help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
     ),
-    click.option(
-        "--allow-incomplete", is_flag=True, help="Build with what is there, where it is not what the layout promises."
+    click.Option(
+        ["--allow-incomplete"], is_flag=True, help="Build with what is there, where it is not what the layout promises."
     ),
-)
+]
 
-skip_options = options(
-    click.option(
-        "--max-skipped",
+SKIP = [
+    click.Option(
+        ["--max-skipped"],
         metavar="N|P%",
         help="Fail where more images of a split are skipped.  [default: 0.1% of the split, at least 10]",
     ),
-    click.option("--retry-skipped", is_flag=True, help="Try again what an earlier run skipped, finished or not."),
+    click.Option(["--retry-skipped"], is_flag=True, help="Try again what an earlier run skipped, finished or not."),
+]
+
+RECIPE = [recipe_option(field) for field in fields(BuildRecipe) if field.name in RECIPE_HELP]
+
+
+@click.command(
+    cls=Command,
+    params=[*RUN, *SOURCE, *SKIP, *RECIPE],
+    interrupted="the finished shards stay, and the same command goes on",
 )
-
-recipe_options = options(
-    *(recipe_option(field, RECIPE_HELP[field.name]) for field in fields(BuildRecipe) if field.name in RECIPE_HELP)
-)
-
-
-@click.command(cls=Command, interrupted="the finished shards stay, and the same command goes on")
 @click.argument("raw", type=Place())
 @click.argument("dataset", type=Place())
-@run_options
-@source_options
-@skip_options
-@recipe_options
 @click.pass_context
 def main(context: click.Context, raw: Location, dataset: Location, **values: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
@@ -187,7 +172,7 @@ def main(context: click.Context, raw: Location, dataset: Location, **values: Any
 
 
 def chosen_sources(raw: Location, values: Mapping[str, Any], cache: Location | None = None) -> Sources:
-    """Return the sources in RAW as `source_options` have them; tools/verify_shards.py has the same options."""
+    """Return the sources in RAW as the options SOURCE have them, here and in tools/verify_shards.py."""
     return find_sources(
         raw,
         values["layout"],

@@ -17,20 +17,18 @@ from pipeline.offline.repair import repair
 from pipeline.offline.shards import BLOCK
 from pipeline.offline.verify import Failures, check, load
 from pipeline.storage import Location
-from tools.build_shards import chosen_sources, source_options, workers_option
+from tools.build_shards import SOURCE, WORKERS, chosen_sources
 
 EXAMPLES = 10  # groups of duplicates that are printed
 COPIES = 5  # samples of each group that are printed
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, params=[WORKERS, *SOURCE])
 @click.argument("dataset", type=Place())
 @click.option("--quick", is_flag=True, help="Do not decode the JPEGs.")
 @click.option(
     "--repair", "raw", metavar="RAW", type=Place(), help="Rebuild the files that fail from the raw images in RAW."
 )
-@workers_option
-@source_options
 @click.pass_context
 def main(
     context: click.Context, dataset: Location, quick: bool, raw: Location | None, workers: int, **source: Any
