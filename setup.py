@@ -17,6 +17,7 @@ from setuptools.command.editable_wheel import editable_wheel
 PACKAGES = ("pipeline", "trainer", "tools")
 DEVELOPERS = ("tools.bench", "tools.bench.*", "tools.peers", "tools.peers.*")  # not installed
 CHECKOUT = [*find_packages(include=[f"{name}*" for name in PACKAGES], exclude=DEVELOPERS), "trainer.recipes"]
+LEFT_OUT = {("penstock.tools", "demo")}  # which runs the commands of the checkout
 GUARD = "\n\nimport penstock_imagenet\n\npenstock_imagenet.require_ours()\n"
 
 
@@ -63,9 +64,7 @@ class BuildPackage(build_py):
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
-        return [
-            module for module in modules if module[:2] != ("penstock.tools", "demo")
-        ]  # runs the checkout's commands
+        return [module for module in modules if module[:2] not in LEFT_OUT]
 
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
         outfile, copied = super().build_module(module, module_file, package)
