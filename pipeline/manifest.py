@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,18 +39,24 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class BuildRecipe:
-    """The options that determine the bytes of a dataset directory (together with the raw images and the codecs)."""
+    """The options that determine the bytes of a dataset directory (together with the raw images and the codecs).
 
-    size: int = 256  # pixels: the stored images are size × size, or have this shorter side
-    crop: str = "centre"  # the square, or "none": the whole picture
-    filter: str = "bicubic"  # antialiased
-    quality: int = 95  # JPEG, libjpeg's scale
-    subsampling: str = "4:2:0"
-    exif: str = "ignore"  # the orientation tag, as torchvision and the original do
-    seed: int = 2012  # order of the training split
-    samples_per_shard: int = 4096
-    holdout: float = 0.1  # share of the training images that becomes the validation split where the raw data has none
-    limit: int = 0  # use at most this many raw images (0: all)
+    `choices` and `bounds` (least and greatest value, both allowed; None: no bound) are those of the command line.
+    """
+
+    # pixels: the stored images are size × size, or have this shorter side
+    size: int = field(default=256, metadata={"bounds": (16, 1024)})
+    crop: str = field(default="centre", metadata={"choices": ("centre", "none")})  # the square, or the whole picture
+    filter: str = field(default="bicubic", metadata={"choices": ("bicubic", "area")})  # antialiased
+    quality: int = field(default=95, metadata={"bounds": (1, 100)})  # JPEG, libjpeg's scale
+    subsampling: str = field(default="4:2:0", metadata={"choices": ("4:2:0", "4:2:2", "4:4:4")})
+    # the orientation tag, ignored as by torchvision and the original
+    exif: str = field(default="ignore", metadata={"choices": ("ignore", "apply")})
+    seed: int = field(default=2012, metadata={"bounds": (0, None)})  # order of the training split
+    samples_per_shard: int = field(default=4096, metadata={"bounds": (1, 65536)})
+    # share of the training images that becomes the validation split where the raw data has none
+    holdout: float = field(default=0.1, metadata={"bounds": (0, 0.5)})
+    limit: int = field(default=0, metadata={"bounds": (0, None)})  # use at most this many raw images (0: all)
     max_bytes: int = 64 * 2**20  # a raw image with more bytes, pixels or JPEG scans is skipped
     max_pixels: int = 64 * 10**6
     max_scans: int = 100

@@ -84,7 +84,7 @@ def test_a_missing_package_is_one_line(package: str):
     path, message = _python(code).splitlines()
     assert path == "a/b"
     assert message.startswith("s3://: a package is missing")
-    assert "pip install 'penstock[s3]'" in message
+    assert "pip install 'penstock-imagenet[s3]'" in message
 
 
 def test_local_work_imports_no_remote_package():

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.storage.readahead import read_ahead
 from pipeline.storage.retries import StorageError, answer, retried
 
-INSTALL = "pip install 'penstock[s3]'"
+INSTALL = "pip install 'penstock-imagenet[s3]'"
 PIECE = 16 * 2**20  # bytes of one part of an upload
 
 # One request is tried by botocore, 3 times and a second or two apart, so that one bad answer does not cost a whole

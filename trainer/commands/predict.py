@@ -37,7 +37,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 @JSON
 @DEVICES
 def predict(where: tuple[str, ...], data: Path, run: Path, views: str, as_json: bool, devices: str | None) -> None:
-    """The five most probable labels of each picture. DATA is the data set that RUN was trained on.
+    """Print the five most probable labels of each picture. DATA is the data set that RUN was trained on.
 
     PICTURES are files, folders, tars of pictures, or shards, as paths or as URLs of an object store. Pictures of any
     size are rescaled as the builder does it. With --json, each is a line of its own.

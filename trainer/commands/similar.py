@@ -45,8 +45,8 @@ def similar(
     as_json: bool,
     devices: str | None,
 ) -> None:
-    """The images of an index nearest to each PICTURE, by the Euclidean distance of what the last hidden layer makes of
-    them. First make the index: python -m trainer index.
+    """Find the images of an index nearest to each PICTURE, by the Euclidean distance of their features (of the last
+    hidden layer). First make the index: python -m trainer index.
 
     \b
     Example:
