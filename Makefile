@@ -14,7 +14,7 @@ help:
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt tools/setup.sh
+.venv/ready: pyproject.toml setup.py constraints.txt tools/setup.sh
 	@bash tools/setup.sh
 
 demo: setup
@@ -34,7 +34,7 @@ gpu: setup
 	@$(PY) tools/gpu.py
 
 lint: setup
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools penstock penstock_imagenet.py setup.py
 
 docker:
 	@bash docker/prove.sh
