@@ -36,8 +36,8 @@ def drawn(
     data: Path, run: Path, devices: tuple[torch.device, ...], split: str = "val", only_errors: bool = False
 ) -> list[str]:
     """Draw all; what there is to say of it, a line each, the page last."""
-    from trainer.figures.draw import draw  # here, because plotly takes long to import
-    from trainer.figures.material import gather
+    from trainer.figures.gather import gather  # here, because plotly takes long to import
+    from trainer.figures.page import draw
 
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
     network = load_network(checkpoint, dataset, devices, run)

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from pipeline.errors import UserError
-
 PADDED = 4  # the Fourier transform is taken of a square so many times as wide, zero outside the kernel
 FLAT = 1e-12  # of a kernel's energy: what is left of a constant kernel less its mean, by rounding
 DRAWS = 9999  # random halvings
@@ -71,12 +69,6 @@ def chance(weights: np.ndarray) -> float:
     given = apart(np.arange(len(each))[None])[0]
     drawn = np.random.default_rng(2012).permuted(np.tile(np.arange(len(each)), (DRAWS, 1)), axis=1)
     return (int((apart(drawn) >= given * (1 - FLAT)).sum()) + 1) / (DRAWS + 1)
-
-
-def require_finite(weights: np.ndarray) -> None:
-    """Raise UserError where a weight is not a finite number."""
-    if not np.isfinite(weights).all():
-        raise UserError("the first layer has weights that are not finite numbers: its training has diverged")
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
