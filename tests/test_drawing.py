@@ -161,6 +161,16 @@ def test_predictions_are_drawn_to_scale() -> None:
     assert ends(first, "#f3c5c1") == [round(full * 0.25)]
 
 
+def test_five_bars_are_drawn_and_a_true_label_beyond_them_is_named() -> None:
+    probabilities = np.array([0.01, 0.3, 0.04, 0.25, 0.2, 0.05, 0.15])
+    missed, found = (np.asarray(predictions([Example(0, png(noise(32, 32)), i, probabilities)], str)) for i in (0, 1))
+    full = WIDTH - MARGIN - (MARGIN + SIDE + GAP)
+    assert ends(missed, "#bcd3e3") == [round(full * probability) for probability in (0.3, 0.25, 0.2, 0.15, 0.05)]
+    assert ends(missed, "#f3c5c1") == []
+    assert has(missed, RED).any()
+    assert (missed[63:97] != found[63:97]).any(2).any(0).nonzero()[0].max() > 260  # "(missed)" stands beside the label
+
+
 def ends(card: np.ndarray, colour: str) -> list[int]:
     """The length of each bar of a colour, by its first row of pixels, where no text is."""
     rows = has(card, colour).any(1)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pipeline import manifest
@@ -22,7 +23,7 @@ def test_the_command_names_the_page(written: Written) -> None:
     for file in files:
         with Image.open(file) as image:
             assert (image.format, image.width) == ("PNG", 640)
-            assert len(image.convert("RGB").getcolors(2**24)) > 20, f"{file.name} is blank"
+            assert np.asarray(image).std() > 10, f"{file.name} is blank"
 
 
 def test_nothing_is_fetched(written: Written) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ import torch
 from PIL import Image
 
 from pipeline.online import Loader
-from reported import CLASSES, RATIOS, RECIPE, Written, invoke, pixels, read_page, sheet, source
+from reported import CLASSES, RATIOS, RECIPE, Page, Written, pixels, sheet, source
 from runs import trainer
+from trainer import checkpoint as checkpoints
 from trainer import recipe
-from trainer.figures import gather
+from trainer.figures import gather, sections
 from trainer.figures.drawing import picture
 from trainer.model import Grouped
+from trainer.network import load_network
 
 
 def stored(data: Path, split: str) -> list[bytes]:
@@ -144,25 +147,26 @@ def test_neighbours_are_the_nearest_training_images(written: Written) -> None:
 def test_many_training_images_are_looked_for_in_the_index(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def figures_of(run: Path) -> list[str]:
-        assert invoke(written.data, run).exit_code == 0
-        return [image.attributes["src"] for image in read_page(run).section("similar-training-images").all("img")]
-
     run = Path(shutil.copytree(written.run, tmp_path / "run"))
-    expected = figures_of(run)
+    checkpoint = checkpoints.load(run)
+    network = load_network(checkpoint, written.dataset, (torch.device("cpu"),) * 2, run)
+
+    def neighbours() -> str | list[list[int]]:
+        data = gather.gather(run, written.dataset, network, checkpoint)
+        return data.lacking.get("neighbours") or [[found.id for found in row] for _query, row in data.similar]
+
+    expected = neighbours()
+    assert len(expected) == 5
     monkeypatch.setattr(gather, "SEARCHED", 3)
-    assert figures_of(run) == []
-    assert "no index there" in read_page(run).section("similar-training-images").text
+    assert "no index there" in neighbours()
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
     assert made.exit_code == 0, made.output
-    assert figures_of(run) == expected
-    (run / "index" / "features.npy").write_bytes(b"")  # the rest of the page does not need it
-    assert figures_of(run) == []
-    assert "make the index again" in read_page(run).section("similar-training-images").text
+    assert neighbours() == expected
+    (run / "index" / "features.npy").write_bytes(b"")  # the other figures do not need it
+    assert "make the index again" in neighbours()
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--split", "val")
     assert made.exit_code == 0, made.output
-    assert figures_of(run) == []
-    assert "is of the split 'val'" in read_page(run).section("similar-training-images").text
+    assert "is of the split 'val'" in neighbours()
 
 
 def test_confused_pairs_and_updates(written: Written) -> None:
@@ -185,17 +189,14 @@ def test_confused_pairs_and_updates(written: Written) -> None:
     ],
 )
 def test_curves_without_points_are_left_out(
-    kinds: tuple[str, ...], ratios: dict[str, float], charts: list[str], written: Written, tmp_path: Path
+    kinds: tuple[str, ...], ratios: dict[str, float], charts: list[str], written: Written
 ) -> None:
-    run = Path(shutil.copytree(written.run, tmp_path / "run"))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = (written.run / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if line["kind"] in kinds]
     for line in lines:
         line["layers"] = {name: {"ratio": ratio} for name, ratio in ratios.items()}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["kind"] in kinds))
-    result = invoke(written.data, run)
-    assert result.exit_code == 0, result.output
-    section = read_page(run).section("curves")
-    assert [div.attributes["id"] for div in section.all("div", "plotly-graph-div")] == charts
+    page = Page(sections.curves(SimpleNamespace(lines=lines, dataset=written.dataset)))  # type: ignore[arg-type]
+    assert [div.attributes["id"] for div in page.root.all("div", "plotly-graph-div")] == charts
 
 
 def test_commands_give_the_recipe(written: Written) -> None:
