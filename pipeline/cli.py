@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage import Location, location, volumes
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage import Location, objects, volumes
 
 ASIDE = ".tmp"  # how the name of a file that is not yet whole ends

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.storage import Location, volumes
 
 FORMAT = 1

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT, gone, members
 from networks import drawn, images, narrow
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.online.meter import CAUSES
 from tools import plain_alexnet
 from tools.bench import main

@@ -26,7 +26,7 @@ from cached import (  # noqa: F401 – three are fixtures
     soon,
 )
 from conftest import one_line
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import cache as module
 from pipeline.online.cache import ShardCache

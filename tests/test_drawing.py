@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor, ImageFont
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.figures.drawing import (
     MARGIN,
     RED,

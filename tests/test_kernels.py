@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.figures import selectivity
 from trainer.figures.kernels import kernels, measured, reading, tiles
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from conftest import build
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader
 from pipeline.storage.readahead import read_ahead

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from conftest import DATA, ROOT, one_line
-from pipeline import files, storage
-from pipeline.errors import UserError
+from pipeline import UserError, files, storage
 from pipeline.storage import Entry, Location, objects
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
@@ -77,9 +76,9 @@ def test_a_missing_package_is_one_line(package: str):
     pytest.importorskip("s3fs")
     code = (
         f"import sys; sys.modules['{package}'] = None\n"
-        "from pipeline import errors, storage; print(storage.location('a/b'))\n"
+        "from pipeline import UserError, storage; print(storage.location('a/b'))\n"
         "try: storage.location('s3://bucket/x')\n"
-        "except errors.UserError as error: print(error)"
+        "except UserError as error: print(error)"
     )
     path, message = _python(code).splitlines()
     assert path == "a/b"

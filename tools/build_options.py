@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import BuildRecipe
 from pipeline.offline import cluster
 from pipeline.offline.build import Part, Run

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from pipeline import storage
+from pipeline import UserError, storage
 from pipeline.cli import Command, Place
-from pipeline.errors import UserError
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, Manifest, parse
 from pipeline.offline.build import SKIPPED_FILE, Run, build, merge_parts, slots

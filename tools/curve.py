@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from trainer.figures.charts import Band, Line, chart
 from trainer.figures.drawing import COLOURS, png, stacked

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.layers import Layer, LayerRecipe, ModelRecipe, parameter_count, plan
 from trainer.normalisation import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage import volumes
 
 PATIENCE = 50.0  # seconds; so that a job knows within a minute that one of its machines is gone

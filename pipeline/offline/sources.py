@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webdataset
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
 from pipeline.offline.parquet import layout as parquet

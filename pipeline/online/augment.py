@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Statistics
 from pipeline.online.philox import LIGHTING, VIEW, key_of, philox
 from pipeline.online.windows import Place, Windows

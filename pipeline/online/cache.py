@@ -13,8 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.files import HashingFile
 from pipeline.manifest import DatasetError, FileRecord, Manifest
 from pipeline.online.samples import shard_numbers

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.online.cache import ShardCache
 from pipeline.online.decode import Decoder
 from pipeline.online.faults import Replacements

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.augment import AlexNet, Transform
 from pipeline.online.plain import ImageNet

@@ -7,8 +7,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.online.philox import REGION, VIEW, key_of, philox
 from pipeline.online.windows import Place, Windows
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage import objects
 from pipeline.storage.objects import Entry
 from pipeline.storage.readahead import read_ahead

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage.readahead import read_ahead
 from pipeline.storage.retries import StorageError, answer, retried
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 TRIES = 5
 FIRST_WAIT = 0.2  # seconds before the second try; doubles with each, and is cut by up to half at random

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 CONTAINER = "PENSTOCK_CONTAINER"  # set in the images of docker/Dockerfile, where what lies in no volume is soon lost
 MOUNTS = Path("/proc/self/mountinfo")

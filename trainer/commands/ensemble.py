@@ -6,9 +6,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command, shown
-from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from trainer import ensemble as ensembles
 from trainer import probabilities

@@ -10,9 +10,8 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command, shown
-from pipeline.errors import UserError
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
 from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON

@@ -8,9 +8,8 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command, shown
-from pipeline.errors import UserError
 from pipeline.image import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader

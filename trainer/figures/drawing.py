@@ -8,7 +8,7 @@ from unicodedata import combining, normalize
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 INK, SOFT, LINE, PALE = "#1c2733", "#55626d", "#d5dce2", "#eef1f4"
 BLUE, ORANGE, RED = "#1f5f8b", "#b4530f", "#b3261e"

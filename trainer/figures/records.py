@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer import metrics
 from trainer.tally import Evaluation
 

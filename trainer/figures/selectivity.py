@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 PADDED = 4  # the Fourier transform is taken of a square so many times as wide, zero outside the kernel
 FLAT = 1e-12  # of a kernel's energy: what is left of a constant kernel less its mean, by rounding

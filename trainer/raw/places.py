@@ -7,9 +7,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from pipeline import storage
+from pipeline import UserError, storage
 from pipeline.cli import shown
-from pipeline.errors import UserError
 from pipeline.manifest import BuildRecipe
 from pipeline.storage import Location, read_ahead
 from trainer.raw.raws import Failure, LeftOut, Raw, no_picture, unreadable, useless
