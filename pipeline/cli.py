@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from pipeline import UserError
-from pipeline.storage import Location, location, volumes
+from pipeline import UserError, volumes
+from pipeline.storage import Location, location
 
 
 class Command(click.Command):

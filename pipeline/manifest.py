@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import UserError, storage
-from pipeline.storage import Location, volumes
+from pipeline import UserError, storage, volumes
+from pipeline.storage import Location
 
 FORMAT = 1
 FILE_NAME = "dataset.json"

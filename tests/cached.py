@@ -14,8 +14,7 @@ from conftest import build
 from pipeline import manifest, storage
 from pipeline.manifest import Manifest
 from pipeline.online import cache as module
-from pipeline.storage import Location
-from pipeline.storage.readahead import read_ahead
+from pipeline.storage import Location, read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 SHARDS = 12

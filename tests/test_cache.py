@@ -28,7 +28,7 @@ from conftest import one_line
 from pipeline import files, storage
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.online.cache import ShardCache
-from pipeline.storage import Location, retries
+from pipeline.storage import Location
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 
@@ -177,7 +177,7 @@ def test_a_first_download_with_wrong_bytes_is_repeated(
 def test_bytes_are_right_though_a_third_of_the_answers_fail(
     s3: Store, data: Manifest, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retries, "TRIES", 12)
+    monkeypatch.setattr(storage, "TRIES", 12)
     s3.faults(0.33, seed=7)
     with ShardCache(data, "train", tmp_path, limit_of(data, 5)) as cache:
         cache.ahead(range(SHARDS))

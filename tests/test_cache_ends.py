@@ -30,7 +30,7 @@ from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import cache as module
 from pipeline.online.cache import ShardCache
-from pipeline.storage.retries import StorageError
+from pipeline.storage import StorageError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 

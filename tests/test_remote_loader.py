@@ -11,7 +11,7 @@ from conftest import build
 from pipeline import UserError, manifest, storage
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader
-from pipeline.storage.readahead import read_ahead
+from pipeline.storage import read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 OPTIONS = {"batch_size": 8, "window": 8, "seed": 5}

@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from conftest import ROOT, build
+from pipeline import volumes
 from pipeline.online import options
-from pipeline.storage import volumes
 from tools.make_raw import main as make_raw
 from trainer.__main__ import main as trainer
 
