@@ -19,9 +19,7 @@ class HashingFile:
     """A binary file to write to, which counts and hashes the bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.bytes = 0
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Write bytes; the elements of a memoryview must be bytes."""
@@ -34,17 +32,12 @@ class HashingFile:
 
 
 def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
-    """Let `write` fill a temporary file; fsync it, rename it to `path`, fsync the folder.
+    """Let `write` fill a temporary file, fsync it, and rename it to `path`; return its {"bytes": …, "sha256": hex}.
 
     Several may write one path at a time: each has its own temporary file, and the last to end wins. For a remote path
-    the temporary file is a local one, in TMPDIR, which is uploaded.
+    that file lies in TMPDIR, and is uploaded. Whatever raises, nothing of the file stays and an older one is untouched.
 
-    Returns:
-        {"bytes": its size, "sha256": hex}.
-    Raises:
-        UserError: `path` is in our container and on no volume.
-        Whatever `write`, the file system or the store raises; then nothing of the file stays, and an older `path` is
-        untouched.
+    Raises UserError: `path` is in our container and on no volume; and what `write`, the system or the store raises.
     """
     if storage.is_remote(path):
         return _write_remote(path, write)
@@ -106,10 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Location) -> int:
-    """Delete what killed writers left in `folder`, while nobody writes there; return how many files, or uploads.
-
-    Of a local folder not what lies deeper; of a remote one that too.
-    """
+    """Delete what killed writers left in `folder` (remotely, below it too) while nobody writes; return how many."""
     if storage.is_remote(folder):
         return storage.abandon_uploads(folder)
     asides = [path for path in folder.glob(f"*{ASIDE}") if path.is_file()]

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import UserError, manifest
-from pipeline.cli import Command
-from pipeline.cli import shown as printable
+from pipeline.cli import Command, printable
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
 from trainer import agreement, probabilities
