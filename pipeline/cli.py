@@ -15,7 +15,7 @@ from pipeline.storage import Location, location
 
 
 class Command(click.Command):
-    """A click command with one-line errors; its exit code is 2, after Ctrl-C 130 and after SIGTERM 143, as in shells."""
+    """A click command with one-line errors; its exit code is then 2, after Ctrl-C 130, and after SIGTERM 143."""
 
     def __init__(self, *args: Any, interrupted: str = "", **options: Any) -> None:
         """`interrupted` tells the user what an interruption leaves."""
