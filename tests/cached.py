@@ -51,8 +51,8 @@ def limit_of(data: Manifest, shards: int) -> int:
 
 
 def pieces(data: Manifest, shard: int) -> int:
-    """Requests for a whole shard: one more sees that it ends."""
-    return data.files[name_of(shard)].bytes // PIECE + 1
+    """Return the requests for a whole shard."""
+    return -(-data.files[name_of(shard)].bytes // PIECE)
 
 
 def name_of(shard: int) -> str:

@@ -139,9 +139,8 @@ def test_a_damaged_shard_on_disk_is_fetched_again(s3: Store, data: Manifest, bui
 
 def test_a_shard_changed_in_the_store_is_refused_by_name(data: Manifest, bucket: Location, tmp_path: Path):
     right = storage.read_bytes(bucket / name_of(1))
-    wrong = {"flipped": right[:-1] + b"x", "cut": right[:-512], "long": right + bytes(512)}
     with ShardCache(data, "train", tmp_path, AMPLE) as cache:
-        for data_there in wrong.values():
+        for data_there in (right[:-1] + b"x", right[:-512]):
             files.write_bytes_aside(bucket / name_of(1), data_there)
             cache.ahead([0, 1, 2, 3])
             with cache.lease([0, 2, 3]):
