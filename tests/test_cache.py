@@ -31,6 +31,8 @@ from pipeline.online.cache import ShardCache
 from pipeline.storage import Location
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
+pytestmark = pytest.mark.proof
+
 
 def test_every_byte_is_the_sources_and_the_bound_holds(data: Manifest, built: Path, tmp_path: Path):
     limit, most, over = limit_of(data, 4), [0], threading.Event()

@@ -33,6 +33,8 @@ from pipeline.online.cache import ShardCache
 from pipeline.storage import StorageError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
+pytestmark = pytest.mark.proof
+
 
 def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(s3: Store, data: Manifest, tmp_path: Path):
     s3.faults(1, kinds=["denied"], only="000002.tar")

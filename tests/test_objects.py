@@ -17,6 +17,8 @@ from pipeline import files, storage
 from pipeline.storage import Entry, Location, StorageError, read_ahead, retried
 from s3 import Store, empty_bucket, reconnect, running_server  # noqa: F401 – two are fixtures
 
+pytestmark = pytest.mark.proof
+
 
 def test_every_byte_is_right_though_a_third_of_the_answers_fail(
     s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,8 @@ from pipeline.online import Loader
 from pipeline.storage import read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
+pytestmark = pytest.mark.proof
+
 OPTIONS = {"batch_size": 8, "window": 8, "seed": 5}
 
 

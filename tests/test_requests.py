@@ -17,6 +17,7 @@ from pipeline.storage import Location, read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 
+@pytest.mark.proof
 def test_the_headers_of_a_tar_take_few_requests(s3: Store, bucket: Location):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -89,6 +90,7 @@ def test_reading_ahead_raises_in_place_and_leaves_no_thread():
     assert len(started) <= 2 * storage.THREADS
 
 
+@pytest.mark.proof
 def test_a_manifest_is_loaded_by_few_requests(s3: Store, bucket: Location, dataset: Path):
     local = manifest.load(dataset)
     for name in ("dataset.json", *local.files):

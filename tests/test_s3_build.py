@@ -14,6 +14,8 @@ from pipeline import manifest, storage
 from s3 import Store, empty_bucket, running_server  # noqa: F401  # fixtures
 from tools.verify_shards import main as verify_shards
 
+pytestmark = pytest.mark.proof
+
 OPTIONS = ("--workers", 1, "--samples-per-shard", 16)
 
 

@@ -26,7 +26,7 @@ STRANGE = "a b+c/ü#?%20&=[1]*.jpg"  # a path whose bytes mean something in URLs
 FOLDERS = itertools.count()
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.proof)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """An empty folder of each kind."""
     if request.param == "local":
@@ -181,6 +181,7 @@ def test_a_failed_write_leaves_nothing(folder: Location, tmp_path: Path, monkeyp
     assert not list(aside.iterdir())
 
 
+@pytest.mark.proof
 def test_a_full_temporary_folder_is_one_line(bucket: Location):
     def write(file: files.HashingFile) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -225,6 +226,7 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path: Path):
     assert os.listdir(tmp_path) == ["shard"]
 
 
+@pytest.mark.proof
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path):
     code = (
         "import os, sys; from pathlib import Path; from pipeline import files\n"
@@ -241,6 +243,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path):
 # Between processes
 
 
+@pytest.mark.proof
 def test_what_another_machine_writes_is_seen(s3: Store, bucket: Location):
     files.write_bytes_aside(bucket / "a" / "1", b"1")
     assert (len(storage.scan(bucket / "a")), storage.exists(bucket / "a" / "2")) == (1, False)
@@ -257,6 +260,7 @@ def _in_a_child(place: Location) -> tuple[str, bytes, bytes, list[Entry]]:
     return str(place), storage.read_bytes(place / "a"), (place / "a").read_bytes(), storage.scan(place)
 
 
+@pytest.mark.proof
 def test_locations_travel_to_spawned_processes(s3: Store, bucket: Location):
     files.write_bytes_aside(bucket / "in" / "a", DATA)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -265,6 +269,7 @@ def test_locations_travel_to_spawned_processes(s3: Store, bucket: Location):
     assert pickle.loads(pickle.dumps(bucket / "in")) == bucket / "in"
 
 
+@pytest.mark.proof
 def test_a_public_bucket_needs_no_credentials(s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch):
     files.write_bytes_aside(bucket / "a", b"1")
     storage.filesystem("s3").chmod(f"{s3.bucket}/a", "public-read")
