@@ -32,19 +32,19 @@ class DatasetError(UserError):
 class BuildRecipe:
     """The options that determine the bytes of a dataset directory (together with the raw images and the codecs).
 
-    The fields' metadata hold the permitted values: "choices", or the bounds "min" and "max", both inclusive.
+    The fields' metadata hold the permitted values: "choices", or "bounds", least and greatest (None: no bound).
     """
 
-    size: int = field(default=256, metadata={"min": 16, "max": 1024})  # pixels of the square's, or the shorter, side
+    size: int = field(default=256, metadata={"bounds": (16, 1024)})  # pixels of the square's, or the shorter, side
     crop: str = field(default="centre", metadata={"choices": ("centre", "none")})  # the square, or the whole picture
     filter: str = field(default="bicubic", metadata={"choices": ("bicubic", "area")})  # antialiased
-    quality: int = field(default=95, metadata={"min": 1, "max": 100})  # JPEG, libjpeg's scale
+    quality: int = field(default=95, metadata={"bounds": (1, 100)})  # JPEG, libjpeg's scale
     subsampling: str = field(default="4:2:0", metadata={"choices": ("4:2:0", "4:2:2", "4:4:4")})
     exif: str = field(default="ignore", metadata={"choices": ("ignore", "apply")})  # the tag: ignored as by torchvision
-    seed: int = field(default=2012, metadata={"min": 0})  # order of the training split
-    samples_per_shard: int = field(default=4096, metadata={"min": 1, "max": 65536})
-    holdout: float = field(default=0.1, metadata={"min": 0, "max": 0.5})  # of the training images, if RAW lacks "val"
-    limit: int = field(default=0, metadata={"min": 0})  # use at most this many raw images (0: all)
+    seed: int = field(default=2012, metadata={"bounds": (0, None)})  # order of the training split
+    samples_per_shard: int = field(default=4096, metadata={"bounds": (1, 65536)})
+    holdout: float = field(default=0.1, metadata={"bounds": (0, 0.5)})  # of the training images, if RAW lacks "val"
+    limit: int = field(default=0, metadata={"bounds": (0, None)})  # use at most this many raw images (0: all)
     max_bytes: int = 64 * 2**20  # a raw image with more bytes, pixels or JPEG scans is skipped
     max_pixels: int = 64 * 10**6
     max_scans: int = 100

@@ -237,7 +237,13 @@ def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypa
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            refused(trained.data, trained.run, out, f"needs the package {package}:", "pip install 'penstock[export]'")
+            refused(
+                trained.data,
+                trained.run,
+                out,
+                f"needs the package {package}:",
+                "pip install 'penstock-imagenet[export]'",
+            )
 
 
 def test_other_data_is_refused(trained: Trained, tmp_path: Path):

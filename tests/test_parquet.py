@@ -188,7 +188,7 @@ def test_columns_that_cannot_be_used(tmp_path: Path, column: dict[str, pa.Array]
 def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SourceError, match=r"pip install 'penstock\[parquet\]'"):
+    with pytest.raises(SourceError, match=r"pip install 'penstock-imagenet\[parquet\]'"):
         layout.read(Folder.of(tmp_path), Scans(None))
 
 

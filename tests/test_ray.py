@@ -96,4 +96,4 @@ def test_without_the_package_the_remedy_is_named(raw: Path, tmp_path: Path):
     program = "import sys; sys.modules['ray'] = None; from tools.build_shards import main; main()"
     code, _, errors = Build(raw, tmp_path / "dataset", "--executor", "ray", program=("-c", program)).ended(20)
     assert code == 2
-    assert errors == "Error: --executor ray needs the package ray: pip install 'penstock[ray]'\n"
+    assert errors == "Error: --executor ray needs the package ray: pip install 'penstock-imagenet[ray]'\n"

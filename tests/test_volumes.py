@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from conftest import ROOT, build
 from pipeline import volumes
-from pipeline.online import options
+from pipeline.online import devices as options
 from tools.make_raw import main as make_raw
 from trainer.__main__ import main as trainer
 

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 
 from pipeline import UserError
-from pipeline.online.options import devices_of
+from pipeline.online.devices import devices_of
 
 
 def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:

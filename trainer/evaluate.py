@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.augment import nine_views, ten_views
-from pipeline.online.meter import Wait
+from pipeline.online.stall import Wait
 from trainer import feed
 from trainer.parallel import Columns
 from trainer.processes import ALONE, Processes

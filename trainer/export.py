@@ -117,7 +117,7 @@ def _package(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"trainer export needs the package {name}: pip install 'penstock[export]'") from error
+        raise UserError(f"trainer export needs the package {name}: pip install 'penstock-imagenet[export]'") from error
 
 
 def _require_fit(checkpoint: Checkpoint, dataset: Manifest, run: Path) -> None:

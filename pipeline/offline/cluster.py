@@ -2,7 +2,7 @@
 
 On a cluster, the command runs on one of its nodes (`ray start` gives each node a part in it), and every node needs
 
-- the same environment: penstock[ray], with the same versions of Python, Ray and the codecs (each task checks them);
+- the same environment: penstock-imagenet[ray], with the same versions of Python, Ray and the codecs (each task checks);
 - RAW and DATASET under the same path (a shared file system), or in an object store, whose credentials are then those
   of the environment in which `ray start` was called.
 
@@ -122,7 +122,7 @@ def _result(ray: ModuleType, reference: Any, name: str) -> Any:
         if isinstance(error.cause, ray.exceptions.RayError):
             raise UserError(
                 f"{name}: could not begin on its node ({_line(error)}); every node needs the same environment, with "
-                "penstock[ray] in it"
+                "penstock-imagenet[ray] in it"
             ) from error
         raise error.cause from error
     except ray.exceptions.RayError as error:
@@ -221,7 +221,7 @@ def _imported(*, private: bool) -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--executor ray needs the package ray: pip install 'penstock[ray]'") from error
+        raise UserError("--executor ray needs the package ray: pip install 'penstock-imagenet[ray]'") from error
     return ray
 
 

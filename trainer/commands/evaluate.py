@@ -63,7 +63,7 @@ def evaluate(
     as_json: bool,
     devices: str | None,
 ) -> None:
-    """Top-1 and top-5 error over every image of a split, for the centre view and the ten views.
+    """Compute top-1 and top-5 error over every image of a split, for the centre view and the ten views.
 
     \b
     Examples:

@@ -83,7 +83,7 @@ def load_pyarrow() -> ModuleType:
     try:
         import pyarrow
     except ImportError as error:
-        raise SourceError("compressed parquet files need pyarrow: pip install 'penstock[parquet]'") from error
+        raise SourceError("compressed parquet files need pyarrow: pip install 'penstock-imagenet[parquet]'") from error
     return pyarrow
 
 
