@@ -35,8 +35,7 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
     """Let `write` fill a temporary file, fsync it, and rename it to `path`; return its {"bytes": …, "sha256": hex}.
 
     Several may write one path at a time: each has its own temporary file, and the last to end wins. For a remote path
-    that file lies in TMPDIR, and is uploaded. Whatever raises, nothing of the file stays and an older one is untouched.
-
+    that file lies in TMPDIR, and is uploaded. On any error nothing of the file stays, and an older one is untouched.
     Raises UserError: `path` is in our container and on no volume; and what `write`, the system or the store raises.
     """
     if storage.is_remote(path):
