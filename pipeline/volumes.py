@@ -15,13 +15,11 @@ def explained(error: OSError) -> str:
     """Return an error of the operating system in one line; if it denies access, with both user ids and the remedy."""
     if not isinstance(error.filename, (str, bytes)):
         return str(error.strerror)
-    path, reason = Path(os.fsdecode(error.filename)), None
+    path, plain = Path(os.fsdecode(error.filename)), f"{os.fsdecode(error.filename)}: {error.strerror}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        reason = _unmounted(path) or _denied(path)
-    elif error.errno == errno.EROFS:
-        read_only = "is read-only; mount the volume without :ro, or name another place"
-        reason = _unmounted(path) or f"{_nearest(path)}: {read_only}"
-    return reason or f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return _unmounted(path) or _denied(path) or plain
+    read_only = f"{_nearest(path)}: is read-only; mount the volume without :ro, or name another place"
+    return _unmounted(path) or read_only if error.errno == errno.EROFS else plain
 
 
 def hint(path: Path) -> str:
@@ -70,10 +68,9 @@ def _denied(path: Path) -> str | None:
     checks = [(step, os.X_OK, "enter") for step in (existing[:-1] if last == path else existing)]
     checks += [(last, os.R_OK, "read")] if last == path else []
     checks += [(last, os.W_OK, "write to"), (last.parent, os.W_OK, "write to")]
-    failed = [(step, verb) for step, mode, verb in checks if not os.access(step, mode)]
-    if not failed:
+    step, verb = next(((step, verb) for step, mode, verb in checks if not os.access(step, mode)), (None, ""))
+    if step is None:
         return None
-    step, verb = failed[0]
     status, user, group = os.stat(step), os.geteuid(), os.getegid()
     owner = f"{step}: belongs to user {status.st_uid} (mode {status.st_mode & 0o7777:03o}), and user {user} may not"
     remedy = f"as root, chown -R {user}:{group} {step}"
