@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.jpeg import Header, count_scans, decode_plain, read_header
 from pipeline.tags import ORIENTATION, TILE_HEIGHT, TILE_WIDTH, tag_bytes
 

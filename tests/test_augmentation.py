@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.online import Loader, augment
 from pipeline.online.samples import SampleReader
 from trainer.figures.augmentation import COLOURS, augmentation, first_views

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import ROOT
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint, CheckpointError, best_file, files, load, save
 from trainer.recipe import Recipe, override

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import SHARDS, build
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe
 from pipeline.offline import cluster
@@ -141,7 +141,7 @@ CONTRACT = """
 import json, os, signal, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline import cluster
 
 address, folder = sys.argv[1], Path(sys.argv[2])

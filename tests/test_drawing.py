@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageColor, ImageFont
 
 from conftest import saved
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.figures.drawing import (
     MARGIN,
     RED,

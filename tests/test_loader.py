@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Batch, Loader, augment
 from pipeline.online.normalise import Normaliser, fused, normalise, normalise_aligned

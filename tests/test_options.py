@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import LITTLE, begun, build, command, digests
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from tools import build_progress, build_shards
 

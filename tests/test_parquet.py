@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from parquets import IMAGE, small
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet import layout, pages, pagetable
 from pipeline.offline.raw import Folder, Sources
 from pipeline.offline.scans import Scans

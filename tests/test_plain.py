@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import one_line, picture, saved
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.online.batch import Recipe
 from pipeline.online.plain import ImageNet, draw_regions
 from reference import jpeg_pixels, philox_words

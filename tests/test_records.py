@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from reported import CENTRE, CLASSES, TEN, TRAIN, VALIDATION, Written, invoke, read_page, sheet
 from runs import one_line

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from conftest import one_line
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Loader, augment
 from pipeline.online.samples import SampleReader

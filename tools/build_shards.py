@@ -13,9 +13,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pipeline import storage
+from pipeline import UserError, storage
 from pipeline.cli import Command, Place
-from pipeline.errors import UserError
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
 from pipeline.offline import cluster

@@ -16,9 +16,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from trainer.metrics import read
 
 ROOT = Path(__file__).resolve().parent.parent

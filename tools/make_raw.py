@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from tools.patterns import CLASSES, generator, pixels
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.online.devices import devices_of
 
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.files import write_bytes_aside
 from pipeline.offline.plan import Plan
 from pipeline.offline.records import BUILD_FOLDER

@@ -29,7 +29,7 @@ from time import monotonic, sleep
 from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage import Location, exists
 
 RETRIES = 5  # of one task, whose worker or node died

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe, ClassRecord, canonical_json
 from pipeline.offline.keys import Keys, assign_keys

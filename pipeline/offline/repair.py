@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import FileRecord, Manifest

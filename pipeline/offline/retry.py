@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.files import write_bytes_aside
 from pipeline.image import ImageError, codec_versions, rescaled
 from pipeline.manifest import FileRecord, Manifest, Split

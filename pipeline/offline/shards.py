@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.errors import SourceError, UserError
+from pipeline import SourceError, UserError, storage
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import ImageError, codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe

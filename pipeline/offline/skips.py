@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline.shards import Outcome
 
 

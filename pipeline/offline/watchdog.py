@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 SECONDS = 60.0
 _PAUSE = 0.5  # seconds between two looks

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Statistics
 from pipeline.online.batch import Crops, ViewBox
 from pipeline.online.philox import LIGHTING, VIEW, key_of, philox

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.manifest import Manifest
 from pipeline.online.augment import AlexNet, Transform
 from pipeline.online.batch import Batch, Recipe

@@ -9,8 +9,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.online.batch import Crops, ViewBox
 from pipeline.online.philox import REGION, VIEW, key_of, philox
 

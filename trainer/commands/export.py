@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from trainer.commands.options import DATA, PATH, RUN
 from trainer.export import MEAN, Exported
 from trainer.export import export as write

@@ -10,9 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint

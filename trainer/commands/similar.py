@@ -8,9 +8,8 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline import manifest
-from pipeline.cli import Command, shown
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable
 from pipeline.image import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
@@ -112,9 +111,9 @@ def _say(path: Path, answer: list[dict[str, Any]] | dict[str, str], as_json: boo
         more = answer if isinstance(answer, dict) else {"nearest": answer}
         click.echo(json.dumps({"picture": str(path), **more}, allow_nan=False))
     elif isinstance(answer, dict):
-        click.echo(f"{shown(str(path))}: {answer['error']}: {answer['reason']}", err=True)
+        click.echo(f"{printable(str(path))}: {answer['error']}: {answer['reason']}", err=True)
     else:
-        click.echo(click.style(shown(str(path)), bold=True))
+        click.echo(click.style(printable(str(path)), bold=True))
         for each in answer:
-            words = shown(each["words"]) if each["words"] is not None else "no label"
+            words = printable(each["words"]) if each["words"] is not None else "no label"
             click.echo(f"{each['distance']:10.4g}  {each['id']:>9}  {each['key']}  {words}")

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 import torch
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from pipeline.online.devices import missing_device
 from trainer import agreement
 from trainer import checkpoint as checkpoints

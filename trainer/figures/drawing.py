@@ -8,7 +8,7 @@ from unicodedata import combining, normalize
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 INK, SOFT, PALE, RED = "#1c2733", "#55626d", "#eef1f4", "#b3261e"
 WIDTH, MARGIN = 640, 16  # pixels, of a sheet: a phone shows it at half its size, a page of paper at its own

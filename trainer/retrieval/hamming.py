@@ -4,7 +4,7 @@ from types import ModuleType
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 
 def require_faiss(what: str) -> ModuleType:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet.encodings import Cut, Damaged, Unsupported
 from pipeline.offline.parquet.footers import Chunk, Column, Footer, blame
 from pipeline.offline.parquet.thrift import Fields, number, read_struct, struct
