@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md: who may import whom, how large a file and the whole may be, how docstrings begin."""
+"""The rules of docs/architecture.md: imports, the size of a file and of the whole, the first words of docstrings."""
 
 import ast
 import re
