@@ -15,8 +15,8 @@ from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, Manifest, parse
 from pipeline.offline.build import SKIPPED_FILE, Run, build, merge_parts, slots
 from pipeline.offline.plan import Plan, make_plan
-from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.retry import is_finished, retry
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.sources import Sources
 from pipeline.storage import Location, is_remote

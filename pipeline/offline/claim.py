@@ -14,7 +14,7 @@ from pipeline import manifest
 from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.offline.plan import Plan
-from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 
 PLAN_FILE = "plan.json"
 PATIENCE = 5.0  # seconds that a part waits for another one to sweep
