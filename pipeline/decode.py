@@ -1,5 +1,6 @@
 """Decodes the bytes of a picture to RGB, or says why it cannot be used: JPEG segments, TIFF tags, limits, Pillow."""
 
+import ctypes
 import io
 import logging
 import re
@@ -8,6 +9,7 @@ import warnings
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import simplejpeg
@@ -46,7 +48,6 @@ _HELD = {"PNG": (8, 1), "GIF": (8, 1), "BMP": (8, 0), "WEBP": (20, 2), "TIFF": (
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by TIFF's type
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation → Image.Transpose
-_SILENT = logging.NullHandler()
 
 
 class ImageError(UserError):
@@ -86,7 +87,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
         ImageError: with the reason's code. No other exception, whatever the bytes.
     """
     packed, data = data, _unpacked(data, max_bytes)
-    logging.getLogger("PIL").addHandler(_SILENT)  # else Pillow's complaints appear on the terminal
+    _silence_libraries()
     image = None
     try:
         with warnings.catch_warnings():
@@ -114,6 +115,16 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
         # a header that ends early is no picture that ends early: what it would have said is unknown
         short = image is not None and (isinstance(error, EOFError) or "truncated" in str(error))
         raise ImageError("truncated" if short else "corrupt") from error
+
+
+@cache
+def _silence_libraries() -> None:
+    """Keep what Pillow and libtiff have to say about a file off the terminal: a reason is enough."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    symbols = ctypes.CDLL(Image.core.__file__)  # its own, and those of the libraries that it is linked with
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(symbols, name):
+            getattr(symbols, name)(None)
 
 
 def _unpacked(data: bytes, max_bytes: int) -> bytes:
