@@ -167,6 +167,7 @@ class _Shard:
 
     def write_tar(self, out: HashingFile) -> None:
         ended = threading.Event()
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # `_watch` puts it back, as long as it can run
         threading.Thread(target=_watch, args=(self, ended), daemon=True).start()
         try:
             with closing(_read(self._task)) as images:
