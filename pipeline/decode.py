@@ -10,6 +10,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -78,8 +79,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
     Limits are counts, so that the verdict is the same on every machine. Besides those given there is one on memory,
     `HELD_BYTES`: bytes per pixel of the kind × pixels, and bytes of the file.
 
-    The verdict is Pillow's: it reads the header, and every picture that libjpeg-turbo does not decode without a
-    warning.
+    The verdict is Pillow's: it reads the header, and each picture that libjpeg-turbo does not decode without a warning.
 
     Returns:
         An image of mode RGB.
@@ -102,7 +102,8 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             if jpeg.scans > max_scans:
                 raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
             held = _held(image, data, jpeg) + len(data) + (len(packed) if packed is not data else 0) + tags
-            _check_held(held + (4 * image.width * image.height if exif == "apply" else 0))  # the turned picture
+            if held + (4 * image.width * image.height if exif == "apply" else 0) > HELD_BYTES:  # the turned picture
+                raise ImageError("too_many_pixels")
             rgb = _load(image, data, jpeg, held)
             return _upright(rgb, image) if exif == "apply" else rgb
     except ImageError:
@@ -193,20 +194,17 @@ def _tag_memory(tiff: bytes) -> int:
     """
     if tiff[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return 0
-    order, big = "<" if tiff[:1] == b"I" else ">", b"+" in tiff[2:4]
-    entry, width = struct.Struct(order + ("2xHQ8x" if big else "2xHI4x")), 8 if big else 2  # width of the count of tags
-    first = _integer(tiff[8:16] if big else tiff[4:8], order) + width
-    count = min(_integer(tiff[first - width : first], order), max(0, len(tiff) - first) // entry.size)
+    order: Literal["little", "big"] = "little" if tiff[:1] == b"I" else "big"
+    form, offset, width = ("2xHQ8x", tiff[8:16], 8) if b"+" in tiff[2:4] else ("2xHI4x", tiff[4:8], 2)
+    entry = struct.Struct(("<" if order == "little" else ">") + form)
+    first = int.from_bytes(offset, order) + width  # that many bytes hold the number of tags
+    count = min(int.from_bytes(tiff[first - width : first], order), max(0, len(tiff) - first) // entry.size)
     memory = 0
     for kind, length in entry.iter_unpack(memoryview(tiff)[first : first + count * entry.size]):
         size = length * _TAG_BYTES.get(kind, 0)
         if size <= len(tiff):  # else it is not kept
             memory += size if kind in (1, 2, 7) else size * 64  # bytes; numbers become Python objects: generously
     return memory
-
-
-def _integer(data: bytes, order: str) -> int:
-    return int.from_bytes(data, "little" if order == "<" else "big")
 
 
 def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
@@ -222,11 +220,6 @@ def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
     return pixels * per_pixel + len(data) * per_byte + texts * 2**22 + 24 * image.height  # Pillow's pointers to rows
 
 
-def _check_held(held: float) -> None:
-    if held > HELD_BYTES:
-        raise ImageError("too_many_pixels")
-
-
 def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Image:
     # the kinds that every libjpeg has: baseline, extended, progressive; accurate DCT, smooth chroma, as Pillow has them
     if image.mode in ("RGB", "L") and jpeg.frame in (0xC0, 0xC1, 0xC2):
@@ -236,8 +229,8 @@ def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Im
                 rgb = as_image(pixels)
                 rgb.format = image.format if image.mode == "RGB" else None  # as Pillow has it after a conversion
                 return rgb
-    if jpeg.header and image.mode == "L":
-        _check_held(held + image.width * image.height)  # a grey picture beside the RGB one
+    if jpeg.header and image.mode == "L" and held + image.width * image.height > HELD_BYTES:
+        raise ImageError("too_many_pixels")  # a grey picture beside the RGB one
     image.load()
     return _to_rgb(image)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from conftest import LIMITS, build, picture, saved
 from pipeline.decode import ImageError, decode
+from pipeline.image import rescale
 
 FEW, MANY = 300, 20_000  # cases
 SMALL = {**LIMITS, "max_bytes": 2**20, "max_pixels": 10**6}  # quick to decode, whatever a header claims
@@ -104,6 +105,7 @@ def verdicts(files: list[bytes], cases: int, seed: int) -> Counter[str]:
         try:
             image = decode(data, **SMALL, exif=chance.choice(("ignore", "apply")))
             assert image.mode == "RGB"
+            assert rescale(image, 16).shape == (16, 16, 4)
             counted["decoded"] += 1
         except ImageError as error:
             counted[error.code] += 1
