@@ -168,9 +168,7 @@ def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
         position += 2 + len(body)
         if marker == 0xDA:  # a scan; its data is searched for the next marker
             scans += 1
-            if (
-                not header
-            ):  # both bodies begin with a number of components; with all of them, libjpeg reads no other scan
+            if not header:  # with as many components as the frame, libjpeg reads no other scan of a sequential JPEG
                 header, one_scan = position, frame not in (0xC2, 0xC6, 0xCA, 0xCE) and body[:1] == components[:1]
         elif header:
             continue  # Pillow reads no metadata behind the first scan's header

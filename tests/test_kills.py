@@ -69,7 +69,7 @@ def kill_often(kills: int, folder: Path, raw: Path, whole: dict[str, str], momen
 
 
 def test_a_build_that_is_killed_goes_on_to_the_same_bytes(little: Path, little_dataset: dict[str, str], tmp_path: Path):
-    assert kill_often(25, tmp_path, little, little_dataset, random.Random(2)) >= 1
+    assert kill_often(15, tmp_path, little, little_dataset, random.Random(2)) >= 1
 
 
 def test_a_parent_that_is_killed_takes_its_workers_along(little: Path, little_dataset: dict[str, str], tmp_path: Path):
