@@ -21,8 +21,8 @@ from pipeline.offline import cluster
 from pipeline.offline.build import SKIPPED_FILE, Part, Run, build, merge_parts, slots
 from pipeline.offline.claim import PLAN_FILE
 from pipeline.offline.plan import Plan, make_plan
-from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.retry import is_finished, retry
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, is_remote, location

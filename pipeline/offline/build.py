@@ -16,12 +16,19 @@ from pipeline import manifest, storage
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import SAMPLE, FileRecord, Manifest, Split
-from pipeline.offline import executors, records
+from pipeline.offline import executors
 from pipeline.offline.claim import BuildError, claimed
 from pipeline.offline.plan import Plan
-from pipeline.offline.records import Record
 from pipeline.offline.remote_claim import claimed_remotely
-from pipeline.offline.shards import Outcome, ShardTask, write_shard
+from pipeline.offline.shards import (
+    Outcome,
+    Record,
+    ShardTask,
+    load_record,
+    load_samples,
+    record_path,
+    write_shard,
+)
 from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location
@@ -109,7 +116,7 @@ def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) 
         counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
         missing = []
         for slot in slots(plan):
-            if record := records.load(root, slot.name):
+            if record := load_record(root, slot.name):
                 reasons = Counter(line["reason"] for line in record.skipped)
                 counted.add(Outcome(slot.name, slot.stop - slot.start, record.raw_bytes, reasons, True))
             else:
@@ -201,7 +208,7 @@ def conclude(
 
 
 def _recorded(root: Location, name: str) -> Record:
-    record = records.load(root, name)
+    record = load_record(root, name)
     if record is None:
         raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
     return record
@@ -211,7 +218,7 @@ def _write_samples(root: Location, names: Sequence[str], count: int, file: Hashi
     """samples.npy, shard by shard: the bytes that numpy would write of all at once."""
     file.write(_npy_header(count))
     for name in names:
-        file.write(records.load_samples(root, name).astype(SAMPLE).tobytes())
+        file.write(load_samples(root, name).astype(SAMPLE).tobytes())
 
 
 def _npy_header(count: int) -> bytes:
@@ -223,9 +230,9 @@ def _npy_header(count: int) -> bytes:
 
 def _forget_skipped(root: Location, chosen: Sequence[Slot]) -> None:
     for slot in chosen:
-        record = records.load(root, slot.name)
+        record = load_record(root, slot.name)
         if record and record.skipped:
-            storage.remove(records.record_path(root, slot.name))
+            storage.remove(record_path(root, slot.name))
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from pipeline import UserError, manifest
 from pipeline.files import write_bytes_aside
 from pipeline.offline.plan import Plan
-from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 
 PLAN_FILE = "plan.json"
 PATIENCE = 5.0  # seconds that a part waits for another one to sweep

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, Manifest
-from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.repair import REPAIR_FOLDER
 from pipeline.offline.retry import RETRY_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.storage import Location
 
 LEFT_OVER = {

@@ -7,7 +7,7 @@ from pipeline import manifest, storage
 from pipeline.files import sweep
 from pipeline.offline.claim import PLAN_FILE, BuildError, require_equal
 from pipeline.offline.plan import Plan
-from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.storage import Location
 
 

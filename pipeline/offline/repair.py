@@ -12,10 +12,10 @@ from pipeline import UserError, manifest, storage
 from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import FileRecord, Manifest
-from pipeline.offline import executors, records
+from pipeline.offline import executors
 from pipeline.offline.build import Slot, merge, npy, png, shard_tasks, slots
 from pipeline.offline.plan import Plan
-from pipeline.offline.shards import write_shard
+from pipeline.offline.shards import load_record, load_samples, write_shard
 
 REPAIR_FOLDER = ".repair"
 
@@ -66,7 +66,7 @@ def _rebuild(found: Manifest, failing: set[str], plan: Plan, aside: Path, worker
     rebuilt: dict[str, FileRecord] = {}
     run = partial(executors.run, workers=min(workers, len(chosen)))
     for outcome in run(write_shard, shard_tasks(plan, aside, chosen)):
-        record = records.load(aside, outcome.name)
+        record = load_record(aside, outcome.name)
         assert record is not None, outcome.name  # it was written just now
         mine = {name: FileRecord(**file) for name, file in record.files.items()}
         if wrong := next((name for name in sorted(mine)[::-1] if mine[name] != found.files.get(name)), None):
@@ -78,7 +78,7 @@ def _rebuild(found: Manifest, failing: set[str], plan: Plan, aside: Path, worker
     if "train" in whole:
         return rebuilt | dict(merge(plan, aside, in_whole).files)
     for split in whole:
-        samples = [records.load_samples(aside, slot.name) for slot in in_whole if slot.split == split]
+        samples = [load_samples(aside, slot.name) for slot in in_whole if slot.split == split]
         rebuilt[f"{split}/samples.npy"] = _put(aside / split / "samples.npy", npy(np.concatenate(samples)))
     if "mean.png" in failing:
         rebuilt["mean.png"] = _put(aside / "mean.png", png(found.statistics().mean_image))

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from pipeline import UserError, manifest, storage
+from pipeline.decode import ImageError
 from pipeline.files import write_bytes_aside
-from pipeline.image import ImageError, codec_versions, rescaled
+from pipeline.image import codec_versions, rescaled
 from pipeline.manifest import FileRecord, Manifest, Split
-from pipeline.offline import executors, records
+from pipeline.offline import executors
 from pipeline.offline.build import SKIPPED_FILE, Slot, conclude, npy, shard_tasks, slots
 from pipeline.offline.plan import Plan
-from pipeline.offline.records import Record
 from pipeline.offline.repair import require_local
-from pipeline.offline.shards import write_shard
+from pipeline.offline.shards import BUILD_FOLDER, Record, load_record, load_samples, write_shard
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
 
@@ -34,7 +34,7 @@ class RetryError(UserError):
 
 def is_finished(root: Location) -> bool:
     """Whether `root` is a dataset directory, and no unfinished build."""
-    return storage.is_file(root / manifest.FILE_NAME) and not storage.exists(root / records.BUILD_FOLDER)
+    return storage.is_file(root / manifest.FILE_NAME) and not storage.exists(root / BUILD_FOLDER)
 
 
 def retry(found: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
@@ -118,7 +118,7 @@ def _rebuild(found: Manifest, plan: Plan, gained: Mapping[str, str], sums: Sums,
     run = partial(executors.run, workers=min(workers, len(concerned)))
     for _ in run(write_shard, shard_tasks(plan, aside, concerned)):
         pass
-    anew = {slot.name: records.load(aside, slot.name) for slot in concerned}
+    anew = {slot.name: load_record(aside, slot.name) for slot in concerned}
     files = {name: file for name, file in found.files.items() if name.endswith((".tar", ".idx"))}
     splits: dict[str, Split] = {}
     for split in plan.splits:
@@ -132,7 +132,7 @@ def _rebuild(found: Manifest, plan: Plan, gained: Mapping[str, str], sums: Sums,
     total.merge(sums)
     still = [line for line in _skipped(found) if line["key"] not in gained]
     conclude(plan, aside, splits, still, total, files)
-    shutil.rmtree(aside / records.BUILD_FOLDER)
+    shutil.rmtree(aside / BUILD_FOLDER)
 
 
 def _join(
@@ -147,7 +147,7 @@ def _join(
         if record is None:
             parts.append(before)
             continue
-        parts.append(records.load_samples(aside, slot.name))
+        parts.append(load_samples(aside, slot.name))
         if _unplaced(before) != _unplaced(parts[-1][_known(plan, slot, record, gained)]):
             raise RetryError(f"{slot.name}: RAW gives other samples than it has; nothing was changed")
         entry = record.manifest_entry

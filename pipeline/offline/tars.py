@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline import manifest, storage
-from pipeline.image import ImageError, decode
+from pipeline.decode import ImageError, decode
+from pipeline.image import pixels_of
 from pipeline.manifest import SAMPLE, BuildRecipe, Manifest
 from pipeline.offline.keys import MAX_LENGTH
 from pipeline.offline.shards import BLOCK
@@ -148,7 +149,7 @@ def stored_pixels(data: bytes, form: str, size: int, crop: str = "centre") -> np
     """Decode a picture of our own, `form` "JPEG" or "PNG".
 
     Returns:
-        (size, size, 3) uint8; where `crop` is "none", the shorter side is `size`.
+        (size, size, 4) uint8, RGBX; where `crop` is "none", the shorter side is `size`.
     Raises:
         Violation: it is no such picture.
     """
@@ -160,4 +161,4 @@ def stored_pixels(data: bytes, form: str, size: int, crop: str = "centre") -> np
     if image.format != form or not fits:  # what was converted to RGB has no format
         what = f"{image.width}×{image.height} {image.format or 'not RGB'}"
         raise Violation(f"{what}, not an RGB {form} of {size}×{size}" + " or longer" * (crop == "none"))
-    return np.asarray(image)
+    return pixels_of(image)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import manifest, storage
-from pipeline.image import REASONS
+from pipeline.decode import REASONS
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
 from pipeline.offline import executors
 from pipeline.offline.build import npy
@@ -227,7 +227,7 @@ def _check_statistics(found: Manifest) -> Statistics:
 
 def _check_mean_png(found: Manifest, statistics: Statistics | None) -> None:
     with opened(found, "mean.png") as file:
-        pixels = stored_pixels(file.read(), "PNG", found.recipe.statistics_size)
+        pixels = stored_pixels(file.read(), "PNG", found.recipe.statistics_size)[..., :3]
     if statistics and not np.array_equal(pixels, np.rint(statistics.mean_image)):
         raise Violation("is not the rounded mean image")
 

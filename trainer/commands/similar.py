@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline import UserError, manifest
 from pipeline.cli import Command, printable
-from pipeline.image import ImageError
+from pipeline.decode import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
