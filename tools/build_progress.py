@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.image import ImageError, encode, rescaled
+from pipeline.decode import ImageError
+from pipeline.image import encode, rescaled
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import Plan
 from pipeline.offline.shards import BLOCK, Outcome
