@@ -68,7 +68,7 @@ def build(
             os.sync()  # what the row before wrote is not written back during this one
             job = {"source": str(source), "out": str(out), "per_shard": per_shard}
             try:
-                figures = common.run_job("peers_build.py", row, job, images)
+                figures = common.run_job("peers_build.py", row, job, common.limit(images, row.workers))
                 if figures["images"] != images:
                     raise UserError(f"stored {figures['images']:,} of {images:,} pictures")
                 stored = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

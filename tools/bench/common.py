@@ -53,7 +53,7 @@ class Row:
     function: str = ""  # of peers_build.py, peers_load.py or train.py; default: the name. Its docstring is the note.
     options: Figures = field(default_factory=dict)  # of the function
     environment: str = ""  # of ENVIRONMENTS; none: our own Python
-    against: str = ""  # the rows that it is compared with
+    against: list[str] = field(default_factory=list)  # rows that it is compared with
     prepare: str = ""  # a function that runs once, untimed, before the first repetition
     workers: int = CORES
     facts: Figures = field(default_factory=dict)
@@ -137,12 +137,17 @@ def hardware() -> str:
     return f"{models[0] if models else platform.machine()}, {CORES} cores; {system}"
 
 
+def limit(images: int, workers: int) -> float:
+    """Return the seconds after which a job hangs."""
+    return PATIENCE + images / SLOWEST / workers
+
+
 def versions(rows: Sequence[Row]) -> str:
     """Return the versions of each row's packages; rows of equal versions share an entry."""
     names: dict[str, list[str]] = {}
     for row in rows:
-        if row.runs:
-            text = ", ".join(f"{key} {value}" for key, value in row.runs[0].get("versions", {}).items())
+        if row.runs and (packages := row.runs[0].get("versions")):
+            text = ", ".join(f"{key} {value}" for key, value in packages.items())
             names.setdefault(text, []).append(row.name)
     return "; ".join(f"{', '.join(dict.fromkeys(users))}: {text}" for text, users in names.items())
 
@@ -237,17 +242,17 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run_job(script: str, row: Row, job: Figures, images: int, function: str = "") -> Figures:
+def run_job(script: str, row: Row, job: Figures, seconds: float, function: str = "") -> Figures:
     """Run a function of tools/bench/SCRIPT in the Python of its row; return the figures that it prints last.
 
     Raises:
-        UserError: the environment is missing; the function fails, hangs, or handles another number of images.
+        UserError: the environment is missing; the function fails, or takes longer than `seconds`.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job | {"function": function or row.function, "workers": row.workers, "options": row.options}, file)
         file.flush()
         command = [str(python_of(row.environment)), "-P", str(ROOT / "tools/bench" / script), file.name]
-        lines = _output(command, PATIENCE + images / SLOWEST / row.workers).splitlines()
+        lines = _output(command, seconds).splitlines()
     if function:  # it has no figures
         return {}
     try:

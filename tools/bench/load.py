@@ -24,17 +24,17 @@ TRAIN, CEILING, UINT8, COLOUR, IMAGE = "train", "decode", "penstock-uint8", "pen
 HEADER = ("row", "gives", "images/s, median (min to max)", "of the ceiling", "ours is", "largest process")
 OURS = {"checkout": str(ROOT)}
 ROWS = (
-    Row(CEILING, "ceiling: DALI decodes the windows alone", "dali_window", against=UINT8),
+    Row(CEILING, "ceiling: DALI decodes the windows alone", "dali_window", against=[UINT8]),
     Row(UINT8, "Penstock, uint8", "penstock", OURS | {"output": "uint8"}),
     Row(COLOUR, "Penstock, minus the mean colour", "penstock", OURS | {"mean": "colour"}),
     Row(IMAGE, "Penstock, minus the mean image (default)", "penstock", OURS),
     Row("penstock-imagenet", "Penstock, recipe imagenet", "penstock", OURS | {"recipe": "imagenet"}),
-    Row("synthetic", "synthetic: no pictures", against=IMAGE),
-    Row("dali-reader", "DALI, readers.webdataset", "dali_reader", against=COLOUR),
-    Row("ffcv-jpeg", "FFCV, the same JPEGs", "ffcv", {"raw": False}, "ffcv", UINT8, "ffcv_convert"),
-    Row("ffcv-raw", "FFCV, raw pixels", "ffcv", {"raw": True}, "ffcv", UINT8, "ffcv_convert"),
-    Row("webdataset", "WebDataset, Pillow, DataLoader", environment="webdataset", against=COLOUR),
-    Row("litdata", "LitData, Pillow, StreamingDataLoader", "", {}, "litdata", COLOUR, "litdata_convert"),
+    Row("synthetic", "synthetic: no pictures", against=[IMAGE]),
+    Row("dali-reader", "DALI, readers.webdataset", "dali_reader", against=[COLOUR]),
+    Row("ffcv-jpeg", "FFCV, the same JPEGs", "ffcv", {"raw": False}, "ffcv", [UINT8], "ffcv_convert"),
+    Row("ffcv-raw", "FFCV, raw pixels", "ffcv", {"raw": True}, "ffcv", [UINT8], "ffcv_convert"),
+    Row("webdataset", "WebDataset, Pillow, DataLoader", environment="webdataset", against=[COLOUR]),
+    Row("litdata", "LitData, Pillow, StreamingDataLoader", "", {}, "litdata", [COLOUR], "litdata_convert"),
 )
 batch_option = click.option("--batch", type=COUNT, default=128, show_default=True)
 
@@ -69,8 +69,8 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
             job = {"source": source, "out": str(out), "batch": batch, "batches": batches}
             if row.prepare and not out.exists():
                 common.log(f"{row.name}: writing its own format, untimed")
-                common.run_job("peers_load.py", row, job, taken, row.prepare)
-            figures = common.run_job("peers_load.py", row, job, taken)
+                common.run_job("peers_load.py", row, job, common.limit(taken, CORES), row.prepare)
+            figures = common.run_job("peers_load.py", row, job, common.limit(taken, CORES))
             if figures["images"] != batch * batches:
                 raise UserError(f"delivered {figures['images']:,} of {batch * batches:,} pictures")
             return figures
@@ -89,7 +89,7 @@ def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
     """Return the row's cells of the table."""
     if row.failed:
         return row.title, "", f"not run: {row.failed}", "", "", ""
-    ceiling, ours = find_row(rows, CEILING), find_row(rows, row.against)
+    ceiling, ours = find_row(rows, CEILING), find_row(rows, (*row.against, "")[0])
     share = f"{100 * ratio(row.rates(), ceiling.rates()):.0f} %" if ceiling else ""
     compared = ratio_text(ours.rates(), row.rates()) if ours else ""
     memory = f"{max(run['rss'] for run in row.runs) / 2**20:,.0f} MiB"
@@ -124,7 +124,9 @@ def first_batch(samples: int, shards: int, batch: int, only: tuple[str, ...], **
     row = Row("first-batch", "Penstock, first batch", "first_batch")
     with common.scratch_folder() as scratch:
         job = {"source": str(made_up(scratch, samples, shards).root), "out": "", "batch": batch}
-        common.interleave([row], lambda row: common.run_job("peers_load.py", row, job, batch), report["repetitions"])
+        common.interleave(
+            [row], lambda row: common.run_job("peers_load.py", row, job, common.limit(batch, 1)), report["repetitions"]
+        )
     if row.failed:
         raise UserError(row.failed)
     seconds = {stage: [run["stages"][stage] for run in row.runs] for stage in row.runs[0]["stages"]}
