@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def build(
       python tools/bench build photos/ --only penstock --baseline ../before
     """
     chosen = common.with_baseline([row for row in ROWS if not only or row.name in only], baseline)
-    rows = [replace(row, workers=count, runs=[]) for row in chosen for count in sorted(set(workers))]
+    rows = [row.fresh(workers=count) for row in chosen for count in sorted(set(workers))]
     per_shard = max(1, min(1000, images // (4 * max(workers))))
     with common.scratch_folder() as scratch:
         source, out = scratch / "pictures", scratch / "out"
@@ -118,7 +117,7 @@ def prepare(raw: Path, folder: Path, images: int) -> str:
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Return a line for each row, and for our builder a second one, from start to exit."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         if row.failed:
             lines.append((row.title, str(row.workers), f"not run: {row.failed}", "", "", ""))

@@ -63,6 +63,10 @@ class Row:
     def __post_init__(self) -> None:
         self.function = self.function or self.name
 
+    def fresh(self, **changes: Any) -> "Row":
+        """Return the row without figures, and with changes."""
+        return replace(self, runs=[], facts={}, **changes)
+
     def rates(self, seconds: str = "seconds") -> list[float]:
         """Return the images/s of each repetition."""
         return [run["images"] / run[seconds] for run in self.runs]
@@ -219,7 +223,7 @@ def with_baseline(rows: Sequence[Row], baseline: Path | None) -> list[Row]:
         if baseline and "checkout" in row.options:
             options = row.options | {"checkout": str(baseline.resolve())}
             title = f"{row.title}, of {baseline}"
-            found.append(replace(row, name=f"{row.name}-baseline", title=title, options=options, runs=[]))
+            found.append(row.fresh(name=f"{row.name}-baseline", title=title, options=options))
         found.append(row)
     return found
 

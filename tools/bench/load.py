@@ -57,7 +57,7 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
       python tools/bench load /data/imagenet-256 --json load.json
       python tools/bench load /data/imagenet-256 --only penstock-uint8 --baseline ../before
     """
-    rows = [replace(row, runs=[]) for row in ROWS if not only or row.name in only]
+    rows = [row.fresh() for row in ROWS if not only or row.name in only]
     rows = common.with_baseline(rows, baseline)
     with common.scratch_folder() as scratch:
         source = str(scratch / "dataset")

@@ -1,4 +1,4 @@
-"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`: of imports the standard library, and the peer.
+"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`; only functions import their peers.
 
 The docstring of a job is its note below the table.
 """

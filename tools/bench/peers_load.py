@@ -1,4 +1,4 @@
-"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`: of imports the standard library, and the peer.
+"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`; only functions import their peers.
 
 The docstring of a job is its note below the table.
 """
@@ -292,7 +292,7 @@ def ffcv_convert(job: Job) -> None:
 
 def ffcv(job: Job) -> None:
     """Decode whole pictures of its .beton (the JPEG bytes of the shards as they are, or pixels: 192 KiB a picture, warm
-    in memory), then random window and flip in numba; order RANDOM, os_cache; batches lie in memory that it uses again."""
+    in memory), then random window and flip in numba; order RANDOM, os_cache; batches in memory that is used again."""
     import numpy as np
     from ffcv.fields import RGBImageField  # type: ignore[import-not-found,unused-ignore]
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # type: ignore[import-not-found,unused-ignore]

@@ -1,6 +1,6 @@
-"""Steps of training, and the batches that feed them, timed in one process: `PYTHON steps.py JOB.json`.
+"""Steps of training, and what feeds them: the rows of a group take turns in one process, `PYTHON steps.py JOB.json`.
 
-The rows of a group are all set up, and take turns. The docstring of a function of FUNCTIONS is its note below the table.
+The docstring of a function of FUNCTIONS is its note below the table.
 """
 
 import json
@@ -290,7 +290,7 @@ class GroupedStep(TrainerStep):
         self.devices = self.devices[:1]
         network, device = model.Grouped(self.plan.model, self.classes), self.devices[0]
         layout: Any = torch.channels_last if variant.channels_last else torch.contiguous_format
-        network.to(device, memory_format=layout)
+        network.to(device, memory_format=layout)  # type: ignore[call-overload]
         run = model.compiled(network.run, variant.compile)
 
         def watched(replicas: Sequence[Tensor], masks: Any) -> tuple[Tensor, list[Tensor]]:
@@ -317,7 +317,7 @@ class PlainStep(TrainerStep):
         self.devices = self.devices[:1]
         self.layout: Any = torch.channels_last if variant.channels_last else torch.contiguous_format
         torch.manual_seed(self.plan.train.seed)
-        network = alexnet(self.classes).to(self.devices[0], memory_format=self.layout)
+        network = alexnet(self.classes).to(self.devices[0], memory_format=self.layout)  # type: ignore[call-overload]
         self.operations = operations(alexnet_multiply_adds(self.classes))
         optimiser = self.plan.optim
         self.sgd = torch.optim.SGD(

@@ -1,7 +1,7 @@
 """`bench train` and `bench gpu`: groups of rows, each of one precision and batch size, and their table."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,6 @@ import torch
 from pipeline.cli import Command
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from pipeline.online.meter import LIMIT
 from tools.bench import common
 from tools.bench.common import COUNT, Figures, Row, find_row, number, ratio, ratio_text
 from tools.bench.load import made_up, of_images
@@ -31,23 +30,23 @@ VARIANTS = {"cuda": (FP32, BF16, LAST, SEGMENTS, *TF32, *MORE), "cpu": (FP32, BF
 FED, BESIDE = (FP32, BF16, SEGMENTS), (FP32, BF16, LAST, SEGMENTS)  # of `gpu`: fed by the loader; beside other networks
 # of `gpu`: batch sizes, shares of the hardware decoder, recipe
 PLANS = {"cuda": ((128, 512, 1024), (0, 0.5, 0.65, 0.9, 1), "original"), "cpu": ((8,), (0,), "tiny")}
-LOADS = ({"output": "uint8"}, *({"output": o, "mean": m} for o in ("float32", "bfloat16") for m in ("colour", "image")))
+FLOATS: tuple[Figures, ...] = ({"output": "float32"}, {"output": "bfloat16"})
+LOADS: tuple[Figures, ...] = ({"output": "uint8"}, *FLOATS, *(options | {"mean": "colour"} for options in FLOATS))
 MATRIX, SUPPLY, COLUMNS, GROUPED, TORCHVISION, PLAIN = "matrix", "loader", "columns", "grouped", "torchvision", "fp32"
-DEMANDS = {"fed": COLUMNS, "torchvision-fed": TORCHVISION}  # a fed row → the same on synthetic tensors
 ROWS = (
     Row(MATRIX, "ceiling: a matrix product"),
     Row(SUPPLY, "supply: the loader alone", "supply"),
-    Row(COLUMNS, "Penstock's step, synthetic tensors", against=[GROUPED, TORCHVISION, PLAIN]),
+    Row(COLUMNS, "Penstock's step, synthetic tensors", against=[SUPPLY, GROUPED, TORCHVISION, PLAIN]),
     Row("fed", "Penstock's step, fed by the loader", COLUMNS, {"fed": True}, against=[COLUMNS]),
     Row(GROUPED, "the plain grouped network, synthetic tensors"),
-    Row(TORCHVISION, "torchvision's AlexNet in plain torch, synthetic tensors"),
+    Row(TORCHVISION, "torchvision's AlexNet in plain torch, synthetic tensors", against=[SUPPLY]),
     Row(
         "torchvision-fed", "torchvision's AlexNet, fed by our loader", TORCHVISION, {"fed": True}, against=[TORCHVISION]
     ),
 )
 NAMES = [row.name for row in ROWS]
-HEADER = ("row", "group", "batch", "images/s, median (min to max)", "GFLOP/s", "of the matrix rate", "stall")
-HEADER += ("host cores", "peak memory", "compared")
+RATES = ("row", "group", "batch", "images/s, median (min to max)", "GFLOP/s", "of the matrix rate")
+HEADER = (*RATES, "stall", "host cores", "peak memory", "compared")
 
 
 @dataclass
@@ -87,7 +86,8 @@ def train(
     """Measure steps of training: on synthetic tensors, and fed with pictures of DATASET by the loader.
 
     For each precision and batch size the rows take turns of a few steps; the others are idle meanwhile. All are in
-    memory at once; --only leaves some out. Those that cannot be run are rows that say why.
+    memory at once; --only leaves some out. At most 1 % stall is expected of a fed step where the supply exceeds the
+    demand, the rate on synthetic tensors.
 
     \b
     Examples:
@@ -98,7 +98,7 @@ def train(
     names = [str(device) for device in placed(devices, plan.model.columns)]
     variants = [Variant(name, channels_last, compiled) for name in precision or (plan.train.precision,)]
     groups = [
-        Group(str(variant), size, names, variant, [replace(row) for row in ROWS])
+        Group(str(variant), size, names, variant, [row.fresh() for row in ROWS])
         for size, variant in product(batch or (plan.train.batch_size,), variants)
     ]
     for group in groups:  # impossible values end the command before anything is started
@@ -153,15 +153,15 @@ def gpu_groups(device: torch.device) -> Generator[Group, None, None]:
             yield Group("supply", batch, one, FP32, [decode_row(best), *loads])
     for batch, variant in product(ends, VARIANTS[device.type]):
         names = {MATRIX, COLUMNS} | ({GROUPED, TORCHVISION} if variant in BESIDE else set())
-        names |= {SUPPLY, *DEMANDS} if variant in FED else set()
-        rows = [replace(row) for row in ROWS if row.name in names]
+        names |= {SUPPLY, "fed", "torchvision-fed"} if variant in FED else set()
+        rows = [row.fresh() for row in ROWS if row.name in names]
         plain = Row(PLAIN, "Penstock's step in plain fp32", COLUMNS, {"variant": asdict(FP32)})
         yield Group(str(variant), batch, one, variant, [*rows, plain] if variant != FP32 else rows)
     if device.type == "cuda" and (count := torch.cuda.device_count()) > 1:
         two = [str(device), f"cuda:{((device.index or 0) + 1) % count}"]
         loads = [load_row({"output": "uint8", "hardware_share": best, "feed": feed}) for feed in ("split", "replicate")]
         for variant in (FP32, BF16):
-            rows = [replace(row) for row in ROWS if row.name in (MATRIX, COLUMNS)]
+            rows = [row.fresh() for row in ROWS if row.name in (MATRIX, COLUMNS)]
             yield Group(f"two devices, {variant}", sizes[-1], two, variant, rows + loads * (variant == FP32))
 
 
@@ -207,9 +207,17 @@ def run_groups(
     facts = [*gpus, f"torch {torch.__version__}, DALI {nvidia.dali.__version__}, {torch.get_num_threads()} threads"]
     facts += [f"recipe {settings['recipe']} on {' and on '.join(devices)}; {turns}"]
     rows = [row for group in done for row in group.rows]
-    notes = [line for group in done for line in supply_and_demand(group)] + common.notes_of(rows, FUNCTIONS)
     table = [cells(group, row) for group in done for row in group.rows]
-    common.publish(HEADER, table, rows, facts, notes, repetitions=repetitions, markdown=markdown, record=record)
+    common.publish(
+        HEADER,
+        table,
+        rows,
+        facts,
+        common.notes_of(rows, FUNCTIONS),
+        repetitions=repetitions,
+        markdown=markdown,
+        record=record,
+    )
 
 
 def run_group(group: Group, root: str, settings: Figures) -> None:
@@ -232,39 +240,15 @@ def cells(group: Group, row: Row) -> tuple[str, ...]:
     rates, matrix = row.rates(), find_row(group.rows, MATRIX)
     done = rates if row.name == MATRIX else [rate * row.facts.get("operations", 0) for rate in rates]
     share = ratio(done, matrix.rates()) / row.facts["devices"] if matrix and row.facts.get("devices") else 0.0
+    stalls = [sum(run["stall"].values()) for run in row.runs if "stall" in run]
     others = ((name, find_row(group.rows, name)) for name in row.against)
     return (
         *title,
         "" if row.name == MATRIX else common.spread(rates),
         number(median(done) / 1e9) if any(done) else "",
         f"{100 * share:.1f} %" if share else "",
-        f"{100 * stall(row):.1f} %" if "stall" in row.runs[0] else "",
+        f"{100 * median(stalls):.1f} %" if stalls else "",
         f"{median(run['host_cores'] for run in row.runs):.1f}",
         f"{max(run['peak'] for run in row.runs) / 2**20:,.0f} MiB" if "peak" in row.runs[0] else "",
         ", ".join(f"{ratio_text(rates, other.rates())} {name}" for name, other in others if other),
     )
-
-
-def stall(row: Row) -> float:
-    """Return the median of the share of time in which a step waited for its batch."""
-    return median(sum(run["stall"].values()) for run in row.runs)
-
-
-def supply_and_demand(group: Group) -> list[str]:
-    """Return a line for each fed network: at most `LIMIT` stall is expected where the supply exceeds the demand."""
-    lines = []
-    for name, step in DEMANDS.items():
-        fed, loader, demand = (find_row(group.rows, row) for row in (name, SUPPLY, step))
-        if not (fed and loader and demand):
-            continue
-        causes = fed.runs[0]["stall"]
-        shares = ", ".join(f"{c} {100 * median(run['stall'][c] for run in fed.runs):.1f} %" for c in causes)
-        supplied, needed = median(loader.rates()), median(demand.rates())
-        verdict, expected = "exceeds", f"at most {100 * LIMIT:g} % is expected"
-        if supplied <= needed:
-            verdict, expected = "falls short of", f"the shortfall is {100 * (1 - supplied / needed):.0f} %"
-        lines.append(
-            f"{group.title}, batch {group.batch:,}, {name}: the supply, {number(supplied)} images/s, {verdict} the "
-            f"demand, {number(needed)}; stall {100 * stall(fed):.1f} % ({shares}): {expected}"
-        )
-    return lines
