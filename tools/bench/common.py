@@ -77,7 +77,7 @@ class Row:
         return kept | ({"images_per_second": self.rates()} if self.runs else {})
 
 
-def interleave(rows: Sequence[Row], run: Callable[[Row], Figures], repetitions: int, label: str = "") -> None:
+def interleave(rows: Sequence[Row], run: Callable[[Row], Figures], repetitions: int) -> None:
     """Run all rows once, then all again in the other order, and so on: the machine's drift meets every row alike.
 
     A row for which `run` raises UserError keeps the reason and is not run again; the others go on.
@@ -89,17 +89,17 @@ def interleave(rows: Sequence[Row], run: Callable[[Row], Figures], repetitions: 
             try:
                 row.runs.append(run(row))
             except UserError as error:
-                fail(row, str(error), label)
+                fail(row, str(error))
             else:
                 rate = row.rates()[-1]
                 text = f"{rate / 1e9:,.1f} G/s" if rate > 1e7 else f"{rate:,.1f}/s"
-                log(f"{repetition + 1}/{repetitions} {label}{row.name}, workers {row.workers}: {text}")
+                log(f"{repetition + 1}/{repetitions} {row.name}, workers {row.workers}: {text}")
 
 
-def fail(row: Row, reason: str, label: str = "") -> None:
+def fail(row: Row, reason: str) -> None:
     """Mark a row as failed; its figures so far do not count."""
     row.runs, row.failed = [], reason
-    log(f"{label}{row.name}, workers {row.workers}: not run: {reason}")
+    log(f"{row.name}, workers {row.workers}: not run: {reason}")
 
 
 def log(line: str) -> None:
@@ -174,7 +174,7 @@ def publish(
     markdown: bool,
     record: Path | None,
 ) -> None:
-    """Print facts, a table and notes, and write the record of the rows, if a file was named."""
+    """Print facts, a table and notes, and write the record of the rows."""
     command = shlex.join(["python", "tools/bench", *sys.argv[1:]])
     measured = f"n = {repetitions} repetitions, interleaved; medians"
     facts = [hardware(), command, measured, *facts, versions(rows)]
@@ -184,9 +184,13 @@ def publish(
     lines = [f"{edge} {between.join(map(str.ljust, line, widths)).rstrip()} {edge}".strip() for line in cells]
     for line in (*(bullet + fact for fact in facts if fact), "", *lines, "", *(bullet + note for note in notes)):
         click.echo(line)
-    if record:
-        body = {"facts": facts, "repetitions": repetitions, "rows": [row.record() for row in rows]}
-        record.write_text(json.dumps(body, indent=1) + "\n")
+    write_record(record, facts, rows)
+
+
+def write_record(file: Path | None, facts: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write the figures of every repetition as JSON, if a file was named."""
+    if file:
+        file.write_text(json.dumps({"facts": facts, "rows": [row.record() for row in rows]}, indent=1) + "\n")
 
 
 def report_options(names: Sequence[str]) -> Callable[[Any], Any]:

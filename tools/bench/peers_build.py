@@ -92,7 +92,7 @@ def in_processes(job: Job, write: Write, *packages: str) -> None:
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        sys.exit("a worker failed, for the reason above")
+        sys.exit(1)  # its exception is the last line on stderr
     stored, began, ended = zip(*(results.get() for _ in processes))
     report(sum(stored), min(began), max(ended), *packages)
 

@@ -1,7 +1,4 @@
-"""Steps of training, and what feeds them: the rows of a group take turns in one process, `PYTHON steps.py JOB.json`.
-
-The docstring of a function of FUNCTIONS is its note below the table.
-"""
+"""Steps of training, and what feeds them: the rows of a group take turns in one process, `PYTHON steps.py JOB.json`."""
 
 import json
 import time
@@ -14,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import manifest
 from pipeline.errors import UserError
@@ -188,34 +186,18 @@ def supply(job: Job, row: Row, stack: ExitStack) -> Timed:
     return Timed(lambda: len(next(loader).ids), loader)
 
 
-def columns(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Take a run's own step: dropout masks, forward, backward, new weights, watch; synthetic tensors are one batch of
-    random numbers."""
-    kind = {"columns": TrainerStep, "grouped": GroupedStep, "torchvision": PlainStep}[row.function]
+def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
+    """Set up a step of KINDS, fed by the loader or with one batch of random numbers."""
     variant = Variant(**(row.options.get("variant") or job.options["variant"]))
     data, devices = manifest.load(job.source), devices_of(job)
     evaluate.require_labels(data, "train")  # −1 would leave a GPU unusable for the rows that follow
-    trained = kind(data, devices, job.options["recipe"], job.batch, variant)
-    facts = {"operations": trained.operations, "devices": len(set(trained.devices))}
+    made = KINDS[row.function](data, devices, job.options["recipe"], job.batch, variant)
+    facts = {"operations": made.operations, "devices": len(set(made.devices))}
     if row.options.get("fed"):
-        loader = stack.enter_context(feed.training(data, trained.plan, devices))
-        return Timed(lambda: trained.step(next(loader)), loader, variant.precision, trained.check, facts)
-    batch = synthetic(job.batch, trained.plan.model.size, trained.devices)
-    return Timed(lambda: trained.step(batch), None, variant.precision, trained.check, facts)
-
-
-def grouped(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Take the same step of the same network whole on the first device, with grouped convolutions and no columns."""
-    return columns(job, row, stack)
-
-
-def torchvision(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Train another network: 64, 192, 384, 256, 256 maps, no LRN, no groups; nn.CrossEntropyLoss, torch.optim.SGD; on
-    the first device."""
-    return columns(job, row, stack)
-
-
-FUNCTIONS = {f.__name__: f for f in (matrix, decode, load, supply, columns, grouped, torchvision)}
+        loader = stack.enter_context(feed.training(data, made.plan, devices))
+        return Timed(lambda: made.step(next(loader)), loader, variant.precision, made.check, facts)
+    batch = synthetic(job.batch, made.plan.model.size, made.devices)
+    return Timed(lambda: made.step(batch), None, variant.precision, made.check, facts)
 
 
 def synthetic(size: int, side: int, devices: Sequence[torch.device]) -> Batch:
@@ -228,25 +210,22 @@ def synthetic(size: int, side: int, devices: Sequence[torch.device]) -> Batch:
 
 
 def operations(multiply_adds: Sequence[int]) -> int:
-    """Return the operations of forward and backward for one image, from the multiply-adds of each layer, forward.
+    """Return the operations of forward and backward for one image, two for each multiply-add of the layers of weights.
 
-    Two operations a multiply-add; as many again for the gradient of the weights, and for that of the layer's input,
-    which the first layer does without. Neither normalisation, pooling, dropout nor the new weights are counted.
+    The gradients of weights and of inputs take as many as the forward pass each; the first layer's input needs none.
     """
     return 2 * (3 * sum(multiply_adds) - multiply_adds[0])
 
 
 class TrainerStep:
-    """The trainer's own step, each column on its device.
-
-    Rates are next to nothing, so that weights stay as they are but for the last bits: a batch learned by heart has
-    gradients of denormals, slow on a CPU. So each step on the same batch adds the same gradient to the velocities.
-    """
+    """Take a run's own step: dropout masks, forward, backward, new weights, watch; each column on its device."""
 
     def __init__(
         self, data: Manifest, devices: Sequence[torch.device], recipe: str, batch: int, variant: Variant
     ) -> None:
         sizes = (f"train.batch_size={batch}", f"optim.batch_size={batch}")
+        # Weights stay as they are but for the last bits: a batch learned by heart has gradients of denormals, slow on a
+        # CPU. So each step on the same batch adds the same gradient to the velocities.
         rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
         self.plan = recipes.load(recipe, (*rates, *sizes, *variant.settings()))
         self.devices, self.classes = tuple(devices)[: self.plan.model.columns], max(CLASSES, len(data.classes))
@@ -284,7 +263,7 @@ class TrainerStep:
 
 
 class GroupedStep(TrainerStep):
-    """The same step of `model.Grouped`, whole on the first device."""
+    """Take the same step of the same network whole on the first device, with grouped convolutions and no columns."""
 
     def placed(self, variant: Variant) -> Any:
         self.devices = self.devices[:1]
@@ -311,18 +290,17 @@ class GroupedStep(TrainerStep):
 
 
 class PlainStep(TrainerStep):
-    """A step of torchvision's AlexNet on the first device in plain torch: autocast for bf16, nothing of ours."""
+    """Train another network in plain torch, on the first device: 64, 192, 384, 256, 256 maps, no LRN, no groups;
+    nn.functional.cross_entropy, torch.optim.SGD, autocast for bf16."""
 
     def build(self, variant: Variant) -> None:
         self.devices = self.devices[:1]
         self.layout: Any = torch.channels_last if variant.channels_last else torch.contiguous_format
         torch.manual_seed(self.plan.train.seed)
         network = alexnet(self.classes).to(self.devices[0], memory_format=self.layout)  # type: ignore[call-overload]
-        self.operations = operations(alexnet_multiply_adds(self.classes))
-        optimiser = self.plan.optim
-        self.sgd = torch.optim.SGD(
-            network.parameters(), lr=1e-9, momentum=optimiser.momentum, weight_decay=optimiser.decay
-        )
+        self.operations = alexnet_operations(self.classes)
+        momentum = self.plan.optim.momentum
+        self.sgd = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=momentum, weight_decay=5e-4)
         mode = "reduce-overhead" if variant.compile == "graphs" else None
         self.run: Any = network if variant.compile == "no" else torch.compile(network, dynamic=False, mode=mode)
         self.bf16 = variant.precision == "bf16"
@@ -361,17 +339,17 @@ def alexnet(classes: int = CLASSES) -> nn.Sequential:
     return nn.Sequential(*modules, nn.Linear(UNITS, classes))
 
 
-def alexnet_multiply_adds(classes: int = CLASSES) -> list[int]:
-    """Return the multiply-adds of each of its layers for one image, forward, without biases. Nothing is computed."""
-    counts = []
-    with torch.device("meta"):
-        network, x = alexnet(classes), torch.empty(1, 3, 224, 224)
-    for module in network:
-        x = module(x)
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            counts.append(module.weight.numel() * (x.shape[2] * x.shape[3] if x.dim() == 4 else 1))
-    return counts
+def alexnet_operations(classes: int = CLASSES) -> int:
+    """Return its operations for one image, forward and backward, as torch counts them. Nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        alexnet(classes)(torch.empty(1, 3, 224, 224)).sum().backward()
+    return counter.get_total_flops()
 
+
+KINDS: dict[str, type[TrainerStep]] = {"columns": TrainerStep, "grouped": GroupedStep, "torchvision": PlainStep}
+SUPPLIES = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
+FUNCTIONS: dict[str, Callable[[Job, Row, ExitStack], Timed]] = SUPPLIES | dict.fromkeys(KINDS, trained)
+NOTES: dict[str, Any] = SUPPLIES | KINDS  # whose docstrings are the notes below the table
 
 if __name__ == "__main__":
     main({"group": group})

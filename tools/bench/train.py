@@ -17,7 +17,7 @@ from pipeline.manifest import Manifest
 from tools.bench import common
 from tools.bench.common import COUNT, Figures, Row, find_row, number, ratio, ratio_text
 from tools.bench.load import made_up, of_images
-from tools.bench.steps import FUNCTIONS, Variant
+from tools.bench.steps import NOTES, Variant
 from trainer import feed
 from trainer import recipe as recipes
 from trainer.devices import placed
@@ -182,12 +182,10 @@ def run_groups(
     settings: Figures,
     *,
     only: Sequence[str],
-    repetitions: int,
-    markdown: bool,
-    record: Path | None,
+    **report: Any,
 ) -> None:
     """Measure groups, each in a process; print their table after the last, and write the record after each."""
-    done, roots = list[Group](), dict[int, str]()
+    done, roots, rows = list[Group](), dict[int, str](), list[Row]()
     with common.scratch_folder() as scratch:
         for group in groups:
             group.rows = [row for row in group.rows if not only or row.name.split()[0] in only]
@@ -195,29 +193,23 @@ def run_groups(
                 continue
             if group.batch not in roots:
                 roots[group.batch] = str(data(scratch / f"of-{group.batch}", BATCHES * group.batch).root)
-            run_group(group, roots[group.batch], settings | {"repetitions": repetitions})
+            run_group(group, roots[group.batch], settings | {"repetitions": report["repetitions"]})
             done.append(group)
             for row in group.rows:
                 row.facts |= {"group": group.title, "batch": group.batch}
                 rate = f"not run: {row.failed}" if row.failed else f"{number(median(row.rates()))}/s"
                 common.log(f"{group.title}, batch {group.batch:,}, {row.name}: {rate}")
+            rows = [row for group in done for row in group.rows]
+            common.write_record(
+                report["record"], [common.hardware()], rows
+            )  # in case that the machine goes before the end
     gpus = {torch.cuda.get_device_name(name) for group in done for name in group.devices if name != "cpu"}
     turns = f"turns of {settings['steps']} steps and {settings['seconds']:g} s at least; the others are idle meanwhile"
     devices = dict.fromkeys(", ".join(group.devices) for group in done)
     facts = [*gpus, f"torch {torch.__version__}, DALI {nvidia.dali.__version__}, {torch.get_num_threads()} threads"]
     facts += [f"recipe {settings['recipe']} on {' and on '.join(devices)}; {turns}"]
-    rows = [row for group in done for row in group.rows]
     table = [cells(group, row) for group in done for row in group.rows]
-    common.publish(
-        HEADER,
-        table,
-        rows,
-        facts,
-        common.notes_of(rows, FUNCTIONS),
-        repetitions=repetitions,
-        markdown=markdown,
-        record=record,
-    )
+    common.publish(HEADER, table, rows, facts, common.notes_of(rows, NOTES), **report)
 
 
 def run_group(group: Group, root: str, settings: Figures) -> None:
