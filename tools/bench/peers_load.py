@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tools.bench.peers_build import SIDE, Job, litdata_chunks, litdata_folders, main, report
 
 VIEW = 224  # pixels of a side of a view
-DALI, SHUFFLED = "nvidia-dali-cuda130", 1024
+DALI = "nvidia-dali-cuda130"
 
 
 class Stored(NamedTuple):
@@ -115,7 +115,7 @@ def first_batch(job: Job) -> None:
 
 
 class DaliBatch(NamedTuple):
-    """What `measure` looks at of a batch that stays in DALI's memory."""
+    """Shape and type of a batch that stays in DALI's memory."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -170,7 +170,7 @@ def dali_reader(job: Job) -> None:
             index_paths=[str(Path(shard).with_suffix(".idx")) for shard in shards(job)],
             ext=["jpg", "cls"],
             random_shuffle=True,
-            initial_fill=SHUFFLED,
+            initial_fill=1024,
             missing_component_behavior="error",
         )
         left, top = (fn.random.uniform(range=[0.0, 1.0]) for _ in range(2))
@@ -343,8 +343,7 @@ def ffcv(job: Job) -> None:
 
 
 JOBS = (penstock, first_batch, dali_window, dali_reader, synthetic, webdataset)
-CONVERTED = (litdata, litdata_convert, ffcv, ffcv_convert)
-FUNCTIONS = {job.__name__: job for job in (*JOBS, *CONVERTED)}
+FUNCTIONS = {job.__name__: job for job in (*JOBS, litdata, litdata_convert, ffcv, ffcv_convert)}
 
 if __name__ == "__main__":
     main(FUNCTIONS)

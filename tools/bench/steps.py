@@ -72,7 +72,7 @@ def group(job: Job) -> None:
 
 def measure_group(job: Job, rows: list[Row]) -> list[Row]:
     """Set up all rows, then let them take turns. A row that fails keeps the reason; the others go on."""
-    devices, timed = devices_of(job), dict[str, Timed]()
+    devices, timed = job_devices(job), dict[str, Timed]()
     with ExitStack() as stack:
         for row in rows:
             try:
@@ -122,6 +122,10 @@ def take_turn(job: Job, timed: Timed, devices: Sequence[torch.device]) -> Figure
     return figures
 
 
+def job_devices(job: Job) -> list[torch.device]:
+    return [torch.device(name) for name in job.options["devices"]]
+
+
 def synchronise(devices: Sequence[torch.device]) -> None:
     """Wait for the GPUs."""
     for device in set(devices):
@@ -132,8 +136,8 @@ def synchronise(devices: Sequence[torch.device]) -> None:
 def allocated(devices: Sequence[torch.device], reset: bool = False) -> int:
     """Return torch's bytes on the GPU that has most; begin to measure the peak anew, if asked to."""
     gpus = {device for device in devices if device.type == "cuda"}
-    for device in gpus if reset else ():
-        torch.cuda.reset_peak_memory_stats(device)
+    if reset:
+        list(map(torch.cuda.reset_peak_memory_stats, gpus))
     return max(map(torch.cuda.memory_allocated, gpus), default=0)
 
 
@@ -145,13 +149,9 @@ def reason(error: BaseException) -> str:
     return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def devices_of(job: Job) -> tuple[torch.device, ...]:
-    return tuple(map(torch.device, job.options["devices"]))
-
-
 def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Multiply two large square matrices in that precision, on the first device; shares are of its rate on each."""
-    device, precision = devices_of(job)[0], job.options["variant"]["precision"]
+    device, precision = job_devices(job)[0], job.options["variant"]["precision"]
     side, count = SIDES[device.type], PRODUCTS[device.type]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, out = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(3))
@@ -168,28 +168,28 @@ def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
 def decode(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Decode random windows of JPEGs in memory by DALI alone, a share of them by a GPU's hardware decoder."""
     jpegs = [picture.jpeg() for picture in islice(stored_pictures(job), AHEAD * job.batch)]
-    windows = dali_windows(jpegs, job.batch, CORES, devices_of(job)[0].index, row.options["hardware_share"])
+    windows = dali_windows(jpegs, job.batch, CORES, job_devices(job)[0].index, row.options["hardware_share"])
     return Timed(lambda: next(windows).shape[0])
 
 
 def load(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Take batches from the loader, on every device of the group; nobody looks at them."""
     options: Figures = {"batch_size": job.batch, "threads": CORES, "readers": 4, **row.options}
-    loader = stack.enter_context(Loader(job.source, device=tuple(dict.fromkeys(devices_of(job))), **options))
+    loader = stack.enter_context(Loader(job.source, device=tuple(dict.fromkeys(job_devices(job))), **options))
     return Timed(lambda: len(next(loader).ids), loader)
 
 
 def supply(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Take the batches of a run of this recipe, on its devices; nobody looks at them."""
     plan = recipes.load(job.options["recipe"], (f"train.batch_size={job.batch}",))
-    loader = stack.enter_context(feed.training(manifest.load(job.source), plan, devices_of(job)))
+    loader = stack.enter_context(feed.training(manifest.load(job.source), plan, job_devices(job)))
     return Timed(lambda: len(next(loader).ids), loader)
 
 
 def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Set up a step of KINDS, fed by the loader or with one batch of random numbers."""
     variant = Variant(**(row.options.get("variant") or job.options["variant"]))
-    data, devices = manifest.load(job.source), devices_of(job)
+    data, devices = manifest.load(job.source), job_devices(job)
     evaluate.require_labels(data, "train")  # −1 would leave a GPU unusable for the rows that follow
     made = KINDS[row.function](data, devices, job.options["recipe"], job.batch, variant)
     facts = {"operations": made.operations, "devices": len(set(made.devices))}
@@ -236,10 +236,9 @@ class TrainerStep:
 
     def build(self, variant: Variant) -> None:
         """Make the network and its optimiser."""
-        plan, counts = self.plan, layers.plan(self.plan.model, self.classes)
-        self.network = self.placed(variant)
+        plan, self.network = self.plan, self.placed(variant)
         self.network.load(model.initial_weights(plan.model, self.classes, plan.train.seed))
-        self.operations = operations([layer.multiply_adds for layer in counts])
+        self.operations = operations([layer.multiply_adds for layer in layers.plan(plan.model, self.classes)])
         self.optimiser = optim.Momentum(self.network.parts(), plan.optim.momentum)
         self.watch = watch.Watch(self.network)
 
@@ -347,9 +346,9 @@ def alexnet_operations(classes: int = CLASSES) -> int:
 
 
 KINDS: dict[str, type[TrainerStep]] = {"columns": TrainerStep, "grouped": GroupedStep, "torchvision": PlainStep}
-SUPPLIES = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
-FUNCTIONS: dict[str, Callable[[Job, Row, ExitStack], Timed]] = SUPPLIES | dict.fromkeys(KINDS, trained)
-NOTES: dict[str, Any] = SUPPLIES | KINDS  # whose docstrings are the notes below the table
+SUPPLIES: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
+FUNCTIONS = SUPPLIES | dict.fromkeys(KINDS, trained)
+NOTES = SUPPLIES | KINDS  # whose docstrings are the notes below the table
 
 if __name__ == "__main__":
     main({"group": group})
