@@ -44,7 +44,7 @@ class Variant:
     compile: str = "no"
 
     def __str__(self) -> str:
-        compiled = self.compile if self.compile != "no" else ""
+        compiled = self.compile * (self.compile != "no")
         return ", ".join(filter(None, (self.precision, "channels_last" * self.channels_last, compiled)))
 
     def settings(self) -> tuple[str, ...]:
@@ -97,16 +97,15 @@ def measure_group(job: Job, rows: list[Row]) -> list[Row]:
 
 
 def take_turn(job: Job, timed: Timed, devices: Sequence[torch.device]) -> Figures:
-    """Take a turn of at least so many steps and seconds.
-
-    Untimed steps come first: while other rows run, a loader makes ready all that it may have ahead, which in a run it
-    does only where it is faster than the steps.
-    """
+    """Take a turn of at least so many steps and seconds, after untimed steps."""
+    # While other rows run, a loader makes ready all that it may have ahead; in a run it does only if it is the faster.
     parallel.reference_precision(timed.precision)
     for _ in range(AHEAD if timed.loader else UNTIMED[devices[0].type]):
         timed.step()
     synchronise(devices)
-    before, waited = allocated(devices, reset=True), timed.loader and timed.loader.meter.total
+    for device in devices if devices[0].type == "cuda" else ():
+        torch.cuda.reset_peak_memory_stats(device)
+    before, waited = allocated(devices), timed.loader and timed.loader.meter.total
     images, steps, cpu, began = 0, 0, time.process_time(), time.perf_counter()
     while steps < job.options["steps"] or time.perf_counter() < began + job.options["seconds"]:
         images, steps = images + timed.step(), steps + 1
@@ -117,7 +116,7 @@ def take_turn(job: Job, timed: Timed, devices: Sequence[torch.device]) -> Figure
     if timed.loader and waited:
         figures["stall"] = (timed.loader.meter.total - waited).shares(seconds)
     if devices[0].type == "cuda":
-        figures["peak"] = max(map(torch.cuda.max_memory_allocated, set(devices))) - before + timed.resident
+        figures["peak"] = allocated(devices, torch.cuda.max_memory_allocated) - before + timed.resident
         torch.cuda.empty_cache()  # for the next row
     return figures
 
@@ -133,12 +132,9 @@ def synchronise(devices: Sequence[torch.device]) -> None:
             torch.cuda.synchronize(device)
 
 
-def allocated(devices: Sequence[torch.device], reset: bool = False) -> int:
-    """Return torch's bytes on the GPU that has most; begin to measure the peak anew, if asked to."""
-    gpus = {device for device in devices if device.type == "cuda"}
-    if reset:
-        list(map(torch.cuda.reset_peak_memory_stats, gpus))
-    return max(map(torch.cuda.memory_allocated, gpus), default=0)
+def allocated(devices: Sequence[torch.device], memory: Callable[..., int] = torch.cuda.memory_allocated) -> int:
+    """Return torch's bytes, or the peak of them, on the GPU that has most."""
+    return max((memory(device) for device in devices if device.type == "cuda"), default=0)
 
 
 def reason(error: BaseException) -> str:
@@ -257,7 +253,6 @@ class TrainerStep:
 
     def outcome(self) -> dict[str, Tensor]:
         """Return the last step's loss, and the velocities, on the host."""
-        self.check()
         return {"loss": self.losses.to("cpu"), **self.network.gathered(self.optimiser.velocity)}
 
 
