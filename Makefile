@@ -31,7 +31,7 @@ slow: setup
 
 gpu: setup
 	@$(PY) -m pytest -q -m gpu
-	@$(PY) tools/gpu.py
+	@$(PY) tools/bench gpu
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools penstock penstock_imagenet.py setup.py

@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 PACKAGES = ("pipeline", "trainer", "tools")
-DEVELOPERS = ("tools.bench", "tools.bench.*", "tools.peers", "tools.peers.*")  # not installed
+DEVELOPERS = ("tools.bench", "tools.bench.*")  # not installed
 CHECKOUT = [*find_packages(include=[f"{name}*" for name in PACKAGES], exclude=DEVELOPERS), "trainer.recipes"]
 LEFT_OUT = {("penstock.tools", "demo")}  # which runs the commands of the checkout
 GUARD = "\n\nimport penstock_imagenet\n\npenstock_imagenet.require_ours()\n"

@@ -1,0 +1,1 @@
+"""Benchmarks of the builder, the loader, training and retrieval, beside ceilings and peers."""
