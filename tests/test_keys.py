@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pipeline.offline.keys import MAX_LENGTH, _escape, assign_keys
+from pipeline.offline.plan import MAX_KEY, _escape, assign_keys
 
 
 def plain_keys(paths: Sequence[str]) -> list[str]:
@@ -31,7 +31,7 @@ def plain_keys(paths: Sequence[str]) -> list[str]:
         key = whole
         while key in taken:
             number += 1
-            key = whole[: MAX_LENGTH - len(f"-{number}")] + f"-{number}"
+            key = whole[: MAX_KEY - len(f"-{number}")] + f"-{number}"
         keys[i] = key
         taken.add(key)
     return [keys[i] for i in range(len(paths))]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import build, verify
+from conftest import build, digests, verify
 from forgery import SHARD
 from pipeline.offline import repair
 from pipeline.offline.verify import load
-from test_build import digests
 
 
 def state(root: Path) -> dict[str, tuple[str, int]]:

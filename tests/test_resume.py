@@ -13,7 +13,7 @@ import pytest
 from conftest import LITTLE, ROOT, begun, build, command, digests, until
 from pipeline import manifest
 from pipeline.manifest import DatasetError
-from pipeline.offline import claim
+from pipeline.offline import lock
 
 OTHER_CODECS = """
 import sys
@@ -114,7 +114,7 @@ def test_other_codecs_are_refused(half: tuple[Path, Path], tmp_path: Path, worke
 def test_a_second_build_of_one_dataset_is_refused(
     little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(claim, "PATIENCE", 0.1)  # of a part
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)  # of a part
     root = tmp_path / "dataset"
     first = begun(command(little, root, "--workers", 1))
     until(first, lambda: len(list(root.rglob("*.npz"))) >= 2)

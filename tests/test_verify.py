@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import build, verify
+from conftest import build, digests, verify
 from forgery import ALL, SHARD, Members, members_of, remake, rewrite
 from pipeline.manifest import DatasetError
-from pipeline.offline.build import png
 from pipeline.offline.verify import check, load
-from test_build import digests
 
 
 def assert_one_failure(root: Path, file: str, words: str) -> None:
     failures = check(load(root))
     assert [failure.file for failure in failures] == [file], failures
-    assert words in failures[0].what
+    assert words in failures[0].reason
 
 
 def failing(root: Path, quick: bool = True) -> list[str]:
@@ -279,4 +277,4 @@ def test_statistics(root: Path, name: str, change: Callable[[np.ndarray], np.nda
 def test_dataset_json(root: Path, change: Callable[[dict], object], file: str, words: str):
     remake(root, change)
     failures = check(load(root))
-    assert any(failure.file == file and words in failure.what for failure in failures), failures
+    assert any(failure.file == file and words in failure.reason for failure in failures), failures

@@ -11,9 +11,9 @@ from click.core import ParameterSource
 
 from pipeline.errors import UserError
 from pipeline.manifest import BuildRecipe
-from pipeline.offline import cluster
+from pipeline.offline import executors
 from pipeline.offline.build import Part, Run
-from pipeline.offline.claim import PLAN_FILE
+from pipeline.offline.lock import PLAN_FILE
 from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, location
@@ -140,13 +140,13 @@ run_options = together(
         type=click.Choice(["processes", "ray"]),
         default="processes",
         show_default=True,
-        help="Who builds the shards: processes here, or Ray, on one machine or many (pip install 'penstock[ray]').",
+        help="Who builds the shards: processes here, or Ray, on a cluster (pip install 'penstock[ray]').",
     ),
     click.option(
         "--ray-address",
         metavar="ADDRESS",
         help="HOST:PORT of a Ray cluster's head, or auto: the cluster of this machine. RAW and DATASET then lie where "
-        "each node sees them under the same path.  [default: a Ray of its own on this machine]",
+        "each node sees them under the same path.  [default: RAY_ADDRESS, else auto]",
     ),
     click.option("--part", type=PartType(), help="Build every Nth shard from the Kth on, one job of N; see --merge."),
     click.option("--merge", is_flag=True, help="End a build whose parts are all built."),
@@ -175,7 +175,7 @@ def chosen_run(raw: Location, dataset: Location, asked: Mapping[str, Any]) -> Ru
     given = click.get_current_context().get_parameter_source("workers") is not ParameterSource.DEFAULT
     shared = (raw, dataset / BUILD_FOLDER / PLAN_FILE)
     return partial(
-        cluster.run, address=asked["ray_address"], at_once=asked["workers"] if given else None, shared=shared
+        executors.run_on_ray, address=asked["ray_address"], at_once=asked["workers"] if given else None, shared=shared
     )
 
 

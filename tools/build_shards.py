@@ -13,11 +13,10 @@ from pipeline.cli import Command, Place
 from pipeline.errors import UserError
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, Manifest, parse
-from pipeline.offline.build import SKIPPED_FILE, Run, build, merge_parts, slots
-from pipeline.offline.plan import Plan, make_plan
+from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Run, SkipLimit, build, merge_parts
+from pipeline.offline.plan import Plan, make_plan, slots
 from pipeline.offline.records import BUILD_FOLDER
-from pipeline.offline.retry import is_finished, retry
-from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
+from pipeline.offline.repair import is_finished, retry
 from pipeline.offline.sources import Sources
 from pipeline.storage import Location, is_remote
 from tools.build_options import (

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.manifest import BuildRecipe, ClassRecord
-from pipeline.offline.build import shard_tasks, slots
-from pipeline.offline.plan import make_plan
+from pipeline.offline.build import shard_tasks
+from pipeline.offline.plan import make_plan, slots
 from pipeline.offline.raw import Sources
 from pipeline.offline.table import RawImage
 
