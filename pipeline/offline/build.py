@@ -195,7 +195,7 @@ def merge_split(plan: Plan, root: Location, split: str) -> MergedSplit:
 
     def write_samples(file: HashingFile) -> None:  # shard by shard: the bytes that numpy would write of all at once
         form = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (samples,)}
-        np.lib.format.write_array_header_1_0(file, form)  # type: ignore[arg-type]
+        np.lib.format.write_array_header_1_0(file, form)
         for name in names:
             file.write(load_samples(root, name).astype(SAMPLE).tobytes())
 

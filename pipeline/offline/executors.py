@@ -7,6 +7,7 @@ that its successor writes too. Both write the same bytes, each to a temporary fi
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import re
@@ -86,8 +87,8 @@ def _signals_held() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in received:  # by a thread of a library, which no mask of ours reaches
-            signal.raise_signal(number)
+        for late in received:  # by a thread of a library, which no mask of ours reaches
+            signal.raise_signal(late)
 
 
 def begin_worker() -> None:
@@ -162,7 +163,7 @@ def _connected(address: str | None) -> Iterator[ModuleType]:
             if address != "auto":  # Ray itself would try for many minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"--ray-address {address}: no Ray cluster answers there ({_line(error)}); run this command on a node of "

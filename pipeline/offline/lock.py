@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.files import sweep, write_bytes_aside
 from pipeline.manifest import FILE_NAME
-from pipeline.offline.plan import Plan
+from pipeline.offline.plan import Plan, differences
 from pipeline.offline.records import BUILD_FOLDER
 from pipeline.storage import Location
 
@@ -139,7 +139,7 @@ def _require_equal(before: bytes, now: bytes, root: Location) -> None:
         old, new = _by_words(before), _by_words(now)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise BuildError(f"{root / BUILD_FOLDER / PLAN_FILE}: damaged ({error}); delete {root}; build again") from error
-    differing = [f"{key} {old.get(key)} → {new.get(key)}" for key in {**new, **old} if old.get(key) != new.get(key)]
+    differing = differences(old, new)
     if old["format"] != new["format"]:
         text, remedy = "of another version of Penstock", "end it with that version"
     elif differing or before != now:

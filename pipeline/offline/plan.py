@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,12 @@ class Plan:
                 "images_sha256": digest.hexdigest(),
             }
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two mappings in the user's words, as `quality 95 → 80`."""
+    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    return [f"{key} {before.get(key)} → {now.get(key)}" for key in keys]
 
 
 def slots(plan: Plan) -> list[Slot]:

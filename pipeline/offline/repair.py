@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.image import ImageError, codec_versions, rescaled
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse
 from pipeline.offline import executors
 from pipeline.offline.build import SKIPPED_FILE, merge_split, shard_tasks, summary_files, write_manifest
-from pipeline.offline.plan import Plan, Slot, slots
+from pipeline.offline.plan import Plan, Slot, differences, slots
 from pipeline.offline.records import BUILD_FOLDER, Record, load_samples
 from pipeline.offline.records import load as load_record
 from pipeline.offline.shards import write_shard
@@ -27,11 +28,6 @@ from pipeline.storage import Location
 
 class RepairError(UserError):
     """A dataset directory that RAW cannot mend."""
-
-
-def is_finished(root: Location) -> bool:
-    """Return whether `root` is a dataset directory, and no unfinished build."""
-    return storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER)
 
 
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
@@ -83,6 +79,11 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
     return rebuilt
 
 
+def is_finished(root: Location) -> bool:
+    """Return whether `root` is a dataset directory, and no unfinished build."""
+    return storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER)
+
+
 def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     """Decode the skipped images again; build the shards anew in which one now has a place.
 
@@ -116,8 +117,7 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
     images = {split: len(indices) for split, indices in plan.splits.items()}
     before = {**asdict(dataset.recipe), **dataset.built_with, "raw images": samples}
     now = {**asdict(plan.recipe), **codec_versions(), "raw images": images}
-    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-    differing = [f"{key} {before.get(key)} → {now.get(key)}" for key in keys]
+    differing = differences(before, now)
     if plan.classes != dataset.classes:
         differing.append("the classes")
     if differing:
@@ -177,7 +177,7 @@ def _rebuild_with(
         table, left = np.concatenate(tables), dataset.splits[split].skipped - list(gained.values()).count(split)
         splits[split] = Split(len(table), left, tuple(shards[name] for name in sorted(shards)))
         name = f"{split}/samples.npy"
-        files[name] = FileRecord(**write_aside(aside / name, lambda file, table=table: np.save(file, table)))
+        files[name] = FileRecord(**write_aside(aside / name, partial(np.save, arr=table)))
     before_sums = dataset.statistics()
     total = Sums(before_sums.n, before_sums.sum_image, before_sums.second_moments)
     total.merge(sums)
@@ -223,11 +223,6 @@ def _files(shard: str) -> tuple[str, str]:
 
 
 def _refusal(dataset: Manifest, problem: str) -> RepairError:
-    before, here = dataset.built_with, codec_versions()
-    changed = [
-        f"{name} {before.get(name, 'none')}, here {here.get(name, 'none')}"
-        for name in sorted(here.keys() | before.keys())
-        if here.get(name) != before.get(name)
-    ]
-    reason = f"it was built with {'; '.join(changed)}" if changed else "RAW is not what it was built from"
+    codecs = ", ".join(differences(dataset.built_with, codec_versions()))
+    reason = f"it was built with other codecs ({codecs})" if codecs else "RAW is not what it was built from"
     return RepairError(f"{problem}: {reason}; nothing was changed")

@@ -39,7 +39,6 @@ LEFT_OVER = {
     REPAIR_FOLDER: "left by a repair that was killed; delete it",
     RETRY_FOLDER: "unfinished: build_shards.py --retry-skipped was killed; the same command again ends it",
 }
-MAX_PIXELS, MAX_SCANS = 64 * 10**6, 100  # of a stored picture: as many as a raw one may have
 
 
 class Violation(ValueError):
@@ -73,7 +72,7 @@ class TarContent(NamedTuple):
 
     samples: np.ndarray  # (n,) of SAMPLE, digests 0: they are of the raw images
     keys: list[str]
-    index: bytes
+    idx: bytes  # the DALI index
     sums: Sums | None  # over the decoded pictures; each pixel counts as one picture: sum_image is (1, 1, 3)
 
 
@@ -83,12 +82,6 @@ class ShardCheck(NamedTuple):
     dataset: Manifest  # without splits, and with the shard's own files alone
     shard: ShardRecord
     quick: bool
-
-
-class ShardResult(NamedTuple):
-    shard: ShardRecord
-    failures: Failures
-    content: TarContent | None  # None: the tar is among the failures
 
 
 def load(root: Location) -> Manifest:
@@ -112,17 +105,22 @@ def check(
     """
     failures = Failures(Failure(FILE_NAME, reason) for reason in _manifest_violations(dataset))
     failures += _unlisted(dataset, expected_files(dataset) | {FILE_NAME} | dataset.files.keys())
-    results: dict[str, ShardResult] = {}
-    for result in _check_shards(dataset, quick, workers):
-        results[result.shard.name] = result
+    checks = []
+    for shard in (shard for split in dataset.splits.values() for shard in split.shards):
+        own = {name: dataset.files[name] for name in (shard.name, _index_of(shard.name)) if name in dataset.files}
+        checks.append(ShardCheck(replace(dataset, splits={}, files=own), shard, quick))
+    results: dict[str, tuple[Failures, TarContent | None]] = {}
+    for name, failed, content in executors.run(check_shard, checks, min(workers, len(checks))):
+        results[name] = failed, content
         progress()
     file_of_key: dict[str, str] = {}
     for name, split in dataset.splits.items():
-        checked = [results[shard.name] for shard in split.shards]
-        failures += [failure for result in checked for failure in result.failures]
+        for shard in split.shards:
+            failures += results[shard.name][0]
+        contents = [results[shard.name][1] for shard in split.shards]
         with failures.of(f"{name}/samples.npy"):
-            _check_samples(dataset, name, checked)
-        for shard, _, content in checked:
+            _check_samples(dataset, name, contents)
+        for shard, content in zip(split.shards, contents):
             with failures.of(shard.name):
                 _check_unique(content.keys if content else [], shard.name, file_of_key)
     with failures.of("skipped.jsonl"):
@@ -130,7 +128,7 @@ def check(
     statistics: Statistics | None = None
     with failures.of(STATISTICS_FILE):
         statistics = _check_statistics(dataset)
-        train = [results[shard.name].content for shard in dataset.split("train").shards]
+        train = [results[shard.name][1] for shard in dataset.split("train").shards]
         stored = [content.sums for content in train if content and content.sums]
         if len(stored) == len(train):
             _check_drift(dataset.recipe, statistics, stored)
@@ -182,16 +180,7 @@ def _manifest_violations(dataset: Manifest) -> Iterator[str]:
         yield f"lists {name!a}, which is no part of a dataset directory"
 
 
-def _check_shards(dataset: Manifest, quick: bool, workers: int) -> Iterator[ShardResult]:
-    """Yield each shard's result, in any order."""
-    checks = []
-    for shard in (shard for split in dataset.splits.values() for shard in split.shards):
-        own = {name: dataset.files[name] for name in (shard.name, _index_of(shard.name)) if name in dataset.files}
-        checks.append(ShardCheck(replace(dataset, splits={}, files=own), shard, quick))
-    return executors.run(check_shard, checks, min(workers, len(checks)))
-
-
-def check_shard(task: ShardCheck) -> ShardResult:
+def check_shard(task: ShardCheck) -> tuple[str, Failures, TarContent | None]:
     """Check a shard's tar and its index: each alone, and the index against the tar."""
     dataset, shard, quick = task
     failures = Failures()
@@ -202,9 +191,9 @@ def check_shard(task: ShardCheck) -> ShardResult:
             raise Violation(f"holds {len(tar.samples)} samples, the manifest promises {shard.samples}")
         content = tar
     with failures.of(_index_of(shard.name)), opened(dataset, _index_of(shard.name)) as file:
-        if content and file.read() != content.index:
+        if content and file.read() != content.idx:
             raise Violation("is not the index of its tar")
-    return ShardResult(shard, failures, content)
+    return shard.name, failures, content
 
 
 @contextmanager
@@ -271,7 +260,7 @@ def _stored_pixels(name: str, data: bytes, form: str, size: int, crop: str = "ce
         Violation: it is no such picture.
     """
     try:
-        image = decode(data, max_bytes=len(data), max_pixels=MAX_PIXELS, max_scans=MAX_SCANS)
+        image = decode(data, max_bytes=len(data), max_pixels=64 * 10**6, max_scans=100)  # as many as a raw one may have
     except ImageError as error:
         raise Violation(f"{name}: {error}") from error
     fits = min(image.size) == size if crop == "none" else image.size == (size, size)
@@ -281,12 +270,12 @@ def _stored_pixels(name: str, data: bytes, form: str, size: int, crop: str = "ce
     return np.asarray(image)
 
 
-def _check_samples(dataset: Manifest, split: str, results: list[ShardResult]) -> None:
+def _check_samples(dataset: Manifest, split: str, contents: list[TarContent | None]) -> None:
     """Check samples.npy against those tars that hold."""
     with opened(dataset, f"{split}/samples.npy"):
         samples = dataset.samples(split)
     end = 0
-    for shard, _, content in results:
+    for shard, content in zip(dataset.splits[split].shards, contents):
         start, end = end, end + shard.samples
         if content is None or end > len(samples):
             continue
