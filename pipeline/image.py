@@ -1,52 +1,32 @@
-"""An RGB picture → a smaller one, square or whole → JPEG bytes. Pure functions, shared by the builder and prediction.
+"""Rescales an RGB picture, square or whole, and encodes it as JPEG. Pure functions of the builder and prediction.
 
-What decodes raw pictures stands in pipeline/decoding.py; its names are offered here, too.
+Pixels are (height, width, 4) uint8, C-contiguous, RGBX: X is padding; libjpeg-turbo reads RGBX directly, Pillow keeps
+RGB so, and 4-byte pixels vectorise.
 """
 
 import io
 import math
-from typing import Protocol
 
 import numpy as np
 import simplejpeg
 from PIL import Image, features
 
-from pipeline.decoding import REASONS, ImageError, decode, sharing
-
-__all__ = ["REASONS", "ImageError", "codec_versions", "decode", "encode", "padded", "rescale", "rescaled"]
+from pipeline.decode import ImageError, as_image, decode
+from pipeline.manifest import BuildRecipe
 
 CROPS = ("centre", "none")
 MAX_ASPECT = 16  # of a whole picture: its rescaled longer side is at most so many times the shorter one
 MAX_SIDE = 65_500  # pixels: libjpeg's
 
 
-class Rules(Protocol):
-    """What a build recipe (`manifest.BuildRecipe`) says of raw pictures."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def crop(self) -> str: ...
-    @property
-    def filter(self) -> str: ...
-    @property
-    def exif(self) -> str: ...
-    @property
-    def max_bytes(self) -> int: ...
-    @property
-    def max_pixels(self) -> int: ...
-    @property
-    def max_scans(self) -> int: ...
-
-
-def rescaled(data: bytes, rules: Rules) -> np.ndarray:
-    """A raw picture's bytes → its pixels as a build recipe has them stored: `decode`, then `rescale`.
+def rescaled(data: bytes, recipe: BuildRecipe) -> np.ndarray:
+    """Return the pixels that `recipe` stores of a raw picture, RGBX: `decode`, then `rescale`.
 
     Raises:
         ImageError: with the reason's code.
     """
-    limits = {name: getattr(rules, name) for name in ("max_bytes", "max_pixels", "max_scans", "exif")}
-    return rescale(decode(data, **limits), rules.size, rules.filter, rules.crop)
+    limits = {name: getattr(recipe, name) for name in ("max_bytes", "max_pixels", "max_scans", "exif")}
+    return rescale(decode(data, **limits), recipe.size, recipe.filter, recipe.crop)
 
 
 def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre") -> np.ndarray:
@@ -61,7 +41,7 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     Args:
         image: mode RGB.
     Returns:
-        (size, size, 3) uint8, RGB; (height, width, 3) of a whole picture. Bicubically a view of four channels.
+        (size, size, 4) uint8, RGBX; (height, width, 4) of a whole picture.
     Raises:
         ImageError: too_many_pixels, where a whole picture's longer side would pass `MAX_ASPECT`·size or `MAX_SIDE`.
     """
@@ -78,19 +58,24 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     shape = (kept, size) if wide else (size, kept)
     if kernel == "area" and short > size:
         return _area(image, box, shape)
-    pixels = np.empty((shape[1], shape[0], 4), np.uint8)
-    sharing(pixels).paste(image.resize(shape, Image.Resampling.BICUBIC, box=box))  # the fastest way out of Pillow
-    return pixels[..., :3]
+    return pixels_of(image.resize(shape, Image.Resampling.BICUBIC, box=box))
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """Return a copy of an RGB image's pixels, RGBX."""
+    pixels = np.empty((image.height, image.width, 4), np.uint8)
+    as_image(pixels).paste(image)  # the fastest way out of Pillow
+    return pixels
 
 
 def _area(image: Image.Image, box: tuple[float, float, float, float], shape: tuple[int, int]) -> np.ndarray:
-    """Mean over the area that each pixel of `shape` (width, height) covers of `box`: (height, width, 3) uint8.
+    """Return the mean over the area of `box` that each pixel of `shape` (width, height) covers, RGBX.
 
     Weights are integers and every sum stays below 2⁵³, so that float64 is exact, every machine rounds alike, and the
     picture may come in parts.
     """
     (left, top, right, bottom), (width, height) = box, shape
-    pixels = np.empty((height, width, 3), np.uint8)
+    pixels = np.empty((height, width, 4), np.uint8)
     columns = [_weights(left, right, width, i, image.width) for i in range(0, width, _PART)]
     band = max(1, 2**13 // image.width)  # raw rows; so few that the BLAS starts no threads
     for i in range(0, height, _PART):
@@ -102,7 +87,7 @@ def _area(image: Image.Image, box: tuple[float, float, float, float], shape: tup
             down += weights @ np.asarray(raw).reshape(weights.shape[1], -1).astype(np.float64)
         thin = down.reshape(len(rows), -1, 3)
         both = [across @ thin[:, start : start + across.shape[1]] for start, across in columns]
-        pixels[i : i + _PART] = np.rint(np.concatenate(both, axis=1) / _ONE**2)
+        pixels[i : i + _PART, :, :3] = np.rint(np.concatenate(both, axis=1) / _ONE**2)
     return pixels
 
 
@@ -111,41 +96,32 @@ _PART = 8  # rescaled rows, or columns, at a time: their weights and raw pixels 
 
 
 def _weights(low: float, high: float, size: int, first: int, raw: int) -> tuple[int, np.ndarray]:
-    """How much of each raw pixel lies in the pixels from `first` on, at most `_PART`, of `size` equal parts of
-    [low, high): the first of these raw pixels, and (pixels, raw pixels) float64 integers."""
+    """Return the shares of raw pixels in at most `_PART` rescaled pixels, from the pixel `first` on.
+
+    Args:
+        low, high, size: that part of the raw side is divided into `size` equal pixels.
+        raw: raw pixels of the side.
+    Returns:
+        The first raw pixel with a share; (rescaled pixels, raw pixels) float64 integers.
+    """
     edges = low + (high - low) / size * np.arange(first, min(first + _PART, size) + 1)
     start, stop = int(edges[0]), min(raw, math.ceil(edges[-1]))
     share = (np.arange(start, stop + 1) - edges[:-1, None]) / (edges[1:] - edges[:-1])[:, None]
     return start, np.diff(np.rint(_ONE * np.clip(share, 0.0, 1.0)), axis=1)
 
 
-def padded(pixels: np.ndarray) -> np.ndarray:
-    """(height, width, 3) uint8 → contiguous (height, width, 4): the array that `rescale` shows three of, or a copy.
-
-    What stands in the fourth channel means nothing. Four bytes are how Pillow keeps RGB, and faster to go through.
-    """
-    shape, base = (*pixels.shape[:2], 4), pixels.base
-    if isinstance(base, np.ndarray) and base.shape == shape and base.flags.c_contiguous:
-        first = base[..., :3].__array_interface__
-        if first == pixels.__array_interface__:
-            return base
-    copy = np.zeros(shape, np.uint8)
-    copy[..., :3] = pixels
-    return copy
-
-
 def encode(pixels: np.ndarray, *, quality: int, subsampling: str) -> bytes:
-    """(height, width, 3) uint8 RGB → baseline JPEG, accurate DCT, with no metadata but JFIF's.
+    """Encode RGBX pixels as baseline JPEG, accurate DCT, with no metadata but JFIF's.
 
     `subsampling` is 4:4:4, 4:2:2 or 4:2:0. By Pillow: below quality 96, simplejpeg has the fast DCT only.
     """
     out = io.BytesIO()
-    sharing(padded(pixels)).save(out, "JPEG", quality=quality, subsampling=subsampling)
+    as_image(pixels).save(out, "JPEG", quality=quality, subsampling=subsampling)
     return out.getvalue()
 
 
 def codec_versions() -> dict[str, str]:
-    """Names and versions of what decodes, resamples and encodes: other versions may give other bytes."""
+    """Return the versions of what decodes, resamples and encodes: other versions may give other bytes."""
     names = {"jpeg": "libjpeg_turbo", "png": "zlib", "webp": "webp", "tiff": "libtiff"}
     codecs = {"pillow-simd": Image.__version__, "simplejpeg": simplejpeg.__version__}
     return codecs | {key: str(features.version(name)) for key, name in names.items()}

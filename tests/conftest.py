@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from pipeline import storage
-from pipeline.image import ImageError, decode
+from pipeline.decode import ImageError, decode
 from pipeline.storage import Location
 from s3 import Store
 from tools.build_shards import main as build_shards

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.jpeg import count_scans, decode_plain, read_header
 
 from conftest import LIMITS, picture, reason, saved
 from pipeline.image import REASONS, ImageError, codec_versions, decode, encode, padded, rescale
-from pipeline.jpeg import count_scans, decode_plain, read_header
 from reference import jpeg_pixels, two_step_rescale
 
 

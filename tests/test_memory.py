@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.jpeg import count_scans, read_header
+from pipeline.tags import tag_bytes
 
 from conftest import LIMITS, ROOT, picture, reason, saved
 from pipeline import manifest
 from pipeline.image import decode
-from pipeline.jpeg import count_scans, read_header
-from pipeline.tags import tag_bytes
 from reference import png, png_chunk, tiff_directory
 
 

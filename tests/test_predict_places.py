@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import reason
-from pipeline.image import ImageError, decode
+from pipeline.decode import ImageError, decode
 from predicted import World, failures, lines, picture_bytes, predict, shared_world  # noqa: F401  # a fixture
 from tars import tar_bytes, tree
 

@@ -14,7 +14,7 @@ from pipeline.manifest import BuildRecipe
 from pipeline.offline import executors
 from pipeline.offline.build import Part, Run
 from pipeline.offline.lock import PLAN_FILE
-from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, location
 

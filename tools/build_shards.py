@@ -15,8 +15,8 @@ from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, Manifest, parse
 from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Run, SkipLimit, build, merge_parts
 from pipeline.offline.plan import Plan, make_plan, slots
-from pipeline.offline.records import BUILD_FOLDER
 from pipeline.offline.repair import is_finished, retry
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.sources import Sources
 from pipeline.storage import Location, is_remote
 from tools.build_options import (

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.image import ImageError, encode, rescaled
+from pipeline.decode import ImageError
+from pipeline.image import encode, rescaled
 from pipeline.offline.plan import Plan
 from pipeline.offline.shards import BLOCK
 

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from pipeline.image import ImageError, decode
+from pipeline.decode import ImageError, decode
 from pipeline.manifest import BuildRecipe
 from pipeline.storage import read_ahead
 from trainer.evaluate import probabilities

@@ -21,9 +21,7 @@ from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Ma
 from pipeline.offline import executors
 from pipeline.offline.lock import BuildError, locked
 from pipeline.offline.plan import Plan, Slot, slots
-from pipeline.offline.records import load as load_record
-from pipeline.offline.records import load_samples, record_path
-from pipeline.offline.shards import Outcome, ShardTask, write_shard
+from pipeline.offline.shards import Outcome, ShardTask, load_record, load_samples, record_path, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files import sweep, write_bytes_aside
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.plan import Plan, differences
-from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.storage import Location
 
 PLAN_FILE = "plan.json"

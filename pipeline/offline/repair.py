@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import storage
+from pipeline.decode import ImageError
 from pipeline.errors import UserError
 from pipeline.files import write_aside, write_bytes_aside
-from pipeline.image import ImageError, codec_versions, rescaled
+from pipeline.image import codec_versions, rescaled
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse
 from pipeline.offline import executors
 from pipeline.offline.build import SKIPPED_FILE, merge_split, shard_tasks, summary_files, write_manifest
 from pipeline.offline.plan import Plan, Slot, differences, slots
-from pipeline.offline.records import BUILD_FOLDER, Record, load_samples
-from pipeline.offline.records import load as load_record
-from pipeline.offline.shards import write_shard
+from pipeline.offline.shards import BUILD_FOLDER, Record, load_record, load_samples, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
 from pipeline.storage import Location

@@ -1,29 +1,36 @@
-"""One shard: a deterministic tar and its DALI index, written aside, fsynced, renamed; its record last."""
+"""One shard: a deterministic tar and its DALI index, written aside, fsynced, renamed; its record in .build last."""
 
 import hashlib
+import io
+import json
 import os
+import signal
+import sys
 import tarfile
+import threading
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline import storage
+from pipeline.decode import ImageError
 from pipeline.errors import SourceError, UserError
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
-from pipeline.image import ImageError, codec_versions, encode, rescaled
-from pipeline.manifest import SAMPLE, BuildRecipe
-from pipeline.offline import records
+from pipeline.image import codec_versions, encode, rescaled
+from pipeline.manifest import SAMPLE, BuildRecipe, ShardRecord, canonical_json
 from pipeline.offline.plan import PlannedImage
-from pipeline.offline.records import Record
 from pipeline.offline.statistics import Sums
-from pipeline.offline.watchdog import Watchdog
 from pipeline.storage import Location
 
 BLOCK = 512  # bytes; a tar is made of these
+BUILD_FOLDER = ".build"
+SECONDS = 60.0  # that one image may take
 
 
 @dataclass(frozen=True)
@@ -48,34 +55,45 @@ class Outcome:
     resumed: bool  # done by an earlier run
 
 
+@dataclass(frozen=True)
+class Record:
+    """A finished shard, as the manifest needs it. One whose images were all skipped has no files."""
+
+    name: str  # SPLIT/SPLIT-NNNNNN
+    samples: int
+    skipped: list[dict[str, str]]  # key, source, reason
+    files: dict[str, dict[str, Any]]  # path below the root → bytes, sha256
+    raw: str  # digest of where its raw images lay, and of their sizes
+    raw_bytes: int
+    sums: Sums
+
+    @property
+    def manifest_entry(self) -> ShardRecord | None:
+        """Return the shard's entry in the manifest; None where all its images were skipped."""
+        if not self.files:
+            return None
+        red, green, blue = (int(value) for value in self.sums.sum_image.sum(axis=(0, 1)))
+        moments: Any = tuple(tuple(row) for row in self.sums.second_moments.tolist())
+        tar = f"{self.name}.tar"
+        return ShardRecord(tar, self.samples, self.files[tar]["bytes"], (red, green, blue), moments)
+
+
 def write_shard(task: ShardTask) -> Outcome:
     """Build one shard, unless its record says that it is done already.
 
     A pure function of the task, but for the place where it puts its files. A kill at any moment leaves either the
-    whole shard with its record, or files that the next run overwrites.
+    whole shard with its record, or files that the next run overwrites. An image that takes longer than `SECONDS` ends
+    the process.
 
     Raises:
-        UserError: the codecs here are not those that the build began with; the raw images are not those of the
-            record; a decode takes longer than watchdog.SECONDS.
+        UserError: the codecs here are not those that the build began with; the raw images are not those of the record.
         OSError: as the file system says. In every case nothing of the shard counts as done.
     """
     _require_codecs(task)
-    done = _done(task)
-    record = done or _write(task)
+    finished = _finished(task)
+    record = finished or _write(task)
     reasons = Counter(line["reason"] for line in record.skipped)
-    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, done is not None)
-
-
-def raw_digest(images: tuple[PlannedImage, ...]) -> str:
-    """SHA-256 (hex) of where the raw images lie, and of their sizes; where those are not known, of their files'."""
-    digest = hashlib.sha256()
-    files: dict[str, int] = {}
-    for image in images:
-        raw = image.raw
-        if not raw.size and raw.file not in files:
-            files[raw.file] = storage.stamp(storage.location(raw.file))[0]
-        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size or files[raw.file]}\n"))
-    return digest.hexdigest()
+    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, finished is not None)
 
 
 def _require_codecs(task: ShardTask) -> None:
@@ -90,9 +108,9 @@ def _require_codecs(task: ShardTask) -> None:
         )
 
 
-def _done(task: ShardTask) -> Record | None:
-    """The record of an earlier run, if the shard's files are there."""
-    record = records.load(task.root, task.name)
+def _finished(task: ShardTask) -> Record | None:
+    """Return the record of an earlier run, if the shard's files are there."""
+    record = load_record(task.root, task.name)
     if record is None:
         return None
     for name, file in record.files.items():
@@ -107,56 +125,22 @@ def _done(task: ShardTask) -> Record | None:
     return record
 
 
-class _Shard:
-    """The shard while it is written."""
-
-    def __init__(self, task: ShardTask, out: HashingFile) -> None:
-        self._out, self._recipe = out, task.recipe
-        self._number = int(task.name[-6:])
-        self.sums = Sums.zero(task.recipe.statistics_size)
-        self.skipped: list[dict[str, str]] = []
-        self.samples: list[tuple[int, int, int, int, int, np.ndarray]] = []
-        self.index: list[str] = []
-        self.raw_bytes = 0
-
-    def add(self, image: PlannedImage, data: bytes | None) -> None:
-        """Add an image; `data` is None where it is too large to be read."""
-        recipe = self._recipe
-        try:
-            if data is None:
-                raise ImageError("too_many_bytes")
-            self.raw_bytes += len(data)
-            pixels = rescaled(data, recipe)
-        except ImageError as error:
-            self.skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
-            return
-        self.sums.add(pixels)
-        jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
-        offset = _write_member(self._out, f"{image.key}.jpg", jpeg)
-        line = f"jpg {offset} {len(jpeg)} {image.key}.jpg"
-        if image.label >= 0:
-            label = str(image.label).encode()
-            line += f" cls {_write_member(self._out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
-        self.index.append(line)
-        digest = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
-        self.samples.append((self._number, offset, len(jpeg), image.label, zlib.crc32(jpeg), digest))
+def raw_digest(images: tuple[PlannedImage, ...]) -> str:
+    """SHA-256 (hex) of where the raw images lie, and of their sizes; where those are not known, of their files'."""
+    digest = hashlib.sha256()
+    files: dict[str, int] = {}
+    for image in images:
+        raw = image.raw
+        if not raw.size and raw.file not in files:
+            files[raw.file] = storage.stamp(storage.location(raw.file))[0]
+        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size or files[raw.file]}\n"))
+    return digest.hexdigest()
 
 
 def _write(task: ShardTask) -> Record:
-    written: list[_Shard] = []
-
-    def write_tar(out: HashingFile) -> None:
-        shard = _Shard(task, out)
-        with Watchdog() as watchdog, closing(_read(task)) as images:
-            for image, data in images:
-                with watchdog.over(image.raw.path):
-                    shard.add(image, data)
-        out.write(bytes(2 * BLOCK))
-        written.append(shard)
-
+    shard = _Shard(task)
     tar, idx = f"{task.name}.tar", f"{task.name}.idx"
-    files = {tar: write_aside(task.root / tar, write_tar)}
-    shard = written[0]
+    files = {tar: write_aside(task.root / tar, shard.write_tar)}
     text = f"v1.2 {len(shard.index)}\n" + "".join(line + "\n" for line in shard.index)
     files[idx] = write_bytes_aside(task.root / idx, text.encode())
     if not shard.samples:
@@ -165,12 +149,69 @@ def _write(task: ShardTask) -> Record:
         files = {}
     raw = raw_digest(task.images)
     record = Record(task.name, len(shard.samples), shard.skipped, files, raw, shard.raw_bytes, shard.sums)
-    records.save(task.root, record, np.array(shard.samples, SAMPLE))
+    save_record(task.root, record, np.array(shard.samples, SAMPLE))
     return record
 
 
+class _Shard:
+    """The content of a shard, as far as it is written."""
+
+    def __init__(self, task: ShardTask) -> None:
+        self._task = task
+        self.sums = Sums.zero(task.recipe.statistics_size)
+        self.skipped: list[dict[str, str]] = []
+        self.samples: list[tuple[int, int, int, int, int, np.ndarray]] = []
+        self.index: list[str] = []
+        self.raw_bytes = 0
+        self.current: PlannedImage | None = None  # for the watchdog
+
+    def write_tar(self, out: HashingFile) -> None:
+        ended = threading.Event()
+        threading.Thread(target=_watch, args=(self, ended), daemon=True).start()
+        try:
+            with closing(_read(self._task)) as images:
+                for self.current, data in images:
+                    self._add(self.current, data, out)
+                    self.current = None  # reading has limits of its own
+        finally:
+            ended.set()
+        out.write(bytes(2 * BLOCK))
+
+    def _add(self, image: PlannedImage, data: bytes | None, out: HashingFile) -> None:
+        recipe = self._task.recipe
+        try:
+            if data is None:  # not even read
+                raise ImageError("too_many_bytes")
+            self.raw_bytes += len(data)
+            pixels = rescaled(data, recipe)
+        except ImageError as error:
+            self.skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
+            return
+        self.sums.add(pixels)
+        jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
+        offset = _write_member(out, f"{image.key}.jpg", jpeg)
+        line = f"jpg {offset} {len(jpeg)} {image.key}.jpg"
+        if image.label >= 0:
+            label = str(image.label).encode()
+            line += f" cls {_write_member(out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
+        self.index.append(line)
+        digest = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
+        self.samples.append((int(self._task.name[-6:]), offset, len(jpeg), image.label, zlib.crc32(jpeg), digest))
+
+
+def _write_member(out: HashingFile, name: str, data: bytes) -> int:
+    """Append one regular file to a USTAR archive (mtime, uid, gid 0); return the offset of its data."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    out.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = out.bytes
+    out.write(data)
+    out.write(bytes(-len(data) % BLOCK))
+    return offset
+
+
 def _read(task: ShardTask) -> Generator[tuple[PlannedImage, bytes | None], None, None]:
-    """Each image's raw bytes; None for one that is larger than the limit. Of a store, many are fetched at a time."""
+    """Yield each image and its bytes; None for one that is larger than the limit. A store is read ahead."""
     limit = task.recipe.max_bytes
 
     def read(image: PlannedImage) -> bytes | None:
@@ -181,12 +222,66 @@ def _read(task: ShardTask) -> Generator[tuple[PlannedImage, bytes | None], None,
     return storage.read_ahead(task.images, read, size=lambda image: min(image.raw.size, limit))
 
 
-def _write_member(out: HashingFile, name: str, data: bytes) -> int:
-    """Append one regular file to a USTAR archive (mtime, uid, gid 0); returns the offset of its data."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    out.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = out.bytes
-    out.write(data)
-    out.write(bytes(-len(data) % BLOCK))
-    return offset
+def _watch(shard: _Shard, ended: threading.Event) -> None:
+    """End the process when one image takes longer than `SECONDS`. A time never skips it: times differ between machines.
+
+    This thread counts its looks, and not the time between them, so that a process that was stopped (Ctrl-Z, a suspended
+    job) may go on; faulthandler's timer would end it then, and could not name the image. No decoder that we use keeps
+    threads from running for longer than 0.05 s. In one that did, the kernel's timer of CPU time would end the process.
+    """
+    pause = min(0.5, SECONDS / 4)  # seconds between two looks
+    image, looks = None, 0
+    while not ended.wait(pause):
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
+        looks = looks + 1 if shard.current is image else 0
+        image = shard.current
+        if image and looks * pause > SECONDS:
+            show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
+            message = (
+                f"{show_cursor}Error: {image.raw.path}: still decoding after {SECONDS:g} s, which fails the build (a "
+                "time never skips an image); remove the file, or run the same command again on a faster machine"
+            )
+            print(message, file=sys.stderr, flush=True)
+            os._exit(2)  # a decoder in C hears no exception
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def record_path(root: Location, name: str) -> Location:
+    return root / BUILD_FOLDER / f"{name.partition('/')[2]}.npz"
+
+
+def save_record(root: Location, record: Record, samples: np.ndarray) -> None:
+    """Write a record, with the shard's sample records, (n,) of manifest.SAMPLE."""
+    meta = {key: getattr(record, key) for key in ("name", "samples", "skipped", "files", "raw", "raw_bytes")}
+    small = record.sums.sum_image.max() < 2**32  # 255 · samples_per_shard is, the sum over all pixels is not
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        meta=np.frombuffer(canonical_json(meta), np.uint8),
+        samples=samples,
+        n=record.sums.n,
+        sum_image=record.sums.sum_image.astype(np.uint32 if small else np.int64),
+        second_moments=record.sums.second_moments,
+    )
+    write_bytes_aside(record_path(root, record.name), buffer.getvalue())
+
+
+def load_record(root: Location, name: str) -> Record | None:
+    """Return the record of a shard; None where there is none, or none that can be read: then it is built again."""
+    try:
+        with _open_record(root, name) as arrays:
+            meta = json.loads(arrays["meta"].tobytes())
+            sums = Sums(int(arrays["n"]), arrays["sum_image"].astype(np.int64), arrays["second_moments"])
+            return Record(**meta, sums=sums)
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError):
+        return None
+
+
+def load_samples(root: Location, name: str) -> np.ndarray:
+    """Return the sample records of a shard whose record loads: (n,) of manifest.SAMPLE."""
+    with _open_record(root, name) as arrays:
+        return np.asarray(arrays["samples"])
+
+
+def _open_record(root: Location, name: str) -> Any:
+    return np.load(io.BytesIO(storage.read_bytes(record_path(root, name))), allow_pickle=False)

@@ -4,13 +4,12 @@ import math
 
 import numpy as np
 
-from pipeline.image import padded
 from pipeline.manifest import Statistics
 
 _BLOCK = 256  # pixels: a sum of so many products of grey levels is an integer below 2²⁴, exact in float32
 _CHUNK = 256 * _BLOCK  # pixels that are float32 at a time: a square of 256 × 256
 _RECENT = 257  # images whose grey levels add up in uint16: 257 · 255 = 65535
-_SHIFTS = np.array([[0], [8], [16]], "<u4")  # of red, green and blue in a pixel's word
+_SHIFTS = np.array([[0], [8], [16]], "<u4")  # of red, green and blue in an RGBX pixel, read as one number
 
 
 class Sums:
@@ -41,14 +40,14 @@ class Sums:
         return self._sum_image
 
     def add(self, pixels: np.ndarray) -> None:
-        """Add one image, (size, size, 3) uint8; to sums of size 1, the pixels of (height, width, 3) uint8."""
-        words = padded(pixels).view("<u4").reshape(-1)
+        """Add one image, (size, size, 4) uint8 RGBX; to sums of size 1, the pixels of (height, width, 4)."""
+        words = pixels.view("<u4").reshape(-1)
         if len(self._sum_image) == 1:
             first, second = _moments(words)
             self._sum_image += first
             self.n += len(words)
         else:
-            assert pixels.shape == self._sum_image.shape, pixels.shape
+            assert pixels.shape[:2] == self._sum_image.shape[:2], pixels.shape
             if self._recent is None:
                 self._recent = np.zeros((3, len(words)), np.uint16)
             _, second = _moments(words, self._recent)
@@ -69,34 +68,34 @@ class Sums:
         self.second_moments += other.second_moments
 
     def per_pixel(self) -> "Sums":
-        """The same colours as images of one pixel: a few numbers, whatever the size."""
+        """Return the sums of the same colours as images of one pixel: a few numbers, whatever the size."""
         height, width, _ = self.sum_image.shape
         return Sums(self.n * height * width, self.sum_image.sum(axis=(0, 1), keepdims=True), self.second_moments)
 
 
-def _moments(words: np.ndarray, each: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) uint32 pixels, red in the lowest byte → their exact sums (3,) and sums of x·xᵀ (3, 3), int64.
+def _moments(words: np.ndarray, images: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the exact sums (3,) and sums of x·xᵀ (3, 3), int64, of (n,) uint32 RGBX pixels.
 
     The products are dot products of channels in float32, block by block: faster than matrix products with so few
-    columns. Every pixel is added to `each`, (3, n) uint16, too.
+    columns. Where `images` is given, (3, n) uint16, each pixel is added there, and the sums (3,) stay zero.
     """
     first, second = np.zeros(3, np.int64), np.zeros((3, 3), np.int64)
     for start in range(0, len(words), _CHUNK):
         channels = (words[start : start + _CHUNK] >> _SHIFTS).astype(np.uint8)
-        if each is None:
+        if images is None:
             first += channels.sum(axis=1, dtype=np.int64)
         else:
-            each[:, start : start + _CHUNK] += channels
+            images[:, start : start + _CHUNK] += channels
         levels = channels.astype(np.float32)
-        whole = levels.shape[1] // _BLOCK * _BLOCK
-        red, green, blue = levels[:, :whole].reshape(3, -1, _BLOCK)
+        blocks_end = levels.shape[1] // _BLOCK * _BLOCK
+        red, green, blue = levels[:, :blocks_end].reshape(3, -1, _BLOCK)
         pairs = ((red, red), (green, green), (blue, blue), (red, green), (green, blue), (red, blue))
         products = np.array([np.vecdot(a, b) for a, b in pairs])
         rr, gg, bb, rg, gb, rb = products.sum(axis=1, dtype=np.float64).astype(np.int64)  # integers below 2⁵³: exact
         second += ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb))
-        if whole < levels.shape[1]:
-            rest = channels[:, whole:].astype(np.int64)
-            second += rest @ rest.T
+        if blocks_end < levels.shape[1]:
+            remainder = channels[:, blocks_end:].astype(np.int64)
+            second += remainder @ remainder.T
     return first, second
 
 
@@ -112,9 +111,8 @@ def finish(sums: Sums) -> Statistics:
     pixels = sums.n * sums.sum_image.shape[0] * sums.sum_image.shape[1]
     first = [int(value) for value in sums.sum_image.sum(axis=(0, 1))]
     second = sums.second_moments.tolist()
-    covariance = np.array(
-        [[(pixels * second[i][j] - first[i] * first[j]) / pixels**2 for j in range(3)] for i in range(3)]
-    )
+    centred = [[pixels * second[i][j] - first[i] * first[j] for j in range(3)] for i in range(3)]
+    covariance = np.array([[value / pixels**2 for value in row] for row in centred])
     eigenvalues, eigenvectors = jacobi_eigen(covariance)
     return Statistics(
         n=sums.n,
@@ -129,7 +127,7 @@ def finish(sums: Sums) -> Statistics:
 
 
 def jacobi_eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors of a symmetric 3×3 matrix by a fixed number of Jacobi sweeps in float64.
+    """Compute eigenvalues and eigenvectors of a symmetric 3×3 matrix by a fixed number of Jacobi sweeps in float64.
 
     Only +, −, ×, ÷ and √, which IEEE 754 rounds alike everywhere, in one fixed order: unlike LAPACK, every machine
     gives the same bits. Method: Golub and Van Loan, Matrix Computations, section 8.5.
@@ -148,12 +146,11 @@ def jacobi_eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             t = 1.0 / (tau + root) if tau >= 0.0 else 1.0 / (tau - root)
             c = 1.0 / math.sqrt(1.0 + t * t)
             s = t * c
-            for k in range(3):  # a ← a·J
+            for k in range(3):  # a ← a·J, v ← v·J
                 a[k][p], a[k][q] = c * a[k][p] - s * a[k][q], s * a[k][p] + c * a[k][q]
+                v[k][p], v[k][q] = c * v[k][p] - s * v[k][q], s * v[k][p] + c * v[k][q]
             for k in range(3):  # a ← Jᵀ·a
                 a[p][k], a[q][k] = c * a[p][k] - s * a[q][k], s * a[p][k] + c * a[q][k]
-            for k in range(3):
-                v[k][p], v[k][q] = c * v[k][p] - s * v[k][q], s * v[k][p] + c * v[k][q]
             a[p][q] = a[q][p] = 0.0
     order = sorted(range(3), key=lambda i: -a[i][i])
     vectors = np.array([[v[k][i] for i in order] for k in range(3)])

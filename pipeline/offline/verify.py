@@ -16,7 +16,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pipeline import manifest, storage
-from pipeline.image import REASONS, ImageError, decode
+from pipeline.decode import REASONS, ImageError, decode
+from pipeline.image import pixels_of
 from pipeline.manifest import (
     FILE_NAME,
     INFO_FILE,
@@ -29,7 +30,7 @@ from pipeline.manifest import (
     timm_info,
 )
 from pipeline.offline import executors
-from pipeline.offline.records import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location, StorageError
 
@@ -133,7 +134,7 @@ def check(
         if len(stored) == len(train):
             _check_drift(dataset.recipe, statistics, stored)
     with failures.of("mean.png"), opened(dataset, "mean.png") as file:
-        pixels = _stored_pixels("mean.png", file.read(), "PNG", dataset.recipe.statistics_size)
+        pixels = _stored_pixels("mean.png", file.read(), "PNG", dataset.recipe.statistics_size)[..., :3]
         if statistics and not np.array_equal(pixels, np.rint(statistics.mean_image)):
             raise Violation("is not the rounded mean image")
     if INFO_FILE in dataset.files:  # older data sets have none
@@ -255,7 +256,7 @@ def _stored_pixels(name: str, data: bytes, form: str, size: int, crop: str = "ce
     """Decode a picture of our own, `form` "JPEG" or "PNG".
 
     Returns:
-        (size, size, 3) uint8; where `crop` is "none", the shorter side is `size`.
+        (size, size, 4) uint8, RGBX; where `crop` is "none", the shorter side is `size`.
     Raises:
         Violation: it is no such picture.
     """
@@ -267,7 +268,7 @@ def _stored_pixels(name: str, data: bytes, form: str, size: int, crop: str = "ce
     if image.format != form or not fits:  # an image that was converted to RGB has no format
         actual, longer = f"{image.width}×{image.height} {image.format or 'not RGB'}", " or longer" * (crop == "none")
         raise Violation(f"{name}: {actual}, not an RGB {form} of {size}×{size}{longer}")
-    return np.asarray(image)
+    return pixels_of(image)
 
 
 def _check_samples(dataset: Manifest, split: str, contents: list[TarContent | None]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline import manifest
 from pipeline.cli import Command, shown
+from pipeline.decode import ImageError
 from pipeline.errors import UserError
-from pipeline.image import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.image import REASONS
+from pipeline.decode import REASONS
 
 BESIDE = (  # how the names of files end that lie beside pictures and are none
     *(".cls", ".csv", ".html", ".idx", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet", ".py"),

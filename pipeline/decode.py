@@ -1,0 +1,268 @@
+"""Decodes the bytes of a picture to RGB, or says why it cannot be used: JPEG segments, TIFF tags, limits, Pillow."""
+
+import io
+import logging
+import re
+import struct
+import warnings
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import UserError
+
+# A closed list, so that reasons can be counted and compared between builds.
+REASONS = {
+    "empty": "the file has no bytes",
+    "too_many_bytes": "more bytes than max_bytes, packed or unpacked, or more than that in its metadata",
+    "too_many_pixels": "more pixels than max_pixels, or than its kind can have in the memory of one worker",
+    "too_many_scans": "a JPEG with more scans than max_scans",
+    "unrecognised": "no picture format that we read",
+    "truncated": "the data ends before the picture does",
+    "corrupt": "the decoder rejects the data",
+    "unsupported": "a pixel type that is not converted to RGB (floating point, CIELAB)",
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Pillow's plugins parse with struct, zlib, plain indexing, arithmetic and assertions, and let through what these raise
+# on bad data. MemoryError, RecursionError (a RuntimeError): a length that lies; sound pictures fit into HELD_BYTES.
+_DECODER_ERRORS = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError,
+    RuntimeError, SystemError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+
+# Bytes that a picture may take at its peak, with its file's bytes: a baseline JPEG of 64 million pixels and 26 MiB.
+# The interpreter and its libraries take 60 MB beside it.
+HELD_BYTES = 284_000_000
+# Bytes per pixel, and per byte of the file beside the file, at the peak, as measured: Pillow's picture (4, colour or
+# not) and the RGB one that it is converted to (4); WebP's decoder keeps two canvases and a frame as well (12), TIFF's a
+# strip or tile (8).
+_HELD = {"PNG": (8, 1), "GIF": (8, 1), "BMP": (8, 0), "WEBP": (20, 2), "TIFF": (16, 0)}
+
+_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
+_TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by TIFF's type
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation → Image.Transpose
+_SILENT = logging.NullHandler()
+
+
+class ImageError(UserError):
+    """A picture that cannot be used. `code` is a key of `REASONS`."""
+
+    def __init__(self, code: str) -> None:
+        assert code in REASONS, code
+        super().__init__(f"{code}: {REASONS[code]}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class _Jpeg:
+    """The segments of a JPEG; `header` 0 stands for another format."""
+
+    header: int = 0  # bytes before the first scan's data
+    frame: int = 0  # the SOF marker; 0: none
+    scans: int = 0  # of the first picture in the file
+    coefficients: float = 0.0  # bytes per pixel that libjpeg keeps until the last scan; 0 with one scan
+    tags: tuple[bytes, ...] = ()  # TIFF directories that Pillow parses: Exif, and the index of multi-picture files
+
+
+def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif: str = "ignore") -> Image.Image:
+    """Decode the first frame of a picture in any of `FORMATS`, gzipped or not, whatever its file name says.
+
+    CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. Colour
+    profiles are ignored, and so is the EXIF orientation, as torchvision and the original do, unless `exif` is "apply".
+    Limits are counts, so that the verdict is the same on every machine. Besides those given there is one on memory,
+    `HELD_BYTES`: bytes per pixel of the kind × pixels, and bytes of the file.
+
+    The verdict is Pillow's: it reads the header, and every picture that libjpeg-turbo does not decode without a
+    warning.
+
+    Returns:
+        An image of mode RGB.
+    Raises:
+        ImageError: with the reason's code. No other exception, whatever the bytes.
+    """
+    packed, data = data, _unpacked(data, max_bytes)
+    logging.getLogger("PIL").addHandler(_SILENT)  # else Pillow's complaints appear on the terminal
+    image = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of metadata that we do not read
+            jpeg = _read_jpeg(data, max_scans) if data.startswith(b"\xff\xd8") else _Jpeg()
+            tags = sum(_tag_memory(directory) for directory in jpeg.tags or (data,))
+            if tags > HELD_BYTES // 4:
+                raise ImageError("too_many_bytes")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise ImageError("too_many_pixels")
+            if jpeg.scans > max_scans:
+                raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
+            held = _held(image, data, jpeg) + len(data) + (len(packed) if packed is not data else 0) + tags
+            _check_held(held + (4 * image.width * image.height if exif == "apply" else 0))  # the turned picture
+            rgb = _load(image, data, jpeg, held)
+            return _upright(rgb, image) if exif == "apply" else rgb
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("unrecognised") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels") from error
+    except _DECODER_ERRORS as error:
+        # a header that ends early is no picture that ends early: what it would have said is unknown
+        short = image is not None and (isinstance(error, EOFError) or "truncated" in str(error))
+        raise ImageError("truncated" if short else "corrupt") from error
+
+
+def _unpacked(data: bytes, max_bytes: int) -> bytes:
+    """Return the file, or the content of its gzip member (some of ILSVRC2010's pictures are gzipped); one level."""
+    if not data:
+        raise ImageError("empty")
+    if len(data) > max_bytes:
+        raise ImageError("too_many_bytes")
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)  # 16: gzip's own header and checksum
+    try:
+        data = inflate.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise ImageError("corrupt") from error
+    if len(data) > max_bytes:
+        raise ImageError("too_many_bytes")
+    if not inflate.eof:
+        raise ImageError("truncated")
+    if not data:
+        raise ImageError("empty")
+    return data
+
+
+# The two parsers below read by slices, int.from_bytes and iter_unpack of whole entries, none of which raises anything,
+# whatever offset, length or count a file claims.
+
+
+def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
+    """Walk the segments, as libjpeg does, to the end of the image, or until there are more scans than `max_scans`."""
+    position, header, frame, scans, one_scan, components = 2, 0, 0, 0, False, b""
+    exif, indexes = list[bytes](), list[bytes]()
+    while not one_scan and scans <= max_scans and (match := _MARKER.search(jpeg, position)):
+        marker, position = match.group()[-1], match.end()
+        if marker == 0xD9:  # end of image; what follows is another picture, or no picture
+            break
+        if marker in (0x01, 0xD8):  # TEM and start of image have no length
+            continue
+        body = jpeg[position + 2 : position + int.from_bytes(jpeg[position : position + 2], "big")]
+        position += 2 + len(body)
+        if marker == 0xDA:  # a scan; its data is searched for the next marker
+            scans += 1
+            if (
+                not header
+            ):  # both bodies begin with a number of components; with all of them, libjpeg reads no other scan
+                header, one_scan = position, frame not in (0xC2, 0xC6, 0xCA, 0xCE) and body[:1] == components[:1]
+        elif header:
+            continue  # Pillow reads no metadata behind the first scan's header
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame, components = marker, body[5:]  # a number, then id, sampling factors and table of each
+        elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            exif.append(body[6:])  # Pillow joins them
+        elif marker == 0xE2 and body.startswith(b"MPF\0"):
+            indexes.append(body[4:])
+    factors = [(factor >> 4, factor & 15) for factor in components[2::3]] or [(0, 0)]
+    area = max(1, max(across for across, _ in factors) * max(down for _, down in factors))
+    kept = 2 * sum(across * down for across, down in factors) / area if header and not one_scan else 0.0
+    return _Jpeg(header or len(jpeg), frame, scans, kept, (b"".join(exif), *indexes))
+
+
+def _tag_memory(tiff: bytes) -> int:
+    """Return the bytes that Pillow may hold for the tags of the first directory of `tiff`, a file or Exif.
+
+    0 where it is no TIFF, or damaged: Pillow says what is wrong. The length of the file is no bound: ten thousand tags
+    may point at the same bytes, and each gets a copy of them.
+    """
+    if tiff[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return 0
+    order, big = "<" if tiff[:1] == b"I" else ">", b"+" in tiff[2:4]
+    entry, width = struct.Struct(order + ("2xHQ8x" if big else "2xHI4x")), 8 if big else 2  # width of the count of tags
+    first = _integer(tiff[8:16] if big else tiff[4:8], order) + width
+    count = min(_integer(tiff[first - width : first], order), max(0, len(tiff) - first) // entry.size)
+    memory = 0
+    for kind, length in entry.iter_unpack(memoryview(tiff)[first : first + count * entry.size]):
+        size = length * _TAG_BYTES.get(kind, 0)
+        if size <= len(tiff):  # else it is not kept
+            memory += size if kind in (1, 2, 7) else size * 64  # bytes; numbers become Python objects: generously
+    return memory
+
+
+def _integer(data: bytes, order: str) -> int:
+    return int.from_bytes(data, "little" if order == "<" else "big")
+
+
+def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
+    """Return the bytes held at the peak of decoding, by the format, the mode and the header alone."""
+    pixels = image.width * image.height
+    if jpeg.header:  # the pixels, those of CMYK converted; libjpeg's coefficients; metadata, which Pillow keeps twice
+        return pixels * ((8 if image.mode == "CMYK" else 4) + jpeg.coefficients) + 2 * jpeg.header
+    if image.format == "TIFF":
+        width, height = (int(image.tag_v2.get(tag, 0)) for tag in (322, 323))  # type: ignore[attr-defined]
+        pixels = max(pixels, width * height)  # of a tile
+    texts = data.count(b"zTXt") + data.count(b"iTXt") if image.format == "PNG" else 0  # each at most 4 MiB unpacked
+    per_pixel, per_byte = _HELD[str(image.format)]
+    return pixels * per_pixel + len(data) * per_byte + texts * 2**22 + 24 * image.height  # Pillow's pointers to rows
+
+
+def _check_held(held: float) -> None:
+    if held > HELD_BYTES:
+        raise ImageError("too_many_pixels")
+
+
+def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Image:
+    # the kinds that every libjpeg has: baseline, extended, progressive; accurate DCT, smooth chroma, as Pillow has them
+    if image.mode in ("RGB", "L") and jpeg.frame in (0xC0, 0xC1, 0xC2):
+        with suppress(ValueError):  # a warning is enough: then Pillow has to judge
+            pixels = simplejpeg.decode_jpeg(data, "RGBX", strict=True)
+            if pixels.shape == (image.height, image.width, 4):
+                rgb = as_image(pixels)
+                rgb.format = image.format if image.mode == "RGB" else None  # as Pillow has it after a conversion
+                return rgb
+    if jpeg.header and image.mode == "L":
+        _check_held(held + image.width * image.height)  # a grey picture beside the RGB one
+    image.load()
+    return _to_rgb(image)
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """Return an image of mode RGB in the memory of `pixels`, (height, width, 4) uint8, RGBX: Pillow's own layout."""
+    height, width, _ = pixels.shape
+    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+    image.im.setmode("RGB")
+    return image._new(image.im)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert in bands, so that the intermediate pictures are small."""
+    if image.mode in ("F", "LAB"):
+        raise ImageError("unsupported")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, 2**18 // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_band_to_rgb(band), (0, top))
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        levels = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+    turn = _TURNS.get(source.getexif().get(0x0112, 1))
+    return rgb if turn is None else rgb.transpose(Image.Transpose(turn))
