@@ -83,6 +83,20 @@ def test_webdataset_reads_the_shards(dataset: Path, raw: Path):
         assert np.abs(stored - rescale(Image.open(original), 256)).mean() < 12
 
 
+def test_timm_finds_the_splits(dataset: Path):
+    """As its reader of WebDataset does: name, num_samples, filenames below the root and shard_lengths of a split."""
+    info = json.loads((dataset / "_info.json").read_bytes())
+    built = manifest.load(dataset)
+    assert info["splits"].keys() == built.splits.keys() == {"train", "val"}
+    for name, split in built.splits.items():
+        described = info["splits"][name]
+        assert described["name"] == name
+        assert described["num_samples"] == split.samples == sum(described["shard_lengths"])
+        for file, length in zip(described["filenames"], described["shard_lengths"], strict=True):
+            assert len(list(webdataset.WebDataset(str(dataset / file), shardshuffle=False))) == length
+    assert (dataset / "_info.json").read_bytes() == manifest.canonical_json(info)
+
+
 def test_dali_reads_the_shards_with_our_index(dataset: Path):
     paths = shard_paths(dataset, "train")
 

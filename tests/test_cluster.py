@@ -21,7 +21,7 @@ from pipeline.offline.plan import make_plan
 from pipeline.offline.shards import ShardTask, write_shard
 from pipeline.offline.sources import find_sources
 from raycluster import NEEDS_RAY, Build, add_node, children, dead, recorded, running_head, stopped_while_writing, until  # noqa: F401 – one is a fixture
-from test_build import digests
+
 
 pytestmark = NEEDS_RAY
 

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import SHARDS, build
 from raycluster import NEEDS_RAY, Build, recorded, until
-from test_build import digests
+
 
 pytestmark = NEEDS_RAY
 

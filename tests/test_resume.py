@@ -1,5 +1,6 @@
 """Who may go on with an unfinished build: whoever would give the same bytes, and one at a time."""
 
+import json
 import os
 import shutil
 import signal
@@ -185,6 +186,18 @@ def test_a_damaged_plan_is_named(half: tuple[Path, Path], tmp_path: Path):
     for damaged in ("", "{", "[]", "{}", '{"recipe": 1}'):
         (root / ".build" / "plan.json").write_text(damaged)
         assert "plan.json: damaged" in refusal(half[0], root)
+
+
+def test_a_build_that_an_older_version_began_is_refused(half: tuple[Path, Path], tmp_path: Path):
+    """The state of version 1 had no format number; everything else in it was as it is now."""
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    state = root / ".build" / "plan.json"
+    body = json.loads(state.read_text())
+    assert body.pop("format") == 2
+    assert body.keys() == {"recipe", "codecs", "classes", "images", "images_sha256"}
+    state.write_bytes(manifest.canonical_json(body))
+    error = refusal(half[0], root)
+    assert "holds an unfinished build of another version of Penstock; end it with that version, or delete" in error
 
 
 def test_a_kill_before_the_plan_was_written_is_no_obstacle(
