@@ -146,7 +146,7 @@ def _connected(address: str | None) -> Iterator[ModuleType]:
     if not address or address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     # Ray reads its environment when it is imported. Without the middle two it prints each retry on stdout, between
-    # the lines of --json; the last one is 40 s, which are waited where something answers that is not Ray.
+    # the lines of --json; the last says how often it waits for 40 s where something answers that is not Ray.
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "1",
