@@ -157,8 +157,8 @@ def test_what_a_task_raises_ends_the_run_and_a_lost_worker_does_not(head: Any, t
     assert found["lost"].startswith("task 7: lost 3 times")
     assert found["lost_tries"] == 3
     assert found["bug"] == "KeyError"
-    assert found["missing"].startswith("task 9: could not begin on its node (")
-    assert "No module named 'onlyhere'); every node needs the same environment" in found["missing"]
+    assert found["missing"].startswith("task 9: could not begin on its node; every node needs the same environment")
+    assert "No module named 'onlyhere')" in found["missing"]
     assert "127.0.0.1" in found["missing"]
     assert found["missing"].isprintable()
     assert found["swallowed"] == "raised again"

@@ -1,9 +1,8 @@
 """Run the tasks of a build: in this process, in a pool of processes, or on a Ray cluster.
 
-A Ray cluster needs on every node the same environment, and RAW and DATASET under the same path or in an object store,
-whose credentials are those of the environment in which `ray start` was called. A node may come or go at any time: the
-tasks of one that is lost run again elsewhere. A node that is only cut off may go on for a minute, and write a shard
-that its successor writes too. Both write the same bytes, each to a temporary file of its own, and rename it.
+Nodes of a Ray cluster may come and go: tasks of one that is lost run again elsewhere. One that is only cut off may go
+on for a minute, and write a shard that its successor writes too: the same bytes, aside, and renamed. Credentials of an
+object store are those of the environment in which `ray start` was called.
 """
 
 import ctypes
@@ -199,16 +198,14 @@ def _on_node(function: Callable[[Task], Result], shared: Sequence[Location], tas
 def _result(ray: ModuleType, reference: Any, name: str) -> Any:
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, ray.exceptions.RayError):
-            raise error.cause from error
-        problem, remedy = "could not begin on its node", "every node needs the same environment, with penstock[ray]"
-        raise UserError(f"{name}: {problem} ({_line(error)}); {remedy} in it") from error
     except ray.exceptions.RayError as error:
+        problem = f"lost {1 + RETRIES} times with its worker or node: no memory, or one image that took too long?"
+        if isinstance(error, ray.exceptions.RayTaskError):
+            if not isinstance(error.cause, ray.exceptions.RayError):
+                raise error.cause from error
+            problem = "could not begin on its node; every node needs the same environment, with penstock[ray] in it"
         raise UserError(
-            f"{name}: lost {1 + RETRIES} times with the worker or the node that ran it, perhaps for lack of memory, or "
-            f"because one image took too long ({type(error).__name__}: {_line(error)}); what is finished stays, and "
-            "the same command goes on"
+            f"{name}: {problem} ({_line(error)}); what is finished stays, the same command goes on"
         ) from error
 
 
