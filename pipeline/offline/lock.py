@@ -5,7 +5,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,27 +38,24 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
     Raises:
         BuildError: one line on what is in the way, or that the disk is full.
     """
-    with (_locked_locally if isinstance(root, Path) else _locked_remotely)(plan, root, alone):
+    _require_free(root)
+    fingerprint = plan.fingerprint()
+    with _file_lock(plan, root, alone) if isinstance(root, Path) else nullcontext():
+        _require_equal(_put_plan(root, fingerprint), fingerprint, root)
+        if alone and not isinstance(root, Path):
+            sweep(root)  # uploads without an end are invisible, and are paid for
         yield storage.exists(root / FILE_NAME)
         if storage.exists(root / FILE_NAME):
             _remove_state(root / BUILD_FOLDER)
 
 
 @contextmanager
-def _locked_locally(plan: Plan, root: Path, alone: bool) -> Iterator[None]:
-    folder = root / BUILD_FOLDER
-    _require_free(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+def _file_lock(plan: Plan, root: Path, alone: bool) -> Iterator[None]:
+    (root / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
+    with open(root / BUILD_FOLDER / "lock", "w") as lock:
         _acquire(lock, root, alone)
         _require_free(root)  # again: a build that ended since then took its lock file with it
-        fingerprint = plan.fingerprint()
         try:
-            with open(folder / "beginning", "w") as beginning:
-                fcntl.flock(beginning, fcntl.LOCK_EX)  # of parts that begin at the same moment, one writes the plan
-                if not (folder / PLAN_FILE).exists():
-                    write_bytes_aside(folder / PLAN_FILE, fingerprint)
-            _require_equal((folder / PLAN_FILE).read_bytes(), fingerprint, root)
             _sweep_if_alone(lock, plan, root)
             _acquire(lock, root, alone)
             yield
@@ -71,14 +68,16 @@ def _locked_locally(plan: Plan, root: Path, alone: bool) -> Iterator[None]:
             _sweep_if_alone(lock, plan, root)
 
 
-@contextmanager
-def _locked_remotely(plan: Plan, root: Location, alone: bool) -> Iterator[None]:
-    _require_free(root)
-    fingerprint = plan.fingerprint()
-    _require_equal(storage.put_if_absent(root / BUILD_FOLDER / PLAN_FILE, fingerprint), fingerprint, root)
-    if alone:
-        sweep(root)  # uploads without an end are invisible, and are paid for
-    yield
+def _put_plan(root: Location, fingerprint: bytes) -> bytes:
+    """Write the plan unless another process has done so; return the plan that is there."""
+    state = root / BUILD_FOLDER / PLAN_FILE
+    if not isinstance(state, Path):
+        return storage.put_if_absent(state, fingerprint)
+    with open(state.with_name("beginning"), "w") as beginning:
+        fcntl.flock(beginning, fcntl.LOCK_EX)  # of parts that begin at the same moment, one writes the plan
+        if not state.exists():
+            write_bytes_aside(state, fingerprint)
+    return state.read_bytes()
 
 
 def _require_free(root: Location) -> None:
