@@ -1,5 +1,6 @@
 """Decodes the bytes of a picture to RGB, or says why it cannot be used: JPEG segments, TIFF tags, limits, Pillow."""
 
+import ctypes
 import io
 import logging
 import re
@@ -8,6 +9,8 @@ import warnings
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -46,7 +49,6 @@ _HELD = {"PNG": (8, 1), "GIF": (8, 1), "BMP": (8, 0), "WEBP": (20, 2), "TIFF": (
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by TIFF's type
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation → Image.Transpose
-_SILENT = logging.NullHandler()
 
 
 class ImageError(UserError):
@@ -77,8 +79,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
     Limits are counts, so that the verdict is the same on every machine. Besides those given there is one on memory,
     `HELD_BYTES`: bytes per pixel of the kind × pixels, and bytes of the file.
 
-    The verdict is Pillow's: it reads the header, and every picture that libjpeg-turbo does not decode without a
-    warning.
+    The verdict is Pillow's: it reads the header, and each picture that libjpeg-turbo does not decode without a warning.
 
     Returns:
         An image of mode RGB.
@@ -86,7 +87,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
         ImageError: with the reason's code. No other exception, whatever the bytes.
     """
     packed, data = data, _unpacked(data, max_bytes)
-    logging.getLogger("PIL").addHandler(_SILENT)  # else Pillow's complaints appear on the terminal
+    _silence_libraries()
     image = None
     try:
         with warnings.catch_warnings():
@@ -101,7 +102,8 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             if jpeg.scans > max_scans:
                 raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
             held = _held(image, data, jpeg) + len(data) + (len(packed) if packed is not data else 0) + tags
-            _check_held(held + (4 * image.width * image.height if exif == "apply" else 0))  # the turned picture
+            if held + (4 * image.width * image.height if exif == "apply" else 0) > HELD_BYTES:  # the turned picture
+                raise ImageError("too_many_pixels")
             rgb = _load(image, data, jpeg, held)
             return _upright(rgb, image) if exif == "apply" else rgb
     except ImageError:
@@ -114,6 +116,16 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
         # a header that ends early is no picture that ends early: what it would have said is unknown
         short = image is not None and (isinstance(error, EOFError) or "truncated" in str(error))
         raise ImageError("truncated" if short else "corrupt") from error
+
+
+@cache
+def _silence_libraries() -> None:
+    """Keep what Pillow and libtiff have to say about a file off the terminal: a reason is enough."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    symbols = ctypes.CDLL(Image.core.__file__)  # its own, and those of the libraries that it is linked with
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(symbols, name):
+            getattr(symbols, name)(None)
 
 
 def _unpacked(data: bytes, max_bytes: int) -> bytes:
@@ -156,9 +168,7 @@ def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
         position += 2 + len(body)
         if marker == 0xDA:  # a scan; its data is searched for the next marker
             scans += 1
-            if (
-                not header
-            ):  # both bodies begin with a number of components; with all of them, libjpeg reads no other scan
+            if not header:  # with as many components as the frame, libjpeg reads no other scan of a sequential JPEG
                 header, one_scan = position, frame not in (0xC2, 0xC6, 0xCA, 0xCE) and body[:1] == components[:1]
         elif header:
             continue  # Pillow reads no metadata behind the first scan's header
@@ -182,20 +192,17 @@ def _tag_memory(tiff: bytes) -> int:
     """
     if tiff[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return 0
-    order, big = "<" if tiff[:1] == b"I" else ">", b"+" in tiff[2:4]
-    entry, width = struct.Struct(order + ("2xHQ8x" if big else "2xHI4x")), 8 if big else 2  # width of the count of tags
-    first = _integer(tiff[8:16] if big else tiff[4:8], order) + width
-    count = min(_integer(tiff[first - width : first], order), max(0, len(tiff) - first) // entry.size)
+    order: Literal["little", "big"] = "little" if tiff[:1] == b"I" else "big"
+    form, offset, width = ("2xHQ8x", tiff[8:16], 8) if b"+" in tiff[2:4] else ("2xHI4x", tiff[4:8], 2)
+    entry = struct.Struct(("<" if order == "little" else ">") + form)
+    first = int.from_bytes(offset, order) + width  # that many bytes hold the number of tags
+    count = min(int.from_bytes(tiff[first - width : first], order), max(0, len(tiff) - first) // entry.size)
     memory = 0
     for kind, length in entry.iter_unpack(memoryview(tiff)[first : first + count * entry.size]):
         size = length * _TAG_BYTES.get(kind, 0)
         if size <= len(tiff):  # else it is not kept
             memory += size if kind in (1, 2, 7) else size * 64  # bytes; numbers become Python objects: generously
     return memory
-
-
-def _integer(data: bytes, order: str) -> int:
-    return int.from_bytes(data, "little" if order == "<" else "big")
 
 
 def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
@@ -211,11 +218,6 @@ def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
     return pixels * per_pixel + len(data) * per_byte + texts * 2**22 + 24 * image.height  # Pillow's pointers to rows
 
 
-def _check_held(held: float) -> None:
-    if held > HELD_BYTES:
-        raise ImageError("too_many_pixels")
-
-
 def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Image:
     # the kinds that every libjpeg has: baseline, extended, progressive; accurate DCT, smooth chroma, as Pillow has them
     if image.mode in ("RGB", "L") and jpeg.frame in (0xC0, 0xC1, 0xC2):
@@ -225,8 +227,8 @@ def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Im
                 rgb = as_image(pixels)
                 rgb.format = image.format if image.mode == "RGB" else None  # as Pillow has it after a conversion
                 return rgb
-    if jpeg.header and image.mode == "L":
-        _check_held(held + image.width * image.height)  # a grey picture beside the RGB one
+    if jpeg.header and image.mode == "L" and held + image.width * image.height > HELD_BYTES:
+        raise ImageError("too_many_pixels")  # a grey picture beside the RGB one
     image.load()
     return _to_rgb(image)
 

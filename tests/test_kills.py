@@ -12,6 +12,7 @@ import pytest
 
 from conftest import LITTLE, begun, build, command, digests, finish, gone, members, until
 
+pytestmark = pytest.mark.proof
 MERGED = ("train/samples.npy*", "val/samples.npy*", "statistics.npz*", "mean.png*", "skipped.jsonl*", "dataset.json*")
 
 
@@ -43,7 +44,7 @@ def wait_for_a_moment(process: subprocess.Popen[str], root: Path, moments: rando
 
 
 def kill_often(kills: int, folder: Path, raw: Path, whole: dict[str, str], moments: random.Random) -> int:
-    """Kill so many running builds; returns how many datasets became whole."""
+    """Kill so many running builds; return the number of datasets that were finished."""
     root, datasets = folder / "0", 0
     while kills or root.exists():
         whole_before = (root / "dataset.json").exists()
@@ -68,12 +69,7 @@ def kill_often(kills: int, folder: Path, raw: Path, whole: dict[str, str], momen
 
 
 def test_a_build_that_is_killed_goes_on_to_the_same_bytes(little: Path, little_dataset: dict[str, str], tmp_path: Path):
-    assert kill_often(5, tmp_path, little, little_dataset, random.Random(1)) >= 1
-
-
-@pytest.mark.slow
-def test_sixty_kills(little: Path, little_dataset: dict[str, str], tmp_path: Path):
-    assert kill_often(60, tmp_path, little, little_dataset, random.Random(2)) >= 3  # 1, 2 and 8 workers
+    assert kill_often(15, tmp_path, little, little_dataset, random.Random(2)) >= 1
 
 
 def test_a_parent_that_is_killed_takes_its_workers_along(little: Path, little_dataset: dict[str, str], tmp_path: Path):

@@ -98,13 +98,11 @@ def write_shard(task: ShardTask) -> Outcome:
 
 def _require_codecs(task: ShardTask) -> None:
     here = codec_versions()
-    if wrong := [name for name in sorted(here.keys() | task.codecs.keys()) if here.get(name) != task.codecs.get(name)]:
-        differing = "; ".join(
-            f"{name} {task.codecs.get(name, 'none')}, here {here.get(name, 'none')}" for name in wrong
-        )
+    pairs = {name: (task.codecs.get(name, "none"), here.get(name, "none")) for name in here.keys() | task.codecs.keys()}
+    if wrong := [f"{name} {began}, here {now}" for name, (began, now) in sorted(pairs.items()) if began != now]:
         raise UserError(
-            f"{task.name}: a worker on {os.uname().nodename} has other codecs than the build began with ({differing}); "
-            "install the same environment there"
+            f"{task.name}: a worker on {os.uname().nodename} has other codecs than the build began with "
+            f"({'; '.join(wrong)}); install the same environment there"
         )
 
 
@@ -126,7 +124,7 @@ def _finished(task: ShardTask) -> Record | None:
 
 
 def raw_digest(images: tuple[PlannedImage, ...]) -> str:
-    """SHA-256 (hex) of where the raw images lie, and of their sizes; where those are not known, of their files'."""
+    """Return a SHA-256 (hex) over the positions and sizes of raw images; over their files' sizes where unknown."""
     digest = hashlib.sha256()
     files: dict[str, int] = {}
     for image in images:
@@ -167,6 +165,7 @@ class _Shard:
 
     def write_tar(self, out: HashingFile) -> None:
         ended = threading.Event()
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # `_watch` puts it back, as long as it can run
         threading.Thread(target=_watch, args=(self, ended), daemon=True).start()
         try:
             with closing(_read(self._task)) as images:
