@@ -1,19 +1,20 @@
 # The commands of the README. Each target sets up .venv first, if that is not done already.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test slow gpu lint docker clean
+.PHONY: help setup demo test proof slow gpu lint docker clean
 
 help:
 	@echo 'make demo               raw pictures -> shards -> training -> evaluation -> a page (about 3 minutes)'
 	@echo 'make demo RAW=DIR       the same on at most 5,000 of your pictures (LIMIT=N for more)'
-	@echo 'make test               the tests        make slow   the long proofs'
+	@echo 'make test               the tests        make proof  kills, clusters, servers, full disks'
+	@echo 'make slow               the long proofs, hours on a small machine'
 	@echo 'make gpu                the tests that need a CUDA device, and its speed (skipped without one)'
 	@echo 'make lint               ruff and mypy    make setup  only set up .venv'
 	@echo 'make docker             builds and tries the image without a Docker engine (root, Debian)'
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt tools/setup.sh
+.venv/ready: pyproject.toml setup.py constraints.txt tools/setup.sh
 	@bash tools/setup.sh
 
 demo: setup
@@ -21,6 +22,9 @@ demo: setup
 
 test: setup
 	@$(PY) -m pytest -q
+
+proof: setup
+	@$(PY) -m pytest -q -m 'proof and not slow'
 
 slow: setup
 	@$(PY) -m pytest -q -m slow
@@ -30,7 +34,7 @@ gpu: setup
 	@$(PY) tools/gpu.py
 
 lint: setup
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy pipeline trainer tools penstock penstock_imagenet.py setup.py
 
 docker:
 	@bash docker/prove.sh

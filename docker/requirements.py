@@ -1,4 +1,4 @@
-"""What an image of docker/Dockerfile installs of pyproject.toml, a requirement a line: `build` or `train`."""
+"""Print the requirements of pyproject.toml that an image of docker/Dockerfile installs: `build` or `train`."""
 
 import re
 import sys
@@ -12,13 +12,13 @@ TRAINER_ONLY = {"torch", "nvidia-dali-cuda130", "webdataset", "safetensors", "te
 
 
 def requirements(project: Path, target: str) -> list[str]:
-    """Those of pyproject.toml and of the target's extras. Raises ValueError where `target` is not build or train."""
+    """Return the project's and the target's extras' requirements. Raises ValueError where `target` is unknown."""
     if target not in ("build", "train"):
         raise ValueError(f"{target}: not a target; name build or train")
-    found = tomllib.loads(project.read_text())["project"]
-    needed = [name for name in found["dependencies"] if target == "train" or _name(name) not in TRAINER_ONLY]
+    table = tomllib.loads(project.read_text())["project"]
+    needed = [name for name in table["dependencies"] if target == "train" or _name(name) not in TRAINER_ONLY]
     extras = TRAIN_EXTRAS if target == "train" else BUILD_EXTRAS
-    return needed + [name for extra in extras for name in found["optional-dependencies"][extra]]
+    return needed + [name for extra in extras for name in table["optional-dependencies"][extra]]
 
 
 def _name(requirement: str) -> str:

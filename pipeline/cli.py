@@ -1,25 +1,24 @@
-"""How every command of ours ends before its time: one line on stderr and an exit code, no traceback."""
+"""click command that turns user errors, OS errors and signals into one line and an exit code; what commands print."""
 
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import click
 
-from pipeline.errors import UserError
-from pipeline.storage import Location, location, volumes
+from pipeline import UserError, volumes
+from pipeline.storage import Location, location
 
 
 class Command(click.Command):
-    """A click command that reports mistakes, the operating system's errors (a full disk) and signals in one line.
-
-    Exit codes: 2 for what the user can mend, 130 after Ctrl-C and 143 after SIGTERM, as shells have it. `interrupted`
-    tells the user what an interruption leaves.
-    """
+    """A click command with one-line errors; its exit code is then 2, after Ctrl-C 130, and after SIGTERM 143."""
 
     def __init__(self, *args: Any, interrupted: str = "", **options: Any) -> None:
+        """`interrupted` tells the user what an interruption leaves."""
         super().__init__(*args, **options)
         self._interrupted = f"; {interrupted}" if interrupted else ""
 
@@ -31,14 +30,14 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            notes = getattr(error, "__notes__", [])
-            raise _Failure("; ".join([str(error), *notes]), error.exit_code) from error
+            raise _Failure("; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code) from error
         except BrokenPipeError:
-            raise _nobody_listens() from None
+            discard_stdout()
+            raise SystemExit(128 + signal.SIGPIPE) from None
         except OSError as error:
             if error.strerror is None:
                 raise
-            raise _Failure(volumes.explained(error)) from error
+            raise _Failure(volumes.explained(error), UserError.exit_code) from error
         except _Terminated as error:
             raise _Failure(f"terminated{self._interrupted}", 128 + signal.SIGTERM) from error
         except KeyboardInterrupt as error:
@@ -61,30 +60,49 @@ class Place(click.ParamType):
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception: what is open is closed, and temporary files are deleted."""
+    """SIGTERM as an exception, so that open files are closed and temporary files deleted."""
+
+
+class _Failure(click.ClickException):
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(printable(message))
+        self.exit_code = exit_code  # type: ignore[misc]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise the signal as an exception, once: impatience must not interrupt the deletion of temporary files."""
+    """Raise the signal as an exception, once: a second Ctrl-C must not interrupt the deletion of temporary files."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
 
-def _nobody_listens() -> SystemExit:
-    """How a command ends whose output was closed (`| head`): quietly."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # for what is still in the buffer
-    os.close(nowhere)
-    return SystemExit(128 + signal.SIGPIPE)
+def discard_stdout() -> None:
+    """Send what is still printed to nowhere, once the reader of stdout has gone (`| head`)."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.close(descriptor)
 
 
-def shown(text: str) -> str:
-    """What a terminal may show: control characters, and bytes that are no UTF-8, are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def printable(text: str, limit: int = 0) -> str:
+    """Return text that a terminal may show, cut to `limit` characters (0: all): control characters are escaped."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return plain if not limit or len(plain) <= limit else plain[: limit - 3] + "..."
 
 
-class _Failure(click.ClickException):
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(shown(message))
-        self.exit_code = exit_code  # type: ignore[misc]
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function (task, done, total) that draws a bar for each task if stderr is a terminal, else nothing."""
+    from rich.console import Console  # here, for who wants only `printable`
+    from rich.markup import escape
+    from rich.progress import Progress, TaskID
+
+    tasks: dict[str, TaskID] = {}
+    # not rich's own opinion: FORCE_COLOR, which CI services set, makes a pipe a terminal in its eyes
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+
+        def show(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bars.add_task(escape(task), total=total)
+            bars.update(tasks[task], completed=done, total=total)
+
+        yield show

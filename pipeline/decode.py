@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 # A closed list, so that reasons can be counted and compared between builds.
 REASONS = {

@@ -1,4 +1,4 @@
-"""How our files appear: whole or not at all."""
+"""Files written whole or not at all: a temporary name, fsync, rename; for an object store one upload."""
 
 import errno
 import hashlib
@@ -7,24 +7,22 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from pipeline.errors import UserError
-from pipeline.storage import Location, objects, volumes
+from pipeline import UserError, storage, volumes
+from pipeline.storage import Location
 
-ASIDE = ".tmp"  # how the name of a file that is not yet whole ends
+ASIDE = ".tmp"  # ends the name of a file that is not yet whole
 
 
 class HashingFile:
-    """A binary file to write to, that counts and hashes what it is given."""
+    """A binary file to write to, which counts and hashes the bytes."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.bytes = 0
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Of a memoryview, the elements are bytes."""
+        """Write bytes; the elements of a memoryview must be bytes."""
         self._file.write(data)
         self._digest.update(data)
         self.bytes += len(data)
@@ -34,20 +32,14 @@ class HashingFile:
 
 
 def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
-    """Let `write` fill a temporary file; fsync it, rename it to `path`, fsync the folder.
+    """Let `write` fill a temporary file, fsync it, and rename it to `path`; return its {"bytes": …, "sha256": hex}.
 
-    Several may write one path at a time: each has a temporary file of its own, and the last to end wins. For a remote
-    path the temporary file is a local one, in TMPDIR, which is uploaded.
-
-    Returns:
-        {"bytes": its size, "sha256": hex}.
-    Raises:
-        UserError: `path` is in a container of ours and on no volume.
-        Whatever `write`, the file system or the store raises; then nothing of the file stays, and an older `path` is
-        untouched.
+    Several may write one path at a time: each has its own temporary file, and the last to end wins. For a remote path
+    that file lies in TMPDIR, and is uploaded. On any error nothing of the file stays, and an older one is untouched.
+    Raises UserError: `path` is in our container and on no volume; and what `write`, the system or the store raises.
     """
-    if not isinstance(path, Path):
-        return _write_remote(str(path), write)
+    if storage.is_remote(path):
+        return _write_remote(path, write)
     volumes.require_kept(path)
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ASIDE}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +51,7 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
             os.fsync(file.fileno())
         os.rename(aside, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         aside.unlink(missing_ok=True)
@@ -67,61 +59,49 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
     return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
 
 
-def require_writable(folder: Path) -> None:
-    """Meet now what would keep files from being written to `folder`, which may not be there yet.
+def _write_remote(path: Location, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
+    try:
+        with tempfile.NamedTemporaryFile(prefix="penstock-", suffix=ASIDE) as file:
+            hashing = HashingFile(file)
+            write(hashing)
+            file.flush()
+            storage.upload(Path(file.name), path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = f"{tempfile.gettempdir()}: {error.strerror}, for a file on its way to {path}"
+        raise UserError(f"{full}; make room, or set TMPDIR") from error
+    return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
 
-    Raises:
-        UserError: it is in a container of ours and on no volume.
-        OSError: the operating system's refusal.
-    """
+
+def write_bytes_aside(path: Location, data: bytes) -> dict[str, Any]:
+    """Write bytes by `write_aside`."""
+    return write_aside(path, lambda file: file.write(data))
+
+
+def require_writable(folder: Path) -> None:
+    """Raise what would keep files from being written to `folder`, which need not exist yet: UserError or OSError."""
     volumes.require_kept(folder)
-    above = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if above.is_dir():
         with tempfile.TemporaryFile(dir=above):
             pass
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync: the names in it are as they are now, even after a loss of power."""
-    number = os.open(folder, os.O_RDONLY)
+    """Flush a folder to disk, so that the names in it survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
-
-
-def _write_remote(url: str, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
-    try:
-        with tempfile.NamedTemporaryFile(prefix="penstock-", suffix=ASIDE) as file:
-            hashing = HashingFile(file)  # type: ignore[arg-type]
-            write(hashing)
-            file.flush()
-            objects.upload(Path(file.name), url)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{tempfile.gettempdir()}: {error.strerror}, for a file on its way to {url}; make room, or set TMPDIR"
-        ) from error
-    return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
-
-
-def write_bytes_aside(path: Location, data: bytes) -> dict[str, Any]:
-    """`write_aside` of bytes at hand."""
-    return write_aside(path, lambda file: file.write(data))
+        os.close(descriptor)
 
 
 def sweep(folder: Location) -> int:
-    """Delete what writers that were killed left in `folder`, not below it; remotely, below it too.
-
-    Only for whoever knows that nobody writes there now.
-
-    Returns:
-        How many temporary files, or uploads without an end, there were.
-    """
-    if not isinstance(folder, Path):
-        return objects.abandon_uploads(str(folder))
-    found = [path for path in folder.glob(f"*{ASIDE}") if path.is_file()]
-    for path in found:
+    """Delete what killed writers left in `folder` (remotely, below it too) while nobody writes; return how many."""
+    if storage.is_remote(folder):
+        return storage.abandon_uploads(folder)
+    asides = [path for path in folder.glob(f"*{ASIDE}") if path.is_file()]
+    for path in asides:
         path.unlink(missing_ok=True)
-    return len(found)
+    return len(asides)

@@ -1,18 +1,17 @@
-"""The contract: what a dataset directory holds, and how its manifest is loaded, saved and validated."""
+"""The contract: the content of a dataset directory, and its manifest, loaded, saved and validated."""
 
 import hashlib
 import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.storage import Location, volumes
+from pipeline import UserError, storage, volumes
+from pipeline.storage import Location
 
 FORMAT = 1
 FILE_NAME = "dataset.json"
@@ -22,16 +21,8 @@ IDENTITY_KEYS = ("format", "recipe", "classes", "splits", "statistics")
 
 # One line of samples.npy, 40 bytes. offset and size (bytes) locate the JPEG inside the shard; label −1: none;
 # crc32 is that of the stored JPEG; digest is the first half of the raw image's SHA-256.
-SAMPLE = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("offset", "<u8"),
-        ("size", "<u4"),
-        ("label", "<i4"),
-        ("crc32", "<u4"),
-        ("digest", "u1", (16,)),
-    ]
-)
+NAMES, FORMATS = ["shard", "offset", "size", "label", "crc32", "digest"], ["<u4", "<u8", "<u4", "<i4", "<u4", "16u1"]
+SAMPLE = np.dtype({"names": NAMES, "formats": FORMATS})
 
 
 class DatasetError(UserError):
@@ -40,25 +31,28 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class BuildRecipe:
-    """The options that determine the bytes of a dataset directory (together with the raw images and the codecs)."""
+    """The options that determine the bytes of a dataset directory (together with the raw images and the codecs).
 
-    size: int = 256  # pixels: the stored images are size × size, or have this shorter side
-    crop: str = "centre"  # the square, or "none": the whole picture
-    filter: str = "bicubic"  # antialiased
-    quality: int = 95  # JPEG, libjpeg's scale
-    subsampling: str = "4:2:0"
-    exif: str = "ignore"  # the orientation tag, as torchvision and the original do
-    seed: int = 2012  # order of the training split
-    samples_per_shard: int = 4096
-    holdout: float = 0.1  # share of the training images that becomes the validation split where the raw data has none
-    limit: int = 0  # use at most this many raw images (0: all)
+    The fields' metadata hold the permitted values: "choices", or "bounds", least and greatest (None: no bound).
+    """
+
+    size: int = field(default=256, metadata={"bounds": (16, 1024)})  # pixels of the square's, or the shorter, side
+    crop: str = field(default="centre", metadata={"choices": ("centre", "none")})  # the square, or the whole picture
+    filter: str = field(default="bicubic", metadata={"choices": ("bicubic", "area")})  # antialiased
+    quality: int = field(default=95, metadata={"bounds": (1, 100)})  # JPEG, libjpeg's scale
+    subsampling: str = field(default="4:2:0", metadata={"choices": ("4:2:0", "4:2:2", "4:4:4")})
+    exif: str = field(default="ignore", metadata={"choices": ("ignore", "apply")})  # the tag: ignored as by torchvision
+    seed: int = field(default=2012, metadata={"bounds": (0, None)})  # order of the training split
+    samples_per_shard: int = field(default=4096, metadata={"bounds": (1, 65536)})
+    holdout: float = field(default=0.1, metadata={"bounds": (0, 0.5)})  # of the training images, if RAW lacks "val"
+    limit: int = field(default=0, metadata={"bounds": (0, None)})  # use at most this many raw images (0: all)
     max_bytes: int = 64 * 2**20  # a raw image with more bytes, pixels or JPEG scans is skipped
     max_pixels: int = 64 * 10**6
     max_scans: int = 100
 
     @property
     def statistics_size(self) -> int:
-        """Pixels of a side of the mean image; 1 for whole pictures, each pixel of which counts as a picture."""
+        """Return the side of the mean image in pixels; 1 for whole pictures, whose pixels count as pictures."""
         return self.size if self.crop == "centre" else 1
 
 
@@ -110,14 +104,9 @@ class Statistics:
     eigenvectors: np.ndarray  # (3, 3) float64, one per column, largest component positive
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest repeats of the statistics: everything but the images."""
-        return {
-            "n": self.n,
-            "mean_color": self.mean_color.tolist(),
-            "covariance": self.covariance.tolist(),
-            "eigenvalues": self.eigenvalues.tolist(),
-            "eigenvectors": self.eigenvectors.tolist(),
-        }
+        """Return what the manifest repeats of the statistics: everything but the sums and the mean image."""
+        names = ("mean_color", "covariance", "eigenvalues", "eigenvectors")
+        return {"n": self.n} | {name: getattr(self, name).tolist() for name in names}
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 (hex) over format, recipe, classes, splits and statistics: equal for equal data."""
+        """Return the SHA-256 (hex) over format, recipe, classes, splits and statistics: equal for equal data."""
         body = self._body()
         return sha256(canonical_json({key: body[key] for key in IDENTITY_KEYS}))
 
@@ -144,15 +133,12 @@ class Manifest:
         return self.splits[name]
 
     def samples(self, split: str) -> np.ndarray:
-        """The records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
-        promised = (self.split(split).samples,)
-        path = self.root / split / "samples.npy"
-        samples = np.load(io.BytesIO(self.read(f"{split}/samples.npy")), allow_pickle=False)
+        """Return the records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
+        promised, name = (self.split(split).samples,), f"{split}/samples.npy"
+        samples = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
         if samples.dtype != SAMPLE or samples.shape != promised:
-            raise DatasetError(
-                f"{path}: holds {samples.shape} records of {samples.dtype}, "
-                f"the manifest promises {promised} of {SAMPLE}"
-            )
+            content = f"{samples.shape} records of {samples.dtype}"
+            raise DatasetError(f"{self.root / name}: holds {content}, the manifest promises {promised} of {SAMPLE}")
         return samples
 
     def statistics(self) -> Statistics:
@@ -165,12 +151,12 @@ class Manifest:
         return statistics
 
     def read(self, name: str) -> bytes:
-        """A listed file's bytes, once they have the SHA-256 that the manifest promises: they need no other distrust."""
+        """Read a file of the dataset and verify its SHA-256. Raises DatasetError."""
         path = self.root / name
         try:
             data = storage.read_bytes(path)
         except PermissionError:
-            raise  # it may be whole
+            raise  # the file may be undamaged
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}; build it again") from error
         if name not in self.files or sha256(data) != self.files[name].sha256:
@@ -189,20 +175,18 @@ class Manifest:
         }
 
     def to_json(self) -> bytes:
-        """The one canonical form, with `identity`, and a `checksum` over everything but itself."""
+        """Return the canonical bytes of dataset.json, with `identity`, and a `checksum` over everything but itself."""
         body = self._body() | {"identity": self.identity}
         return canonical_json(body | {"checksum": sha256(canonical_json(body))})
 
 
 def load(root: str | os.PathLike[str] | Location) -> Manifest:
-    """Load and validate the manifest of the dataset directory `root`, a path or a URL.
+    """Load the manifest of the dataset directory `root`, a path or a URL.
 
-    Checks the manifest's own checksum and form, and that every listed file exists with the promised size; what is
-    inside them is the business of tools/verify_shards.py and, for each sample used, of the loader (CRC-32).
+    Checks the manifest's own checksum and form, and that every listed file exists with the promised size. The content
+    of the files is checked by tools/verify_shards.py and, for each sample used, by the loader (CRC-32).
 
-    Raises:
-        DatasetError: one line that names the file.
-        UserError: the object store that `root` names cannot be reached.
+    Raises DatasetError: one line that names the file; UserError: the object store of `root` cannot be reached.
     """
     root = storage.location(root)
     path = root / FILE_NAME
@@ -212,24 +196,21 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
-        why = (
-            "its build has not finished; run the same command again"
-            if storage.is_dir(root / ".build")
-            else "not a dataset directory"
-        )
-        raise DatasetError(f"{path}: missing ({why}){volumes.hint(root)}") from error
+        unfinished = storage.is_dir(root / ".build")
+        reason = "its build has not finished; run the same command again" if unfinished else "not a dataset directory"
+        raise DatasetError(f"{path}: missing ({reason}){volumes.hint(root)}") from error
     manifest = parse(data, root)
     sizes = storage.sizes(root, manifest.files)
     for name, record in manifest.files.items():
         size = sizes.get(name)
         if size != record.bytes:
-            found = "missing" if size is None else f"has {size} bytes"
-            raise DatasetError(f"{root / name}: {found}, the manifest promises {record.bytes} bytes; build it again")
+            state = "missing" if size is None else f"has {size} bytes"
+            raise DatasetError(f"{root / name}: {state}, the manifest promises {record.bytes} bytes; build it again")
     return manifest
 
 
 def parse(data: bytes, root: Location) -> Manifest:
-    """dataset.json's bytes → Manifest. Raises DatasetError where a byte was changed or the format is another."""
+    """Parse the bytes of dataset.json. Raises DatasetError if a byte was changed or the format is another."""
     path = root / FILE_NAME
     try:
         body = json.loads(data)
@@ -255,11 +236,9 @@ def parse(data: bytes, root: Location) -> Manifest:
             files={name: FileRecord(**record) for name, record in body["files"].items()},
             built_with=body["built_with"],
         )
-
     except (KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{path}: lacks or adds a key ({error}); built by another version? Build it again"
-        ) from error
+        reason = f"lacks or adds a key ({error}); built by another version?"
+        raise DatasetError(f"{path}: {reason} Build it again") from error
 
 
 def _shard(record: dict[str, Any]) -> ShardRecord:
@@ -282,7 +261,7 @@ def timm_info(splits: Mapping[str, Split]) -> bytes:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one form in which we write and hash JSON: sorted keys, one space of indentation, ASCII, a final newline."""
+    """Return the one form in which JSON is written and hashed: sorted keys, indented by one, ASCII, a final newline."""
     return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 

@@ -14,8 +14,7 @@ from conftest import build
 from pipeline import manifest, storage
 from pipeline.manifest import Manifest
 from pipeline.online import cache as module
-from pipeline.storage import Location
-from pipeline.storage.readahead import read_ahead
+from pipeline.storage import Location, read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 SHARDS = 12
@@ -52,8 +51,8 @@ def limit_of(data: Manifest, shards: int) -> int:
 
 
 def pieces(data: Manifest, shard: int) -> int:
-    """Requests for a whole shard: one more sees that it ends."""
-    return data.files[name_of(shard)].bytes // PIECE + 1
+    """Return the requests for a whole shard."""
+    return -(-data.files[name_of(shard)].bytes // PIECE)
 
 
 def name_of(shard: int) -> str:

@@ -165,6 +165,12 @@ def write(folder: Path) -> Written:
     return Written(data, run, dataset, weights, result.output, read_page(run))
 
 
+def sheet(page: Page, section: str) -> Element:
+    """The picture of a section's sheet."""
+    (image,) = page.section(section).all("img", "sheet")
+    return image
+
+
 def source(image: Element) -> bytes:
     head, _, data = image.attributes["src"].partition(";base64,")
     assert head in ("data:image/png", "data:image/jpeg")

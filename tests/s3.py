@@ -153,14 +153,14 @@ def empty_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     """An empty bucket on a server without faults, which the environment names; short waits between tries."""
     from botocore.retries.standard import ExponentialBackoff
 
-    from pipeline.storage import objects, retries
+    from pipeline import storage
 
     environment(monkeypatch, s3_server)
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda backoff, context: 0.01)
     store = Store(s3_server, f"bucket-{next(BUCKETS)}")
     store.faults(0)
-    objects.filesystem("s3").mkdir(store.bucket)
+    storage.filesystem("s3").mkdir(store.bucket)
     yield store
     store.faults(0)
     reconnect()
@@ -187,9 +187,9 @@ def reconnect() -> None:
     """Let the next request see the environment as it is now."""
     import s3fs
 
-    from pipeline.storage import objects
+    from pipeline import storage
 
-    objects.filesystem.cache_clear()
+    storage.filesystem.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

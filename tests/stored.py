@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import manifest
+from pipeline.online.batch import Crops
 from pipeline.online.graph import Graph, GraphOptions
-from pipeline.online.windows import Windows
 
 
 def jpegs(root: Path, split: str) -> list[bytes]:
@@ -18,7 +18,7 @@ def jpegs(root: Path, split: str) -> list[bytes]:
     return found
 
 
-def views(pictures: list[bytes], windows: Windows, *, normalised: bool, resize: bool = True) -> np.ndarray:
+def views(pictures: list[bytes], crops: Crops, *, normalised: bool, resize: bool = True) -> np.ndarray:
     graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
-    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], windows)
+    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], crops)
     return graph.result().numpy().copy()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import build, picture
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline.archives import members, opened
 from pipeline.offline.sources import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, LeftOut, SourceError, find_sources
 from tars import tar_bytes

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.online import augment
 from pipeline.online.augment import Transform
 from pipeline.online.philox import philox
@@ -76,7 +75,7 @@ def test_the_papers_crops_are_one_less_each_way(dataset: Path):
     statistics = manifest.load(dataset).statistics()
     for positions, most in (("code", 33), ("paper", 32)):
         recipe = augment.AlexNet(Transform(positions=positions), statistics, 256, seed=1)
-        start = recipe.windows(0, 0, np.arange(5000), None, np.empty((5000, 2))).start
+        start = recipe.crops(0, 0, np.arange(5000), None, np.empty((5000, 2))).start
         assert [set(start[:, axis].tolist()) for axis in (0, 1)] == [set(range(most))] * 2
 
 

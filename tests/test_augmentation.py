@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.online import Loader, augment
 from pipeline.online.samples import SampleReader
-from trainer.figures.augmentation import augmentation, seen
+from trainer.figures.augmentation import COLOURS, augmentation, first_views
 
 SEED, SAMPLE, VIEW = 7, 5, 24
 
@@ -26,51 +25,55 @@ def test_it_is_what_the_loader_gives(small: Path, lighting: str) -> None:
     dataset = manifest.load(small)
     mean = dataset.statistics().mean_image[4:28, 4:28]
     options = augment.Transform(view=VIEW, lighting=lighting)
-    expected = seen(stored(dataset), options, dataset.statistics(), SEED, SAMPLE)
+    expected = first_views(stored(dataset), options, dataset.statistics(), SEED, SAMPLE)
     given = {}
     with Loader(dataset, "train", batch_size=16, seed=SEED, device="cpu", view=VIEW, lighting=lighting) as loader:
         while len(given) < len(expected):
             batch = next(loader)
-            for place in (np.asarray(batch.ids) == SAMPLE).nonzero()[0]:
-                given[len(given)] = batch.images[place].numpy()
+            for position in (np.asarray(batch.ids) == SAMPLE).nonzero()[0]:
+                given[len(given)] = batch.images[position].numpy()
     divisor = 1.1 if lighting == "code" else 1.0
-    for each in expected:
-        x = (each.view - mean + each.shift) / divisor
-        assert np.abs(given[each.epoch] - x.transpose(2, 0, 1)).max() < 1e-3
-    assert any(each.shift.any() for each in expected) == (lighting != "off")
-    assert len({(each.top, each.left, each.mirrored) for each in expected}) > 3
+    for epoch, view in enumerate(expected):
+        x = (view.pixels - mean + view.shift) / divisor
+        assert np.abs(given[epoch] - x.transpose(2, 0, 1)).max() < 1e-3
+    assert any(view.shift.any() for view in expected) == (lighting != "off")
+    assert len({(view.top, view.left, view.mirrored) for view in expected}) > 3
 
 
 def test_the_sheet_shows_them(small: Path) -> None:
     dataset = manifest.load(small)
     picture, statistics, options = stored(dataset), dataset.statistics(), augment.Transform(view=VIEW)
     sheet = np.asarray(augmentation(picture, options, statistics, SEED, SAMPLE))
-    zoom = 182 // VIEW
+    zoom = 192 // VIEW
     tops = set()
-    for i, each in enumerate(seen(picture, options, statistics, SEED, SAMPLE)):
-        left = 24 + i * (182 + 12) + (182 - zoom * VIEW) // 2
-        lit = np.clip(np.rint(picture[4:28, 4:28].astype(float) + each.shift), 0, 255).astype(np.uint8)
-        for kind, pixels in (("cut", each.view), ("lit", lit)):
+    for i, view in enumerate(first_views(picture, options, statistics, SEED, SAMPLE)):
+        left = 16 + i % 3 * (192 + 16) + (192 - zoom * VIEW) // 2
+        lit = np.clip(np.rint(picture[4:28, 4:28].astype(float) + view.shift), 0, 255).astype(np.uint8)
+        for kind, pixels in (("cut", view.pixels), ("lit", lit)):
             tile = pixels.repeat(zoom, 0).repeat(zoom, 1)
             strip = sheet[:, left : left + len(tile)]
             (top,) = [y for y in range(len(strip) - len(tile)) if (strip[y : y + len(tile)] == tile).all()]
-            tops.add((kind, top))
-    assert [kind for kind, _ in sorted(tops, key=lambda each: each[1])] == ["cut", "lit"]
+            tops.add((kind, i // 3, top))
+    assert [kind for kind, _, _ in sorted(tops, key=lambda row: row[2])] == ["cut", "cut", "lit", "lit"]
 
 
-def test_principal_colours_are_the_statistics(small: Path) -> None:
+def test_crop_boxes_are_where_the_views_are_cut(small: Path) -> None:
     dataset = manifest.load(small)
-    statistics = dataset.statistics()
-    sheet = np.asarray(augmentation(stored(dataset), augment.Transform(view=VIEW), statistics, SEED, SAMPLE))
-    flat = {tuple(colour) for colour in sheet[24:600:4, 600:1180:4].reshape(-1, 3).tolist()}
-    values, vectors = np.linalg.eigh(statistics.covariance)
-    for value, vector in zip(values, vectors.T):
-        for times in (-2, -1, 0, 1, 2):
-            colour = statistics.mean_color + times * np.sqrt(value) * vector
-            assert tuple(np.clip(np.rint(colour), 0, 255).astype(int).tolist()) in flat
+    picture, options = stored(dataset), augment.Transform(view=VIEW)
+    sheet = np.asarray(augmentation(picture, options, dataset.statistics(), SEED, SAMPLE))
+    zoom = 512 // len(picture)
+    tile = picture.repeat(zoom, 0).repeat(zoom, 1)[-zoom:, -zoom:]  # of the corner: no box of these views covers it
+    strip = sheet[:900, 16 + 512 - zoom : 16 + 512]
+    (corner,) = [y for y in range(len(strip) - zoom) if (strip[y : y + zoom] == tile).all()]
+    shown = sheet[corner + zoom - 512 : corner + zoom, 16 : 16 + 512]
+    last = first_views(picture, options, dataset.statistics(), SEED, SAMPLE)[-1]  # drawn above the others
+    colour = ImageColor.getrgb(COLOURS[5])
+    left, top, side = last.left * zoom, last.top * zoom, VIEW * zoom
+    assert (shown[top + side - 1, left + 3 : left + side - 3] == colour).all()
+    assert (shown[top + 3 : top + side - 3, left] == colour).all()
 
 
-def test_what_is_shown_without_lighting_or_of_large_pictures(small: Path) -> None:
+def test_runs_without_lighting_and_views_that_do_not_fit(small: Path) -> None:
     dataset = manifest.load(small)
     lit = augmentation(stored(dataset), augment.Transform(view=VIEW), dataset.statistics(), SEED, SAMPLE)
     options = augment.Transform(view=VIEW, lighting="off", crop_chunk=32)

@@ -53,6 +53,7 @@ def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, t
     assert checkpoints.best_file(run).read_bytes() == before
 
 
+@pytest.mark.proof
 def test_a_change_holds_though_the_run_is_killed_before_its_next_checkpoint(dataset: Path, tmp_path: Path):
     assert train(dataset, tmp_path / "run", 2).exit_code == 0
     rare = ("train.steps=500", "train.checkpoint_every=500", "train.validate_every=500", "optim.lr=0.003")
@@ -67,6 +68,7 @@ def test_a_change_holds_though_the_run_is_killed_before_its_next_checkpoint(data
     assert (saved.step, saved.recipe.optim.lr) == (2, 0.003)
 
 
+@pytest.mark.proof
 def test_a_listener_that_leaves_does_not_end_the_run(dataset: Path, tmp_path: Path):
     process = start(*options(dataset, tmp_path / "run", "train.steps=6"))
     assert process.stdout is not None
@@ -152,6 +154,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_an_older_one_serves(dataset: P
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.proof
 def test_a_disk_that_is_full_at_a_checkpoint_loses_nothing(dataset: Path, tmp_path: Path):
     """A file system with room for three checkpoints of 114 kB, and not for a fourth."""
     small = tmp_path / "small"

@@ -17,8 +17,7 @@ import torch
 
 from conftest import ROOT, build, one_line
 from forgery import ALL, members_of, remake, rewrite
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader, samples
 from pipeline.online.samples import SampleReader

@@ -9,8 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import one_line
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.online.samples import SampleReader
 from tools.bench import main
 from tools.peers import loading, processes

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
+from pipeline.online.meter import CAUSES
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT, gone, members
 from networks import drawn, images, narrow
-from pipeline.errors import UserError
-from pipeline.online.meter import CAUSES
+from pipeline import UserError
 from tools import plain_alexnet
 from tools.bench import main
 from tools.failures import FAILURES, reason

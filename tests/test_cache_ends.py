@@ -26,12 +26,14 @@ from cached import (  # noqa: F401 – three are fixtures
     soon,
 )
 from conftest import one_line
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import cache as module
 from pipeline.online.cache import ShardCache
-from pipeline.storage.retries import StorageError
+from pipeline.storage import StorageError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
+
+pytestmark = pytest.mark.proof
 
 
 def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(s3: Store, data: Manifest, tmp_path: Path):
@@ -48,13 +50,12 @@ def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(s3: S
             assert len(content(descriptors[2])) == data.files[name_of(2)].bytes
 
 
-@pytest.mark.parametrize("delay", [0.1, 4.0])  # seconds of each answer: less and more than `close` waits
-def test_close_amid_a_fetch(delay: float, s3: Store, data: Manifest, tmp_path: Path):
+def test_close_amid_a_fetch_waits_for_no_answer(s3: Store, data: Manifest, tmp_path: Path):
     errors: list[BaseException] = []
     cache = ShardCache(data, "train", tmp_path, AMPLE, fetchers=2)
-    with cache.lease([0]) as descriptors:
+    with cache.lease([0]):
         pass
-    s3.faults(0, delay=delay)
+    s3.faults(0, delay=2.0)
 
     def wait() -> None:
         try:
@@ -69,19 +70,18 @@ def test_close_amid_a_fetch(delay: float, s3: Store, data: Manifest, tmp_path: P
     soon(lambda: len(list(place(tmp_path, data).glob("*.part"))) == 2)
     began = time.monotonic()
     cache.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 1
     assert [path.name for path in place(tmp_path, data).iterdir()] == [Path(name_of(0)).name]
     waiting.join(1)
     assert str(errors[0]) == "the shard cache is closed"
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        content(descriptors[0])
     with pytest.raises(RuntimeError), cache.lease([0]):
         pytest.fail("leased")
     soon(lambda: not fetching())
     assert [path.name for path in place(tmp_path, data).iterdir()] == [Path(name_of(0)).name]
 
 
-def test_two_caches_on_one_folder_fetch_each_shard_once(s3: Store, data: Manifest, built: Path, tmp_path: Path):
+def test_caches_share_a_folder(s3: Store, data: Manifest, built: Path, tmp_path: Path):
+    """Each uses what the others have fetched; of what they fetch at once, the last to end puts the same bytes there."""
     s3.faults(0, delay=0.005)
     wrong = []
 
@@ -102,8 +102,8 @@ def test_two_caches_on_one_folder_fetch_each_shard_once(s3: Store, data: Manifes
             assert not each.is_alive()
     assert not wrong
     once = sum(pieces(data, shard) for shard in range(SHARDS))
-    assert once <= sum(fetched(s3).values()) < 1.2 * once  # rarely, two see at once that nobody fetches
-    assert len(on_disk(tmp_path, data)) == SHARDS
+    assert once <= sum(fetched(s3).values()) <= 3 * once
+    assert len(list(place(tmp_path, data).iterdir())) == len(on_disk(tmp_path, data)) == SHARDS
 
 
 def test_what_another_cache_deletes_is_fetched_again(data: Manifest, built: Path, tmp_path: Path):
@@ -127,25 +127,23 @@ def test_what_another_cache_deletes_is_fetched_again(data: Manifest, built: Path
 def test_parts_of_the_dead_go_and_those_of_the_living_stay(data: Manifest, tmp_path: Path):
     folder = place(tmp_path, data)
     folder.mkdir(parents=True)
-    dead, living = folder / "train-000001.part", folder / "train-000002.part"
-    dead.write_bytes(b"left")
-    with module._claimed(living) as file:
-        assert file
-        with ShardCache(data, "train", tmp_path, AMPLE):
-            assert [path.name for path in folder.iterdir()] == [living.name]
+    dead, living = folder / "train-000001.1a.part", folder / "train-000002.2b.part"
+    for part in (dead, living):
+        part.write_bytes(b"left")
+    os.utime(dead, (time.time() - module.STALE - 1,) * 2)
+    with ShardCache(data, "train", tmp_path, AMPLE):
+        assert [path.name for path in folder.iterdir()] == [living.name]
 
 
-def test_few_descriptors_stay_open(data: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "MAX_OPEN", 3)
-    before = len(os.listdir("/proc/self/fd"))
+def test_descriptors_are_closed_with_their_lease(data: Manifest, tmp_path: Path):
+    def opened() -> int:
+        return sum(str(tmp_path) in os.path.realpath(path) for path in Path("/proc/self/fd").iterdir())
+
     with ShardCache(data, "train", tmp_path, AMPLE) as cache:
-        with cache.lease(range(10)) as descriptors:
+        with cache.lease(range(10)) as descriptors, cache.lease([0]):
             assert len(set(descriptors.values())) == 10
-        for shard in range(10):
-            with cache.lease([shard]) as descriptors:
-                assert len(content(descriptors[shard])) == data.files[name_of(shard)].bytes
-        assert len(cache._open) == 3
-    soon(lambda: len(os.listdir("/proc/self/fd")) <= before + 8)  # s3fs keeps connections
+            assert opened() == 11
+        assert opened() == 0
 
 
 def test_limits_are_refused(data: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

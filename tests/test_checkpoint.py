@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import ROOT
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint, CheckpointError, best_file, files, load, save
 from trainer.recipe import Recipe, override
@@ -206,6 +206,7 @@ def test_a_save_returns_at_once_and_waits_for_the_one_before(tmp_path: Path, mon
     assert load(tmp_path).step == 2
 
 
+@pytest.mark.proof
 def test_an_interpreter_that_exits_waits_for_the_write(tmp_path: Path):
     code = """
 import sys, time
@@ -225,6 +226,7 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, env=env)
 
 
+@pytest.mark.proof
 def test_kills_leave_whole_checkpoints(tmp_path: Path):
     """Ten processes that save without end, killed while a temporary file is there or at any moment."""
     code = """
@@ -284,6 +286,7 @@ def test_a_write_that_fails_leaves_the_older_ones(tmp_path: Path):
     assert_same(load(tmp_path), small)
 
 
+@pytest.mark.proof
 def test_a_full_disk(tmp_path: Path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "penstock", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:

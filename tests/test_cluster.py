@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SHARDS, build, digests
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe
 from pipeline.offline import executors
@@ -105,7 +105,7 @@ def test_without_the_package_the_remedy_is_named(raw: Path, tmp_path: Path):
     program = "import sys; sys.modules['ray'] = None; from tools.build_shards import main; main()"
     code, _, errors = Build(raw, tmp_path / "dataset", "--executor", "ray", program=("-c", program)).ended(20)
     assert code == 2
-    assert errors == "Error: --executor ray needs the package ray: pip install 'penstock[ray]'\n"
+    assert errors == "Error: --executor ray needs the package ray: pip install 'penstock-imagenet[ray]'\n"
 
 
 def ended(started: Build) -> bool:
@@ -169,7 +169,7 @@ CONTRACT = """
 import json, os, signal, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline import executors
 
 address, folder = sys.argv[1], Path(sys.argv[2])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, TWO_COLUMNS, apart, drawn, images, masks_of, narrow
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer import recipe as recipes
 from trainer.devices import parse_devices
 from trainer.layers import Layer, ModelRecipe

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.devices import default_devices, parse_devices
 
 

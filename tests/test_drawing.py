@@ -1,13 +1,11 @@
-"""What sheets are made of: text that is not boxes and does not overflow; pictures, lines and bars in their places."""
-
-from itertools import pairwise
-from math import hypot
+"""The parts of sheets: text that is not boxes and does not overflow; pictures and bars in their positions."""
 
 import numpy as np
 import pytest
-from PIL import ImageColor, ImageFont
+from PIL import Image, ImageColor, ImageFont
 
-from pipeline.errors import UserError
+from conftest import saved
+from pipeline import UserError
 from trainer.figures.drawing import (
     MARGIN,
     RED,
@@ -19,16 +17,15 @@ from trainer.figures.drawing import (
     paragraph,
     picture,
     put,
-    wrapped,
+    tick,
     write,
 )
-from trainer.figures.neighbours import Neighbour, Row, neighbours
-from trainer.figures.predictions import Card, predictions
-from trainer.figures.strokes import area, dashes, dot, line, tick
+from trainer.figures.gather import Example, Neighbour
+from trainer.figures.sheets import GAP, NEAR, NEAR_GAP, SIDE, neighbours, predictions
 
-FONT = ImageFont.load_default(size=17)
-INK = (28, 39, 51)
+FONT = ImageFont.load_default(size=19)
 WHALE = "grey whale, gray whale, devilfish, Eschrichtius gibbosus, Eschrichtius robustus"
+CLASSES = ("tench", "goldfish", "猫", WHALE, "hen")
 WORDS = (
     "crème brûlée",
     "cre\u0300me",
@@ -40,7 +37,6 @@ WORDS = (
     "½ m²",
     "a\tb\nc",
     "ﬁn",
-    "ø",
     "😀",
     "\ud800",
 )
@@ -58,52 +54,51 @@ def has(sheet: np.ndarray, colour: str) -> np.ndarray:
 @pytest.mark.parametrize("words", WORDS)
 def test_no_character_becomes_a_box(words: str) -> None:
     box = bytes(FONT.getmask("\U0010ffff"))
-    found = drawable(words)
-    assert found
-    assert all(bytes(FONT.getmask(character)) != box for character in found)
+    drawn = drawable(words)
+    assert drawn
+    assert all(bytes(FONT.getmask(character)) != box for character in drawn)
 
 
-def test_what_cannot_be_drawn_is_spelled() -> None:
+def test_characters_that_the_font_lacks_are_spelled() -> None:
     assert drawable("crème brûlée") == "creme brulee"
     assert drawable("cre\u0300me") == "creme"
-    assert drawable("−3 × 4 – Straße") == "-3 x 4 - Strasse"
+    assert drawable("−3 × 4 – Straße") == "-3 x 4 - Stra\\xdfe"
     assert drawable("猫 x") == "\\u732b x"
     assert drawable("\x1b[31m\x07") == "\\x1b[31m\\x07"
-    assert drawable("it’s “so” …") == "it’s “so” …"
+    assert drawable("it’s “so” …") == 'it\'s "so" ...'
 
 
 @pytest.mark.parametrize("width", [40, 100, 171, 250, 999])
 @pytest.mark.parametrize("words", [WHALE, "Supercalifragilisticexpialidocious", "x" * 5000, "猫" * 50])
 def test_text_fits(words: str, width: int) -> None:
-    found = fitted(words, width)
-    assert FONT.getlength(found) <= width
-    whole = drawable(words)
-    if found.endswith("…"):
-        shown = len(found) - 1
-        assert whole.startswith(found[:-1])
-        assert FONT.getlength(whole[: shown + 1].rstrip() + "…") > width or whole[shown] == " "
+    shortened = fitted(words, width)
+    assert FONT.getlength(shortened) <= width
+    full = drawable(words)
+    if shortened.endswith("…"):
+        shown = len(shortened) - 1
+        assert full.startswith(shortened[:-1])
+        assert FONT.getlength(full[: shown + 1].rstrip() + "…") > width or full[shown] == " "
     else:
-        assert found in (whole, whole.split(",")[0])
+        assert shortened in (full, full.split(",")[0])
 
 
 def test_text_stays_in_its_width() -> None:
-    sheet = blank(30, 400)
+    sheet = blank(30)
     write(sheet, (10, 5), "whale " * 30, bold=True, width=150)
     dark = (np.asarray(sheet) < 255).any(2).any(0).nonzero()[0]
     assert dark.min() >= 10
     assert 130 < dark.max() <= 160
 
 
-def test_paragraphs_lose_no_word() -> None:
-    words = " ".join([WHALE] * 8)
-    lines = wrapped(words, 500)
-    assert " ".join(lines) == words
-    assert len(lines) > 5
-    assert all(FONT.getlength(each) <= 500 for each in lines)
-    assert all(FONT.getlength(f"{one} {other.split()[0]}") > 500 for one, other in pairwise(lines))
-    part = np.asarray(paragraph(words))
-    assert (part[:, WIDTH - MARGIN + 2 :] == 255).all()
-    assert (part[-24:] < 255).any()
+def test_paragraphs_are_full_lines_within_the_margins() -> None:
+    words, height = " ".join([WHALE] * 8), round(1.4 * 17)
+    part = (np.asarray(paragraph(words)) < 255).any(2)
+    ends = [part[top : top + height].any(0).nonzero()[0].max() for top in range(0, len(part), height)]
+    assert len(ends) > 5
+    assert part[:, :MARGIN].sum() == 0
+    assert max(ends) <= WIDTH - MARGIN + 1
+    longest = max(ImageFont.load_default(size=17).getlength(word + " ") for word in words.split())
+    assert min(ends[:-1]) > WIDTH - MARGIN - longest  # no line ends before it must
 
 
 def test_a_pillow_that_cannot_write_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,100 +121,90 @@ def test_small_pictures_are_magnified_exactly_and_large_ones_fit() -> None:
 
 
 def test_a_picture_is_in_the_middle_of_its_box() -> None:
-    sheet = blank(120, 140)
+    sheet = blank(120)
     put(sheet, (30, 10), noise(20, 40), 100)
-    found = np.asarray(sheet)
-    expected = np.full((120, 140, 3), 255, np.uint8)
+    expected = np.full((120, WIDTH, 3), 255, np.uint8)
     expected[40:80, 40:120] = noise(20, 40).repeat(2, 0).repeat(2, 1)
-    assert (found == expected).all()
+    assert (np.asarray(sheet) == expected).all()
 
 
-def test_lines_go_through_their_points() -> None:
-    sheet = blank(100, 200)
-    line(sheet, [(10, 20), (190, 20)], "#1c2733", 3)
-    line(sheet, [(50, -5), (50, 300)], "#1c2733", 3)  # and what lies outside does no harm
-    dot(sheet, (150, 70), "#1c2733", 5)
-    area(sheet, [(100, 40), (120, 40), (120, 60), (100, 60)], "#000000", 0.25)
-    found = np.asarray(sheet)
-    assert (found[20, 11:190] == INK).all()
-    assert (found[19:22, 100] == INK).all()
-    assert (found[:, 50] == INK).all()
-    assert (found[15, 60:200] == 255).all()
-    assert (found[66:75, 150] == INK).all()
-    assert (found[78, 140:160] == 255).all()
-    assert (found[45:55, 105:115] == round(255 * 0.75)).all()
+def png(pixels: np.ndarray) -> bytes:
+    return saved(Image.fromarray(pixels), "PNG")
 
 
-def test_dashes_have_their_lengths() -> None:
-    corners = [(0.0, 0.0), (33.0, 0.0), (33.0, 54.0), (0.0, 54.0)]
-    pieces = list(dashes(corners, 10, 7))
-    lengths = [sum(hypot(c - a, d - b) for (a, b), (c, d) in pairwise(piece)) for piece in pieces]
-    assert lengths == pytest.approx([10] * 7 + [120 - 7 * 17])
-    assert pieces[0] == [(0, 0), (10, 0)]
-    assert pieces[1] == [(17, 0), (27, 0)]
-    assert pieces[2] == [pytest.approx((33, 1)), pytest.approx((33, 11))]
-
-
-def place_of(tile: np.ndarray, sheet: np.ndarray) -> tuple[int, int]:
-    """Left and top of the only place where a sheet holds a tile in its first row of pictures."""
+def position_of(tile: np.ndarray, sheet: np.ndarray) -> tuple[int, int]:
+    """Left and top of the only position where a sheet holds a tile in its first 400 rows."""
     height, width = tile.shape[:2]
-    windows = np.lib.stride_tricks.sliding_window_view(sheet[:120], (1, width, 3))[:, :, 0, 0]
+    windows = np.lib.stride_tricks.sliding_window_view(sheet[:400], (1, width, 3))[:, :, 0, 0]
     starts = np.argwhere((windows == tile[0]).all((2, 3))).tolist()
-    (found,) = [(left, top) for top, left in starts if (sheet[top : top + height, left : left + width] == tile).all()]
-    return found
+    (start,) = [(left, top) for top, left in starts if (sheet[top : top + height, left : left + width] == tile).all()]
+    return start
 
 
-def cards() -> list[Card]:
-    guesses = [("tench", 0.5), ("goldfish", 0.25), ("猫", 0.125), (WHALE, 0.0625), ("hen", 0.0)]
-    return [Card(noise(32, 32), "goldfish", guesses, 1), Card(noise(32, 32, 1), WHALE, guesses[:2], None)]
+def words_of(label: int) -> str:
+    return CLASSES[label] if label >= 0 else "no label"
+
+
+def examples() -> list[Example]:
+    probabilities = np.array([0.5, 0.25, 0.125, 0.0625, 0.0])
+    return [Example(i, png(noise(32, 32, i)), label, probabilities) for i, label in enumerate((1, -1))]
 
 
 def test_predictions_are_drawn_to_scale() -> None:
-    sheet = np.asarray(predictions(cards()))
+    sheet = np.asarray(predictions(examples(), words_of))
     assert sheet.shape[1] == WIDTH
-    side = (WIDTH - 2 * MARGIN - 3 * 40) // 4
-    tile = noise(32, 32).repeat(8, 0).repeat(8, 1)
-    left, top = place_of(tile, sheet)
-    assert left == MARGIN + (side - 256) // 2
-    first = sheet[top + 280 :, MARGIN : MARGIN + side]
-    assert ends(first, "#bcd3e3") == [round(side * chance) for chance in (0.5, 0.125, 0.0625)]
-    assert ends(first, "#f3c5c1") == [round(side * 0.25)]
+    tile = noise(32, 32).repeat(5, 0).repeat(5, 1)
+    left, top = position_of(tile, sheet)
+    assert left == MARGIN + (SIDE - 160) // 2
+    full, first = WIDTH - MARGIN - (MARGIN + SIDE + GAP), sheet[top : top + SIDE]
+    assert ends(first, "#bcd3e3") == [round(full * probability) for probability in (0.5, 0.125, 0.0625)]
+    assert ends(first, "#f3c5c1") == [round(full * 0.25)]
+
+
+def test_five_bars_are_drawn_and_a_true_label_beyond_them_is_named() -> None:
+    probabilities = np.array([0.01, 0.3, 0.04, 0.25, 0.2, 0.05, 0.15])
+    missed, found = (np.asarray(predictions([Example(0, png(noise(32, 32)), i, probabilities)], str)) for i in (0, 1))
+    full = WIDTH - MARGIN - (MARGIN + SIDE + GAP)
+    assert ends(missed, "#bcd3e3") == [round(full * probability) for probability in (0.3, 0.25, 0.2, 0.15, 0.05)]
+    assert ends(missed, "#f3c5c1") == []
+    assert has(missed, RED).any()
+    assert (missed[63:97] != found[63:97]).any(2).any(0).nonzero()[0].max() > 260  # "(missed)" stands beside the label
 
 
 def ends(card: np.ndarray, colour: str) -> list[int]:
-    """How far each bar of a colour reaches, by its first row of pixels, where no text is."""
+    """The length of each bar of a colour, by its first row of pixels, where no text is."""
     rows = has(card, colour).any(1)
     return [int(has(card[row : row + 1], colour).sum()) for row in (rows & ~np.roll(rows, 1)).nonzero()[0]]
 
 
-def test_the_true_label_is_red_and_ticked_where_it_is() -> None:
-    sheet = np.asarray(predictions(cards()))
-    right, wrong = sheet[:, : WIDTH // 4], sheet[:, WIDTH // 4 : WIDTH // 2]
-    bars = slice(24 + 31 + 16 + 258 + 32, -60)
-    assert has(right[bars], RED).any()
-    assert not has(wrong[bars], RED).any()
-    assert has(wrong, RED).any()  # the label itself
-    marked = blank(30, 60)
-    tick(marked, (0, 15), RED)
+def test_the_true_label_is_red_and_ticked() -> None:
+    sheet = np.asarray(predictions(examples(), words_of))
+    second = position_of(noise(32, 32, 1).repeat(5, 0).repeat(5, 1), sheet)[1] - (SIDE - 160) // 2
+    labelled, unlabelled = has(sheet[:second], RED), has(sheet[second:], RED)
+    assert labelled.any()
+    assert not unlabelled.any()
+    marked = blank(30)
+    tick(marked, 0, 15)
     mark = has(np.asarray(marked), RED)
     mark = mark[np.ix_(mark.any(1), mark.any(0))]
-    assert _holds(has(right[bars], RED), mark)
-    assert not _holds(has(wrong, RED), mark)
-
-
-def _holds(sheet: np.ndarray, mark: np.ndarray) -> bool:
-    windows = np.lib.stride_tricks.sliding_window_view(sheet, mark.shape)
-    return bool((windows == mark).all((2, 3)).any())
+    windows = np.lib.stride_tricks.sliding_window_view(labelled, mark.shape)
+    assert (windows == mark).all((2, 3)).any()
 
 
 def test_neighbours_stand_apart_from_the_query() -> None:
-    pictures = [noise(49, 49, seed) for seed in range(7)]
-    found = [Neighbour(each, WHALE, 1.5 * i, same=i == 2) for i, each in enumerate(pictures[1:])]
-    sheet = np.asarray(neighbours([Row(pictures[0], WHALE, found), Row(pictures[1], None, ())]))
-    lefts = [place_of(each.repeat(3, 0).repeat(3, 1), sheet)[0] for each in pictures]
-    steps = np.diff(lefts)
-    assert len(set(steps[1:])) == 1
-    assert steps[0] == steps[1] + 48 - 12
-    red = has(sheet[:300], RED).any(0).nonzero()[0]
-    assert lefts[3] - 3 <= red.min()
-    assert red.max() < lefts[4]
+    pictures = [noise(41, 41, seed) for seed in range(7)]
+    found = [Neighbour(i, png(each), 2 if i == 2 else 3, 1.5 * i) for i, each in enumerate(pictures[1:])]
+    query = Example(0, png(pictures[0]), 2, np.zeros(5))
+    sheet = np.asarray(neighbours(((query, tuple(found)),), words_of))
+    assert position_of(pictures[0].repeat(4, 0).repeat(4, 1), sheet)[0] == MARGIN + (SIDE - 164) // 2
+    positions = [position_of(each.repeat(3, 0).repeat(3, 1), sheet) for each in pictures[1:]]
+    first = MARGIN + SIDE + GAP + (NEAR - 123) // 2
+    assert [left for left, _ in positions] == [first + i * (NEAR + NEAR_GAP) for i in (0, 1, 2)] * 2
+    tops = [top for _, top in positions]
+    assert tops[:3] == [tops[0]] * 3
+    assert tops[3:] == [tops[3]] * 3
+    assert tops[3] > tops[0] + 123 + 40
+    rows, lefts = has(sheet, RED).nonzero()
+    assert positions[2][0] - 3 <= lefts.min()
+    assert lefts.max() <= WIDTH - MARGIN
+    assert tops[0] + 123 < rows.min() < rows.max() < tops[3]

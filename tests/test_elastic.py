@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.online import Loader
 
 CPUS = ("cpu:0", "cpu:1")  # two devices by name: two graphs, each with its part of a batch

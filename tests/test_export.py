@@ -1,4 +1,4 @@
-"""Exported files: what they hold, ONNX Runtime and plain torch on them against our network; every refusal."""
+"""Exported files: their content, ONNX Runtime and plain torch on them against our network; every refusal."""
 
 import json
 import re
@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import CLASSES, ROOT, build, digests
-from networks import drawn, narrow
+from networks import HALVES, apart, drawn, images, narrow
 from pipeline import manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
@@ -24,11 +24,22 @@ from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels
 from runs import one_line, trainer
 from trainer import checkpoint as checkpoints
-from trainer import export, onnxgraph
+from trainer import export
+from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint
+from trainer.layers import LayerRecipe, ModelRecipe
 from trainer.model import Grouped
 
 RECIPE, STEP = narrow("original", size=224), 4321
+TWO_LOCAL = ('model.layers.local3={sees="own"}', "model.columns=2", "model.layers.local3.overhang=1")
+CASES = [
+    *((name, ()) for name in (*recipes.names(), HALVES)),
+    ("original", ("model.dropout=0.3", "model.lrn_size=1")),
+    ("original", ("model.lrn_size=21",)),  # more maps than a column has
+    ("original", ("model.lrn_alpha=0", "model.lrn_k=3.0")),
+    *((name, (pool,)) for name in ("tanh", "figure1-tanh") for pool in ("model.pool_size=4", "model.pool_stride=3")),
+    ("cifar-13", TWO_LOCAL),
+]
 
 
 def session(graph: bytes) -> onnxruntime.InferenceSession:
@@ -237,7 +248,13 @@ def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypa
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            refused(trained.data, trained.run, out, f"needs the package {package}:", "pip install 'penstock[export]'")
+            refused(
+                trained.data,
+                trained.run,
+                out,
+                f"needs the package {package}:",
+                "pip install 'penstock-imagenet[export]'",
+            )
 
 
 def test_other_data_is_refused(trained: Trained, tmp_path: Path):
@@ -261,18 +278,88 @@ def test_a_network_that_has_diverged_is_refused(trained: Trained, tmp_path: Path
         refused(trained.data, run, tmp_path / "out", words, "not finite", "has diverged")
 
 
+def shifted_graph(network: export.PlainNetwork, text: dict[str, str]) -> onnx.ModelProto:
+    """The graph of a network that has another mean."""
+    network.mean += 9
+    model = export_graph(network, text)
+    network.mean -= 9
+    return model
+
+
+export_graph = export.onnx_model
+SHAPE = (3, 224, 224)
+
+
 @pytest.mark.parametrize(
-    ("module", "name", "value", "words"),
+    ("name", "value", "words"),
     [
-        (onnxgraph, "BETA", 0.5, ("model.onnx: its probabilities differ", "nothing was written")),
-        (export, "mean_view", lambda *_: np.zeros((3, 224, 224), np.float32), ("model.safetensors: its", "nothing")),
-        (export, "mean_view", lambda *_: np.full((3, 224, 224), np.nan, np.float32), ("differ from", "by nan")),
-        (onnxgraph, "MOST_BYTES", 10_000, ("weights of 0.00 GiB", "an ONNX file holds")),
+        ("onnx_model", shifted_graph, ("model.onnx: its probabilities differ", "nothing was written")),
+        ("mean_view", lambda *_: np.zeros(SHAPE, np.float32), ("model.safetensors: its", "nothing was written")),
+        ("mean_view", lambda *_: np.full(SHAPE, np.nan, np.float32), ("differ from", "by nan")),
+        ("MAX_GRAPH_BYTES", 10_000, ("weights of 0.00 GiB", "an ONNX file holds")),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_that_would_not_be_the_network_is_not_written(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: Any, words: tuple
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: tuple
 ):
-    monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(export, name, value)
     refused(trained.data, trained.run, tmp_path / "out", *words)
+
+
+# The graph of any recipe
+
+
+def mean_of(model: ModelRecipe) -> torch.Tensor:
+    """(3, size, size) float32, of 90 to 110 grey levels."""
+    return torch.linspace(90, 110, 3 * model.size**2).view(3, model.size, model.size)
+
+
+def built(model: ModelRecipe, classes: int = 7) -> onnx.ModelProto:
+    """The graph of drawn weights and of `mean_of`."""
+    tensors = {**drawn(model, classes, torch.float32), "mean": mean_of(model)}
+    return export.onnx_model(export.PlainNetwork(model, classes, tensors), {"about": "π"})
+
+
+@pytest.mark.filterwarnings("error")  # the exporter's own must not reach the user
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: value if isinstance(value, str) else None)
+def test_onnx_runtime_computes_what_the_network_computes_in_float64(name: str, settings: tuple[str, ...]):
+    """Logits within 1e-5 of the greatest, of batches of one and of three; probabilities are their softmax."""
+    model = narrow(name, *settings).model
+    network = Grouped(model, 7).double()
+    network.load(drawn(model, 7, torch.float32))
+    run = session(built(model).SerializeToString())
+    for n in (1, 3):
+        pixels = (images(model, n) + mean_of(model)).float()
+        logits, probabilities = run.run(["logits", "probabilities"], {"pixels": pixels.numpy()})
+        expected = network(pixels.double() - mean_of(model))
+        assert logits.dtype == probabilities.dtype == np.float32
+        assert expected.std() > 0.01
+        assert apart(torch.from_numpy(logits), expected) < 1e-5
+        np.testing.assert_allclose(probabilities, torch.from_numpy(logits).softmax(1), atol=1e-6)
+
+
+def test_old_runtimes_can_read_the_graph():
+    """Opset 17 and IR 8 of 2022, no operator of another domain; one free dimension; the metadata."""
+    graph = built(narrow("original").model)
+    assert (graph.ir_version, [(opset.domain, opset.version) for opset in graph.opset_import]) == (8, [("", 17)])
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert "If" not in {node.op_type for node in graph.graph.node}
+    run = session(graph.SerializeToString())
+    (pixels,), outputs = run.get_inputs(), run.get_outputs()
+    assert (pixels.name, pixels.shape) == ("pixels", ["n", 3, 100, 100])
+    assert [(output.name, output.shape) for output in outputs] == [("probabilities", ["n", 7]), ("logits", ["n", 7])]
+    assert [(pair.key, pair.value) for pair in graph.metadata_props] == [("about", "π")]
+
+
+def test_layers_may_have_the_names_of_other_values():
+    """`pixels`, `mean` and `logits` are names that the graph has for values of its own."""
+    layers = {
+        "pixels": LayerRecipe(kernel=3, width=4, then=("pool", "relu", "pool")),
+        "mean": LayerRecipe("linear", width=5),
+        "logits": LayerRecipe("linear"),
+    }
+    model = ModelRecipe(size=12, columns=1, order=tuple(layers), layers=layers)
+    network, x = Grouped(model, 7), images(model, 2, torch.float32)
+    network.load(drawn(model, 7, torch.float32))
+    logits = session(built(model).SerializeToString()).run(["logits"], {"pixels": (x + mean_of(model)).numpy()})[0]
+    assert apart(torch.from_numpy(logits), network(x)) < 1e-5

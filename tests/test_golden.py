@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.online.loader import Batch
+from pipeline.online.batch import Batch
 from pipeline.online.philox import philox
 from trainer import recipe as recipes
 from trainer.model import initial_weights

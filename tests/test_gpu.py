@@ -70,7 +70,7 @@ def test_masks_drawn_on_the_device_are_the_hosts():
     """Two layers, of which one's units are no multiple of 4; the places of a second process's batch."""
     for seed, step, samples, place in ((2012, 0, 8, 0), (2**64 - 1, 2**31 - 1, 5, 123)):
         units = {"fc6": 4096, "fc7": 50}
-        host = masks(seed, step, samples, units, 0.5, place=place)
+        host = masks(seed, step, samples, units, 0.5, first=place)
         for where in devices():
             found = masks(seed, step, samples, units, 0.5, where, place)
             for name, mask in host.items():

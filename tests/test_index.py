@@ -139,7 +139,7 @@ def test_what_cannot_be_indexed(dataset: Path, run: Path, tmp_path: Path, monkey
     one_line(index(run, dataset), "1.0 MB are free", "make room")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "faiss", None)
-    one_line(index(run, dataset), "needs the package faiss: pip install 'penstock[retrieval]'")
+    one_line(index(run, dataset), "needs the package faiss: pip install 'penstock-imagenet[retrieval]'")
     assert os.listdir(run) == ["checkpoints"]
 
 

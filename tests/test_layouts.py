@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from scipy.io import savemat
 
 from conftest import build
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline.sources import DEVKIT_TAR, LAYOUTS, TRAIN_TAR, VAL_TAR, RawImage, find_sources
 from tars import tar_bytes, tree
 from tools.make_raw import main as make_raw

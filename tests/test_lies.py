@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from parquets import blobs, small
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet import encodings, footers, pagebody, pages, pagetable
 from pipeline.offline.parquet.thrift import MAX_DEPTH, read_struct
 

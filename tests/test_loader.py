@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Batch, Loader, augment
 from pipeline.online.normalise import Normaliser, fused, normalise, normalise_aligned
@@ -81,10 +80,10 @@ def test_training_batches_equal_pillow_and_numpy(dataset: Path, options: dict, d
             for x, known in zip(batch.images.numpy(), expected(built, batch, 3, options), strict=True):
                 np.testing.assert_allclose(x, known, atol=1e-4)
             heads = batch.ids[np.arange(len(batch.ids)) // recipe.options.crop_chunk * recipe.options.crop_chunk]
-            windows = recipe.windows(batch.step, batch.epoch, batch.ids, heads, np.empty((len(batch.ids), 2)))
+            crops = recipe.crops(batch.step, batch.epoch, batch.ids, heads, np.empty((len(batch.ids), 2)))
             for i, data in enumerate(reader.read(batch.ids)):
-                pixels, rest = jpeg_pixels(data.tobytes()), recipe.rest(batch.step)
-                bits = augment.reference(pixels, windows, i, rest, recipe.aligned)
+                pixels, rest = jpeg_pixels(data.tobytes()), recipe.mean_deviations.get(recipe.divisor(batch.step))
+                bits = augment.reference(pixels, crops, i, rest, recipe.aligned)
                 assert all((images[i].numpy() == bits).all() for images in batch.replicas)
     assert seen == [8, 8, 8, 8, 8, 1, 8]
 

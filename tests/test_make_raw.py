@@ -116,7 +116,7 @@ def test_leaves_come_first_and_every_other_synset_leads_to_them(synsets: list[di
     assert sorted(reached) == [*range(1, CLASSES + 1), CLASSES + 2]  # all but the root, once
 
 
-@pytest.mark.parametrize("classes", range(2, len(make_raw.CLASSES) + 1))
+@pytest.mark.parametrize("classes", [2, 5, len(make_raw.CLASSES)])
 def test_devkit_ids_are_not_in_the_order_of_wnids(classes: int) -> None:
     wnids = [row["WNID"].item() for row in loadmat(io.BytesIO(make_raw.meta_mat(classes, 1)))["synsets"][:, 0]]
     assert wnids[:classes] == [c.wnid for c in make_raw.CLASSES[:classes]]
@@ -222,7 +222,7 @@ def accuracy(
 
 def test_mean_colours_do_not_tell_the_class() -> None:
     """A classifier that sees only mean colours stays near chance, and would not if the classes were tinted."""
-    classes, per_class = 10, {"train": 40, "val": 20}
+    classes, per_class = 10, {"train": 30, "val": 15}
 
     def colour(split: str, c: int, i: int) -> NDArray[np.float64]:
         with Image.open(io.BytesIO(make_raw.picture(SEED, split, c, i))) as image:
@@ -239,11 +239,8 @@ def test_mean_colours_do_not_tell_the_class() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--classes", 1], ["--classes 1", "2 to 11"]),
         (["--classes", 12], ["--classes 12", "2 to 11"]),
         (["--train", 0], ["--train 0", "1 to"]),
-        (["--val", -3], ["--val -3", "1 to"]),
-        (["--seed", -1], ["--seed -1", "0 to"]),
         (["--seed", 2**32], ["--seed 4294967296", "0 to 4294967295"]),
     ],
 )

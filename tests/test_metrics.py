@@ -21,7 +21,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from conftest import ROOT
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer import progress
 from trainer.metrics import Metrics, read
 from trainer.progress import Progress

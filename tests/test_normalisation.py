@@ -90,7 +90,7 @@ def test_dropout_masks_are_philox_words_and_a_share_of_them_zero():
 
 
 def test_masks_are_those_of_the_place_in_the_global_batch():
-    whole, part = (masks(1, 2, n, {"fc6": 64}, 0.5, place=place)["fc6"] for n, place in ((9, 0), (4, 5)))
+    whole, part = (masks(1, 2, n, {"fc6": 64}, 0.5, first=first)["fc6"] for n, first in ((9, 0), (4, 5)))
     assert torch.equal(whole[5:], part)
     assert masks(1, 2, 9, {}, 0.5) == {}
 
@@ -98,7 +98,7 @@ def test_masks_are_those_of_the_place_in_the_global_batch():
 def test_masks_for_a_gpu_are_those_of_the_host():
     """The same words by torch's integers, eager and compiled, on a CPU; seeds and counters that set every upper bit."""
     for seed, step, threshold in ((9, 4, 2**31), (2**64 - 1, 2**31 - 1, 2**31), (9, 5, 2**30)):
-        expected = masks(seed, step, 6, {"fc6": 64}, threshold / 2**32, place=2**31 - 7)["fc6"]
+        expected = masks(seed, step, 6, {"fc6": 64}, threshold / 2**32, first=2**31 - 7)["fc6"]
         words = torch.tensor([*key_of(seed), DROPOUT, step, threshold])
         places, blocks = torch.arange(2**31 - 7, 2**31 - 1)[:, None], torch.arange(16)
         for found in (mask_on_device(words, places, blocks), compiled_mask(words, places, blocks)):

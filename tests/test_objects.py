@@ -14,16 +14,16 @@ import pytest
 
 from conftest import DATA, ROOT, one_line
 from pipeline import files, storage
-from pipeline.storage import Entry, Location, objects, retries
-from pipeline.storage.readahead import read_ahead
-from pipeline.storage.retries import StorageError, retried
+from pipeline.storage import Entry, Location, StorageError, read_ahead, retried
 from s3 import Store, empty_bucket, reconnect, running_server  # noqa: F401 – two are fixtures
+
+pytestmark = pytest.mark.proof
 
 
 def test_every_byte_is_right_though_a_third_of_the_answers_fail(
     s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retries, "TRIES", 12)  # of 300 calls, one in a hundred runs would fail five times
+    monkeypatch.setattr(storage, "TRIES", 12)  # of 300 calls, one in a hundred runs would fail five times
     files.write_bytes_aside(bucket / "raw", DATA)
     s3.faults(0.3, seed=1)
     random = np.random.default_rng(2)
@@ -37,7 +37,7 @@ def test_every_byte_is_right_though_a_third_of_the_answers_fail(
         files.write_bytes_aside(bucket / "out" / f"{i:02d}", part)
         assert storage.stamp(bucket / "out" / f"{i:02d}")[0] == len(part)
         assert storage.read_bytes(bucket / "out" / f"{i:02d}") == part
-        assert len(storage.scan(bucket / "out")) == len(objects.below(f"{s3.url}/out")) == i + 1
+        assert len(storage.scan(bucket / "out")) == i + 1
     with storage.opened(bucket / "raw") as (read, total):
         assert b"".join(read(7_000, at) for at in range(0, total, 7_000)) == DATA
     s3.faults(0)
@@ -66,7 +66,7 @@ def test_a_store_that_only_fails_is_one_line_soon(kind: str, s3: Store, bucket: 
     assert time.monotonic() - began < 10
     one_line(error, f"{s3.url}/raw", "cannot read", "5 tries", "check the network and AWS_ENDPOINT_URL")
     # botocore tries 3 times, aiohttp twice where a connection breaks; s3fs's 5 tries must not multiply with them
-    assert retries.TRIES <= s3.seen()["faults"] <= 3 * 2 * retries.TRIES
+    assert storage.TRIES <= s3.seen()["faults"] <= 3 * 2 * storage.TRIES
 
 
 def test_a_failing_upload_is_one_line_and_leaves_nothing(s3: Store, bucket: Location):
@@ -79,8 +79,8 @@ def test_a_failing_upload_is_one_line_and_leaves_nothing(s3: Store, bucket: Loca
 
 @pytest.mark.parametrize("kind", ["lost", "slow_down"])
 def test_an_upload_in_parts_survives_faults(kind: str, s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(objects, "PIECE", 5 * 2**20)
-    monkeypatch.setattr(retries, "TRIES", 12)
+    monkeypatch.setattr(storage, "PIECE", 5 * 2**20)
+    monkeypatch.setattr(storage, "TRIES", 12)
     data = 60 * DATA  # four parts
     s3.faults(0.3, kinds=[kind], seed=3, only="shard")
     files.write_bytes_aside(bucket / "shard", data)
@@ -94,7 +94,7 @@ def test_an_upload_begins_again_where_its_parts_are_gone(
     kind: str, s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch
 ):
     """Asked again to complete what it has completed, a store may say that there is no such upload."""
-    monkeypatch.setattr(objects, "PIECE", 5 * 2**20)
+    monkeypatch.setattr(storage, "PIECE", 5 * 2**20)
     s3.faults(1, kinds=[kind], only=f"POST /{s3.bucket}/shard?uploadId", times=1)
     files.write_bytes_aside(bucket / "shard", 60 * DATA)
     assert s3.seen()["faults"] == 1
@@ -106,7 +106,7 @@ def test_what_cannot_help_is_not_tried_again(s3: Store, bucket: Location, monkey
     for call in (storage.read_bytes, storage.exists, storage.scan, lambda place: files.write_bytes_aside(place, b"")):
         with pytest.raises(StorageError) as error:
             call(missing)
-        one_line(error, "s3://no-such-bucket/x: no such bucket")
+        one_line(error, "s3://no-such-bucket/x", "NoSuchBucket", "create the bucket")
     s3.faults(1, kinds=["denied"])
     for call in (storage.read_bytes, storage.scan, lambda place: files.write_bytes_aside(place, b"")):
         with pytest.raises(StorageError) as error:
@@ -134,12 +134,12 @@ def test_an_unreachable_endpoint_is_one_line(
 
 
 def test_tries_are_bounded_in_number_and_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
 
     def failing(times: int, error: Exception) -> Callable[[], int]:
         calls = itertools.count(1)
 
-        def action() -> int:
+        def action(fs: object, path: str) -> int:
             if (call := next(calls)) <= times:
                 raise error
             return call
@@ -153,7 +153,7 @@ def test_tries_are_bounded_in_number_and_time(monkeypatch: pytest.MonkeyPatch):
         retried("s3://b/k", "read", failing(1, ValueError("no")))
     with pytest.raises(ZeroDivisionError):
         retried("s3://b/k", "read", failing(1, ZeroDivisionError()))
-    monkeypatch.setattr(retries, "PATIENCE", 0.0)
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
     with pytest.raises(StorageError, match="1 tries"):
         retried("s3://b/k", "read", failing(1, TimeoutError()))
 
@@ -161,8 +161,8 @@ def test_tries_are_bounded_in_number_and_time(monkeypatch: pytest.MonkeyPatch):
 def test_a_killed_upload_is_absent_or_whole(s3: Store, bucket: Location, tmp_path: Path):
     """SIGKILL amid the parts of an upload, over nothing and over an older file; then the parts are swept away."""
     code = (
-        "import sys; from pathlib import Path; from pipeline.storage import objects\n"
-        "objects.PIECE = 5 * 2**20; objects.upload(Path(sys.argv[1]), sys.argv[2])"
+        "import sys; from pathlib import Path; from pipeline import storage\n"
+        "storage.PIECE = 5 * 2**20; storage.upload(Path(sys.argv[1]), storage.location(sys.argv[2]))"
     )
     source = tmp_path / "shard"
     source.write_bytes(200 * DATA)  # twelve parts
@@ -181,7 +181,7 @@ def test_a_killed_upload_is_absent_or_whole(s3: Store, bucket: Location, tmp_pat
     assert storage.read_bytes(bucket / "train" / "older") == b"older"
     assert files.sweep(bucket / "val") == 0
     assert (files.sweep(bucket / "train"), files.sweep(bucket)) == (2, 0)
-    objects.upload(source, f"{s3.url}/train/new")
+    storage.upload(source, bucket / "train" / "new")
     assert storage.read_bytes(bucket / "train" / "new") == source.read_bytes()
 
 

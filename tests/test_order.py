@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.online.order import Order, part
 
 SHARDS = (40, 40, 0, 40, 40, 17)

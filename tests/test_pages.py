@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from parquets import IMAGE, blobs
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet import encodings, footers, pages, pagetable, snappy
 
 CODECS = ("none", "snappy", "gzip", "brotli", "zstd", "lz4")

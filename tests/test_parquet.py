@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from parquets import IMAGE, small
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet import layout, pages, pagetable
 from pipeline.offline.raw import Folder, Sources
 from pipeline.offline.scans import Scans
@@ -188,7 +188,7 @@ def test_columns_that_cannot_be_used(tmp_path: Path, column: dict[str, pa.Array]
 def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SourceError, match=r"pip install 'penstock\[parquet\]'"):
+    with pytest.raises(SourceError, match=r"pip install 'penstock-imagenet\[parquet\]'"):
         layout.read(Folder.of(tmp_path), Scans(None))
 
 

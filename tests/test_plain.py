@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from conftest import one_line, picture, saved
-from pipeline.errors import UserError
+from pipeline import UserError
+from pipeline.online.batch import Recipe
 from pipeline.online.plain import ImageNet, draw_regions
-from pipeline.online.windows import Recipe
 from reference import jpeg_pixels, philox_words
 from stored import jpegs, views
 
@@ -57,7 +57,7 @@ def test_windows_are_those_of_the_scalar_rule(seed: int):
     shapes = [(256, 256), (256, 4096), (4096, 256), (256, 341), (500, 375), (256, 700), (900, 256), (1, 1), (3, 2)]
     sizes = np.concatenate([squares(1000), random.permutation(np.repeat(shapes, 120, axis=0))])
     ids = random.integers(0, 2**36, len(sizes))
-    found = ImageNet("random", seed).windows(0, 6, ids, None, sizes)
+    found = ImageNet("random", seed).crops(0, 6, ids, None, sizes)
     expected = np.array([scalar_window(seed, 6, i, *size) for i, size in zip(ids.tolist(), sizes.tolist())])
     assert (found.start == expected[:, :2]).all()
     assert (found.shape == expected[:, 2:4]).all()
@@ -111,18 +111,18 @@ def test_windows_have_the_right_distributions():
 def test_windows_are_a_function_of_seed_epoch_and_id():
     recipe: Recipe = ImageNet("random", 5)
     ids, sizes = np.array([9, 2, 5, 2**33]), np.array([(256, 256), (300, 400), (256, 4096), (256, 256)])
-    one = recipe.windows(7, 3, ids, None, sizes)
-    other = recipe.windows(8, 3, ids[::-1].copy(), None, sizes[::-1].copy())
+    one = recipe.crops(7, 3, ids, None, sizes)
+    other = recipe.crops(8, 3, ids[::-1].copy(), None, sizes[::-1].copy())
     for name in ("start", "shape", "flip"):
         assert (getattr(one, name) == getattr(other, name)[::-1]).all()
-    for changed in (recipe.windows(7, 4, ids, None, sizes), ImageNet("random", 6).windows(7, 3, ids, None, sizes)):
+    for changed in (recipe.crops(7, 4, ids, None, sizes), ImageNet("random", 6).crops(7, 3, ids, None, sizes)):
         assert (changed.shape[[0, 1, 3]] != one.shape[[0, 1, 3]]).any(1).all()
 
 
 def test_those_that_share_a_head_share_its_window():
     recipe = ImageNet("random", 5)
     ids, heads = np.arange(12), np.repeat([0, 4, 8], 4)
-    own, shared = (recipe.windows(0, 0, ids, given, squares(12)) for given in (None, heads))
+    own, shared = (recipe.crops(0, 0, ids, given, squares(12)) for given in (None, heads))
     for name in ("start", "shape", "flip"):
         assert (getattr(shared, name) == getattr(own, name)[heads]).all()
 
@@ -130,16 +130,16 @@ def test_those_that_share_a_head_share_its_window():
 def test_centre_windows():
     recipe: Recipe = ImageNet("centre", 1)
     sizes = np.array([(256, 256), (256, 341), (400, 256), (224, 224), (225, 227)])
-    found = recipe.windows(0, 0, np.arange(5), None, sizes)
+    found = recipe.crops(0, 0, np.arange(5), None, sizes)
     assert found.start.tolist() == [[16, 16], [16, 58], [88, 16], [0, 0], [0, 2]]  # 58.5 and ½ to even, as round does
     assert found.shape.tolist() == [[224, 224]] * 5
     assert found.flip.tolist() == [0] * 5
     assert (found.offset == (255 * np.array([0.485, 0.456, 0.406])).astype(np.float32)).all()
     assert (found.std == (255 * np.array([0.229, 0.224, 0.225])).astype(np.float32)).all()
-    assert (recipe.view, recipe.resize, recipe.training, recipe.rest(0)) == (224, False, False, None)
+    assert (recipe.view, recipe.resize, recipe.training, dict(recipe.mean_deviations)) == (224, False, False, {})
     assert recipe.described() == {"recipe": "imagenet", "views": "centre"}
     with pytest.raises(UserError) as caught:
-        recipe.windows(0, 0, np.array([3, 77]), None, np.array([(256, 256), (223, 300)]))
+        recipe.crops(0, 0, np.array([3, 77]), None, np.array([(256, 256), (223, 300)]))
     one_line(caught, "sample 77", "300 × 223", "224", "--size 256")
     with pytest.raises(UserError, match="views='ten': must be one of random, centre"):
         ImageNet("ten", 1)
@@ -152,18 +152,18 @@ def test_random_views_equal_pillow(dataset: Path):
     pictures = stored + whole
     decoded = [jpeg_pixels(data) for data in pictures]
     sizes = np.array([image.shape[:2] for image in decoded])
-    windows = ImageNet("random", 4).windows(0, 1, np.arange(len(pictures)), None, sizes)
-    found = views(pictures, windows, normalised=False)
+    crops = ImageNet("random", 4).crops(0, 1, np.arange(len(pictures)), None, sizes)
+    found = views(pictures, crops, normalised=False)
     assert found.shape == (len(pictures), 224, 224, 3)
     assert found.dtype == np.uint8
-    expected = [reference_view(*of) for of in zip(decoded, windows.start, windows.shape, windows.flip)]
+    expected = [reference_view(*of) for of in zip(decoded, crops.start, crops.shape, crops.flip)]
     for view, reference in zip(found, expected):
         difference = view.astype(np.float64) - reference
         assert np.abs(difference).mean() < 0.5  # grey levels
         assert 10 * math.log10(255**2 / (difference**2).mean()) > 50  # dB
 
-    normal = views(pictures, windows, normalised=True)
-    levels = (found - windows.offset[:, None, None]) * (np.float32(1) / windows.std)[:, None, None]
+    normal = views(pictures, crops, normalised=True)
+    levels = (found - crops.offset[:, None, None]) * (np.float32(1) / crops.std)[:, None, None]
     assert normal.dtype == levels.dtype == np.float32
     assert (normal == levels.transpose(0, 3, 1, 2)).all()
 
@@ -172,7 +172,7 @@ def test_centre_views_equal_pillow_bit_for_bit(dataset: Path):
     pictures = [*jpegs(dataset, "val"), saved(picture("wide", 341, 256), "JPEG", quality=95)]
     decoded = [jpeg_pixels(data) for data in pictures]
     sizes = np.array([image.shape[:2] for image in decoded])
-    windows = ImageNet("centre", 4).windows(0, 0, np.arange(len(pictures)), None, sizes)
-    found = views(pictures, windows, normalised=False, resize=False)
-    for view, image, (top, left) in zip(found, decoded, windows.start):
+    crops = ImageNet("centre", 4).crops(0, 0, np.arange(len(pictures)), None, sizes)
+    found = views(pictures, crops, normalised=False, resize=False)
+    for view, image, (top, left) in zip(found, decoded, crops.start):
         assert (view == image[top : top + 224, left : left + 224]).all()

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from conftest import CLASSES, build, one_line, picture
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.online.plain import webdataset
 from reference import jpeg_pixels
 from stored import jpegs

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import one_line
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.probabilities import Add, Origin, load, save
 
 ORIGIN = Origin("0123abc", "val", "ten", ("runs/1, step 40", "runs/2, step 80"), ("blobs", "größe", "stripes"))

@@ -14,6 +14,8 @@ from evaluated import FLOAT32, Made, equal, errors, evaluate, known, make, saved
 from runs import one_line, trainer
 from trainer import probabilities
 
+pytestmark = pytest.mark.proof  # processes of torchrun
+
 
 class Job:
     """`evaluate` in several processes of this machine."""

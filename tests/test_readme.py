@@ -1,4 +1,4 @@
-"""The README's Python runs, and every file that the documents link to is there."""
+"""The README's Python runs, the documents' links lead to files, and the distribution has its name everywhere."""
 
 import re
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.proof
 def test_python_blocks_run(dataset: Path, tmp_path: Path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
@@ -38,3 +39,11 @@ def test_links_lead_to_files(page: str):
         base = ROOT if name in named else (ROOT / page).parent
         assert (base / name).exists(), name
     assert "@" not in re.sub(r"\w@\w", "", text), "a placeholder is left"
+
+
+def test_nothing_says_to_install_the_distribution_of_somebody_else():
+    folders = ("docs", "docker", "pipeline", "trainer", "tools", "penstock")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py", ".sh")]
+    for path in [ROOT / "README.md", *paths]:
+        wrong = re.search(r"penstock\[|pip install ['\"]?penstock(?!-imagenet)", path.read_text())
+        assert not wrong, path

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from conftest import build
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader
-from pipeline.storage.readahead import read_ahead
+from pipeline.storage import read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
+
+pytestmark = pytest.mark.proof
 
 OPTIONS = {"batch_size": 8, "window": 8, "seed": 5}
 

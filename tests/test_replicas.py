@@ -17,6 +17,8 @@ from crew import Crew, Ended, environments, machines, until
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 
+pytestmark = pytest.mark.proof  # processes of torchrun
+
 STEPS, SAVED = 20, 8
 # rates and first weights that move the loss by more than a tenth; conv1 is frozen half-way; of 41 samples the last
 # batch of an epoch has one, for the first process

@@ -13,11 +13,11 @@ import pytest
 from conftest import one_line
 from pipeline import files, manifest, storage
 from pipeline.manifest import DatasetError
-from pipeline.storage import Location, readahead
-from pipeline.storage.readahead import read_ahead
+from pipeline.storage import Location, read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 
+@pytest.mark.proof
 def test_the_headers_of_a_tar_take_few_requests(s3: Store, bucket: Location):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -39,7 +39,7 @@ def test_the_headers_of_a_tar_take_few_requests(s3: Store, bucket: Location):
 
 
 def test_reading_ahead_keeps_the_order_and_its_bounds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readahead, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(storage, "AHEAD_BYTES", 1000)
     lock, ahead, most = threading.Lock(), 0, [0, 0]
 
     def read(task: int) -> int:
@@ -87,9 +87,10 @@ def test_reading_ahead_raises_in_place_and_leaves_no_thread():
     assert threads()
     reader.close()
     assert not threads()
-    assert len(started) <= 2 * readahead.THREADS
+    assert len(started) <= 2 * storage.THREADS
 
 
+@pytest.mark.proof
 def test_a_manifest_is_loaded_by_few_requests(s3: Store, bucket: Location, dataset: Path):
     local = manifest.load(dataset)
     for name in ("dataset.json", *local.files):

@@ -62,8 +62,8 @@ def assert_learns(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def test_a_resnet_learns_from_the_graph(dataset: Path):
     pictures, labels = jpegs(dataset, "train")[:8], manifest.load(dataset).samples("train")["label"][:8]
-    windows = ImageNet("random", 1).windows(0, 0, np.arange(8), None, np.full((8, 2), 256))
-    images = torch.from_numpy(views(pictures, windows, normalised=True))
+    crops = ImageNet("random", 1).crops(0, 0, np.arange(8), None, np.full((8, 2), 256))
+    images = torch.from_numpy(views(pictures, crops, normalised=True))
     assert_learns([(images, torch.from_numpy(labels.astype(np.int64)))])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import one_line
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.retrieval import codes, search
 from trainer.retrieval.codes import AutoEncoder, learnt, principal
 from trainer.retrieval.hamming import Hamming

@@ -14,6 +14,8 @@ from pipeline import manifest, storage
 from s3 import Store, empty_bucket, running_server  # noqa: F401  # fixtures
 from tools.verify_shards import main as verify_shards
 
+pytestmark = pytest.mark.proof
+
 OPTIONS = ("--workers", 1, "--samples-per-shard", 16)
 
 
@@ -25,15 +27,15 @@ def upload(folder: Path, url: str) -> None:
 
 
 def digests(url: str) -> dict[str, str]:
-    """SHA-256 of every object below a URL."""
+    """Return the SHA-256 of every object below a URL."""
     root = storage.location(url)
-    found = {}
+    sums = {}
     for below, entries in storage.walk(root):
         for entry in entries:
             if entry.is_file:
                 name = f"{below}/{entry.name}" if below else entry.name
-                found[name] = hashlib.sha256(storage.read_bytes(root / name)).hexdigest()
-    return found
+                sums[name] = hashlib.sha256(storage.read_bytes(root / name)).hexdigest()
+    return sums
 
 
 def local_digests(root: Path) -> dict[str, str]:

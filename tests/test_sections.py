@@ -1,22 +1,28 @@
-"""The sections of the page of `python -m trainer figures`: every picture, bar and number is true to its source."""
+"""The sections of the page of `python -m trainer figures`: every picture and number is true to its source."""
 
+import io
 import json
 import re
 import shlex
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.online import Loader
-from reported import CLASSES, RATIOS, RECIPE, Page, Written, invoke, pixels, read_page, source
+from reported import CLASSES, RATIOS, RECIPE, Page, Written, pixels, sheet, source
 from runs import trainer
+from trainer import checkpoint as checkpoints
 from trainer import recipe
-from trainer.figures import html, material
+from trainer.figures import gather, sections
+from trainer.figures.drawing import picture
 from trainer.model import Grouped
+from trainer.network import load_network
 
 
 def stored(data: Path, split: str) -> list[bytes]:
@@ -81,45 +87,38 @@ def test_curves_are_the_recorded_numbers(written: Written) -> None:
     assert drawn("errors") == [("top-1", [40], [62.5]), ("top-5", [40], [12.25])]
 
 
-def test_kernels_of_each_column(written: Written) -> None:
-    grids = written.page.section("first-layer-kernels").all("img", "pixelated")
-    for image, kernels in zip(grids, written.weights["conv1.weight"].split(2)):
-        largest = written.weights["conv1.weight"].abs().max()  # of both columns: they have one scale
-        expected = (128 + 127 * kernels / largest).round().permute(0, 2, 3, 1).numpy()
-        grid = pixels(image)
-        assert grid.shape == (46, 91, 3)  # two kernels of 44 × 44 in a row, and borders
-        for i, kernel in enumerate(expected):
-            tile = grid[1:45, 1 + 45 * i : 45 + 45 * i]
-            for dy, dx in ((0, 0), (3, 3)):  # nearest neighbour: the corners of each 4 × 4 block
-                assert np.abs(tile[dy::4, dx::4] - kernel).max() <= 1
-        assert (grid[:, [0, 45, 90]] == 255).all()
-        assert (grid[[0, 45]] == 255).all()
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ("validation-images", "predictions"),
+        ("similar-training-images", "neighbours"),
+        ("first-layer-kernels", "kernels"),
+        ("augmentation", "augmentation"),
+    ],
+)
+def test_the_page_shows_the_sheets(section: str, name: str, written: Written) -> None:
+    assert source(sheet(written.page, section)) == (written.run / "figures" / f"{name}.png").read_bytes()
 
 
-def test_bars_are_the_networks_probabilities(written: Written) -> None:
+def test_predictions_are_the_networks_probabilities_of_these_pictures(written: Written) -> None:
     network = Grouped(RECIPE.model, len(CLASSES))
     network.load(written.weights)
     with Loader(written.data, "val", batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
         batch = next(loader)
-        chances = network(batch.images).double().softmax(1).numpy()
-    assert np.ptp(chances, axis=1).min() > 0.01, "no test: all classes are equally probable"
-    jpegs, ids = stored(written.data, "val"), []
-    for figure in written.page.section("validation-images").all("figure"):
-        ids.append(jpegs.index(source(figure.all("img")[0])))
-        row, label = chances[ids[-1]], int(batch.labels[ids[-1]])
-        for bar, expected in zip(figure.all("li"), np.argsort(-row), strict=True):
-            is_true = expected == label
-            assert bar.all("span", "word")[0].words() == (
-                f"✓ {CLASSES[expected]} (the true label)" if is_true else CLASSES[expected]
-            )
-            assert len(bar.all("b")) == is_true
-            assert float(bar.all("span", "chance")[0].words().removesuffix(" %")) == pytest.approx(
-                100 * row[expected], abs=0.06
-            )
-            width = bar.all("span", "bar")[0].attributes["style"].removeprefix("width: ").removesuffix("%")
-            assert float(width) == pytest.approx(100 * row[expected], abs=0.01)
-    assert len(ids) == len(set(ids))
-    assert len(ids) == min(8, len(jpegs))
+        rows = network(batch.images).double().softmax(1).numpy()
+    assert np.ptp(rows, axis=1).min() > 0.01, "no test: all classes are equally probable"
+    image, jpegs = sheet(written.page, "validation-images"), stored(written.data, "val")
+    alt, drawn = image.attributes["alt"], pixels(image)
+    ids = [int(number) for number in re.findall(r"val sample (\d+) ", alt)]
+    assert len(ids) == len(set(ids)) == min(8, len(jpegs))
+    texts = []
+    for i, number in enumerate(ids):
+        best = ", ".join(f"{CLASSES[label]} {100 * rows[number][label]:.1f} %" for label in np.argsort(-rows[number]))
+        texts.append(f"val sample {number} ({CLASSES[int(batch.labels[number])]}) is taken for {best}")
+        top = 63 + 200 * i
+        shown = picture(np.asarray(Image.open(io.BytesIO(jpegs[number]))), 184)
+        assert (drawn[top : top + 184, 16 : 16 + 184] == np.asarray(shown)).all()
+    assert alt == "; ".join(texts)
 
 
 def features(written: Written, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,45 +132,41 @@ def features(written: Written, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def test_neighbours_are_the_nearest_training_images(written: Written) -> None:
     (asked, labels), (rows, known) = features(written, "val"), features(written, "train")
-    queries, jpegs = stored(written.data, "val"), stored(written.data, "train")
-    shown = written.page.section("similar-training-images").all("div", "near")
-    assert len(shown) == 5
-    for row in shown:
-        first, *found = row.all("figure")
-        query = queries.index(source(first.all("img")[0]))
+    alt = sheet(written.page, "similar-training-images").attributes["alt"]
+    queries = [int(number) for number in re.findall(r"nearest to val sample (\d+) ", alt)]
+    assert len(queries) == 5
+    texts = []
+    for query in queries:
         distances = np.sqrt(((rows.astype(np.float64) - asked[query]) ** 2).sum(1))
         nearest = np.argsort(distances, kind="stable")[:6]
-        assert [jpegs.index(source(figure.all("img")[0])) for figure in found] == nearest.tolist()
-        for figure, i in zip(found, nearest, strict=True):
-            (caption,) = figure.all("figcaption")
-            distance = re.search(r"[\d.]+$", caption.text)
-            assert distance is not None
-            assert float(distance[0]) == pytest.approx(distances[i], rel=1e-3)
-            assert (caption.text[0] == "✓") == (known[i] == labels[query])
+        found = ", ".join(f"{i} ({CLASSES[known[i]]}) at {distances[i]:.4g}" for i in nearest)
+        texts.append(f"nearest to val sample {query} ({CLASSES[labels[query]]}): training samples {found}")
+    assert re.sub(r"(\.\d*?)0+\b", r"\1", alt) == re.sub(r"(\.\d*?)0+\b", r"\1", "; ".join(texts))
 
 
 def test_many_training_images_are_looked_for_in_the_index(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def figures_of(run: Path) -> list[str]:
-        assert invoke(written.data, run).exit_code == 0
-        return [image.attributes["src"] for image in read_page(run).section("similar-training-images").all("img")]
-
     run = Path(shutil.copytree(written.run, tmp_path / "run"))
-    expected = figures_of(run)
-    monkeypatch.setattr(material, "SEARCHED", 3)
-    assert figures_of(run) == []
-    assert "no index there" in read_page(run).section("similar-training-images").text
+    checkpoint = checkpoints.load(run)
+    network = load_network(checkpoint, written.dataset, (torch.device("cpu"),) * 2, run)
+
+    def neighbours() -> str | list[list[int]]:
+        data = gather.gather(run, written.dataset, network, checkpoint)
+        return data.lacking.get("neighbours") or [[found.id for found in row] for _query, row in data.similar]
+
+    expected = neighbours()
+    assert len(expected) == 5
+    monkeypatch.setattr(gather, "SEARCHED", 3)
+    assert "no index there" in neighbours()
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
     assert made.exit_code == 0, made.output
-    assert figures_of(run) == expected
-    (run / "index" / "features.npy").write_bytes(b"")  # the rest of the page does not need it
-    assert figures_of(run) == []
-    assert "make the index again" in read_page(run).section("similar-training-images").text
+    assert neighbours() == expected
+    (run / "index" / "features.npy").write_bytes(b"")  # the other figures do not need it
+    assert "make the index again" in neighbours()
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--split", "val")
     assert made.exit_code == 0, made.output
-    assert figures_of(run) == []
-    assert "is of the split 'val'" in read_page(run).section("similar-training-images").text
+    assert "is of the split 'val'" in neighbours()
 
 
 def test_confused_pairs_and_updates(written: Written) -> None:
@@ -184,12 +179,24 @@ def test_confused_pairs_and_updates(written: Written) -> None:
     assert drawn == expected
 
 
-def test_at_most_five_bars_and_a_true_label_beyond_them() -> None:
-    chances = np.array([0.01, 0.3, 0.04, 0.25, 0.2, 0.05, 0.15])
-    page = Page(html.prediction("Sample", html.png(np.zeros((2, 2, 3), np.uint8)), chances, "abcdefg", 2))
-    assert [bar.words() for bar in page.root.all("span", "word")] == ["b", "d", "e", "g", "f"]
-    assert page.root.all("figcaption")[0].words() == "True label: c (not among these)"
-    assert not page.root.all("li", "true")
+@pytest.mark.parametrize(
+    ("kinds", "ratios", "charts"),
+    [
+        (("train", "validation"), {"fc8": 0.0}, ["losses", "errors"]),
+        (("train",), {}, ["losses"]),
+        (("validation",), {}, ["losses", "errors"]),
+        (("train",), {"conv1": 0.5, "fc8": 0.0}, ["losses", "updates"]),
+    ],
+)
+def test_curves_without_points_are_left_out(
+    kinds: tuple[str, ...], ratios: dict[str, float], charts: list[str], written: Written
+) -> None:
+    text = (written.run / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if line["kind"] in kinds]
+    for line in lines:
+        line["layers"] = {name: {"ratio": ratio} for name, ratio in ratios.items()}
+    page = Page(sections.curves(SimpleNamespace(lines=lines, dataset=written.dataset)))  # type: ignore[arg-type]
+    assert [div.attributes["id"] for div in page.root.all("div", "plotly-graph-div")] == charts
 
 
 def test_commands_give_the_recipe(written: Written) -> None:

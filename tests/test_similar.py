@@ -146,5 +146,5 @@ def test_without_faiss_an_exact_search_is_left(
 ):
     monkeypatch.setitem(sys.modules, "faiss", None)
     picture = raw / "train" / "blobs" / "0002.jpg"
-    one_line(similar(indexed, dataset, picture), "needs the package faiss: pip install 'penstock[retrieval]'")
+    one_line(similar(indexed, dataset, picture), "needs the package faiss: pip install 'penstock-imagenet[retrieval]'")
     assert similar(indexed, dataset, picture, "--exact").exit_code == 0

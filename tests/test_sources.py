@@ -12,7 +12,7 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from conftest import build, picture
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline.devkit import parse_devkit
 from pipeline.offline.matfile import MatError, struct_rows
 from pipeline.offline.sources import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, find_sources

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.online import Loader
-from pipeline.online.decode import Decoder
-from pipeline.online.meter import Meter, Times, Wait, waited
+from pipeline.online.graph import Decoder
 from pipeline.online.normalise import Normaliser
 from pipeline.online.samples import SampleReader
+from pipeline.online.stall import Meter, Times, Wait, waited
 
 
 @pytest.mark.parametrize(

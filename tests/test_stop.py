@@ -44,6 +44,7 @@ def killed(data: Path, run: Path, steps: int, kills: int, chance: random.Random)
     return happened
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(kills: int, dataset: Path, tmp_path: Path):
     steps = 30 * kills
@@ -59,6 +60,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(kills: int, datas
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(number: int, code: int, dataset: Path, tmp_path: Path):
     habits = ("train.log_every=1", "train.validate_every=1000", "train.checkpoint_every=1000")
@@ -75,6 +77,7 @@ def test_a_signal_saves_and_ends(number: int, code: int, dataset: Path, tmp_path
     assert "Traceback" not in output
 
 
+@pytest.mark.proof
 def test_what_was_under_way_at_a_signal_is_not_lost(dataset: Path, tmp_path: Path):
     """A run asked to end in the middle of a log line's steps ends, resumed, as one that was not."""
     assert train(dataset, tmp_path / "whole", 12, *HABITS).exit_code == 0

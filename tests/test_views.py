@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from conftest import one_line
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Loader, augment
 from pipeline.online.samples import SampleReader
@@ -64,7 +63,7 @@ def test_random_views_equal_pillow_and_numpy(small: Path, options: dict):
         for batch in islice(loader, 4):  # an epoch, whose last batch is short, and one more
             n, heads = len(batch.ids), batch.ids[np.arange(len(batch.ids)) // chunk * chunk]
             draws = augment.draw(3, batch.epoch, batch.ids, places, heads)
-            windows = recipe.windows(batch.step, batch.epoch, batch.ids, heads, np.full((n, 2), SIZE))
+            crops = recipe.crops(batch.step, batch.epoch, batch.ids, heads, np.full((n, 2), SIZE))
             assert batch.images.shape == (n, 3, view, view)
             for i, number in enumerate(batch.ids):
                 place = (*draws.crop[i].tolist(), -1 if draws.flip[i] else 1)
@@ -76,7 +75,9 @@ def test_random_views_equal_pillow_and_numpy(small: Path, options: dict):
                 shift = statistics.eigenvectors @ (0.1 * draws.normals[i] * deviations)
                 formula = (window(known[number], *place, view) - own + shift) / 1.1
                 np.testing.assert_allclose(batch.images[i].numpy(), formula.transpose(2, 0, 1), atol=1e-4)
-                bits = augment.reference(known[number], windows, i, recipe.rest(batch.step), recipe.aligned)
+                bits = augment.reference(
+                    known[number], crops, i, recipe.mean_deviations.get(recipe.divisor(batch.step)), recipe.aligned
+                )
                 assert (batch.images[i].numpy() == bits).all()
 
 
@@ -106,7 +107,10 @@ def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mea
     """(picture's window − mean image's centre) and the like, in float64, and bit for bit in float32."""
     built = manifest.load(small)
     recipe, statistics = recipe_of(built, views=views, mean=mean, view=VIEW), built.statistics()
-    windows, rest = recipe.windows(0, 0, np.arange(9), None, np.full((9, 2), SIZE)), recipe.rest(0)
+    crops, rest = (
+        recipe.crops(0, 0, np.arange(9), None, np.full((9, 2), SIZE)),
+        recipe.mean_deviations.get(recipe.divisor(0)),
+    )
     with Loader(built, "val", batch_size=4, views=views, mean=mean, view=VIEW, device=device) as loader:
         batches = list(loader)
     several = () if views == "centre" else (len(PLACES[views]),)
@@ -124,7 +128,7 @@ def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mea
             }[mean]
             np.testing.assert_allclose(image, (window(picture, *place) - own).transpose(2, 0, 1), atol=1e-4)
             subtracted = window(rest, *place) if mean == "aligned" and rest is not None else rest
-            bits = augment.reference_normalise(window(picture, *place), windows.offset[i], windows.std[i], subtracted)
+            bits = augment.reference_normalise(window(picture, *place), crops.offset[i], crops.std[i], subtracted)
             assert (image == bits).all()
 
 

@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from conftest import ROOT, build
-from pipeline.online import options
-from pipeline.storage import volumes
+from pipeline import volumes
+from pipeline.online import devices as options
 from tools.make_raw import main as make_raw
 from trainer.__main__ import main as trainer
 
@@ -65,6 +65,7 @@ def read(dataset: Path, closed: Path, out: Path) -> list[list[str]]:
     return [["build", str(closed), str(out)], train(closed, out), evaluate]
 
 
+@pytest.mark.proof
 def test_what_permissions_keep_is_told_with_both_users_and_the_remedy(raw: Path, dataset: Path, tmp_path: Path):
     me, group = os.geteuid(), os.getegid()
     owners = (me, OTHER) if IS_ROOT else (me,)  # only root can give a folder to another user
@@ -87,6 +88,7 @@ def test_what_permissions_keep_is_told_with_both_users_and_the_remedy(raw: Path,
         assert said.endswith(f"; {remedy}")
 
 
+@pytest.mark.proof
 def test_a_read_only_volume_is_told(raw: Path, dataset: Path, tmp_path: Path):
     volume = tmp_path / "volume"
     volume.mkdir()

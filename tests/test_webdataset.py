@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.offline.sources import find_sources
 from tars import tar_bytes, tree
 

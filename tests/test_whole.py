@@ -10,8 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from conftest import build
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from pipeline.online.loader import Loader
 from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels

@@ -12,8 +12,8 @@ from typing import Any
 import click
 import numpy as np
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from tools.bench_train import train
 from tools.peers import environments, facts
 from tools.peers.building import Building

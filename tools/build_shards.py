@@ -1,45 +1,135 @@
 """Raw images → a dataset directory: shards, their indexes, exact statistics, and dataset.json last."""
 
 import json
+import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from pipeline import storage
+from pipeline import UserError, storage
 from pipeline.cli import Command, Place
-from pipeline.errors import UserError
 from pipeline.files import require_writable
-from pipeline.manifest import FILE_NAME, Manifest, parse
-from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Run, SkipLimit, build, merge_parts
+from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
+from pipeline.offline import executors
+from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Part, Run, SkipLimit, build, merge_parts
+from pipeline.offline.lock import PLAN_FILE
 from pipeline.offline.plan import Plan, make_plan, slots
 from pipeline.offline.repair import is_finished, retry
 from pipeline.offline.shards import BUILD_FOLDER
-from pipeline.offline.sources import Sources
-from pipeline.storage import Location, is_remote
-from tools.build_options import (
-    chosen_run,
-    chosen_sources,
-    recipe_options,
-    run_options,
-    skip_options,
-    source_options,
-    split_recipe,
+from pipeline.offline.sources import LAYOUTS, Sources, find_sources
+from pipeline.storage import Location, is_remote, location
+from tools.build_progress import BuildProgress, print_closing_table, print_estimate, print_event
+
+RECIPE_HELP = {  # of the fields of BuildRecipe that are options; the other fields keep their defaults
+    "size": "Pixels of a side of the stored square.",
+    "crop": "none: the whole picture, its shorter side --size, for other models' augmentation; the statistics are then "
+    "only per colour, and this trainer does not take it.",
+    "filter": "How pictures are rescaled; area as in cuda-convnet2.",
+    "quality": "JPEG quality.",
+    "subsampling": "Chroma subsampling of the stored JPEGs.",
+    "exif": "The orientation tag: ignored as by torchvision and the original, or the picture turned.",
+    "seed": "Seed of the order of the training split.",
+    "samples_per_shard": "Samples in each shard but the last of a split.",
+    "holdout": "Share of the training images that becomes the validation split, where RAW has none.",
+    "limit": "Use at most this many images, drawn evenly over RAW; 0: all.",
+}
+
+
+def recipe_option(field: Field[Any]) -> click.Option:
+    """Return the option of a field of BuildRecipe: the field's name, default, and choices or bounds."""
+    if "choices" in field.metadata:
+        kind: click.ParamType = click.Choice(field.metadata["choices"])
+    else:
+        kind = (click.FloatRange if field.type is float else click.IntRange)(*field.metadata["bounds"])
+    name, text = f"--{field.name.replace('_', '-')}", RECIPE_HELP[field.name]
+    return click.Option([name], type=kind, default=field.default, show_default=True, help=text)
+
+
+def parse_part(text: str) -> Part:
+    """Return K/N as a `Part`."""
+    number, slash, of = text.partition("/")
+    if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10**6:
+        return Part(int(number), int(of))
+    raise click.BadParameter(f"{text}: not K/N with K from 1 to N, such as 3/16")
+
+
+WORKERS = click.Option(
+    ["--workers"],
+    type=click.IntRange(min=1),
+    default=len(os.sched_getaffinity(0)),
+    show_default="all cores",
+    help="Processes at a time.",
 )
-from tools.estimate import estimate
-from tools.progress import BuildProgress, closing_table, duration, event
+
+RUN = [
+    WORKERS,
+    click.Option(
+        ["--executor"],
+        type=click.Choice(["processes", "ray"]),
+        default="processes",
+        show_default=True,
+        help="Who builds the shards: processes here, or a Ray cluster (with the extra ray installed): there --workers "
+        "tasks at a time, by default one on each CPU.",
+    ),
+    click.Option(
+        ["--ray-address"],
+        metavar="ADDRESS",
+        default=lambda: os.environ.get("RAY_ADDRESS", "auto"),
+        show_default="RAY_ADDRESS, else auto",
+        help="HOST:PORT of a Ray cluster's head, or auto: the cluster of this machine. RAW and DATASET then lie where "
+        "each node sees them under the same path.",
+    ),
+    click.Option(
+        ["--part"],
+        type=parse_part,
+        metavar="K/N",
+        help="Build every Nth shard from the Kth on, one job of N; see --merge.",
+    ),
+    click.Option(["--merge"], is_flag=True, help="End a build whose parts are all built."),
+    click.Option(["--dry-run"], is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
+    click.Option(["--json", "as_json"], is_flag=True, help="One JSON object a line on stdout, for machines."),
+]
+
+SOURCE = [
+    click.Option(["--layout"], metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}."),
+    click.Option(
+        ["--classes"],
+        metavar="FILE",
+        help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
+    ),
+    click.Option(
+        ["--allow-incomplete"], is_flag=True, help="Build with what is there, where it is not what the layout promises."
+    ),
+]
+
+SKIP = [
+    click.Option(
+        ["--max-skipped"],
+        metavar="N|P%",
+        help="Fail where more images of a split are skipped.  [default: 0.1% of the split, at least 10]",
+    ),
+    click.Option(["--retry-skipped"], is_flag=True, help="Try again what an earlier run skipped, finished or not."),
+]
+
+RECIPE = [recipe_option(field) for field in fields(BuildRecipe) if field.name in RECIPE_HELP]
 
 
-@click.command(cls=Command, interrupted="the finished shards stay, and the same command goes on")
+@click.command(
+    cls=Command,
+    params=[*RUN, *SOURCE, *SKIP, *RECIPE],
+    interrupted="the finished shards stay, and the same command goes on",
+)
 @click.argument("raw", type=Place())
 @click.argument("dataset", type=Place())
-@run_options
-@source_options
-@skip_options
-@recipe_options
-def main(raw: Location, dataset: Location, **options: Any) -> None:
+@click.pass_context
+def main(context: click.Context, raw: Location, dataset: Location, **values: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
     RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
@@ -56,27 +146,38 @@ def main(raw: Location, dataset: Location, **options: Any) -> None:
       python tools/build_shards.py RAW DATASET --part 3/16      (job 3 of an array of 16)
       python tools/build_shards.py RAW DATASET --merge          (once all 16 have ended)
       python tools/build_shards.py s3://raw/imagenet s3://shards/imagenet-256
-      python tools/build_shards.py RAW DATASET --executor ray --ray-address auto
+      python tools/build_shards.py RAW DATASET --executor ray --ray-address HEAD:6379
     """
-    recipe, asked = split_recipe(options)
+    recipe = BuildRecipe(**{name: values.pop(name) for name in RECIPE_HELP})
     _require_apart(raw, dataset)
-    if asked["executor"] == "ray":
-        raw, dataset = raw.absolute(), dataset.absolute()  # its workers may have another working directory
-    run = chosen_run(raw, dataset, asked)
-    limit = SkipLimit.parse(asked["max_skipped"]) if asked["max_skipped"] else SKIP_LIMIT
-    if isinstance(dataset, Path) and not asked["dry_run"]:
+    if values["executor"] == "ray":
+        raw, dataset = raw.absolute(), dataset.absolute()  # the workers may have another working directory
+    run = _executor(raw, dataset, context)
+    limit = SkipLimit.parse(values["max_skipped"]) if values["max_skipped"] else SKIP_LIMIT
+    if isinstance(dataset, Path) and not values["dry_run"]:
         require_writable(dataset)  # before RAW is listed, which may take minutes
-    sources = chosen_sources(raw, asked, cache=None if asked["dry_run"] else dataset / BUILD_FOLDER)
+    sources = chosen_sources(raw, values, cache=None if values["dry_run"] else dataset / BUILD_FOLDER)
     plan = make_plan(sources, recipe)
-    _tell_plan(raw, sources, plan, asked["as_json"])
-    if asked["dry_run"]:
-        _tell_estimate(plan, asked["workers"], asked["as_json"])
-    elif asked["merge"]:
-        _finish(merge_parts(plan, dataset, limit), None, asked["as_json"])
-    elif asked["retry_skipped"] and is_finished(dataset):
-        _retry(plan, dataset, asked)
+    _print_plan(raw, sources, plan, values["as_json"])
+    if values["dry_run"]:
+        print_estimate(plan, len(slots(plan)), values["workers"], values["as_json"])
+    elif values["merge"]:
+        _finish(merge_parts(plan, dataset, limit), None, values["as_json"])
+    elif values["retry_skipped"] and is_finished(dataset):
+        _retry(plan, dataset, values)
     else:
-        _build(plan, dataset, limit, asked, run)
+        _build(plan, dataset, limit, values, run)
+
+
+def chosen_sources(raw: Location, values: Mapping[str, Any], cache: Location | None = None) -> Sources:
+    """Return the sources in RAW as the options SOURCE have them, here and in tools/verify_shards.py."""
+    return find_sources(
+        raw,
+        values["layout"],
+        classes=location(values["classes"]) if values["classes"] else None,
+        allow_incomplete=values["allow_incomplete"],
+        cache=cache,
+    )
 
 
 def _require_apart(raw: Location, dataset: Location) -> None:
@@ -87,43 +188,13 @@ def _require_apart(raw: Location, dataset: Location) -> None:
         raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
 
 
-def _build(plan: Plan, dataset: Location, limit: SkipLimit, asked: dict[str, Any], run: Run | None) -> None:
-    part = asked["part"]
-    mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
-    form = "json" if asked["as_json"] else "bar" if sys.stderr.isatty() else "lines"
-    with BuildProgress(sum(slot.stop - slot.start for slot in mine), form) as progress:
-        built = build(
-            plan,
-            dataset,
-            asked["workers"],
-            progress.add,
-            run=run,
-            skip_limit=limit,
-            retry_skipped=asked["retry_skipped"],
-            part=part,
-        )
-    if built:
-        _finish(built, progress, asked["as_json"])
-    elif asked["as_json"]:
-        event("part", number=part.number, of=part.of, shards=len(mine), **progress.figures())
-    else:
-        click.echo(f"part {part.number} of {part.of}: {len(mine):,} shards are built; end the build with --merge")
-
-
-def _retry(plan: Plan, dataset: Location, asked: dict[str, Any]) -> None:
-    built, gained = retry(parse(storage.read_bytes(dataset / FILE_NAME), dataset), plan, asked["workers"])
-    if not asked["as_json"]:
-        still = sum(split.skipped for split in built.splits.values())
-        click.echo(f"{gained:,} images that were skipped are samples now; {still:,} are skipped still")
-    _finish(built, None, asked["as_json"])
-
-
-def _tell_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
-    counts = {split: len(places) for split, places in plan.splits.items()}
-    trained = {plan.images.wnids[i] for i in set(plan.images.class_numbers[plan.splits["train"]].tolist()) if i >= 0}
+def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
+    counts = {split: len(images) for split, images in plan.splits.items()}
+    numbers = set(plan.images.class_numbers[plan.splits["train"]].tolist())
+    trained = {plan.images.wnids[number] for number in numbers if number >= 0}
     without = [record.wnid for record in plan.classes if record.wnid not in trained]
     if as_json:
-        event(
+        print_event(
             "plan",
             layout=sources.name,
             images=counts,
@@ -134,8 +205,8 @@ def _tell_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> No
             classes_without_training_image=without,
         )
         return
-    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    click.echo(f"{raw}: {sources.layout} ({sources.name}); {told}, {len(plan.classes)} classes")
+    splits = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    click.echo(f"{raw}: {sources.layout} ({sources.name}); {splits}, {len(plan.classes)} classes")
     for note in sources.notes:
         click.echo(f"note: {note}")
     for line in sources.ignored.lines():
@@ -145,16 +216,50 @@ def _tell_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> No
         click.echo(f"note: classes without a training image: {', '.join(without[:5])}{more}")
 
 
-def _tell_estimate(plan: Plan, workers: int, as_json: bool) -> None:
-    found = estimate(plan, workers)
-    if as_json:
-        event("estimate", shards=len(slots(plan)), **found)
-        return
-    click.echo(
-        f"would write {len(slots(plan)):,} shards, about {found['bytes'] / 1e9:,.1f} GB, in about "
-        f"{duration(found['seconds'])} with {workers} workers (from {found['tried']} images tried here: "
-        f"{found['skipped']} of them would be skipped, {found['images_per_second']:,.0f} images/s a worker)"
-    )
+def _executor(raw: Location, dataset: Location, context: click.Context) -> Run | None:
+    """Return the runner of a Ray cluster, or None for a pool of `workers` processes."""
+
+    def given(name: str) -> Any:
+        default = context.get_parameter_source(name) is ParameterSource.DEFAULT
+        return None if default else context.params[name]
+
+    if context.params["executor"] == "processes":
+        if given("ray_address"):
+            raise UserError(f"--ray-address {given('ray_address')}: means something only with --executor ray")
+        return None
+    shared = (raw, dataset / BUILD_FOLDER / PLAN_FILE)
+    return partial(executors.run_on_ray, address=context.params["ray_address"], at_once=given("workers"), shared=shared)
+
+
+def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str, Any], run: Run | None) -> None:
+    part, as_json = values["part"], values["as_json"]
+    shards = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
+    form = "json" if as_json else "bar" if sys.stderr.isatty() else "lines"
+    with BuildProgress(sum(shard.stop - shard.start for shard in shards), form) as progress:
+        built = build(
+            plan,
+            dataset,
+            values["workers"],
+            progress.add,
+            run=run,
+            skip_limit=limit,
+            retry_skipped=values["retry_skipped"],
+            part=part,
+        )
+    if built:
+        _finish(built, progress, as_json)
+    elif as_json:
+        print_event("part", number=part.number, of=part.of, shards=len(shards), **progress.figures())
+    else:
+        click.echo(f"part {part.number} of {part.of}: {len(shards):,} shards are built; end the build with --merge")
+
+
+def _retry(plan: Plan, dataset: Location, values: Mapping[str, Any]) -> None:
+    built, gained = retry(parse(storage.read_bytes(dataset / FILE_NAME), dataset), plan, values["workers"])
+    if not values["as_json"]:
+        skipped = sum(split.skipped for split in built.splits.values())
+        click.echo(f"{gained:,} images that were skipped are samples now; {skipped:,} are skipped still")
+    _finish(built, None, values["as_json"])
 
 
 def _finish(built: Manifest, progress: BuildProgress | None, as_json: bool) -> None:
@@ -167,9 +272,9 @@ def _finish(built: Manifest, progress: BuildProgress | None, as_json: bool) -> N
             name: {"samples": split.samples, "skipped": dict(reasons[name]), "shards": len(split.shards)}
             for name, split in built.splits.items()
         }
-        event("done", dataset=str(built.root), identity=built.identity, splits=splits, **figures)
+        print_event("done", dataset=str(built.root), identity=built.identity, splits=splits, **figures)
         return
-    closing_table(built, reasons, figures)
+    print_closing_table(built, reasons, figures)
     if any(reasons.values()):
         click.echo(f"which images were skipped: {built.root / SKIPPED_FILE}")
 

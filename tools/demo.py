@@ -16,9 +16,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from trainer.metrics import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,48 +37,47 @@ FOLDER = Path("demo")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `trainer train`; may be repeated.")
 def main(raw: Path | None, limit: int, out: Path | None, settings: tuple[str, ...]) -> None:
     """Run the whole chain on RAW, or without RAW on pictures that are drawn for it. Everything goes to demo/NAME."""
-    place = _place(raw, FOLDER if out is None else out.resolve())
-    for folder in ("raw", "dataset", "run"):  # all of an earlier demo on the same RAW; nothing else is ever touched
-        shutil.rmtree(ROOT / place / folder, ignore_errors=True)
+    folder = _demo_folder(raw, FOLDER if out is None else out.resolve())
+    for name in ("raw", "dataset", "run"):  # all of an earlier demo on the same RAW; nothing else is ever touched
+        shutil.rmtree(ROOT / folder / name, ignore_errors=True)
     seconds: dict[str, float] = {}
 
-    def step(what: str, *command: object) -> None:
+    def step(title: str, *command: object) -> None:
         words = [str(word) for word in command]
-        click.secho(f"\n{what}: python {shlex.join(words)}", bold=True)
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, *words], check=False, cwd=ROOT)
-        if done.returncode:
-            raise UserError(f"demo: stopped at this step ({what.lower()}); what it said stands above")
-        seconds[what] = time.monotonic() - began
+        click.secho(f"\n{title}: python {shlex.join(words)}", bold=True)
+        started = time.monotonic()
+        if subprocess.run([sys.executable, *words], check=False, cwd=ROOT).returncode:
+            raise UserError(f"demo: stopped at this step ({title.lower()}), for the reason above")
+        seconds[title] = time.monotonic() - started
 
     source: object = raw.resolve() if raw and Path.cwd() != ROOT else raw
     if raw is None:
-        source = place / "raw"
+        source = folder / "raw"
         step("Draw raw pictures", "tools/make_raw.py", source)
     else:
         click.echo(f"demo: at most {limit:,} pictures of {raw}, drawn evenly over it (LIMIT=N for more)")
-    dataset, run = place / "dataset", place / "run"
+    dataset, run = folder / "dataset", folder / "run"
     step("Build shards", "tools/build_shards.py", source, dataset, "--samples-per-shard", 256, "--limit", limit)
     if not manifest.load(ROOT / dataset).splits.get("val"):
         raise UserError(f"{raw}: too few pictures to hold some out for validation; give 50 or more, or a val/ folder")
-    chosen = [f"--set={setting}" for setting in settings]
-    step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run, *chosen)
+    overrides = [f"--set={setting}" for setting in settings]
+    step("Train", "-m", "trainer", "train", "--data", dataset, "--recipe", "tiny", "--out", run, *overrides)
     step("Evaluate", "-m", "trainer", "evaluate", "--data", dataset, "--checkpoint", run)
     step("Draw figures", "-m", "trainer", "figures", run, "--data", dataset)
     _print_table(ROOT / dataset, ROOT / run, seconds)
 
 
-def _place(raw: Path | None, out: Path) -> Path:
-    """OUT/drawn, or OUT/NAME-DIGEST for RAW, from ROOT; raises UserError for a RAW that is missing or in the way."""
+def _demo_folder(raw: Path | None, out: Path) -> Path:
+    """Return OUT/drawn, or OUT/NAME-DIGEST for RAW, from ROOT. Raises UserError where RAW is missing or in the way."""
     if raw is None:
         return out / "drawn"
-    whole = raw.resolve()
-    if not whole.is_dir():
+    resolved = raw.resolve()
+    if not resolved.is_dir():
         raise UserError(f"{raw}: no such directory; RAW is the folder with your raw images or archives")
-    if whole.is_relative_to(ROOT / out) or ROOT.is_relative_to(whole):
+    if resolved.is_relative_to(ROOT / out) or ROOT.is_relative_to(resolved):
         raise UserError(f"{raw}: holds the project, or lies in {out}/, where demos are written; move it elsewhere")
-    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:6]
-    return out / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', whole.name).strip('-')}-{digest}"
+    digest = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:6]
+    return out / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', resolved.name).strip('-')}-{digest}"
 
 
 def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
@@ -89,19 +87,17 @@ def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
     lines = [line["time"] for line in read(run) if line["kind"] == "train"]
     errors = json.loads((run / "evaluation.json").read_text())
     speed, stall = (statistics.median(line[key] for line in lines) for key in ("images_per_second", "stall"))
-    found = {
+    centre, ten = errors["centre"]["top1_error"], errors["ten"]["top1_error"]
+    results = {
         "Build shards": f"{samples:,} samples, {skipped} skipped, {len(built.classes)} classes, "
         f"{samples / seconds['Build shards']:,.0f} images/s",
         "Train": f"{read(run)[-1]['step']} steps, {speed:,.0f} images/s, stall {100 * stall:.1f} % (medians)",
-        "Evaluate": ", ".join(
-            f"{name} top-1 error {errors[key]['top1_error']:.1f} %"
-            for key, name in (("centre", "centre view"), ("ten", "ten views"))
-        )
-        + f" (guessing: {100 - 100 / len(built.classes):.0f} %)",
+        "Evaluate": f"centre view top-1 error {centre:.1f} %, ten views top-1 error {ten:.1f} % "
+        f"(guessing: {100 - 100 / len(built.classes):.0f} %)",
     }
     table = Table("step", "seconds", "result", title="demo")
-    for what, spent in seconds.items():
-        table.add_row(what, f"{spent:.0f}", found.get(what, ""))
+    for title, spent in seconds.items():
+        table.add_row(title, f"{spent:.0f}", results.get(title, ""))
     table.add_row("total", f"{sum(seconds.values()):.0f}", "")
     Console(width=max(100, Console().width)).print(table)
     click.echo(f"The page: {run / 'report.html'}")

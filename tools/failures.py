@@ -2,7 +2,7 @@
 
 import subprocess
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 # torch's out of memory is a RuntimeError, and so is what it cannot compile
 FAILURES = (RuntimeError, UserError, ImportError, AssertionError, OSError, subprocess.SubprocessError)

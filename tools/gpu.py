@@ -20,7 +20,7 @@ import numpy as np
 import nvidia.dali
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from tools.gpu_bench import CHECKED, CORES, PLANS, WITHIN, Bench
 from tools.gpu_rows import REPETITIONS

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pipeline.online.feed import IN_GRAPH
+from pipeline.online.windows import Windows
 from torch import Tensor
 
 from pipeline.manifest import Manifest
 from pipeline.online.augment import VIEW_SIZE, AlexNet, Transform
-from pipeline.online.feed import IN_GRAPH
 from pipeline.online.graph import Graph, GraphOptions
 from pipeline.online.loader import Batch, Loader
 from pipeline.online.samples import SampleReader
-from pipeline.online.windows import Windows
 from tools.gpu_rows import Row, Rows
 from tools.gpu_training import (
     BESIDE,

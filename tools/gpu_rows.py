@@ -9,8 +9,8 @@ from operator import truediv
 from typing import Any
 
 import torch
-
 from pipeline.online.meter import Meter
+
 from tools.failures import FAILURES, reason
 
 REPETITIONS = 5

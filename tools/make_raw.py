@@ -12,46 +12,47 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from pipeline.files import write_bytes_aside
 from tools.patterns import CLASSES, generator, pixels
 
 
-def kind(seed: int, split: str, class_index: int, index: int) -> str:
-    """What the file of an ordinary picture is: an "rgb", "grayscale" or "cmyk" JPEG."""
+def file_form(seed: int, split: str, class_index: int, index: int) -> str:
+    """Return the form of an ordinary picture: an "rgb", "grayscale" or "cmyk" JPEG."""
     rng = generator(seed, "kind", split, class_index, index)
     return str(rng.choice(["rgb", "grayscale", "cmyk"], p=[0.93, 0.05, 0.02]))
 
 
 def picture(seed: int, split: str, class_index: int, index: int, odd: str | None = None) -> bytes:
-    """The file of one picture, of its kind or, where `odd` is "png" or "truncated", of that one."""
-    image, form = Image.fromarray(pixels(seed, split, class_index, index)), odd or kind(seed, split, class_index, index)
+    """Return the bytes of one picture's file, in its own form or, where `odd` is "png" or "truncated", in that one."""
+    form = odd or file_form(seed, split, class_index, index)
     quality = int(generator(seed, "quality", split, class_index, index).integers(75, 96))
-    image = image.convert({"grayscale": "L", "cmyk": "CMYK"}.get(form, "RGB"))
+    mode = {"grayscale": "L", "cmyk": "CMYK"}.get(form, "RGB")
+    image = Image.fromarray(pixels(seed, split, class_index, index)).convert(mode)
     out = io.BytesIO()
     image.save(out, "PNG" if form == "png" else "JPEG", quality=quality)
     return out.getvalue()[: out.tell() // 2] if form == "truncated" else out.getvalue()
 
 
 def odd_pictures(seed: int, classes: int, train: int) -> dict[tuple[int, int], str]:
-    """(class, index) of the two odd training pictures: a PNG named .JPEG, and a truncated JPEG."""
-    places = generator(seed, "odd").choice(classes * train, 2, replace=False)
-    return {divmod(int(place), train): odd for place, odd in zip(places, ("png", "truncated"))}
+    """Return (class, index) of the two odd training pictures: a PNG named .JPEG, and a truncated JPEG."""
+    numbers = generator(seed, "odd").choice(classes * train, 2, replace=False)
+    return {divmod(int(number), train): odd for number, odd in zip(numbers, ("png", "truncated"))}
 
 
 def training_numbers(seed: int, class_index: int, train: int) -> list[int]:
-    """The rising integers in the names of a class's training pictures, with gaps, as the published ones have."""
+    """Return the rising integers in the names of a class's training pictures, with gaps, as the published ones have."""
     return np.cumsum(generator(seed, "numbers", "train", class_index).integers(2, 180, train)).tolist()
 
 
 def validation_order(seed: int, classes: int, val: int) -> list[tuple[int, int]]:
-    """(class, index) of ILSVRC2012_val_00000001.JPEG and those after it."""
-    return [divmod(int(place), val) for place in generator(seed, "order").permutation(classes * val)]
+    """Return (class, index) of ILSVRC2012_val_00000001.JPEG and those after it."""
+    return [divmod(int(number), val) for number in generator(seed, "order").permutation(classes * val)]
 
 
 def tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A USTAR archive of (name, data) with mtime, uid and gid 0, TarInfo's defaults."""
+    """Return a USTAR archive of (name, data) with mtime, uid and gid 0, TarInfo's defaults."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in members:
@@ -62,32 +63,31 @@ def tar(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def train_tar(seed: int, classes: int, train: int) -> bytes:
-    """ILSVRC2012_img_train.tar: a tar of one tar per synset, all sorted by name."""
+    """Return ILSVRC2012_img_train.tar: a tar of one tar per synset, all sorted by name."""
     odd = odd_pictures(seed, classes, train)
 
     def synset(c: int) -> bytes:
         names = ((f"{CLASSES[c].wnid}_{n}.JPEG", i) for i, n in enumerate(training_numbers(seed, c, train)))
         return tar((name, picture(seed, "train", c, i, odd.get((c, i)))) for name, i in sorted(names))
 
-    wnids = sorted((CLASSES[c].wnid, c) for c in range(classes))
-    return tar((f"{wnid}.tar", synset(c)) for wnid, c in wnids)
+    return tar((f"{wnid}.tar", synset(c)) for wnid, c in sorted((CLASSES[c].wnid, c) for c in range(classes)))
 
 
 def val_tar(seed: int, classes: int, val: int) -> bytes:
-    """ILSVRC2012_img_val.tar: flat, the classes mixed."""
+    """Return ILSVRC2012_img_val.tar: flat, the classes mixed."""
     order = enumerate(validation_order(seed, classes, val), start=1)
     return tar((f"ILSVRC2012_val_{n:08d}.JPEG", picture(seed, "val", c, i)) for n, (c, i) in order)
 
 
 def devkit_tar(seed: int, classes: int, train: int, val: int) -> bytes:
-    """ILSVRC2012_devkit_t12.tar.gz: meta.mat, and the ground truth as one ILSVRC2012_ID a line, by file name."""
+    """Return ILSVRC2012_devkit_t12.tar.gz: meta.mat, and one ILSVRC2012_ID a line as the ground truth, by file name."""
     truth = "".join(f"{c + 1}\n" for c, _ in validation_order(seed, classes, val))
     members = {"ILSVRC2012_validation_ground_truth.txt": truth.encode(), "meta.mat": meta_mat(classes, train)}
     return gzip.compress(tar((f"ILSVRC2012_devkit_t12/data/{name}", data) for name, data in members.items()), mtime=0)
 
 
 def meta_mat(classes: int, train: int) -> bytes:
-    """The devkit's meta.mat: the leaves with ids 1 … classes, then two internal synsets."""
+    """Return the devkit's meta.mat: the leaves with ids 1 … classes, then two internal synsets."""
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss"]
     fields += ["num_children", "children", "wordnet_height", "num_train_images"]
     none, leaves = np.zeros((1, 0), np.uint32), np.arange(1, classes + 1, dtype=np.uint32)[None]
@@ -105,9 +105,9 @@ def meta_mat(classes: int, train: int) -> bytes:
 
 def check(out: Path, classes: int, train: int, val: int, seed: int) -> None:
     """Raise UserError for a number out of range, or for an `out` that is neither new nor an empty directory."""
-    many, word = 10**6, 2**32 - 1  # far above the published set; a seed of one word keeps the keys distinct
-    limits = {"classes": (classes, 2, len(CLASSES)), "train": (train, 1, many), "val": (val, 1, many)}
-    for name, (value, least, most) in {**limits, "seed": (seed, 0, word)}.items():
+    most_images, most_seed = 10**6, 2**32 - 1  # far above the published set; one word keeps the keys distinct
+    limits = {"classes": (classes, 2, len(CLASSES)), "train": (train, 1, most_images), "val": (val, 1, most_images)}
+    for name, (value, least, most) in {**limits, "seed": (seed, 0, most_seed)}.items():
         if not least <= value <= most:
             raise UserError(f"--{name} {value} is out of range: give {least} to {most}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -132,12 +132,12 @@ def main(out: Path, classes: int, train: int, val: int, seed: int) -> None:
     for name, data in files.items():
         write_bytes_aside(out / name, data)
     odd = odd_pictures(seed, classes, train)
-    kinds = Counter(kind(seed, "val", c, i) for c in range(classes) for i in range(val))
-    kinds.update(odd.get((c, i)) or kind(seed, "train", c, i) for c in range(classes) for i in range(train))
+    forms = Counter(file_form(seed, "val", c, i) for c in range(classes) for i in range(val))
+    forms.update(odd.get((c, i)) or file_form(seed, "train", c, i) for c in range(classes) for i in range(train))
     click.echo(
         f"wrote {out}: {classes * train} training and {classes * val} validation pictures of {classes} classes, "
-        f"{kinds['grayscale']} grayscale, {kinds['cmyk']} CMYK, {kinds['png']} PNG named .JPEG, "
-        f"{kinds['truncated']} truncated"
+        f"{forms['grayscale']} grayscale, {forms['cmyk']} CMYK, {forms['png']} PNG named .JPEG, "
+        f"{forms['truncated']} truncated"
     )
 
 

@@ -12,21 +12,21 @@ FOREGROUND = (0.3, 0.4)  # share of the area, one range for all classes: mean co
 
 
 def generator(seed: int, purpose: str, split: str = "train", c: int = 0, index: int = 0) -> np.random.Generator:
-    """The random numbers of one picture of class `c`, or of one decision about the set, from nothing but the key."""
+    """Return the generator of one picture of class `c`, or of one decision about the set: a function of its key."""
     splits, purposes = ("train", "val"), ("pixels", "kind", "quality", "odd", "numbers", "order")
     return np.random.default_rng([seed, purposes.index(purpose), splits.index(split), c, index])
 
 
-# The patterns: coordinates u, v (h, w), in periods, to a height (h, w) that is greatest in the figures.
+# The patterns map coordinates u, v (h, w), in periods, to a height (h, w) that is greatest in the figures.
 
 
 def ridge(t: Plane) -> Plane:
-    """0.5 minus the distance to the nearest integer: a triangle wave of period 1."""
+    """Return 0.5 minus the distance to the nearest integer: a triangle wave of period 1."""
     return np.float32(0.5) - np.abs(t - np.rint(t))
 
 
 def cells(u: Plane, v: Plane, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Coordinates in [-0.5, 0.5] within the unit cells, alternate rows shifted by half a cell in half the pictures."""
+    """Return coordinates in [-0.5, 0.5] in unit cells, alternate rows shifted by half a cell in half the pictures."""
     row = np.rint(v)
     u = u + np.float32(rng.choice([0.0, 0.5])) * (row % 2)
     return u - np.rint(u), v - row
@@ -89,7 +89,7 @@ def rays(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
 
 @dataclass(frozen=True)
 class PatternClass:
-    """One class; its ILSVRC2012_ID is its place in CLASSES plus 1."""
+    """One class; its ILSVRC2012_ID is its index in CLASSES plus 1."""
 
     wnid: str
     words: str
@@ -113,7 +113,7 @@ CLASSES = (  # wnids in no order, as the devkit's are: a label is not an ILSVRC2
 
 
 def coordinates(height: int, width: int, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Pixel places as u, v (height, width) float32 in periods: shifted, turned, tilted and slightly bent at random."""
+    """Return u, v (height, width) float32 of each pixel, in periods: shifted, turned, tilted, bent at random."""
     period = min(height, width) / rng.uniform(3, 6)  # pixels
     x = ((np.arange(width) - width * rng.uniform(0.3, 0.7)) / period).astype(np.float32)
     y = ((np.arange(height) - height * rng.uniform(0.3, 0.7)) / period).astype(np.float32)[:, None]
@@ -127,7 +127,7 @@ def coordinates(height: int, width: int, rng: np.random.Generator) -> tuple[Plan
 
 
 def colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Foreground and background (3, 1, 1) float32, RGB grey levels: the foreground brighter, by 70 in luma or more."""
+    """Return foreground and background (3, 1, 1) float32, RGB grey levels: the foreground brighter by 70 in luma."""
     pairs = rng.uniform(30, 225, (64, 2, 3)).astype(np.float32)
     luma = pairs @ np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as JPEG
     foreground, background = pairs[np.argmax(luma[:, 0] - luma[:, 1] >= 70), :, :, None, None]
@@ -135,7 +135,7 @@ def colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
 
 
 def pixels(seed: int, split: str, class_index: int, index: int) -> NDArray[np.uint8]:
-    """One picture of a class, (height, width, 3) uint8 RGB, sides 200 to 520 pixels; a function of its key alone."""
+    """Draw one picture of a class, (height, width, 3) uint8 RGB, sides 200 to 520 pixels; a function of its key."""
     rng = generator(seed, "pixels", split, class_index, index)
     long = rng.integers(280, 521)
     sides = (max(200, int(long * rng.uniform(0.62, 1.0))), int(long))

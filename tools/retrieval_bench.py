@@ -14,8 +14,8 @@ import click
 import numpy as np
 import torch
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from tools.peers.facts import machine
 from trainer import recipe as recipes
 from trainer.parallel import Columns

@@ -1,10 +1,8 @@
 """Check every promise of a dataset directory, name the raw images that it holds twice, and repair what fails."""
 
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -19,30 +17,18 @@ from pipeline.offline.repair import repair
 from pipeline.offline.shards import BLOCK
 from pipeline.offline.verify import Failures, check, load
 from pipeline.storage import Location
-from tools.build_options import chosen_sources, source_options
+from tools.build_shards import SOURCE, WORKERS, chosen_sources
 
-EXAMPLES = 10  # duplicates that are shown
-COPIES = 5  # samples of each that are shown
+EXAMPLES = 10  # groups of duplicates that are printed
+COPIES = 5  # samples of each group that are printed
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, params=[WORKERS, *SOURCE])
 @click.argument("dataset", type=Place())
 @click.option("--quick", is_flag=True, help="Do not decode the JPEGs.")
 @click.option(
-    "--repair",
-    "raw",
-    metavar="RAW",
-    type=Place(),
-    help="Rebuild the files that fail from the raw images in RAW.",
+    "--repair", "raw", metavar="RAW", type=Place(), help="Rebuild the files that fail from the raw images in RAW."
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=len(os.sched_getaffinity(0)),
-    show_default="all cores",
-    help="Processes.",
-)
-@source_options
 @click.pass_context
 def main(
     context: click.Context, dataset: Location, quick: bool, raw: Location | None, workers: int, **source: Any
@@ -62,40 +48,39 @@ def main(
       python tools/verify_shards.py /data/imagenet-256 --repair /data/imagenet
     """
     started = time.monotonic()
-    found = load(dataset)
-    failures = _check(found, quick, workers)
-    failing = {failure.file for failure in failures} & found.files.keys()
+    manifest = load(dataset)
+    failures = _check(manifest, quick, workers)
+    failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
-        repair(found, failing, make_plan(chosen_sources(raw, source), found.recipe), workers)
+        repair(manifest, failing, make_plan(chosen_sources(raw, source), manifest.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
-        failures = _check(found, quick, workers)
+        failures = _check(manifest, quick, workers)
     elif raw:
         click.echo("nothing that RAW could repair")
-    for line in _duplicates(found, failures):
+    for line in _duplicates(manifest, failures):
         click.echo(line)
-    samples = sum(split.samples for split in found.splits.values())
-    size = sum(record.bytes for record in found.files.values())
+    samples = sum(split.samples for split in manifest.splits.values())
+    size = sum(record.bytes for record in manifest.files.values())
     verdict = f"{len(failures)} failed" if failures else "all holds, pictures not decoded" if quick else "all holds"
     click.echo(
-        f"{verdict}: {len(found.files) + 1:,} files, {samples:,} samples, {size:,} bytes, "
+        f"{verdict}: {len(manifest.files) + 1:,} files, {samples:,} samples, {size:,} bytes, "
         f"{time.monotonic() - started:.1f} s"
     )
     context.exit(1 if failures else 0)
 
 
-def _check(found: Manifest, quick: bool, workers: int) -> Failures:
-    """Check with a progress bar where somebody looks, and print the failures."""
+def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
+    """Check with a progress bar on a terminal, and print the failures."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task("shards", total=sum(len(split.shards) for split in found.splits.values()))
-        failures = check(found, quick=quick, workers=workers, progress=lambda: bar.advance(row))
+        row = bar.add_task("shards", total=sum(len(split.shards) for split in manifest.splits.values()))
+        failures = check(manifest, quick=quick, workers=workers, progress=lambda: bar.advance(row))
     for failure in failures:
         click.echo(f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {failure.reason}")
     return failures
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """One of several samples that were made from equal raw bytes."""
 
     split: str
@@ -103,55 +88,47 @@ class Copy:
     record: np.void  # of SAMPLE
 
 
-def _duplicates(found: Manifest, failures: Failures) -> Iterator[str]:
-    """Lines on equal raw images, over all splits whose samples.npy holds."""
+def _duplicates(manifest: Manifest, failures: Failures) -> Iterator[str]:
+    """Yield the lines on equal raw images, over all splits whose samples.npy holds."""
     failing = {failure.file for failure in failures}
-    whole = [split for split in found.splits if f"{split}/samples.npy" not in failing]
-    groups = equal_samples({split: found.samples(split) for split in whole})
+    splits = [split for split in manifest.splits if f"{split}/samples.npy" not in failing]
+    groups = equal_samples({split: manifest.samples(split) for split in splits})
     if not groups:
         return
     within = sum(len({(copy.split, copy.record["label"]) for copy in group}) < len(group) for group in groups)
-    labels = sum(len({copy.record["label"] for copy in group}) > 1 for group in groups)
-    splits = sum(len({copy.split for copy in group}) > 1 for group in groups)
+    across_labels = sum(len({copy.record["label"] for copy in group}) > 1 for group in groups)
+    across_splits = sum(len({copy.split for copy in group}) > 1 for group in groups)
     yield (
         f"duplicates (no failure): {len(groups):,} raw images in {sum(map(len, groups)):,} samples; "
-        f"{within:,} within a class of a split, {labels:,} across labels, {splits:,} across splits"
+        f"{within:,} within a class of a split, {across_labels:,} across labels, {across_splits:,} across splits"
     )
     for group in groups[:EXAMPLES]:
         more = f", … {len(group) - COPIES} more" if len(group) > COPIES else ""
-        yield "  " + " = ".join(_named(found, copy, failing) for copy in group[:COPIES]) + more
+        yield "  " + " = ".join(_name(manifest, copy, failing) for copy in group[:COPIES]) + more
 
 
 def equal_samples(samples: dict[str, np.ndarray]) -> list[list[Copy]]:
-    """Groups of two or more samples with equal digests, in the order of their first ones.
+    """Return the groups of two or more samples with equal digests, in the order of their first ones.
 
     `samples` has, for each split, its records in the order of the ids: (n,) of SAMPLE.
     """
     if not samples:
         return []
-    words = np.concatenate([np.ascontiguousarray(records["digest"]).view("<u8") for records in samples.values()])
-    order = np.lexsort(words.T)  # equal digests side by side; stable, so each group is in the order of the samples
-    first = np.ones(len(order), bool)
-    first[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-    group = np.cumsum(first) - 1
-    repeated = np.bincount(group)[group] > 1
-    groups = np.split(order[repeated], np.flatnonzero(first[repeated])[1:])
-    names, starts = list(samples), np.cumsum([0, *map(len, samples.values())])
-
-    def copy(place: int) -> Copy:
-        which = int(np.searchsorted(starts, place, side="right")) - 1
-        return Copy(names[which], int(place - starts[which]), samples[names[which]][place - starts[which]])
-
-    places = sorted(group.tolist() for group in groups if len(group))
-    return [[copy(place) for place in group] for group in places]
+    digests = [np.ascontiguousarray(records["digest"]).view("V16")[:, 0] for records in samples.values()]
+    _, numbers, counts = np.unique(np.concatenate(digests), return_inverse=True, return_counts=True)
+    groups: dict[int, list[Copy]] = {}  # by the number of the digest among all digests
+    for split, of_split in zip(samples, np.split(numbers, np.cumsum([len(array) for array in digests]))):
+        for i in np.flatnonzero(counts[of_split] > 1).tolist():
+            groups.setdefault(int(of_split[i]), []).append(Copy(split, i, samples[split][i]))
+    return list(groups.values())
 
 
-def _named(found: Manifest, copy: Copy, failing: set[str]) -> str:
-    """SPLIT/LABEL KEY, the key from the header of its member; of a damaged shard, SPLIT/LABEL and the id."""
+def _name(manifest: Manifest, copy: Copy, failing: set[str]) -> str:
+    """Return SPLIT/LABEL KEY, the key from the header of its member; of a damaged shard, SPLIT/LABEL and the id."""
     shard, label = f"{copy.split}/{copy.split}-{copy.record['shard']:06d}.tar", int(copy.record["label"])
     key = f"sample {copy.id}"
     if shard not in failing:
-        header = storage.read_range(str(found.root / shard), int(copy.record["offset"]) - BLOCK, 100)
+        header = storage.read_range(str(manifest.root / shard), int(copy.record["offset"]) - BLOCK, 100)
         key = header.decode("ascii", "replace").partition(".")[0]
     return f"{copy.split}/{label if label >= 0 else 'none'} {key}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.loader import Batch
 

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.processes import Processes

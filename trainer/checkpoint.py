@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline import UserError, volumes
 from pipeline.files import HashingFile, write_aside
-from pipeline.storage import volumes
 from trainer.recipe import Recipe, from_dict, to_dict
 
 FOLDER = "checkpoints"

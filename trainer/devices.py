@@ -5,8 +5,8 @@ from collections import Counter
 
 import torch
 
-from pipeline.errors import UserError
-from pipeline.online.options import devices_of
+from pipeline import UserError
+from pipeline.online.devices import devices_of
 
 
 def placed(devices: str | None, columns: int) -> tuple[torch.device, ...]:

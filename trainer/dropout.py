@@ -1,6 +1,7 @@
-"""Dropout masks: a function of (seed, step, layer, place in the global batch, unit), whatever the devices and ranks."""
+"""Dropout masks: a function of (seed, step, layer, position in the global batch, unit), whatever devices and ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,44 +19,48 @@ def masks(
     units: Mapping[str, int],
     probability: float,
     device: torch.device | None = None,
-    place: int = 0,
+    first: int = 0,
 ) -> dict[str, Tensor]:
-    """A mask for each layer of `units`, (samples, units) float32: 0 with the given probability, else 1.
+    """Return a mask for each layer of `units`, (samples, units) float32: 0 with the given probability, else 1.
 
-    The words are those of the Philox counter (DROPOUT + 256 · layer, step, place, unit div 4): drawn on the host for a
-    CPU, and on a GPU there, because the host would take longer than the GPU's whole step. `place` is that
-    of the first sample in the global batch.
+    Each number is a word of Philox with the counter (DROPOUT + 256 · layer, step, position, unit div 4). A GPU draws
+    its own: the host would take longer than the GPU's whole step.
+
+    Args:
+        first: position of the first sample in the global batch.
     """
     on_gpu = device is not None and device.type == "cuda"
     threshold, key, result = round(probability * 2**32), key_of(seed), {}
     for layer, (name, width) in enumerate(units.items()):
-        use, places, blocks = DROPOUT + (layer << 8), np.arange(place, place + samples), np.arange(-(-width // 4))
+        use, positions, blocks = DROPOUT + (layer << 8), np.arange(first, first + samples), np.arange(-(-width // 4))
         if on_gpu:
-            words = [np.array([*key, use, step, threshold]), places[:, None], blocks]
+            words = [np.array([*key, use, step, threshold]), positions[:, None], blocks]
             # pinned, so that the host need not wait for the steps before
-            sent = [torch.from_numpy(each).pin_memory().to(device, non_blocking=True) for each in words]
+            sent = [torch.from_numpy(array).pin_memory().to(device, non_blocking=True) for array in words]
             mask = compiled_mask(*sent)
         else:
-            mask = torch.from_numpy((philox(key, (use, step, places[:, None], blocks)) >= threshold).astype(np.float32))
+            mask = torch.from_numpy(
+                (philox(key, (use, step, positions[:, None], blocks)) >= threshold).astype(np.float32)
+            )
         result[name] = mask.flatten(1)[:, :width]
     return result
 
 
-def mask_on_device(words: Tensor, places: Tensor, blocks: Tensor) -> Tensor:
-    """`pipeline.online.philox` in torch's integers, where the tensors are.
+def mask_on_device(words: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
+    """Return the masks that `pipeline.online.philox` gives, computed in torch's integers where the tensors are.
 
     No product passes 48 bits, nothing is ever negative: torch has no unsigned product of 64 bits, and what it compiles
     of a signed one that overflows was wrong on a CPU (2.13).
 
     Args:
-        words: (5,) int64: both words of the key, the use, the step, and the words of a zero: those below the last.
-            A tensor, so that it compiles once and not for every step.
-        places, blocks: (samples, 1) and (blocks,) int64.
+        words: (5,) int64: key (2), use, step, threshold; a word of Philox below the threshold drops the unit. A tensor,
+            so that it compiles once and not for every step.
+        positions, blocks: (samples, 1) and (blocks,) int64.
     Returns:
         (samples, blocks, 4) float32: 0 or 1.
     """
     k0, k1, use, step, threshold = words.unbind()
-    c0, c1, c2, c3 = torch.broadcast_tensors(use, step, places, blocks)
+    c0, c1, c2, c3 = torch.broadcast_tensors(use, step, positions, blocks)
     for _round in range(10):
         (high0, low0), (high1, low1) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -70,4 +75,12 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-compiled_mask = torch.compile(mask_on_device, dynamic=True)  # of some 240 small kernels it makes one
+def compiled_mask(words: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
+    """Return what `mask_on_device` does, compiled: of some 240 small kernels torch.compile makes one."""
+    return _compiled()(words, positions, blocks)
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Compile at the first use: the import of torch's compiler alone takes 2 s, and a run on CPUs does not need it."""
+    return torch.compile(mask_on_device, dynamic=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities

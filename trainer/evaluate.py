@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.augment import nine_views, ten_views
-from pipeline.online.meter import Wait
+from pipeline.online.stall import Wait
 from trainer import feed
 from trainer.parallel import Columns
 from trainer.processes import ALONE, Processes

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 MOST = 2**31  # parameters
 KINDS = ("conv", "local", "linear")

@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.files import write_bytes_aside
 
 FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"

@@ -57,7 +57,7 @@ class Part(nn.Module):
             if recipe.kind == "conv":
                 x = F.conv2d(x, weight, bias, recipe.stride, recipe.padding, groups=groups)
             else:
-                x = _local(x, weight, bias, recipe.stride, recipe.padding, groups)
+                x = _local(x, weight, bias, layer, groups)
         for word in recipe.then:
             x = self._then(word, x, self.groups(layer.columns), mask)
         return x
@@ -125,13 +125,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     return torch.cat([F.linear(own, rows) for own, rows in parts], 1) + bias
 
 
-def _local(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-    """A convolution whose places do not share weights: (n, in, side, side) → (n, out, side', side')."""
-    n, side = len(x), weight.shape[-1]
-    windows = F.unfold(x, weight.shape[2], padding=padding, stride=stride)  # (n, in · kernel², side'²)
-    own = windows.view(n, groups, -1, side * side)
-    rows = weight.view(groups, len(weight) // groups, -1, side * side)
-    return torch.einsum("ngkp,gokp->ngop", own, rows).reshape(n, -1, side, side) + bias
+def _local(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, groups: int) -> Tensor:
+    """Return a convolution whose places do not share weights: (n, in, side, side) → (n, out, side', side').
+
+    Sizes are read from the recipe, not from the tensors: the ONNX exporter, which traces, needs them as numbers.
+    """
+    recipe, side = layer.recipe, layer.side
+    windows = F.unfold(x, recipe.kernel, padding=recipe.padding, stride=recipe.stride)  # (n, in · kernel², side'²)
+    columns = windows.unflatten(1, (groups, -1))
+    rows = weight.unflatten(0, (groups, -1)).flatten(2, 4).flatten(3)  # (groups, out / groups, in · kernel², side'²)
+    return torch.einsum("ngkp,gokp->ngop", columns, rows).flatten(1, 2).unflatten(2, (side, side)) + bias
 
 
 def compiled(run: Callable[..., Any], how: str) -> Callable[..., Any]:

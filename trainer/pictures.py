@@ -46,10 +46,11 @@ class Pictures:
         return torch.from_numpy(np.stack(found) if found else np.zeros(shape, np.float32)).view(shape)
 
     def _seen(self, picture: np.ndarray, recipe: augment.AlexNet) -> np.ndarray:
-        windows = recipe.windows(0, 0, np.zeros(1, np.int64), None, np.array([picture.shape[:2]]))
-        offset, std, rest = windows.offset[0], windows.std[0], recipe.rest(0)
+        crops = recipe.crops(0, 0, np.zeros(1, np.int64), None, np.array([picture.shape[:2]]))
+        offset, std = crops.offset[0], crops.std[0]
+        rest = recipe.mean_deviations.get(recipe.divisor(0))
         if not recipe.several:
-            return augment.reference(picture, windows, 0, rest, recipe.aligned)
+            return augment.reference(picture, crops, 0, rest, recipe.aligned)
         found = []
         for top, left, flip in recipe.several:
             view = augment.reference_view(picture, top, left, flip, self._view)

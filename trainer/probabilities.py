@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.files import HashingFile, write_aside
 
 FORMAT = 1

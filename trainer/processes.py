@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.storage import volumes
+from pipeline import UserError, volumes
 
 PATIENCE = 50.0  # seconds; so that a job knows within a minute that one of its machines is gone
 # of gloo's errors, which have no type of their own: the place in its code, or what it says once one exchange was late

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.model import Masks
 from trainer.parallel import Columns
 from trainer.processes import Processes

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.files import ASIDE, sweep
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.files import ASIDE, sweep, sync_folder, write_aside
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint

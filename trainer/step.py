@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.online.loader import Batch
+from pipeline.online.batch import Batch
 from trainer.dropout import masks
 from trainer.layers import dropped_units
 from trainer.model import Masks

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest
 
 GUESSES = 5  # a line (devkit readme of ILSVRC)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import manifest
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
 from trainer import agreement, feed, resume, watch
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint

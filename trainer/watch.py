@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from trainer.optim import Rates
 from trainer.parallel import Columns
 from trainer.processes import ALONE, Processes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.online.meter import Meter
+from pipeline.online.stall import Meter
 from trainer.processes import Processes
 
 

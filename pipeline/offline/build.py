@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Manifest, Split, Statistics, timm_info

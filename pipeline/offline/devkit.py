@@ -5,8 +5,7 @@ import io
 import zlib
 from dataclasses import dataclass, field
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.offline.archives import members
 from pipeline.offline.matfile import MatError, Value, struct_rows
 from pipeline.offline.raw import LeftOut, SourceError

@@ -22,7 +22,7 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.storage import Location, exists
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -155,7 +155,7 @@ def _connected(address: str | None) -> Iterator[ModuleType]:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--executor ray needs the package ray: pip install 'penstock[ray]'") from error
+        raise UserError("--executor ray needs the package ray: pip install 'penstock-imagenet[ray]'") from error
     try:
         # `ray.init` sets a handler of SIGTERM that ends the process without a message; ours is put back afterwards
         with _signals_held():
@@ -203,7 +203,7 @@ def _result(ray: ModuleType, reference: Any, name: str) -> Any:
         if isinstance(error, ray.exceptions.RayTaskError):
             if not isinstance(error.cause, ray.exceptions.RayError):
                 raise error.cause from error
-            problem = "could not begin on its node; every node needs the same environment, with penstock[ray] in it"
+            problem = "could not begin on its node; every node needs the same environment, with penstock-imagenet[ray] in it"
         raise UserError(
             f"{name}: {problem} ({_line(error)}); what is finished stays, the same command goes on"
         ) from error

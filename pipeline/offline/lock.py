@@ -9,8 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.files import sweep, write_bytes_aside
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.plan import Plan, differences

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe, ClassRecord, canonical_json
 from pipeline.offline.raw import RawImage, Sources

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import storage
-from pipeline.errors import SourceError
+from pipeline import SourceError, storage
 from pipeline.manifest import ClassRecord
 from pipeline.offline.table import RawImage, RawTable
 from pipeline.storage import Location

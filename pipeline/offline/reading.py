@@ -1,7 +1,6 @@
 """How a raw image's bytes are read: by one positioned read of its file, wherever that lies."""
 
-from pipeline import storage
-from pipeline.errors import SourceError
+from pipeline import SourceError, storage
 from pipeline.offline.parquet import pages
 
 PARQUET = ".parquet"  # a row of such a file; its `offset` is the number of the row

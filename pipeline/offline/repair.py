@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import UserError, storage
 from pipeline.decode import ImageError
-from pipeline.errors import UserError
 from pipeline.files import write_aside, write_bytes_aside
 from pipeline.image import codec_versions, rescaled
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import SourceError, UserError, storage
 from pipeline.decode import ImageError
-from pipeline.errors import SourceError, UserError
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe, ShardRecord, canonical_json

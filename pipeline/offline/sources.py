@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage, volumes
 from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webdataset
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
 from pipeline.offline.parquet import layout as parquet
@@ -14,7 +13,7 @@ from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
 from pipeline.offline.scans import Scans
 from pipeline.offline.table import RawTable
 from pipeline.offline.words import read_text
-from pipeline.storage import Location, volumes
+from pipeline.storage import Location
 
 __all__ = [
     "DEVKIT_TAR",

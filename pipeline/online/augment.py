@@ -1,4 +1,4 @@
-"""What happens to each sample: keyed draws of crop, flip and lighting; the numpy reference of the transform."""
+"""The transform of 2012: keyed draws of crop, flip and lighting for each sample, and its numpy reference."""
 
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Statistics
+from pipeline.online.batch import Crops, ViewBox
 from pipeline.online.philox import LIGHTING, VIEW, key_of, philox
-from pipeline.online.windows import Place, Windows
 
 VIEW_SIZE = 224  # pixels, unless one asks for others: the network's input is 224 × 224 (paper, section 3)
 LIGHTING_SD = 0.1  # paper, section 4.1
@@ -21,7 +21,7 @@ POSITIONS = ("code", "paper")
 
 @dataclass(frozen=True)
 class Transform:
-    """What the 2012 network sees of a picture. The defaults are those of the code that gave the published numbers.
+    """The options of the 2012 transform. The defaults are those of the code that gave the published numbers.
 
     Args:
         views: "random" (crop, flip, lighting), "centre", "ten": corners and centre, and their mirror images; or "nine":
@@ -60,19 +60,19 @@ class Transform:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
 
     def lit(self, step: int) -> bool:
-        """Whether the views of this step have lighting."""
+        """Return whether the views of this step have lighting."""
         if self.views != "random" or self.lighting == "off":
             return False
         return self.lighting_until is None or step < self.lighting_until
 
     def divisor(self, step: int) -> np.float32:
-        """What the views of this step are divided by: 1.1, or 1."""
+        """Return the divisor of the views of this step: 1.1, or 1."""
         shrink = self.lighting == "code" if self.shrink is None else self.shrink
         return np.float32(1 + LIGHTING_SD if shrink and self.lit(step) else 1)
 
 
 class AlexNet:
-    """The recipe of 2012 for pictures of size × size pixels; see `windows.Recipe`.
+    """The recipe of 2012 for pictures of size × size pixels; see `batch.Recipe`.
 
     Raises:
         UserError: pictures that no view fits in.
@@ -85,7 +85,7 @@ class AlexNet:
         self.options, self._statistics, self._seed = options, statistics, seed
         self.training, self.aligned, self.view = options.views == "random", options.mean == "aligned", options.view
         places = {"ten": ten_views, "nine": nine_views}.get(options.views)
-        self.several: tuple[Place, ...] = tuple(places(size, self.view)) if places else ()
+        self.several: tuple[ViewBox, ...] = tuple(places(size, self.view)) if places else ()
         self.decoded = size if self.several else self.view
         self._colour = statistics.mean_color.astype(np.float32)
         deviation = (statistics.mean_image - statistics.mean_color).astype(np.float32)
@@ -93,20 +93,24 @@ class AlexNet:
         centre = reference_view(deviation, self._middle, self._middle, False, self.view)
         inside = deviation if self.aligned else centre
         divisors = (np.float32(1), np.float32(1 + LIGHTING_SD))
-        self._rests = {float(divisor): np.ascontiguousarray(inside * (1 / divisor)) for divisor in divisors}
+        self.mean_deviations = (
+            {float(divisor): np.ascontiguousarray(inside * (1 / divisor)) for divisor in divisors}
+            if options.mean != "colour"
+            else {}
+        )
 
-    def windows(self, step: int, epoch: int, ids: np.ndarray, heads: np.ndarray | None, sizes: np.ndarray) -> Windows:
+    def crops(self, step: int, epoch: int, ids: np.ndarray, owners: np.ndarray | None, sizes: np.ndarray) -> Crops:
         n, options = len(ids), self.options
         offset = np.broadcast_to(self._colour, (n, 3))
         if options.views == "random":
-            draws = draw(self._seed, epoch, ids, self.positions, heads)
+            draws = draw(self._seed, epoch, ids, self.positions, owners)
             start, flip = draws.crop, draws.flip
             if options.lit(step):
                 offset = offset - lighting_shift(draws.normals, self._statistics, options.lighting)
         else:
             start = np.full((n, 2), 0 if self.several else self._middle, np.int32)
             flip = np.zeros(n, np.int32)
-        return Windows(
+        return Crops(
             start,
             np.full((n, 2), self.decoded, np.int32),
             flip,
@@ -114,10 +118,8 @@ class AlexNet:
             np.full((n, 3), options.divisor(step)),
         )
 
-    def rest(self, step: int) -> np.ndarray | None:
-        if self.options.mean == "colour":
-            return None
-        return self._rests[float(self.options.divisor(step))]
+    def divisor(self, step: int) -> float:
+        return float(self.options.divisor(step))
 
     def described(self) -> dict[str, Any]:
         options = {key: value for key, value in asdict(self.options).items() if key != "lighting_until"}
@@ -133,33 +135,33 @@ class Draws:
     normals: np.ndarray  # (n, 3) float64, standard normal; one per eigenvector
 
 
-def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, heads: np.ndarray | None = None) -> Draws:
-    """The random numbers of samples `ids` (n,) int64 in an epoch: a function of (seed, epoch, id) alone.
+def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, owners: np.ndarray | None = None) -> Draws:
+    """Draw the random numbers of samples `ids` (n,) int64 in an epoch: a function of (seed, epoch, id) alone.
 
-    Crop positions are uniform over 0 … positions − 1 each way; half are flipped. `heads` (n,) are the samples whose
+    Crop positions are uniform over 0 … positions − 1 each way; half are flipped. `owners` (n,) are the samples whose
     crop and flip are taken, where several share them; default: each its own.
     """
-    low, high = _words(ids if heads is None else heads)
+    low, high = _words(ids if owners is None else owners)
     words = philox(key_of(seed), (VIEW, epoch, low, high)).astype(np.uint64)
     crop = ((words[:, :2] * np.uint64(positions)) >> np.uint64(32)).astype(np.int32)  # bias below 2⁻²⁶
     flip = (words[:, 2] >> np.uint64(31)).astype(np.int32)
     return Draws(crop, flip, _normals(philox(key_of(seed), (LIGHTING, epoch, *_words(ids))))[:, :3])
 
 
-def ten_views(size: int, view: int = VIEW_SIZE) -> list[Place]:
-    """The ten views of a picture: four corners and the centre, and their mirror images (paper, section 4.1)."""
+def ten_views(size: int, view: int = VIEW_SIZE) -> list[ViewBox]:
+    """Return the ten views of a picture: four corners and the centre, and their mirror images (paper, section 4.1)."""
     end, middle = size - view, (size - view) // 2
     places = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
     return [(top, left, flip) for flip in (False, True) for top, left in places]
 
 
-def nine_views(size: int, view: int = VIEW_SIZE) -> list[Place]:
-    """The nine views of a picture, row by row, none mirrored: cuda-convnet's multiview test of CIFAR-10."""
+def nine_views(size: int, view: int = VIEW_SIZE) -> list[ViewBox]:
+    """Return the nine views of a picture, row by row, none mirrored: cuda-convnet's multiview test of CIFAR-10."""
     return [(top, left, False) for top, left in product((0, (size - view) // 2, size - view), repeat=2)]
 
 
 def lighting_shift(normals: np.ndarray, statistics: Statistics, lighting: str = "code") -> np.ndarray:
-    """The colour added to every pixel of an image, (n, 3) float32 in grey levels: 0.1 · Σ zᵢ sᵢ vᵢ.
+    """Return the colour added to every pixel of an image, (n, 3) float32 in grey levels: 0.1 · Σ zᵢ sᵢ vᵢ.
 
     "code": sᵢ = √λᵢ, the standard deviations along the eigenvectors. "paper": sᵢ = λᵢ/255, which is the text's λᵢ of
     pixels between 0 and 1, and its sum in grey levels (as λᵢ itself, the first would have a deviation of 1,483 levels).
@@ -170,37 +172,39 @@ def lighting_shift(normals: np.ndarray, statistics: Statistics, lighting: str = 
 
 
 def reference_view(image: np.ndarray, top: int, left: int, flip: bool, view: int = VIEW_SIZE) -> np.ndarray:
-    """(size, size, 3) → (view, view, 3). What the DALI graph must equal."""
+    """Cut (view, view, 3) out of (size, size, 3): the oracle of the DALI graph."""
     window = image[top : top + view, left : left + view]
     return window[:, ::-1] if flip else window
 
 
-def reference_normalise(view: np.ndarray, offset: np.ndarray, std: np.ndarray, rest: np.ndarray | None) -> np.ndarray:
-    """(h, w, 3) uint8 → network input (3, h, w) float32: (view − offset) · (1/std) − rest, in float32 in this order.
+def reference_normalise(
+    view: np.ndarray, offset: np.ndarray, std: np.ndarray, mean_deviation: np.ndarray | None
+) -> np.ndarray:
+    """Return (view − offset) · (1/std) − mean_deviation, in float32 in this order: (h, w, 3) uint8 → (3, h, w) float32.
 
-    `offset` (3,) is the mean colour less the lighting, and `rest` (h, w, 3) what the mean image has beside its mean
+    `offset` (3,) is the mean colour less the lighting, and `mean_deviation` (h, w, 3) the mean image less the mean
     colour, divided by std; None where only the colour is subtracted. The oracle of graph and `normalise`.
     """
     x = (view.astype(np.float32) - offset) * (np.float32(1) / std)
-    return (x if rest is None else x - rest).transpose(2, 0, 1)
+    return (x if mean_deviation is None else x - mean_deviation).transpose(2, 0, 1)
 
 
 def reference(
-    picture: np.ndarray, windows: Windows, place: int, rest: np.ndarray | None, aligned: bool = False
+    picture: np.ndarray, crops: Crops, index: int, mean_deviation: np.ndarray | None, aligned: bool = False
 ) -> np.ndarray:
-    """The whole transform of one picture, (size, size, 3) uint8 → (3, view, view) float32, by numpy alone.
+    """Return the whole transform of one picture, (size, size, 3) uint8 → (3, view, view) float32, by numpy alone.
 
-    `rest` is (view, view, 3), or where `aligned` (size, size, 3); see `windows.Recipe`.
+    `index` is its position in `crops`; `mean_deviation` is (view, view, 3), or where `aligned` (size, size, 3).
     """
-    (top, left), flip, side = windows.start[place].tolist(), bool(windows.flip[place]), int(windows.shape[place, 0])
-    if rest is not None and aligned:
-        rest = reference_view(rest, top, left, flip, side)
+    (top, left), flip, side = crops.start[index].tolist(), bool(crops.flip[index]), int(crops.shape[index, 0])
+    if mean_deviation is not None and aligned:
+        mean_deviation = reference_view(mean_deviation, top, left, flip, side)
     view = reference_view(picture, top, left, flip, side)
-    return reference_normalise(view, windows.offset[place], windows.std[place], rest)
+    return reference_normalise(view, crops.offset[index], crops.std[index], mean_deviation)
 
 
 def _positions(options: Transform, size: int) -> int:
-    """How many places a random view of size × size pixels may start at, each way."""
+    """Return how many positions a random view may start at, each way, in size × size pixels."""
     spare = options.positions == "paper"
     positions = size - options.view + 1 - spare
     if positions < 1:
@@ -217,7 +221,7 @@ def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _normals(words: np.ndarray) -> np.ndarray:
-    """(n, 4) uint32 → (n, 4) float64 standard normals by Box and Muller (1958)."""
+    """Turn (n, 4) uint32 into (n, 4) float64 standard normals by Box and Muller (1958)."""
     u = words.astype(np.float64)
     radius = np.sqrt(-2.0 * np.log((u[:, :2] + 1.0) / 2.0**32))  # (0, 1]: the logarithm is finite
     angle = 2.0 * np.pi * (u[:, 2:] / 2.0**32)

@@ -1,133 +1,115 @@
 """Shards of a remote data set, fetched whole and ahead of use into a bounded folder on disk."""
 
-import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from math import inf
 from pathlib import Path
-from typing import BinaryIO
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.files import HashingFile
 from pipeline.manifest import DatasetError, FileRecord, Manifest
 from pipeline.online.samples import shard_numbers
 
 PIECE = 8 * 2**20  # bytes of one request; between two of them a fetch can be ended
-PART = ".part"  # how the name of a shard that is not yet whole ends
-POLL = 0.05  # seconds between looks at a shard that another process fetches
-CLOSING = 1.5  # seconds that `close` waits for requests under way
-MAX_OPEN = 256  # shards kept open, if no more are leased; descriptors are a bounded resource
+PART = ".part"  # ends the name of a shard that is not yet whole
+STALE = 3600  # seconds without a change, after which such a file is a dead process's
 
 
 class ShardCache(AbstractContextManager["ShardCache"]):
     """Keeps some of a split's shards on disk: those in use, and those that are used next. Threads may share it.
 
     They lie in FOLDER/IDENTITY/SPLIT, also for the next run, which checks each before its first use. Processes may
-    share a folder: one of them fetches a shard for all, and each goes on reading what another deletes. `limit`, the
-    bytes that shards may take on disk with those being fetched, then binds each process, not the folder.
-
-    Raises:
-        UserError: a limit below the largest shard, a disk that lacks the room, an unusable folder.
+    share a folder: each uses what others have fetched, and goes on reading what another deletes. `limit`, the bytes of
+    shards on disk with those being fetched, binds each process. Raises UserError: an impossible limit or folder.
     """
 
     def __init__(self, data: Manifest, split: str, folder: Path, limit: int, fetchers: int = 4) -> None:
-        names = shard_numbers(data, split)
+        names, inside = shard_numbers(data, split), folder / data.identity / split
         self._files = {shard: data.files[name] for shard, name in names.items()}
         self._sources = {shard: str(data.root / name) for shard, name in names.items()}
-        self._paths = {shard: folder / data.identity / split / Path(name).name for shard, name in names.items()}
+        self._paths = {shard: inside / Path(name).name for shard, name in names.items()}
         self._limit, self._fetchers = limit, fetchers
         largest = max((record.bytes for record in self._files.values()), default=0)
-        assert fetchers >= 1
         if limit < largest:
             raise UserError(f"cache limit {limit:,} bytes: the largest shard has {largest:,}; raise the cache limit")
         try:
-            _tidy(folder / data.identity / split)
+            inside.mkdir(parents=True, exist_ok=True)
+            for part in inside.glob(f"*{PART}"):
+                if part.stat().st_mtime < time.time() - STALE:
+                    part.unlink(missing_ok=True)
             there = [shard for shard, path in self._paths.items() if path.exists()]
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; name another cache folder") from error
         missing = min(limit, self._bytes(self._files)) - self._bytes(there)
         if (free := shutil.disk_usage(folder).free) < missing:
-            raise UserError(
-                f"{folder}: {free:,} bytes free, a cache of up to {limit:,} needs {missing:,}; lower the cache limit, "
-                "make room, or name a folder on another disk"
-            )
+            lacking = f"{free:,} bytes free, a cache of up to {limit:,} needs {missing:,}"
+            raise UserError(f"{folder}: {lacking}; lower the cache limit, make room, or name a folder on another disk")
         self._changed = threading.Condition()  # guards all that follows
-        self._stop = threading.Event()
-        self._disk = dict.fromkeys(there, False)  # shards on disk → whether checked; the least recently released first
-        self._busy: dict[int, threading.Thread] = {}  # shards being fetched or checked
-        self._parts: set[Path] = set()  # the files that they are fetched into
+        self._stopped = False
+        self._disk = dict.fromkeys(there, False)  # shards on disk → whether checked
+        self._busy: dict[int, Path] = {}  # shards that a thread checks or fetches → the file it writes
         self._errors: dict[int, BaseException] = {}  # why fetches failed, until the next lease
         self._leases: Counter[int] = Counter()
-        self._open: dict[int, int] = {}  # descriptors
-        self._turns: dict[int, int] = {}  # places in the list, of shards whose turn is not over
-        self._turn: set[int] = set()  # those whose turn it is
+        self._order: dict[int, int] = {}  # shards to be used → their position in the order of use
+        self._current: set[int] = set()  # those of them that leases have reached, and not yet passed
 
     def ahead(self, shards: Sequence[int]) -> None:
         """Fetch these shards in this order, that of their coming first use, as far as the limit permits.
 
-        Replaces the earlier list; what is being fetched goes on. A shard's turn begins when it is leased, and ends when
-        a later lease begins another's turn. To make room, those go first that are not in the list or whose turn is
-        over, the least recently released first; then those whose turn is last. What is leased stays, and so does what
-        has an earlier turn than the shard to be fetched, unless a lease waits for that.
+        The list replaces the earlier one; what is being fetched goes on. To make room, the shard goes that will be used
+        last, never a leased one. A shard will not be used again once a lease has reached others after it in the list.
         """
         with self._changed:
-            self._turns, self._turn = {int(shard): place for place, shard in enumerate(dict.fromkeys(shards))}, set()
+            self._order, self._current = {shard: i for i, shard in enumerate(dict.fromkeys(map(int, shards)))}, set()
             self._fill()
 
     @contextmanager
     def lease(self, shards: Collection[int]) -> Iterator[dict[int, int]]:
-        """Shard → a descriptor for `os.pread`, which stays ours; waits until each shard is there.
+        """Wait until the shards are there; yield shard → a descriptor for `os.pread`, open until the context ends.
 
-        Raises:
-            DatasetError: a shard that the store lacks, or has with other bytes than the manifest promises, twice.
-            StorageError: the store cannot be reached. Each lease tries anew, whatever failed ahead of it or before.
-            UserError: more shards leased at a time than the limit permits; no room on the disk.
-            RuntimeError: the cache is closed.
+        Each lease tries anew what failed before. Raises DatasetError: a shard that the store lacks or has with wrong
+        bytes, twice; UserError: more shards than the limit permits, a full disk; StorageError; RuntimeError: closed.
         """
-        leased = dict.fromkeys(map(int, shards))
+        leased, descriptors = set(map(int, shards)), {}
         with self._changed:
-            together = leased.keys() | self._leases.keys()
+            together = leased | self._leases.keys()
             if self._bytes(together) > self._limit:
-                raise UserError(
-                    f"{len(together)} shards in use at a time, {self._bytes(together):,} bytes: the cache limit is "
-                    f"{self._limit:,}; raise it, or take order='shards' with a smaller window"
-                )
-            self._leases.update(leased.keys())
-            self._begin(leased.keys())
+                used = f"{len(together)} shards in use at a time, {self._bytes(together):,} bytes"
+                remedy = "raise it, or take order='shards' with a smaller window"
+                raise UserError(f"{used}: the cache limit is {self._limit:,}; {remedy}")
+            self._leases.update(leased)
+            self._reach(leased)
         try:
-            with self._changed:
-                descriptors = {shard: self._descriptor(shard) for shard in leased}
-                self._fill()
+            for shard in leased:
+                descriptors[shard] = self._opened(shard)
             yield descriptors
         finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
             with self._changed:
-                self._release(leased.keys())
+                self._leases = self._leases - Counter(leased)
+                self._fill()
 
     def stop(self) -> None:
-        """Begin to end: fetches stop, and leases that wait for a shard raise RuntimeError."""
+        """End fetches after their request; leases that wait for a shard raise RuntimeError."""
         with self._changed:
-            self._stop.set()
+            self._stopped = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the fetches within two seconds, delete what is half fetched, close all descriptors, leased ones too."""
+        """Stop, and delete what is half fetched; a thread amid a request ends later, and leaves nothing."""
         self.stop()
         with self._changed:
-            threads = list(self._busy.values())
-        for thread in threads:  # one amid a long request is left behind: it can neither write nor rename any more
-            thread.join(CLOSING / len(threads))
-        with self._changed:
-            while self._parts:
-                self._parts.pop().unlink(missing_ok=True)
-            while self._open:
-                os.close(self._open.popitem()[1])
+            for part in self._busy.values():
+                part.unlink(missing_ok=True)
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -135,85 +117,68 @@ class ShardCache(AbstractContextManager["ShardCache"]):
     def _bytes(self, shards: Collection[int]) -> int:
         return sum(self._files[shard].bytes for shard in shards)
 
-    # What follows is called with the lock held.
-
-    def _begin(self, leased: Collection[int]) -> None:
-        first = (self._turns.keys() & leased) - self._turn
-        if first:
-            for shard in self._turn:
-                del self._turns[shard]
-            self._turn = first
-        for shard in leased:
-            self._errors.pop(shard, None)  # it is tried again
-            if shard not in self._turns and not self._disk.get(shard):  # it went too early: let it stay for this turn
-                self._turns[shard] = -1
-                self._turn.add(shard)
-
-    def _descriptor(self, shard: int) -> int:
-        while shard not in self._open:
-            self._go_on()
-            if shard in self._errors:
-                raise self._errors.pop(shard)
-            if not self._disk.get(shard):
-                self._fill()
-                self._changed.wait()
-                continue
-            try:
-                self._open[shard] = os.open(self._paths[shard], os.O_RDONLY)
-            except FileNotFoundError:  # another process deleted it
-                del self._disk[shard]
-            except OSError as error:
-                raise UserError(f"{error.filename}: {error.strerror}; raise ulimit -n, or use fewer shards") from error
-        return self._open[shard]
-
-    def _release(self, leased: Collection[int]) -> None:
-        self._leases.subtract(leased)
-        self._leases = +self._leases  # without zeros
-        for shard in leased & self._disk.keys():
-            self._disk[shard] = self._disk.pop(shard)  # to the end
-        idle = [shard for shard in self._open if shard not in self._leases]
-        for shard in idle[: max(0, len(self._open) - MAX_OPEN)]:
-            os.close(self._open.pop(shard))
-        self._fill()
-
-    def _fill(self) -> None:
-        """Begin to fetch what a lease waits for, then what comes next, while there is room."""
-        while not self._stop.is_set() and len(self._busy) < self._fetchers:
-            idle = (each for many in (self._leases, self._turns) for each in many if each not in self._busy)
-            shard = next((each for each in idle if not self._disk.get(each) and each not in self._errors), None)
-            if shard is None or not self._make_room(shard):
-                return
-            self._disk.pop(shard, None)
-            self._busy[shard] = threading.Thread(target=self._fetch, args=(shard,), name="penstock-fetch", daemon=True)
-            self._busy[shard].start()
-
-    def _make_room(self, shard: int) -> bool:
-        """Delete what is used later than this shard, until it has room. False where that is not enough."""
-        turn = -inf if shard in self._leases else self._turns[shard]
-        while self._bytes({shard, *self._disk, *self._busy}) > self._limit:
-            idle = [each for each in self._disk if each not in self._leases and each != shard]
-            victim = max(idle, key=lambda each: self._turns.get(each, inf), default=shard)
-            if victim == shard or self._turns.get(victim, inf) <= turn:
-                return False
-            if victim in self._open:
-                os.close(self._open.pop(victim))
-            self._paths[victim].unlink(missing_ok=True)
-            del self._disk[victim]
-        return True
-
-    def _go_on(self) -> None:
-        if self._stop.is_set():
+    def _require_open(self) -> None:
+        if self._stopped:
             raise RuntimeError("the shard cache is closed")
 
-    # What follows runs in a thread for each shard.
+    def _reach(self, leased: set[int]) -> None:
+        """Note the use of shards. The lock is held."""
+        if first := (self._order.keys() & leased) - self._current:  # what was in use before is passed now
+            self._order = {shard: i for shard, i in self._order.items() if shard not in self._current}
+            self._current = first
+        for shard in leased:
+            self._errors.pop(shard, None)  # it is tried again
+            if shard not in self._order:  # it was passed too early: let it stay as long as the others
+                self._order[shard] = -1
+                self._current.add(shard)
+
+    def _opened(self, shard: int) -> int:
+        """Return a new descriptor of a leased shard, once it is there."""
+        with self._changed:
+            while True:
+                self._require_open()
+                if error := self._errors.pop(shard, None):
+                    raise error
+                if self._disk.get(shard):
+                    try:
+                        return os.open(self._paths[shard], os.O_RDONLY)
+                    except FileNotFoundError:  # another process deleted it
+                        del self._disk[shard]
+                self._fill()
+                self._changed.wait()
+
+    def _fill(self) -> None:
+        """Begin to fetch what leases wait for, then what comes next, while there is room. The lock is held."""
+        for shard in [*self._leases, *self._order]:
+            if self._stopped or len(self._busy) >= self._fetchers:
+                return
+            if not (self._disk.get(shard) or shard in self._busy or shard in self._errors):
+                if not self._make_room(shard):
+                    return
+                self._disk.pop(shard, None)
+                self._busy[shard] = self._paths[shard].with_suffix(f".{secrets.token_hex(4)}{PART}")
+                threading.Thread(target=self._fetch, args=(shard,), name="penstock-fetch", daemon=True).start()
+
+    def _make_room(self, shard: int) -> bool:
+        """Delete what is used later than this shard, the last first, until it has room. The lock is held."""
+        position = -inf if shard in self._leases else self._order[shard]
+        while self._bytes({shard, *self._disk, *self._busy}) > self._limit:
+            idle = [other for other in self._disk if other not in self._leases and other != shard]
+            last = max(idle, key=lambda other: self._order.get(other, inf), default=shard)
+            if last == shard or self._order.get(last, inf) <= position:
+                return False
+            self._paths[last].unlink(missing_ok=True)
+            del self._disk[last]
+        return True
 
     def _fetch(self, shard: int) -> None:
+        """Bring a shard, and tell the leases of it, or of the error. Runs in a thread of its own."""
         with suppress(UserError, RuntimeError):  # a lease raises them; of other mistakes the thread too shows a trace
             try:
-                self._bring(shard)
+                self._bring(shard, self._paths[shard], self._busy[shard])
             except OSError as error:
-                words = f"{error.filename or self._paths[shard]}: {error.strerror}"
-                raise UserError(f"{words}; make room, or name another cache folder") from error
+                reason = f"{error.filename or self._paths[shard]}: {error.strerror}"
+                raise UserError(f"{reason}; make room, or name another cache folder") from error
             finally:
                 with self._changed:
                     del self._busy[shard]
@@ -224,73 +189,28 @@ class ShardCache(AbstractContextManager["ShardCache"]):
                     self._changed.notify_all()
                     self._fill()
 
-    def _bring(self, shard: int) -> None:
-        """Let the shard be in the folder, with the bytes that the manifest promises."""
-        path, part = self._paths[shard], self._paths[shard].with_suffix(PART)
-        while not _is_whole(path, self._files[shard]):
-            self._go_on()
-            with _claimed(part) as file:
-                if file is None:  # another process fetches it
-                    self._stop.wait(POLL)
-                    continue
-                self._parts.add(part)
-                try:
-                    self._download(shard, file)
-                    with self._changed:
-                        self._go_on()
-                        os.rename(part, path)  # without fsync: the next run checks what a crash leaves
-                        self._parts.remove(part)
-                        return
-                finally:
-                    with self._changed:
-                        if part in self._parts:
-                            self._parts.remove(part)
-                            part.unlink(missing_ok=True)
-
-    def _download(self, shard: int, file: BinaryIO) -> None:
-        """Write the bytes that the manifest promises; where the store's are others, ask once more."""
+    def _bring(self, shard: int, path: Path, part: Path) -> None:
+        """Put a shard in the folder, with the bytes that the manifest promises, unless it is there."""
         source, record = self._sources[shard], self._files[shard]
-        for _ in range(2):
-            file.truncate(0)
-            hashing, found = HashingFile(file), 0
-            for at in range(0, record.bytes + 1, PIECE):  # + 1: a last look where it should end
-                self._go_on()
-                try:
-                    piece = storage.read_range(source, at, PIECE)
-                except FileNotFoundError as error:
-                    raise DatasetError(f"{source}: missing in the store; build it again") from error
-                hashing.write(piece[: record.bytes - at])
-                found += len(piece)
-            file.flush()
-            if FileRecord(found, hashing.sha256()) == record:
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            if FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()) == record:
                 return
-        raise DatasetError(f"{source}: changed or damaged in the store; verify it with tools/verify_shards.py")
-
-
-def _tidy(folder: Path) -> None:
-    """Create a folder, or delete what dead processes have left half written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(f"*{PART}"):
-        with _claimed(part) as file:
-            if file:
-                part.unlink()
-
-
-@contextmanager
-def _claimed(part: Path) -> Iterator[BinaryIO | None]:
-    """A file to write to, created where it is missing, which ends with its process; None while another has it."""
-    ours = False
-    with open(part, "ab") as file:
-        with suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(file.fileno()), part.stat())  # not renamed or deleted meanwhile
-        yield file if ours else None
-
-
-def _is_whole(path: Path, record: FileRecord) -> bool:
-    """Whether a shard is there and right; a wrong one is deleted."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        if record == FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()):
-            return True
-        path.unlink()
-    return False
+            path.unlink()
+        try:
+            for _ in range(2):  # where the store's bytes are others, ask once more
+                with open(part, "wb") as file:
+                    hashing = HashingFile(file)
+                    for at in range(0, record.bytes, PIECE):
+                        self._require_open()
+                        hashing.write(storage.read_range(source, at, min(PIECE, record.bytes - at)))
+                if FileRecord(hashing.bytes, hashing.sha256()) == record:
+                    with self._changed:
+                        self._require_open()
+                        return os.rename(part, path)  # without fsync: the next run checks what a crash leaves
+            raise DatasetError(f"{source}: changed or damaged in the store; verify it with tools/verify_shards.py")
+        except FileNotFoundError as error:
+            if error.filename != source:
+                raise
+            raise DatasetError(f"{source}: missing in the store; build it again") from error
+        finally:
+            part.unlink(missing_ok=True)

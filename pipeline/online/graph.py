@@ -1,8 +1,9 @@
-"""The DALI graph: a pure function of (JPEG bytes, window, flip) → view."""
+"""JPEG bytes and crop boxes to views: the DALI graph of one device, and the decoder of a batch on several devices."""
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,20 +12,22 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
 
-from pipeline.online.windows import Windows
+from pipeline.online.batch import Batch, Crops
+from pipeline.online.order import part
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Which graph.
+    """The options that a graph is built with.
 
     Args:
         view: pixels of a side of the views.
-        resize: the windows differ in shape and are resized to the view, bilinearly with antialiasing.
+        resize: the crop boxes differ in shape and are resized to the view, bilinearly with antialiasing.
         normalised: views are (n, 3, view, view) float32, (x − offset) · (1/std); else (n, view, view, 3) uint8.
         threads: of DALI, on the host.
-        hardware_share: of the pictures, to the hardware decoder of a GPU that has one; 0 … 1.
+        hardware_share: share of the pictures that goes to the hardware decoder of a GPU that has one; 0 … 1.
     """
 
     view: int
@@ -35,7 +38,7 @@ class GraphOptions:
 
 
 class Graph:
-    """Decodes the windows of batches, on the GPU `device_id` or, where that is None, on the CPU; mirrors where asked.
+    """Decodes the crop boxes of batches on the GPU `device_id`, or on the CPU if that is None, and mirrors them.
 
     Batches come out in the order in which they went in. One that does not decode raises RuntimeError, and leaves the
     graph unusable.
@@ -46,18 +49,18 @@ class Graph:
         colours = ("offset", "std") if options.normalised else ()
         self._names = ("start", "shape", *(("flip",) if _mirrors(options, device_id) else ()), *colours)
         self._dtype = torch.float32 if options.normalised else torch.uint8
-        self._inside: deque[tuple[list[np.ndarray], Windows]] = deque()  # DALI reads their memory, without a copy
+        self._inside: deque[tuple[list[np.ndarray], Crops]] = deque()  # DALI reads their memory, without a copy
 
-    def submit(self, jpegs: list[np.ndarray], windows: Windows) -> None:
+    def submit(self, jpegs: list[np.ndarray], crops: Crops) -> None:
         """Begin to decode a batch of at least one JPEG, each (bytes,) uint8."""
-        self._inside.append((jpegs, windows))
+        self._inside.append((jpegs, crops))
         self._pipeline.feed_input("jpeg", jpegs)
         for name in self._names:
-            self._pipeline.feed_input(name, getattr(windows, name))
+            self._pipeline.feed_input(name, getattr(crops, name))
         self._pipeline.schedule_run()
 
-    def result(self, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
-        """The oldest batch's views, RGB. On a GPU they are ready on `stream` (that of the caller), else on the host."""
+    def result(self, stream: torch.cuda.Stream | None = None) -> Tensor:
+        """Return the oldest batch's views, RGB: on a GPU ready on the caller's `stream`, else on the host."""
         if stream is not None:
             (views,) = self._pipeline.outputs(cuda_stream=stream)
             tensor = torch.empty(views.as_tensor().shape(), dtype=self._dtype, device=stream.device)
@@ -67,34 +70,124 @@ class Graph:
             return tensor
         (views,) = self._pipeline.outputs()
         tensor = torch.from_dlpack(views.as_tensor())  # DALI's memory, ours until the tensor is gone
-        _, windows = self._inside.popleft()
+        _, crops = self._inside.popleft()
         if "flip" not in self._names:
-            _mirror(tensor.numpy(), windows.flip)
+            _mirror(tensor.numpy(), crops.flip)
         return tensor
 
 
-def undecodable(
-    jpegs: list[np.ndarray], windows: Windows, options: GraphOptions, device_id: int | None, stopped: Callable[[], bool]
-) -> list[int]:
-    """The places of JPEGs that do not decode where their windows are, each tried alone; ends early when `stopped`."""
-    found, one = [], replace(options, threads=1)
-    graph = Graph(one, 1, device_id)
-    for place, jpeg in enumerate(jpegs):
-        if stopped():
-            break
-        try:
-            graph.submit([jpeg], windows[place : place + 1])
-            graph.result(None if device_id is None else torch.cuda.current_stream(device_id))
-        except RuntimeError:
-            found.append(place)
-            graph = Graph(one, 1, device_id)  # after an error DALI's are of no use
-    return found
+class Decoder:
+    """Batches in, views on every device out, in the same order.
+
+    With several devices each decodes its part of a batch, and the parts are exchanged from device to device; or each
+    decodes everything (`replicate`).
+    """
+
+    def __init__(
+        self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool = False
+    ) -> None:
+        self._devices, self._options, self._replicate = devices, options, replicate
+        self._most = max(1, most if replicate else part(most, 0, len(devices)).stop)
+        self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for device in devices]
+        self._inside: deque[Batch] = deque()
+        self._stopped = False
+        self._graphs = self._build()
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to decode a batch; it may be empty."""
+        self._inside.append(batch)
+        self._start(batch)
+
+    @contextmanager
+    def streams(self) -> Iterator[None]:
+        """Make streams of the decoder current on every GPU; what is computed there is ready when the context ends."""
+        streams = [stream for stream in self._streams if stream is not None]
+        with ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+            for stream in streams:
+                stream.synchronize()
+
+    @property
+    def oldest(self) -> Batch:
+        """The batch that `result` gives next."""
+        return self._inside[0]
+
+    def result(self) -> tuple[Batch, list[Tensor]]:
+        """Return the oldest batch, and its views on each device: uint8 (n, h, w, 3), or float32 (n, 3, h, w).
+
+        Raises:
+            RuntimeError: it does not decode; mend it and `restart`, or give this decoder up.
+        """
+        batch = self.oldest
+        parts = [
+            graph.result(self._streams[i]) if self._positions(i, batch) else self._no_views(self._devices[i])
+            for i, graph in enumerate(self._graphs)
+        ]
+        if len(parts) > 1 and not self._replicate:
+            parts = [torch.cat([part.to(device, non_blocking=True) for part in parts]) for device in self._devices]
+        self._inside.popleft()
+        batch.jpegs = []  # the consumer may keep the batch
+        return batch, parts
+
+    def undecodable(self) -> list[int]:
+        """Return the positions in the oldest batch whose samples do not decode, each tried alone; none once stopped."""
+        batch, positions = self.oldest, []
+        device_id, one = _device_id(self._devices[0]), replace(self._options, threads=1)
+        graph = Graph(one, 1, device_id)
+        for i, jpeg in enumerate(batch.jpegs):
+            if self._stopped:
+                break
+            try:
+                graph.submit([jpeg], _crops(batch)[i : i + 1])
+                graph.result(None if device_id is None else torch.cuda.current_stream(device_id))
+            except RuntimeError:
+                positions.append(i)
+                graph = Graph(one, 1, device_id)  # after an error DALI's pipeline is of no use
+        return positions
+
+    def restart(self) -> None:
+        """Decode all batches again, with new graphs: after an error DALI's are of no use."""
+        self._graphs = []  # before others are made: a GPU may not have room for both
+        self._graphs = self._build()
+        for batch in self._inside:
+            self._start(batch)
+
+    def stop(self) -> None:
+        """Let a search for what does not decode end."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Free the graphs and their memory."""
+        self._graphs = []
+        self._inside.clear()
+
+    def _build(self) -> list[Graph]:
+        return [Graph(self._options, self._most, _device_id(device)) for device in self._devices]
+
+    def _start(self, batch: Batch) -> None:
+        for i, graph in enumerate(self._graphs):
+            if positions := self._positions(i, batch):
+                chosen = slice(positions.start, positions.stop)
+                graph.submit(batch.jpegs[chosen], _crops(batch)[chosen])
+
+    def _positions(self, graph: int, batch: Batch) -> range:
+        """Return the positions in the batch that a graph decodes."""
+        n = len(batch.ids)
+        return range(n) if self._replicate else range(n)[part(n, graph, len(self._graphs))]
+
+    def _no_views(self, device: torch.device) -> Tensor:
+        side = self._options.view
+        if self._options.normalised:
+            return torch.empty((0, 3, side, side), device=device)
+        return torch.empty((0, side, side, 3), dtype=torch.uint8, device=device)
 
 
 def _built(options: GraphOptions, batch_size: int, device_id: int | None) -> Pipeline:
-    # so that DALI keeps host memory of a batch for the next: new pages would cost a twelfth of the time
+    # DALI then keeps the host memory of a batch for the next one: new pages would cost a twelfth of the time.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
-    # a depth of 1: schedule_run would otherwise want several batches at once, the first time; it queues any number
+    # With a larger depth the first schedule_run would want several batches at once; with 1 it queues any number.
     pipeline = Pipeline(
         batch_size=batch_size, num_threads=options.threads, device_id=device_id, prefetch_queue_depth=1, seed=0
     )
@@ -133,12 +226,21 @@ def _built(options: GraphOptions, batch_size: int, device_id: int | None) -> Pip
 
 
 def _mirrors(options: GraphOptions, device_id: int | None) -> bool:
-    """Whether the pipeline mirrors views. DALI's flip of bytes on a CPU takes a quarter of the time of decoding."""
+    """Return whether the pipeline mirrors views. DALI's flip of bytes on a CPU takes a quarter of the decoding time."""
     return options.normalised or device_id is not None
 
 
 def _mirror(views: np.ndarray, flip: np.ndarray) -> None:
-    """Mirror those of (n, h, w, 3) uint8 views whose flip is 1, in place: three bytes at a time."""
+    """Mirror, in place, the (n, h, w, 3) uint8 views whose flip is 1: three bytes at a time."""
     pixels = views.view("V3")[..., 0]
     for i in np.flatnonzero(flip):
         pixels[i] = pixels[i, :, ::-1].copy()
+
+
+def _crops(batch: Batch) -> Crops:
+    assert batch.crops is not None, "drawn before the batch is submitted"
+    return batch.crops
+
+
+def _device_id(device: torch.device) -> int | None:
+    return None if device.type == "cpu" else device.index or 0

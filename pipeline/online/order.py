@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.online.philox import ORDER, SHARDS, key_of, philox
 
 KINDS = ("uniform", "shards", "fixed")

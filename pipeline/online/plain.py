@@ -1,16 +1,17 @@
 """The same shards for other models: torchvision's and timm's recipe, and plain WebDataset."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import numpy as np
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
+from pipeline.online.batch import Crops, ViewBox
 from pipeline.online.philox import REGION, VIEW, key_of, philox
-from pipeline.online.windows import Place, Windows
 
 if TYPE_CHECKING:
     import webdataset as wds
@@ -25,7 +26,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height
 
 
 class ImageNet:
-    """The recipe that today's ImageNet models are trained with; see `windows.Recipe`.
+    """The recipe that today's ImageNet models are trained with; see `batch.Recipe`.
 
     "random" views are torchvision's RandomResizedCrop(224), bilinear with antialiasing, and RandomHorizontalFlip;
     "centre" views its CenterCrop(224), which after a build with --size 256 is Resize(256) and CenterCrop(224). Both are
@@ -33,12 +34,13 @@ class ImageNet:
     jitter and but for its choice of filters.
 
     Raises:
-        UserError: unknown views; from `windows`, a picture that no centre view fits in.
+        UserError: unknown views; from `crops`, a picture that no centre view fits in.
     """
 
     view = decoded = VIEW_SIZE
     aligned = False
-    several: tuple[Place, ...] = ()
+    several: tuple[ViewBox, ...] = ()
+    mean_deviations: Mapping[float, np.ndarray] = MappingProxyType({})
 
     def __init__(self, views: str = "random", seed: int = 2012) -> None:
         if views not in VIEWS:
@@ -46,16 +48,16 @@ class ImageNet:
         self.training = self.resize = views == "random"
         self._views, self._seed = views, seed
 
-    def windows(self, step: int, epoch: int, ids: np.ndarray, heads: np.ndarray | None, sizes: np.ndarray) -> Windows:
+    def crops(self, step: int, epoch: int, ids: np.ndarray, owners: np.ndarray | None, sizes: np.ndarray) -> Crops:
         n = len(ids)
         if self.training:
-            start, shape, flip = draw_regions(self._seed, epoch, ids if heads is None else heads, sizes)
+            start, shape, flip = draw_regions(self._seed, epoch, ids if owners is None else owners, sizes)
         else:
             start, shape, flip = _centre(ids, sizes), np.full((n, 2), VIEW_SIZE, np.int32), np.zeros(n, np.int32)
-        return Windows(start, shape, flip, np.tile(MEAN, (n, 1)), np.tile(STD, (n, 1)))
+        return Crops(start, shape, flip, np.tile(MEAN, (n, 1)), np.tile(STD, (n, 1)))
 
-    def rest(self, step: int) -> np.ndarray | None:
-        return None
+    def divisor(self, step: int) -> float:
+        return 1.0
 
     def described(self) -> dict[str, Any]:
         return {"recipe": "imagenet", "views": self._views}
@@ -64,7 +66,7 @@ class ImageNet:
 def draw_regions(
     seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What RandomResizedCrop cuts from pictures of `sizes` (n, 2): a function of (seed, epoch, id) and the size alone.
+    """Draw the crop boxes of RandomResizedCrop in pictures of `sizes` (n, 2): a function of (seed, epoch, id) and size.
 
     Try t = 0 … 9 has the four Philox words w of the counter (REGION + 256 t, epoch, id mod 2³², id div 2³²). In
     float64, u = w/2³²: area = height · width · (0.08 + 0.92 u₀), ratio = exp(ln ¾ + (ln 4⁄3 − ln ¾) u₁); the window is
@@ -95,7 +97,7 @@ def draw_regions(
 
 
 def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 2012) -> "wds.WebDataset":
-    """A plain WebDataset pipeline over the shards of a local dataset directory: (PIL image in RGB, label), −1: none.
+    """Return a WebDataset pipeline over the shards of a local dataset directory: (PIL image in RGB, label), −1: none.
 
     Shards are dealt to the ranks of a distributed run, then to the workers of a torch DataLoader (batch_size=None where
     the images stay PIL's); who gets no shard gives nothing. `shuffle`: samples in webdataset's shuffle buffer, which
@@ -134,7 +136,7 @@ def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 20
 
 
 def _largest(sizes: np.ndarray) -> np.ndarray:
-    """(n, 2) → (n, 2): the largest height and width of a permitted ratio."""
+    """Return the largest height and width of a permitted ratio in pictures of `sizes`: (n, 2) → (n, 2)."""
     height, width = sizes.T
     ratio = width / height
     return np.stack(
@@ -147,7 +149,7 @@ def _largest(sizes: np.ndarray) -> np.ndarray:
 
 
 def _centre(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Top and left of the centre views, (n, 2) int32: half of what is left, halves to even, as CenterCrop has it."""
+    """Return top and left of the centre views, (n, 2) int32: half the margin, halves to even, as CenterCrop has it."""
     small = np.flatnonzero(sizes.min(1) < VIEW_SIZE)
     if small.size:
         height, width = sizes[small[0]]

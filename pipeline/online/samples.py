@@ -1,11 +1,12 @@
-"""Sample id → JPEG bytes and label, by positioned reads."""
+"""Sample id → JPEG bytes and label, by positioned reads; replacement of bad samples."""
 
+import logging
 import os
 import threading
 import weakref
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -15,32 +16,34 @@ import numpy as np
 from pipeline.manifest import DatasetError, Manifest
 
 MAX_OPEN = 128  # shards kept open at a time; descriptors are a bounded resource
+DAMAGED, UNDECODABLE = "its CRC-32 differs", "it does not decode"
+_log = logging.getLogger("penstock")
 
 
 class Shards(Protocol):
-    """Where the shards of a split are opened: this folder of this machine, or a cache of a remote one."""
+    """Open shards of a split: `LocalShards`, or the cache of a remote data set."""
 
     def lease(self, shards: Collection[int]) -> AbstractContextManager[dict[int, int]]:
-        """Number of a shard → its descriptor, for as long as the context lasts."""
+        """Yield shard number → file descriptor, valid inside the context."""
         ...
 
     def close(self) -> None: ...
 
 
 def shard_numbers(data: Manifest, split: str) -> dict[int, str]:
-    """Number, as the records have it → name. A shard whose images were all skipped has a number, but no file."""
+    """Return number in the records → name. A shard whose images were all skipped has a number, but no file."""
     return {int(shard.name[-10:-4]): shard.name for shard in data.split(split).shards}
 
 
 class LocalShards:
-    """The shards of a dataset directory on this machine, the latest `MAX_OPEN` of them open. Threads may share it."""
+    """The shards of a local dataset directory; the last `MAX_OPEN` used stay open. Threads may share it."""
 
     def __init__(self, data: Manifest, split: str) -> None:
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
         self._lock = threading.Lock()
         self._open: OrderedDict[int, int] = OrderedDict()
         self._leases: Counter[int] = Counter()
-        weakref.finalize(self, _close, self._open)  # for who forgets to
+        weakref.finalize(self, _close, self._open)  # should nobody call close
 
     @contextmanager
     def lease(self, shards: Collection[int]) -> Iterator[dict[int, int]]:
@@ -52,7 +55,7 @@ class LocalShards:
         finally:
             with self._lock:
                 self._leases.subtract(descriptors.keys())
-                idle = [number for number in self._open if not self._leases[number]]  # the latest used last
+                idle = [number for number in self._open if not self._leases[number]]  # most recently used last
                 for number in idle[: max(0, len(self._open) - MAX_OPEN)]:
                     os.close(self._open.pop(number))
 
@@ -100,10 +103,10 @@ class SampleReader:
         return self.records["label"][ids].astype(np.int64)
 
     def read(self, ids: np.ndarray, damaged: list[int] | None = None) -> list[np.ndarray]:
-        """The stored JPEG of each id, in the order of `ids`: views of one buffer, uint8.
+        """Return the stored JPEG of each id, in the order of `ids`: views of one buffer, uint8.
 
         Args:
-            damaged: takes the places of samples whose CRC-32 differs; without it they are errors.
+            damaged: receives the positions in `ids` whose CRC-32 differs; without it they are errors.
         Raises:
             DatasetError: a shard that vanished, was cut short or changed, with its name and the sample's.
         """
@@ -111,13 +114,13 @@ class SampleReader:
         ends = np.cumsum(records["size"], dtype=np.int64)
         buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
         parts = [buffer[end - size : end] for end, size in zip(ends.tolist(), records["size"].tolist())]
-        places = np.lexsort((records["offset"], records["shard"]))  # in the order of the disk
-        shards = records["shard"][places]
+        positions = np.lexsort((records["offset"], records["shard"]))  # in the order of the disk
+        shards = records["shard"][positions]
         starts = np.flatnonzero(np.diff(shards, prepend=-1))[::MAX_OPEN].tolist()  # so many shards at a time
         wrong: list[int] = []
-        for first, end in zip(starts, [*starts[1:], len(places)]):
+        for first, end in zip(starts, [*starts[1:], len(positions)]):
             with self._shards.lease(np.unique(shards[first:end]).tolist()) as descriptors:
-                wrong += self._fill(parts, ids, places[first:end], descriptors)
+                wrong += self._fill(parts, ids, positions[first:end], descriptors)
         if wrong and damaged is None:
             at = int(ids[min(wrong)])
             raise DatasetError(f"{self.shard(at)}: damaged at sample {at} (key {self.key(at)}); build it again")
@@ -126,9 +129,9 @@ class SampleReader:
         return parts
 
     def _fill(
-        self, parts: list[np.ndarray], ids: np.ndarray, places: np.ndarray, descriptors: dict[int, int]
+        self, parts: list[np.ndarray], ids: np.ndarray, positions: np.ndarray, descriptors: dict[int, int]
     ) -> list[int]:
-        """Read the parts at `places`; those whose CRC-32 differs."""
+        """Read the parts at `positions`; return those whose CRC-32 differs."""
         records = self.records[ids]
         columns = [records[name].tolist() for name in ("shard", "offset", "crc32")]
 
@@ -149,7 +152,7 @@ class SampleReader:
                     wrong.append(i)
             return wrong
 
-        chosen = places.tolist()
+        chosen = positions.tolist()
         if self._pool is None:
             return fill(chosen)
         each = -(-len(chosen) // self._readers)
@@ -157,11 +160,11 @@ class SampleReader:
         return [i for wrong in self._pool.map(fill, shares) for i in wrong]
 
     def shard(self, number: int) -> object:
-        """Where the shard of a sample is."""
+        """Return the path or URL of a sample's shard."""
         return self._names[int(self.records["shard"][number])]
 
     def key(self, number: int) -> str:
-        """The key of a sample: its member's name in the tar header before it."""
+        """Return the key of a sample: its member's name in the tar header before it."""
         shard, offset = int(self.records["shard"][number]), int(self.records["offset"][number])
         with self._shards.lease([shard]) as descriptors:
             header = os.pread(descriptors[shard], 100, offset - 512)
@@ -184,8 +187,63 @@ class SampleReader:
         self.close()
 
 
-def picture_size(jpeg: np.ndarray) -> tuple[int, int]:
-    """(height, width) in pixels, from the frame header of a JPEG. Raises DatasetError where there is none."""
+class BadSamples:
+    """Samples that cannot be used in training. The next whole sample in the order of the ids replaces each.
+
+    So a batch keeps its size on every rank, and the replacement is a function of the data alone. Each rank counts those
+    that it has met; a rank that has met too many ends, and the others' next exchange with it fails.
+
+    Args:
+        limit: samples that may be replaced, each counted once, by this process.
+        ids: those that were, before a run was resumed.
+    """
+
+    def __init__(self, reader: SampleReader, limit: int, ids: Iterable[int] = ()) -> None:
+        self._reader, self.limit = reader, limit
+        self._ids = set(ids)
+        self._lock = threading.Lock()  # the reading and the decoding thread both find bad samples
+
+    def __contains__(self, sample: int) -> bool:
+        with self._lock:
+            return sample in self._ids
+
+    @property
+    def ids(self) -> list[int]:
+        with self._lock:
+            return sorted(self._ids)
+
+    def replacement(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
+        """Return the id and the JPEG of the sample that replaces a bad one.
+
+        Raises:
+            DatasetError: more samples have failed than may; it names this one and its shard.
+        """
+        reader = self._reader
+        while True:
+            where = f"{reader.shard(sample)}: sample {sample} (key {reader.key(sample)}): {reason}"
+            with self._lock:
+                new = sample not in self._ids
+                self._ids.add(sample)
+                known = set(self._ids)
+            if len(known) > self.limit or len(known) == len(reader):
+                raise DatasetError(
+                    f"{where}; samples that failed: {len(known)}, allowed: max_bad={self.limit}; "
+                    "look at the data with tools/verify_shards.py"
+                )
+            replacement = sample
+            while replacement in known:
+                replacement = (replacement + 1) % len(reader)
+            if new:
+                _log.warning("%s; sample %d stands in", where, replacement)
+            damaged: list[int] = []
+            (jpeg,) = reader.read(np.array([replacement]), damaged)
+            if not damaged:
+                return replacement, jpeg
+            sample, reason = replacement, DAMAGED
+
+
+def jpeg_size(jpeg: np.ndarray) -> tuple[int, int]:
+    """Return (height, width) in pixels from the frame header of a JPEG. Raises DatasetError where there is none."""
     data, at = jpeg.tobytes(), 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -196,7 +254,7 @@ def picture_size(jpeg: np.ndarray) -> tuple[int, int]:
 
 
 def _read_whole(descriptor: int, part: memoryview, offset: int) -> bool:
-    """Fill `part` from `offset`. False where the file ends before that."""
+    """Fill `part` from `offset`; return False where the file ends before that."""
     done = 0
     while done < len(part):
         if not (count := os.preadv(descriptor, [part[done:]], offset + done)):

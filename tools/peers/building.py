@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from tools.peers.pictures import Pictures
 from tools.peers.processes import run_module
 from tools.peers.rounds import Entry, Figures

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, ShardRecord, Split, load, sha256
 from tools.peers.job import SIDE
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 READY = "penstock-bench"  # in a finished environment: the requirements that it was made with
 TORCH = "torch==2.13.0"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from tools.peers.loadjob import LoadJob
 from tools.peers.processes import run_module, run_program
 from tools.peers.rounds import Entry, Figures

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import Manifest, load
 from tools.peers.datasets import inflated
 from tools.peers.processes import ROOT

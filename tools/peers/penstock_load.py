@@ -3,8 +3,9 @@
 import json
 import sys
 
-from pipeline.online.loader import Loader
 from pipeline.online.meter import CAUSES
+
+from pipeline.online.loader import Loader
 from tools.peers.loadjob import LoadJob, measure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import simplejpeg  # type: ignore[import-untyped,unused-ignore]
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.offline.sources import find_sources
 
 

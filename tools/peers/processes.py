@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from tools.peers.environments import python_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent

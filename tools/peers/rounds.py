@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from tools.peers.contestants import Contestant
 
 Figures = dict[str, Any]  # job.report's keys, "wall" (seconds), and what the job adds

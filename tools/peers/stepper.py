@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from tools.peers.processes import ROOT
 from tools.peers.stepping import StepJob
 

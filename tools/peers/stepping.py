@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pipeline.online.meter import Meter
 
 from pipeline.manifest import load
 from pipeline.online.loader import Batch, Loader
-from pipeline.online.meter import Meter
 from tools.failures import FAILURES, reason
 from tools.gpu_training import Training
 from tools.operations import Product

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from tools.peers.stepper import Stepper
 from tools.peers.stepping import StepJob
 from tools.peers.trainers import MATRIX

@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 from pipeline.online.meter import CAUSES, LIMIT
+
 from tools.peers.table import print_rows
 from tools.peers.trainers import LOADER, MATRIX, TRAINERS
 from tools.peers.training import Figures, Group, Trained, middle

@@ -6,9 +6,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipeline import manifest
-from pipeline.cli import Command, shown
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable
 from pipeline.files import write_bytes_aside
 from trainer import ensemble as ensembles
 from trainer import probabilities
@@ -88,7 +87,7 @@ def ensemble(
         click.echo(f"The weights are fitted on {split!r} itself: on other images the errors will be larger.")
     for what, path in (("submission", submitted), ("probabilities", saved)):
         if path is not None:
-            click.echo(f"{what}: {shown(str(path))}")
+            click.echo(f"{what}: {printable(str(path))}")
 
 
 def _print(found: Mean, weights: np.ndarray) -> None:
@@ -97,7 +96,7 @@ def _print(found: Mean, weights: np.ndarray) -> None:
     head = f"{'weight':>6}{'top-1 error':>13}{'top-5 error':>13}{'log-likelihood':>16}   "
     click.echo(f"{head}({origin.split}, {len(found.whole.labels):,} images)")
     for name, weight, errors in zip(origin.networks, weights, found.alone):
-        click.echo(f"{weight:6.3f}{_errors(errors)}   {shown(name)}")
+        click.echo(f"{weight:6.3f}{_errors(errors)}   {printable(name)}")
     click.echo(f"{'':6}{_errors(found.together)}   together")
     if found.together is None:
         click.echo("Not every image has a label, so there are no errors.")

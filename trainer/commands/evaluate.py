@@ -11,10 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import manifest
-from pipeline.cli import Command
-from pipeline.cli import shown as printable
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
 from trainer import agreement, probabilities
@@ -65,7 +63,7 @@ def evaluate(
     as_json: bool,
     devices: str | None,
 ) -> None:
-    """Top-1 and top-5 error over every image of a split, for the centre view and the ten views.
+    """Compute top-1 and top-5 error over every image of a split, for the centre view and the ten views.
 
     \b
     Examples:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from trainer.commands.options import DATA, PATH, RUN
 from trainer.export import MEAN, Exported
 from trainer.export import export as write
@@ -30,20 +30,20 @@ def export(run: Path, data: Path, out: Path | None) -> None:
         raise UserError(f"{run}: is a checkpoint file; name a folder for what is exported, too: --out FOLDER")
     if out is not None and out.is_file():
         raise UserError(f"--out {out}: is a file; name a folder for the two files")
-    found = write(run, data, run / "export" if out is None else out)
-    for line in said(found):
+    for line in summary(write(run, data, run / "export" if out is None else out)):
         click.echo(line)
 
 
-def said(found: Exported) -> list[str]:
-    """What was written, how it was checked, how it is loaded."""
-    weights, graph = (f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in (found.weights, found.graph))
+def summary(exported: Exported) -> list[str]:
+    """Return lines that say what was written, how it was checked and how it is loaded."""
+    paths, differences = list(exported.differences), list(exported.differences.values())
+    weights, graph = (f"{path}  {path.stat().st_size / 1e6:,.1f} MB" for path in paths)
     return [
-        f"{weights}: {found.parameters:,} parameters of step {found.step:,}, and {MEAN}",
-        f"{graph}: {found.nodes} nodes",
-        f"compared with the network on {found.pictures} pictures of {found.split}: probabilities differ by at most "
-        f"{found.weights_differ:.1e} and {found.graph_differs:.1e}",
-        f'load: safetensors.torch.load_file("{found.weights}")',
-        f'      onnxruntime.InferenceSession("{found.graph}").run(["probabilities"], {{"pixels": pixels}})',
+        f"{weights}: {exported.parameters:,} parameters of step {exported.step:,}, and {MEAN}",
+        f"{graph}: {exported.nodes} nodes",
+        f"compared with the network on {exported.pictures} pictures of {exported.split}: probabilities differ by at "
+        f"most {differences[0]:.1e} and {differences[1]:.1e}",
+        f'load: safetensors.torch.load_file("{paths[0]}")',
+        f'      onnxruntime.InferenceSession("{paths[1]}").run(["probabilities"], {{"pixels": pixels}})',
         "docs/export.md has an example of each, and what they are to be given",
     ]

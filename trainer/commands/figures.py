@@ -16,14 +16,14 @@ from trainer.network import load_network
 @click.command(cls=Command)
 @RUN
 @DATA
-@click.option("--split", help="Whose images are shown with predictions.  [default: val]")
+@click.option("--split", help="The split whose images are shown with predictions.  [default: val]")
 @click.option("--only-errors", is_flag=True, help="Show images that the network gets wrong.")
 @DEVICES
 def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices: str | None) -> None:
     """Draw RUN/figures/*.png and the page RUN/report.html.
 
-    Kernels of the first layer (Figure 3 of the paper), predictions and nearest training images (Figure 4), curves,
-    updates by layer, and what crops and lighting do to a picture.
+    Kernels of the first layer (Figure 3 of the paper), predictions and nearest training images (Figure 4), crops and
+    lighting of one picture; the page adds curves of loss, error and updates.
     """
     if split is not None:
         manifest.load(data).split(split)
@@ -35,9 +35,9 @@ def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices
 def drawn(
     data: Path, run: Path, devices: tuple[torch.device, ...], split: str = "val", only_errors: bool = False
 ) -> list[str]:
-    """Draw all; what there is to say of it, a line each, the page last."""
-    from trainer.figures.draw import draw  # here, because plotly takes long to import
-    from trainer.figures.material import gather
+    """Draw all. Returns a line for each figure, written or not, the page last."""
+    from trainer.figures.gather import gather  # here, because plotly takes long to import
+    from trainer.figures.page import draw
 
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
     network = load_network(checkpoint, dataset, devices, run)

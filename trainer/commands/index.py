@@ -10,9 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.cli import Command
-from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
@@ -35,7 +34,7 @@ from trainer.retrieval.recall import measured, queries_of, spread
 @click.option("--float32", is_flag=True, help="Features of 4 bytes, where 2 are too few.")
 @DEVICES
 def index(run: Path, data: Path, split: str, bits: int, out: Path | None, float32: bool, devices: str | None) -> None:
-    """What the last hidden layer makes of every image of a split, and short codes of that, for `trainer similar`.
+    """Write the features of every image of a split, from the last hidden layer, and short codes of them, to search in.
 
     \b
     Examples:

@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from pipeline import storage
-from pipeline.errors import UserError
+from pipeline import UserError, storage
 from trainer.evaluate import Progress
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from pipeline import manifest
-from pipeline.cli import Command, shown
-from pipeline.errors import UserError
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
 from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON
@@ -37,7 +36,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 @JSON
 @DEVICES
 def predict(where: tuple[str, ...], data: Path, run: Path, views: str, as_json: bool, devices: str | None) -> None:
-    """The five most probable labels of each picture. DATA is the data set that RUN was trained on.
+    """Print the five most probable labels of each picture. DATA is the data set that RUN was trained on.
 
     PICTURES are files, folders, tars of pictures, or shards, as paths or as URLs of an object store. Pictures of any
     size are rescaled as the builder does it. With --json, each is a line of its own.
@@ -61,14 +60,14 @@ def predict(where: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
         elif isinstance(each, Prediction):
             click.echo(_text(each, dataset.classes))
         else:
-            click.echo(f"{shown(each.name)}: {each.code}: {shown(each.reason)}", err=True)
+            click.echo(f"{printable(each.name)}: {each.code}: {printable(each.reason)}", err=True)
     _end(done, failed, left_out)
 
 
 def _end(done: int, failed: int, left_out: LeftOut) -> None:
     """Tell what was left out. Raises UserError where a picture was not predicted, or a place had none."""
-    others = f"left out: {shown(str(left_out))}" if left_out.kinds else ""
-    empty = f"no pictures in {', '.join(map(shown, left_out.empty))}" if left_out.empty else ""
+    others = f"left out: {printable(str(left_out))}" if left_out.kinds else ""
+    empty = f"no pictures in {', '.join(map(printable, left_out.empty))}" if left_out.empty else ""
     if not done and not failed:
         raise UserError(f"{empty}; name files, folders or tars of pictures" + (f" ({others})" if others else ""))
     if others:
@@ -93,9 +92,9 @@ def _text(each: Prediction, classes: Sequence[ClassRecord]) -> str:
     """The picture's name and a line for each label, no wider than the terminal, if it is one."""
     shell = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
     width = os.get_terminal_size(sys.stdout.fileno()).columns if shell else 0
-    lines = [click.style(shown(each.name), bold=True)]
+    lines = [click.style(printable(each.name), bold=True)]
     for label, chance in each.labels:
-        words, wnid = shown(classes[label].words), shown(classes[label].wnid)
+        words, wnid = printable(classes[label].words), printable(classes[label].wnid)
         start = f"{100 * chance:6.1f} %  {_bar(chance)}  "
         end = f" ({wnid})" if wnid != words else ""
         if width:

@@ -8,10 +8,9 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline import manifest
-from pipeline.cli import Command, shown
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable
 from pipeline.decode import ImageError
-from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
@@ -45,8 +44,8 @@ def similar(
     as_json: bool,
     devices: str | None,
 ) -> None:
-    """The images of an index nearest to each PICTURE, by the Euclidean distance of what the last hidden layer makes of
-    them. First make the index: python -m trainer index.
+    """Find the images of an index nearest to each PICTURE, by the Euclidean distance of their features (of the last
+    hidden layer). First make the index: python -m trainer index.
 
     \b
     Example:
@@ -112,9 +111,9 @@ def _say(path: Path, answer: list[dict[str, Any]] | dict[str, str], as_json: boo
         more = answer if isinstance(answer, dict) else {"nearest": answer}
         click.echo(json.dumps({"picture": str(path), **more}, allow_nan=False))
     elif isinstance(answer, dict):
-        click.echo(f"{shown(str(path))}: {answer['error']}: {answer['reason']}", err=True)
+        click.echo(f"{printable(str(path))}: {answer['error']}: {answer['reason']}", err=True)
     else:
-        click.echo(click.style(shown(str(path)), bold=True))
+        click.echo(click.style(printable(str(path)), bold=True))
         for each in answer:
-            words = shown(each["words"]) if each["words"] is not None else "no label"
+            words = printable(each["words"]) if each["words"] is not None else "no label"
             click.echo(f"{each['distance']:10.4g}  {each['id']:>9}  {each['key']}  {words}")

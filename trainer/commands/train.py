@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 import torch
 
+from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.errors import UserError
-from pipeline.online.options import missing_device
+from pipeline.online.devices import missing_device
 from trainer import agreement
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes

@@ -1,1 +1,1 @@
-"""What a run looks like: PNG files and a page."""
+"""Draw a run: PNG sheets and a page."""

@@ -1,4 +1,4 @@
-"""What training makes of one picture: where its views are cut from, and how lighting changes its colours."""
+"""Draw what training makes of one picture: the crops, mirror images and colours of a run's first epochs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,47 +8,31 @@ from PIL import Image, ImageDraw
 
 from pipeline.manifest import Statistics
 from pipeline.online import augment
-from trainer.figures.drawing import (
-    COLOURS,
-    INK,
-    MARGIN,
-    SMALL,
-    SOFT,
-    TEXT,
-    WIDTH,
-    blank,
-    heading,
-    paragraph,
-    picture,
-    put,
-    stacked,
-    write,
-)
-from trainer.figures.strokes import DASH, line
+from trainer.figures import drawing
+from trainer.figures.drawing import INK, MARGIN, SMALL, SOFT, TEXT, TITLE, WIDTH
 
-EPOCHS = 6  # that are shown
-GAP = 12  # pixels
-SIDE = (WIDTH - 2 * MARGIN - (EPOCHS - 1) * GAP) // EPOCHS  # pixels, of the box of a view
-STORED = 512  # pixels, of the box of the whole picture
-DEVIATIONS = (-2, -1, 0, 1, 2)
-PATCH = (104, 56)  # pixels: width and height of a colour
-TAG = 22  # pixels, of the number of a window
+EPOCHS, ACROSS, GAP = 6, 3, 16  # epochs shown, views in a row, pixels between two
+SIDE = (WIDTH - 2 * MARGIN - (ACROSS - 1) * GAP) // ACROSS  # pixels, of the box of a view
+STORED = 512  # pixels, of the box of the stored picture
+TAG = 24  # pixels, of the number of a crop box
+COLOURS = ("#1f5f8b", "#b4530f", "#3b7d3b", "#7a3e9d", "#00737a", "#a6195a")  # of the epochs
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What training makes of a sample in one epoch."""
+class View:
+    """A sample as training sees it in one epoch."""
 
-    epoch: int
     top: int  # pixels
     left: int
     mirrored: bool
-    view: np.ndarray  # (view, view, 3) uint8: as cut, and mirrored
-    shift: np.ndarray  # (3,) float32, grey levels of red, green and blue that lighting adds; 0 where there is none
+    pixels: np.ndarray  # (view, view, 3) uint8: as cut, and mirrored
+    shift: np.ndarray  # (3,) float32, grey levels of red, green and blue that lighting adds; 0 if there is none
 
 
-def seen(stored: np.ndarray, options: augment.Transform, statistics: Statistics, seed: int, sample: int) -> list[Seen]:
-    """The first epochs of a sample: stored (size, size, 3) uint8, seen with `options` in a run with this seed.
+def first_views(
+    stored: np.ndarray, options: augment.Transform, statistics: Statistics, seed: int, sample: int
+) -> list[View]:
+    """Return the views of a sample in the first epochs: stored (size, size, 3) uint8, in a run with this seed.
 
     These are a run's own numbers, unless several samples share a crop (`crop_chunk`); the lighting, while it lasts.
 
@@ -56,118 +40,74 @@ def seen(stored: np.ndarray, options: augment.Transform, statistics: Statistics,
         UserError: no view fits in the picture.
     """
     positions = augment.AlexNet(options, statistics, len(stored), seed).positions
-    found = []
+    views = []
     for epoch in range(EPOCHS):
         draws = augment.draw(seed, epoch, np.array([sample]), positions)
         (top, left), mirrored = draws.crop[0].tolist(), bool(draws.flip[0])
         lighting = augment.lighting_shift(draws.normals, statistics, options.lighting)[0]
         shift = lighting if options.lit(0) else np.zeros_like(lighting)
         view = augment.reference_view(stored, top, left, mirrored, options.view)
-        found.append(Seen(epoch, top, left, mirrored, view, shift))
-    return found
+        views.append(View(top, left, mirrored, view, shift))
+    return views
 
 
 def augmentation(
     stored: np.ndarray, options: augment.Transform, statistics: Statistics, seed: int, sample: int
 ) -> Image.Image:
-    """One sample as stored, (size, size, 3) uint8, and what a run with this seed sees of it; see `seen`."""
-    epochs = seen(stored, options, statistics, seed, sample)
-    middle = (len(stored) - options.view) // 2
-    centre = augment.reference_view(stored, middle, middle, False, options.view)
-    lit = [shifted(centre, each.shift) for each in epochs]
-    places = [f"top {each.top}, left {each.left}" for each in epochs]
-    return stacked(
-        heading(f"Sample {sample} in training with seed {seed}"),
-        _beside(_windows(stored, epochs, options.view), _colours(statistics)),
-        paragraph(f"The views of {options.view} × {options.view} pixels, as cut and mirrored", TEXT, INK),
-        _views([each.view for each in epochs], places, ["mirrored" if each.mirrored else "" for each in epochs]),
-        *_lighting(options, lit, epochs),
-        paragraph(_note(options)),
-    )
-
-
-def shifted(pixels: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8, (3,) grey levels → (h, w, 3) uint8, clipped to what a screen shows."""
-    return np.clip(np.rint(pixels + shift), 0, 255).astype(np.uint8)
-
-
-def _lighting(options: augment.Transform, lit: Sequence[np.ndarray], epochs: Sequence[Seen]) -> list[Image.Image]:
-    if not options.lit(0):
-        return [paragraph("This run has no lighting.", TEXT, INK)]
-    words = ["{:+.1f}, {:+.1f}, {:+.1f}".format(*each.shift) for each in epochs]
-    title = "The centre view with each epoch's lighting: grey levels added to red, green and blue"
-    return [paragraph(title, TEXT, INK), _views(lit, words, [""] * len(lit))]
+    """Return the sheet of one sample as stored, (size, size, 3) uint8, and of its `first_views`."""
+    views = first_views(stored, options, statistics, seed, sample)
+    boxes = [f"top {view.top}, left {view.left}{', mirrored' if view.mirrored else ''}" for view in views]
+    parts = [
+        drawing.paragraph(f"Sample {sample} in training with seed {seed}", TITLE, INK, bold=True),
+        drawing.paragraph("As stored, with the crop boxes of the first six epochs", TEXT, INK),
+        _crop_boxes(stored, views, options.view),
+        drawing.paragraph(f"The views of {options.view} × {options.view} pixels, as cut and mirrored", TEXT, INK),
+        _rows([view.pixels for view in views], boxes),
+        drawing.paragraph("This run has no lighting.", TEXT, INK),
+    ]
+    if options.lit(0):
+        middle = (len(stored) - options.view) // 2
+        centre = augment.reference_view(stored, middle, middle, False, options.view)
+        lit = [np.clip(np.rint(centre + view.shift), 0, 255).astype(np.uint8) for view in views]
+        title = "The centre view with each epoch's lighting: grey levels added to red, green and blue"
+        added = ["{:+.1f}, {:+.1f}, {:+.1f}".format(*view.shift) for view in views]
+        parts[-1:] = [drawing.paragraph(title, TEXT, INK), _rows(lit, added)]
+    return drawing.stacked(*parts, drawing.paragraph(_note(options)))
 
 
 def _note(options: augment.Transform) -> str:
-    divisor = options.divisor(0)
-    text = (
+    divided = f", and divided by {options.divisor(0):g}" if options.divisor(0) != 1 else ""
+    shared = f" In this run {options.crop_chunk} samples in a row share the crop of their first: not that shown here."
+    return (
         "Crop, mirroring and lighting are functions of the seed, the epoch and the sample's number. Colours are "
-        "clipped to what a screen shows; the network sees them unclipped, less the mean"
-        f"{f', and divided by {divisor:g}' if divisor != 1 else ''}."
+        f"clipped to what a screen shows; the network sees them unclipped, less the mean{divided}."
+        f"{shared if options.crop_chunk > 1 else ''}"
     )
-    if options.crop_chunk > 1:
-        text += (
-            f" In this run {options.crop_chunk} samples in a row share the crop of their first: not that shown here."
-        )
-    return text
 
 
-def _windows(stored: np.ndarray, epochs: Sequence[Seen], view: int) -> Image.Image:
-    """The picture with a numbered window for each epoch; dashed where it is mirrored."""
-    shown = picture(stored, STORED)
-    part = blank(STORED, STORED + MARGIN)
+def _crop_boxes(stored: np.ndarray, views: Sequence[View], side: int) -> Image.Image:
+    """Return the stored picture with a numbered crop box for each epoch."""
+    shown = drawing.picture(stored, STORED)
+    part, scale = drawing.blank(shown.height + MARGIN), shown.width / len(stored)
     part.paste(shown, (MARGIN, 0))
-    scale = shown.width / len(stored)
-    for each, colour in zip(epochs, COLOURS):
-        left, top = MARGIN + each.left * scale, each.top * scale
-        right, foot = left + view * scale - 1, top + view * scale - 1
-        corners = [(left, top), (right, top), (right, foot), (left, foot), (left, top)]
-        line(part, corners, colour, 3, DASH if each.mirrored else ())
-    for each, colour in zip(epochs, COLOURS):  # above all windows, each at another place of its own window's top
-        x, y = MARGIN + (each.left + view * (each.epoch + 0.5) / EPOCHS) * scale, each.top * scale
-        ImageDraw.Draw(part).rectangle([x - TAG / 2, y, x + TAG / 2, y + TAG], colour)
-        write(part, (x, y + TAG / 2), str(each.epoch), SMALL, "white", "mm", bold=True)
+    pen = ImageDraw.Draw(part)
+    for view, colour in zip(views, COLOURS):
+        left, top = MARGIN + view.left * scale, view.top * scale
+        pen.rectangle([left, top, left + side * scale - 1, top + side * scale - 1], outline=colour, width=3)
+    for epoch, view in enumerate(views):  # above all boxes, each at another position of its own box's top
+        x, y = MARGIN + (view.left + side * (epoch + 0.5) / EPOCHS) * scale, view.top * scale
+        pen.rectangle([x - TAG / 2, y, x + TAG / 2, y + TAG], COLOURS[epoch])
+        drawing.write(part, (x, y + TAG / 2), str(epoch), SMALL, "white", "mm", bold=True)
     return part
 
 
-def _colours(statistics: Statistics) -> Image.Image:
-    """The mean colour, and what lies along each eigenvector of the pixels' covariance."""
-    part = blank(STORED, WIDTH - STORED - 2 * MARGIN)
-    text = "As stored, with the windows of its first six epochs: solid ones are seen as they are, dashed ones mirrored."
-    title = "Principal colours of the training pixels, in standard deviations from the mean"
-    part.paste(paragraph(text, TEXT, INK, part.width), (0, 0))
-    part.paste(paragraph(title, TEXT, INK, part.width), (0, 96))
-    top = 132
-    deviations = np.sqrt(np.maximum(statistics.eigenvalues, 0.0))
-    for i, (deviation, along) in enumerate(zip(deviations, statistics.eigenvectors.T)):
-        for j, times in enumerate(DEVIATIONS):
-            colour = shifted(statistics.mean_color[None, None], times * deviation * along)[0, 0]
-            x = MARGIN + j * (PATCH[0] + 4)
-            ImageDraw.Draw(part).rectangle([x, top, x + PATCH[0] - 1, top + PATCH[1] - 1], tuple(colour.tolist()))
-        words = "{}: deviation {:.1f} grey levels, along {:.2f}, {:.2f}, {:.2f}".format(i + 1, deviation, *along)
-        write(part, (MARGIN, top + PATCH[1] + 6), words, SMALL, SOFT)
-        top += PATCH[1] + 38
-    for j, times in enumerate(DEVIATIONS):
-        middle = MARGIN + j * (PATCH[0] + 4) + PATCH[0] / 2
-        write(part, (middle, top), f"{times:+d}" if times else "mean", SMALL, INK, "ma")
-    return part
-
-
-def _views(pictures: Sequence[np.ndarray], words: Sequence[str], more: Sequence[str]) -> Image.Image:
-    """A row of pictures, each with its epoch and two texts beneath."""
-    part = blank(SIDE + 28 + (44 if any(more) else 22))
-    for i, pixels in enumerate(pictures):
-        left = MARGIN + i * (SIDE + GAP)
-        put(part, (left, 0), pixels, SIDE)
-        write(part, (left, SIDE + 6), f"epoch {i}", SMALL, COLOURS[i], bold=True, width=SIDE)
-        for j, text in enumerate((words[i], more[i])):
-            write(part, (left, SIDE + 28 + 22 * j), text, SMALL, SOFT, width=SIDE)
-    return part
-
-
-def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    part = blank(max(left.height, right.height))
-    part.paste(left, (0, 0))
-    part.paste(right, (left.width, 0))
+def _rows(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
+    """Return pictures in rows, each with its epoch and a caption beneath."""
+    pitch = SIDE + 60
+    part = drawing.blank(-(-len(pictures) // ACROSS) * pitch - 8)
+    for i, (pixels, caption) in enumerate(zip(pictures, captions)):
+        left, top = MARGIN + i % ACROSS * (SIDE + GAP), i // ACROSS * pitch
+        drawing.put(part, (left, top), pixels, SIDE)
+        drawing.write(part, (left, top + SIDE + 4), f"epoch {i}", SMALL, COLOURS[i], bold=True, width=SIDE)
+        drawing.write(part, (left, top + SIDE + 26), caption, SMALL, SOFT, width=SIDE)
     return part

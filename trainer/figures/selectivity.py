@@ -1,8 +1,6 @@
-"""What a kernel of the first layer answers to, as numbers: its share of colour, and how much of it has a direction."""
+"""Measure the selectivity of first-layer kernels: their share of colour, and of power that has one direction."""
 
 import numpy as np
-
-from pipeline.errors import UserError
 
 PADDED = 4  # the Fourier transform is taken of a square so many times as wide, zero outside the kernel
 FLAT = 1e-12  # of a kernel's energy: what is left of a constant kernel less its mean, by rounding
@@ -10,14 +8,14 @@ DRAWS = 9999  # random halvings
 
 
 def energy(weights: np.ndarray) -> np.ndarray:
-    """(n, 3, k, k) → (n,) float64: the sum of the squared weights."""
+    """Return the sum of the squared weights: (n, 3, k, k) → (n,) float64."""
     return (weights.astype(np.float64) ** 2).sum((1, 2, 3))
 
 
 def colour(weights: np.ndarray) -> np.ndarray:
-    """The share of a kernel's energy that a grey picture cannot meet: (n, 3, k, k) → (n,) float64 in [0, 1].
+    """Return the share of a kernel's energy that is not grey: (n, 3, k, k) → (n,) float64 in [0, 1].
 
-    |w − p|² / |w|², where p is the projection of each place's (red, green, blue) onto (1, 1, 1)/√3. 0: a grey kernel;
+    |w − p|² / |w|², where p is the projection of each pixel's (red, green, blue) onto (1, 1, 1)/√3. 0: a grey kernel;
     1: its three colours cancel everywhere; 2/3 on average: weights drawn independently. The mean stays in: the answer
     to an even colour is an answer to colour. 0 for a kernel of zeros.
     """
@@ -27,58 +25,52 @@ def colour(weights: np.ndarray) -> np.ndarray:
 
 
 def orientation(weights: np.ndarray) -> np.ndarray:
-    """How much of a kernel's power lies in one direction: (n, 3, k, k) → (n,) float64 in [0, 1].
+    """Return the share of a kernel's power that has one direction: (n, 3, k, k) → (n,) float64 in [0, 1].
 
     |Σ P(f) e^{2iθ(f)}| / Σ P(f), which is 1 − the circular variance of the doubled angles (Mardia and Jupp, Directional
     Statistics, 2000): a grating's wave vectors f and −f are one direction. P is the power of the spatial
     Fourier transform, summed over red, green and blue, of the kernel less each colour's mean (the frequency zero). Only
     frequencies below 1/2 per pixel count: the corners of the square beyond have diagonal directions alone. They are
-    sampled `PADDED` times as densely as the kernel's own, so that no direction has more places than another. Near 1: a
-    grating of several waves; 0: what is round, or constant, or zero.
+    sampled `PADDED` times as densely as the kernel's own, so that no direction has more samples than another. Near 1:
+    a grating of several waves; 0: round, constant or zero kernels.
     """
     side = PADDED * weights.shape[-1]
     f = np.fft.fftfreq(side)[:, None] * 1j + np.fft.fftfreq(side)  # y as the imaginary part: its angle is θ
     inside = (np.abs(f) > 0) & (np.abs(f) < 0.5)
     turned = (f[inside] / np.abs(f[inside])) ** 2
-    found = np.zeros(len(weights))
+    shares = np.zeros(len(weights))
     for i, kernel in enumerate(weights.astype(np.float64)):  # one by one: padded, they are large
         varying = kernel - kernel.mean((1, 2), keepdims=True)
         if (varying**2).sum() > FLAT * (kernel**2).sum():
             power = (np.abs(np.fft.fft2(varying, s=(side, side))) ** 2).sum(0)[inside]
-            found[i] = np.abs(power @ turned) / power.sum()
-    return found
+            shares[i] = np.abs(power @ turned) / power.sum()
+    return shares
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """The mean of (n,) values, by the energy of (n, 3, k, k) kernels: what learned nothing has no say. 0 of none."""
-    each = energy(weights)
-    return float(_ratio((values * each).sum(), each.sum()))
+    """Return the mean of (n,) values, weighted by the energy of (n, 3, k, k) kernels; 0 if all energies are 0."""
+    energies = energy(weights)
+    return float(_ratio((values * energies).sum(), energies.sum()))
 
 
 def chance(weights: np.ndarray) -> float:
-    """How often random halves of the kernels differ in `mean` colour as much as the first half and the second do.
+    """Return the p-value of the two halves' difference in `mean` colour: how many random halves differ as much.
 
-    (n, 3, k, k), n even → in (0, 1]; the p-value of a permutation test (Phipson and Smyth, 2010: the halves themselves
+    (n, 3, k, k), n even → in (0, 1]; a permutation test (Phipson and Smyth, 2010: the halves themselves
     count as one of the draws). Small: the columns differ by more than chance.
     """
-    each = energy(weights)
-    values = np.stack([each * colour(weights), each], 1)  # of a kernel, for the two sums of a mean
+    energies = energy(weights)
+    values = np.stack([energies * colour(weights), energies], 1)  # of a kernel, for the two sums of a mean
 
     def apart(orders: np.ndarray) -> np.ndarray:
         first, second = (_ratio(*np.moveaxis(values[half].sum(1), 1, 0)) for half in np.split(orders, 2, axis=1))
         return np.abs(first - second)
 
-    given = apart(np.arange(len(each))[None])[0]
-    drawn = np.random.default_rng(2012).permuted(np.tile(np.arange(len(each)), (DRAWS, 1)), axis=1)
-    return (int((apart(drawn) >= given * (1 - FLAT)).sum()) + 1) / (DRAWS + 1)
-
-
-def require_finite(weights: np.ndarray) -> None:
-    """Raise UserError where a weight is not a finite number."""
-    if not np.isfinite(weights).all():
-        raise UserError("the first layer has weights that are not finite numbers: its training has diverged")
+    observed = apart(np.arange(len(energies))[None])[0]
+    drawn = np.random.default_rng(2012).permuted(np.tile(np.arange(len(energies)), (DRAWS, 1)), axis=1)
+    return (int((apart(drawn) >= observed * (1 - FLAT)).sum()) + 1) / (DRAWS + 1)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole; 0 where that is 0/0."""
+    """Return part / whole; 0 where that is 0/0."""
     return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=np.asarray(whole) > 0)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from pipeline import storage
-from pipeline.cli import shown
-from pipeline.errors import UserError
+from pipeline import UserError, storage
+from pipeline.cli import printable
 from pipeline.manifest import BuildRecipe
 from pipeline.storage import Location, read_ahead
 from trainer.raw.raws import Failure, LeftOut, Raw, no_picture, unreadable, useless
@@ -28,21 +27,21 @@ def places(words: Sequence[str]) -> list[Location]:
     found = [storage.location(each) for word in words for each in _expanded(word)]
     for place, there in read_ahead(found, storage.exists):
         if not there:
-            raise UserError(f"{shown(str(place))}: no such file or folder")
+            raise UserError(f"{printable(str(place))}: no such file or folder")
     return found
 
 
 def _expanded(word: str) -> list[str]:
     if "{" not in word or (not storage.is_remote(word) and Path(word).exists()):
         return [word]
-    too_many = f"{shown(word)}: names more than {MOST:,} places; name fewer at a time"
+    too_many = f"{printable(word)}: names more than {MOST:,} places; name fewer at a time"
     for first, last in re.findall(r"(-?\d+)\.\.(-?\d+)", word):  # each range is held at once
         if max(len(first), len(last)) > 18 or abs(int(last) - int(first)) >= MOST:
             raise UserError(too_many)
     try:
         found = list(islice(braceexpand(word, escape=False), MOST + 1))
     except ValueError as error:
-        raise UserError(f"{shown(word)}: a brace is not closed, or not opened") from error
+        raise UserError(f"{printable(word)}: a brace is not closed, or not opened") from error
     if len(found) > MOST:
         raise UserError(too_many)
     return found

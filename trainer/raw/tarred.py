@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
-from pipeline import manifest, storage
-from pipeline.errors import UserError
+from pipeline import UserError, manifest, storage
 from pipeline.manifest import BuildRecipe
 from pipeline.storage import Location, Read, StorageError
 from trainer.raw.raws import Failure, LeftOut, Raw, no_picture, unreadable, useless

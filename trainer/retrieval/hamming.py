@@ -4,7 +4,7 @@ from types import ModuleType
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline import UserError
 
 
 def require_faiss(what: str) -> ModuleType:
@@ -12,7 +12,7 @@ def require_faiss(what: str) -> ModuleType:
     try:
         import faiss  # here, because only this needs it, and it takes a while to import
     except ImportError as error:
-        raise UserError(f"{what} needs the package faiss: pip install 'penstock[retrieval]'") from error
+        raise UserError(f"{what} needs the package faiss: pip install 'penstock-imagenet[retrieval]'") from error
     module: ModuleType = faiss
     return module
 

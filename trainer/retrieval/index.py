@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline import UserError
 from pipeline.manifest import canonical_json, sha256
 from trainer.retrieval.codes import AutoEncoder
 from trainer.retrieval.hamming import Hamming

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet.encodings import Damaged, Unsupported
 from pipeline.offline.parquet.thrift import Fields, number, read_struct, struct, structs, text
 from pipeline.storage import Location, opened

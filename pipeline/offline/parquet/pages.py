@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet import snappy
 from pipeline.offline.parquet.encodings import Cut, Damaged, Values
 from pipeline.offline.parquet.footers import Column, Footer, blame, read_footer

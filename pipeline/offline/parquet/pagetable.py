@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import SourceError
+from pipeline import SourceError
 from pipeline.offline.parquet.encodings import Cut, Damaged, Unsupported
 from pipeline.offline.parquet.footers import Chunk, Column, Footer, blame
 from pipeline.offline.parquet.thrift import Fields, number, read_struct, struct
@@ -83,7 +83,7 @@ def load_pyarrow() -> ModuleType:
     try:
         import pyarrow
     except ImportError as error:
-        raise SourceError("compressed parquet files need pyarrow: pip install 'penstock[parquet]'") from error
+        raise SourceError("compressed parquet files need pyarrow: pip install 'penstock-imagenet[parquet]'") from error
     return pyarrow
 
 

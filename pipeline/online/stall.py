@@ -1,4 +1,4 @@
-"""The stall meter: how long the consumer waited for batches, and for what."""
+"""The stall meter: the time that the consumer waited for batches, by cause."""
 
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -11,16 +11,16 @@ KNOBS = {
     "decoding": "more threads=, or on a GPU another hardware_share=",
     "transfer": "a larger depth=",
 }
-LIMIT = 0.01  # of the time; a stall above it is named with its cause
+LIMIT = 0.01  # share of the time; a larger stall is reported with its cause
 
 
-@dataclass(frozen=True)
+@dataclass
 class Times:
-    """When a batch was read, decoded, and ready, by `time.perf_counter`."""
+    """The moments at which a batch was read, decoded and ready, by `time.perf_counter`."""
 
-    read: float
-    decoded: float
-    ready: float
+    read: float = 0.0
+    decoded: float = 0.0
+    ready: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,33 +42,36 @@ class Wait:
         return self.host if self.device is None else self.device
 
     def __add__(self, other: "Wait") -> "Wait":
-        device = None if self.device is None and other.device is None else (self.device or 0.0) + (other.device or 0.0)
-        return Wait(
-            self.reading + other.reading, self.decoding + other.decoding, self.transfer + other.transfer, device
-        )
+        return self._combined(other, 1)
 
     def __sub__(self, other: "Wait") -> "Wait":
-        device = None if self.device is None else self.device - (other.device or 0.0)
+        return self._combined(other, -1)
+
+    def _combined(self, other: "Wait", sign: int) -> "Wait":
+        on_gpu = self.device is not None or other.device is not None
         return Wait(
-            self.reading - other.reading, self.decoding - other.decoding, self.transfer - other.transfer, device
+            self.reading + sign * other.reading,
+            self.decoding + sign * other.decoding,
+            self.transfer + sign * other.transfer,
+            (self.device or 0.0) + sign * (other.device or 0.0) if on_gpu else None,
         )
 
     def shares(self, wall: float) -> dict[str, float]:
-        """The stall as a share of `wall` seconds, by cause; a GPU's by what the host waited for meanwhile."""
+        """Return the stall as a share of `wall` seconds, by cause; on a GPU by what the host waited for meanwhile."""
         whole = self.seconds / wall if wall > 0 else 0.0
         if self.host <= 0:
             return {cause: whole * (cause == "transfer") for cause in CAUSES}
         return {cause: whole * getattr(self, cause) / self.host for cause in CAUSES}
 
     def said(self, wall: float) -> str:
-        """`stall 12.3 % (decoding: what to turn)`; the cause above `LIMIT` only."""
+        """Return `stall 12.3 % (decoding: options to change)`; the cause only above `LIMIT`."""
         shares = self.shares(wall)
         stall, worst = sum(shares.values()), max(CAUSES, key=lambda cause: shares[cause])
         return f"stall {100 * stall:4.1f} %" + (f" ({worst}: {KNOBS[worst]})" if stall > LIMIT else "")
 
 
 def waited(asked: float, got: float, times: Times) -> Wait:
-    """What a consumer who asked at `asked` and got the batch at `got` waited for."""
+    """Return the waiting of a consumer who asked for a batch at `asked` and got it at `got`."""
     read, decoded = max(asked, times.read), max(asked, times.decoded)
     read, decoded = min(read, got), min(max(read, decoded), got)
     return Wait(read - asked, decoded - read, got - decoded)
@@ -76,7 +79,7 @@ def waited(asked: float, got: float, times: Times) -> Wait:
 
 @dataclass
 class Meter:
-    """Adds up the waiting of a loader's consumer. On a GPU by CUDA events, which cost the host no waiting."""
+    """Adds up the waiting of a loader's consumer; on a GPU by CUDA events, so that the host does not wait for it."""
 
     _last: Wait = Wait()
     _total: Wait = Wait()
@@ -84,7 +87,7 @@ class Meter:
     _latest: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def add(self, wait: Wait, events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None) -> None:
-        """The waiting for one batch; `events` stand on the consumer's stream before and after it."""
+        """Add the waiting for one batch; `events` stand on the consumer's stream before and after it."""
         self._last, self._total = wait, self._total + (wait if events is None else replace(wait, device=0.0))
         self._latest = events
         if events is not None:
@@ -92,7 +95,7 @@ class Meter:
 
     @property
     def last(self) -> Wait:
-        """That for the latest batch; on a GPU once the device has come to its step, until then what the host waited."""
+        """The waiting for the latest batch: the host's, until the device of a GPU has come to that step."""
         if self._latest is None or not self._latest[1].query():
             return self._last
         before, after = self._latest
@@ -100,7 +103,7 @@ class Meter:
 
     @property
     def total(self) -> Wait:
-        """All waiting so far; on a GPU, that of the steps which the device has come to."""
+        """All waiting so far; on a GPU that for the steps which the device has reached."""
         while self._events and self._events[0][1].query():
             before, after = self._events.popleft()
             self._total += Wait(device=before.elapsed_time(after) / 1e3)

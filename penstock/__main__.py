@@ -1,0 +1,40 @@
+"""penstock COMMAND: every tool and every command of the trainer, each imported when it is called."""
+
+import click
+
+from penstock import __version__
+from trainer.__main__ import COMMANDS, LazyGroup
+from trainer.__main__ import load as load_trainer
+
+TOOLS = {
+    "build": "Build the dataset directory DATASET from the raw images in RAW.",
+    "verify": "Check every promise of the dataset directory DATASET.",
+    "make-raw": "Write a small ILSVRC2012 of drawn pictures into OUT.",
+}
+
+
+def load(name: str) -> click.Command:
+    """Import a command of TOOLS or of the trainer."""
+    if name == "build":
+        from tools.build_shards import main as build
+
+        return build
+    if name == "verify":
+        from tools.verify_shards import main as verify
+
+        return verify
+    if name == "make-raw":
+        from tools.make_raw import main as make_raw
+
+        return make_raw
+    return load_trainer(name)
+
+
+@click.group(cls=LazyGroup, lines=TOOLS | COMMANDS, load=load)
+@click.version_option(__version__, prog_name="penstock")
+def main() -> None:
+    """Raw ImageNet to shards, shards to GPUs, and AlexNet (2012) trained on them."""
+
+
+if __name__ == "__main__":
+    main(prog_name="penstock")

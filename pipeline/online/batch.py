@@ -1,0 +1,98 @@
+"""Batch, the one record that the loader fills; Crops, its crop boxes and colours; Recipe, what decides them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.online.stall import Times
+
+ViewBox = tuple[int, int, bool]  # top and left of a view in its picture, in pixels; whether the view is mirrored
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crop box, flip, offset and deviation of each sample of a batch.
+
+    The pixels x of a view become (x − offset) · (1/std) − mean deviation, in float32; the mean deviation is the same
+    for a whole step (`Recipe.mean_deviations`).
+    """
+
+    start: np.ndarray  # (n, 2) int32: top and left, pixels
+    shape: np.ndarray  # (n, 2) int32: height and width, pixels
+    flip: np.ndarray  # (n,) int32: 0 or 1
+    offset: np.ndarray  # (n, 3) float32, grey levels: the mean colour, less the lighting
+    std: np.ndarray  # (n, 3) float32, grey levels
+
+    def __len__(self) -> int:
+        return len(self.flip)
+
+    def __getitem__(self, positions: slice) -> "Crops":
+        return Crops(*(getattr(self, name)[positions] for name in self.__dataclass_fields__))
+
+
+class Recipe(Protocol):
+    """The views that a model sees: `augment.AlexNet` or `plain.ImageNet`."""
+
+    view: int  # pixels of a side of a view
+    decoded: int  # pixels of a side of what is decoded: the view, or the picture that several views are cut from
+    resize: bool  # whether crop boxes differ in shape and are resized to the view
+    training: bool  # random views, epoch after epoch; else every sample once, in the order of the ids
+    aligned: bool  # the mean deviation is as large as the stored picture; each view has its own box of it, and its flip
+    several: tuple[ViewBox, ...]  # the views that each decoded picture is cut into; empty: it is the view
+
+    @property
+    def mean_deviations(self) -> Mapping[float, np.ndarray]:
+        """Divisor → mean image less mean colour, over the divisor, (h, w, 3) float32; empty: none is subtracted."""
+        ...
+
+    def divisor(self, step: int) -> float:
+        """Return the key of `mean_deviations` for a step."""
+        ...
+
+    def crops(self, step: int, epoch: int, ids: np.ndarray, owners: np.ndarray | None, sizes: np.ndarray) -> Crops:
+        """Draw the crops of samples `ids` (n,) int64: a function of (seed, epoch, id); `step` is one of that epoch.
+
+        `owners` (n,) int64: the samples whose crop box and flip are used, where several share them (None: each its
+        own); `sizes` (n, 2) int64: height and width of the stored pictures.
+        """
+        ...
+
+    def described(self) -> dict[str, Any]:
+        """Return the options that determine the views and stay the same during a run, for `Loader.state_dict`."""
+        ...
+
+
+@dataclass
+class Batch:
+    """A rank's part of one global batch; it may be empty.
+
+    Several views of each picture have one more dimension: (n, 10, 3, view, view) of `ten`, (n, 9, …) of `nine`.
+    """
+
+    step: int
+    epoch: int
+    place: int  # position of its first sample in the global batch
+    whole: int  # samples of the global batch
+    ids: np.ndarray  # (n,) int64
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (n,), first device; −1: none
+    replicas: tuple[Tensor, ...] = ()  # the images, on each device
+
+    # What the stages before hand on to the next. `ids` differs from `planned_ids` where a bad sample is replaced.
+    planned_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)  # whose crops are used
+    crop_owner_ids: np.ndarray | None = field(default=None, repr=False)
+    jpegs: list[np.ndarray] = field(default_factory=list, repr=False)  # (bytes,) uint8 each, until they are decoded
+    crops: Crops | None = field(default=None, repr=False)
+    tensors: list[tuple[Tensor, ...]] = field(default_factory=list, repr=False)  # what `Normaliser.images` takes
+    times: Times = field(default_factory=Times, repr=False)
+
+    @property
+    def images(self) -> Tensor:
+        """(n, 3, view, view) on the first device: RGB grey levels less the mean, or what the recipe makes of them.
+
+        view: 224 pixels, unless the options say otherwise.
+        """
+        return self.replicas[0]

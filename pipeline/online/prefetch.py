@@ -1,0 +1,197 @@
+"""Batches ahead of use: sample ids and crops, then reading in one thread, then decoding in another."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.online.batch import Batch, Recipe
+from pipeline.online.graph import Decoder
+from pipeline.online.order import Order, part
+from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, SampleReader, jpeg_size
+
+IN_GRAPH = 3  # batches that DALI has at a time: it never waits for the next
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Maps (step, rank) to sample ids and crops.
+
+    Args:
+        chunk: number of consecutive samples of a global batch that share crop box and flip.
+        size: (height, width) of every stored picture; None: each has its own.
+    """
+
+    order: Order
+    recipe: Recipe
+    rank: int = 0
+    ranks: int = 1
+    chunk: int = 1
+    size: tuple[int, int] | None = None
+
+    @property
+    def largest_part(self) -> int:
+        """Samples of the rank's largest part of a batch."""
+        positions = part(self.order.batch_size, self.rank, self.ranks)
+        return positions.stop - positions.start
+
+    def batch(self, step: int, permutation: np.ndarray) -> Batch:
+        """Return the rank's part of the batch of `step` by its ids; `permutation` is that of its epoch."""
+        ids = self.order.batch(step, permutation)
+        positions = part(len(ids), self.rank, self.ranks)
+        owners = ids[np.arange(len(ids)) // self.chunk * self.chunk][positions] if self.chunk > 1 else None
+        planned, epoch = ids[positions], step // self.order.steps_per_epoch
+        return Batch(step, epoch, positions.start, len(ids), planned.copy(), planned_ids=planned, crop_owner_ids=owners)
+
+    def draw(self, batch: Batch) -> None:
+        """Set the crops of a batch whose samples are read."""
+        sizes = np.array([self.size or jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64).reshape(-1, 2)
+        batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.planned_ids, batch.crop_owner_ids, sizes)
+
+
+class Prefetch:
+    """The batches of a sampler from `step` on, up to `end` if there is one, each ready before it is asked for.
+
+    Args:
+        prepare: turns the views of a batch on each device into `Batch.tensors`, in the decoding thread.
+        depth: batches that are made ready ahead of use.
+        upcoming: is told the ids of each epoch in their order, before its first batch is read.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        reader: SampleReader,
+        decoder: Decoder,
+        bad: BadSamples,
+        prepare: Callable[[Batch, list[Tensor]], list[tuple[Tensor, ...]]],
+        *,
+        step: int,
+        end: int | None,
+        depth: int,
+        upcoming: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        self._sampler, self._reader, self._decoder, self._bad = sampler, reader, decoder, bad
+        self._prepare, self._end, self._depth, self._upcoming = prepare, end, depth, upcoming
+        self._next_decode = self._next_submit = self._next_read = step
+        self._reading: dict[int, Future[Batch]] = {}  # by step, until they are submitted to the decoder
+        self._ahead: deque[Future[Batch]] = deque()
+        self._permutations: dict[int, Future[np.ndarray]] = {}
+        self._closed = False
+        self._announced = (-1, False)  # the latest epoch that `upcoming` knows, and whether it knows the next one, too
+        # Decoding waits for reading, and reading for a permutation; never the other way round.
+        names = ("decode", "read", "order")
+        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"penstock-{name}") for name in names]
+        self._decodes, self._reads, self._orders = self._pools
+        self._fill()
+
+    def next(self) -> Batch | None:
+        """Wait for the next batch, which stays the next one until `taken`; None: there is none.
+
+        What its preparation raised is raised here, again and again.
+        """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        return self._ahead[0].result() if self._ahead else None
+
+    def taken(self) -> None:
+        """Give up the next batch, which the consumer has now, and prepare another."""
+        self._ahead.popleft()
+        self._fill()
+
+    def close(self) -> None:
+        """End the threads, each after its current task, and free the graphs."""
+        self._closed = True
+        self._decoder.stop()
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=True)
+        self._ahead.clear()
+        self._reading.clear()
+        self._decoder.close()
+
+    def _fill(self) -> None:
+        while len(self._ahead) < self._depth and not self._past_end(self._next_decode):
+            while self._next_read < self._next_decode + IN_GRAPH and not self._past_end(self._next_read):
+                self._reading[self._next_read] = self._reads.submit(self._read, self._next_read)
+                self._next_read += 1
+            self._ahead.append(self._decodes.submit(self._decode, self._next_decode))
+            self._next_decode += 1
+
+    def _past_end(self, step: int) -> bool:
+        return self._end is not None and step >= self._end
+
+    # The reading thread
+
+    def _read(self, step: int) -> Batch:
+        batch = self._sampler.batch(step, self._permutation(step))
+        damaged: list[int] = []
+        batch.jpegs = self._reader.read(batch.ids, damaged if self._bad.limit else None)
+        for i, sample in enumerate(batch.ids.tolist()):
+            if i in damaged or sample in self._bad:
+                batch.ids[i], batch.jpegs[i] = self._bad.replacement(sample, DAMAGED)
+        self._sampler.draw(batch)
+        batch.times.read = time.perf_counter()
+        return batch
+
+    def _permutation(self, step: int) -> np.ndarray:
+        """Return that of the step's epoch. The next one is begun half-way, so that nobody waits for it."""
+        order, steps = self._sampler.order, self._sampler.order.steps_per_epoch
+        epoch, batch = divmod(step, steps)
+        following = [epoch + 1] if 2 * batch + 2 > steps and not self._past_end((epoch + 1) * steps) else []
+        self._permutations = {
+            number: self._permutations.get(number) or self._orders.submit(order.permutation, number)
+            for number in [epoch, *following]
+        }
+        permutation = self._permutations[epoch].result()
+        known = [number for number in following if self._permutations[number].done()]
+        if self._upcoming and self._announced != (news := (epoch, bool(known))):
+            self._announced = news
+            rest = [permutation[batch * order.batch_size :]]
+            self._upcoming(np.concatenate(rest + [self._permutations[number].result() for number in known]))
+        return permutation
+
+    # The decoding thread
+
+    def _decode(self, step: int) -> Batch:
+        self._submit(step)
+        with self._decoder.streams():
+            batch, views = self._views()
+            assert batch.step == step
+            batch.times.decoded = time.perf_counter()
+            batch.labels = torch.from_numpy(self._reader.labels(batch.ids)).to(views[0].device)
+            batch.tensors = self._prepare(batch, views)
+        batch.times.ready = time.perf_counter()
+        if batch.labels.device.type == "cpu":
+            batch.times.decoded = batch.times.ready  # nothing is transferred: preparing counts as decoding
+        return batch
+
+    def _submit(self, step: int) -> None:
+        """Give the decoder the batch of `step`, unless it has it, and those after it that have been read."""
+        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + IN_GRAPH:
+            if self._next_submit > step and not (future.done() and not future.exception()):
+                break
+            self._decoder.submit(future.result())
+            del self._reading[self._next_submit]
+            self._next_submit += 1
+
+    def _views(self) -> tuple[Batch, list[Tensor]]:
+        """Return the decoder's oldest batch and its views; what does not decode is replaced first."""
+        while True:
+            try:
+                return self._decoder.result()
+            except RuntimeError:
+                batch = self._decoder.oldest
+                positions = self._decoder.undecodable()
+                if not positions:
+                    raise
+                for i in positions:
+                    batch.ids[i], batch.jpegs[i] = self._bad.replacement(int(batch.ids[i]), UNDECODABLE)
+                self._sampler.draw(batch)
+                self._decoder.restart()

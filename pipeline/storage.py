@@ -1,0 +1,349 @@
+"""Files and folders on this machine, or in an object store that fsspec knows (`s3://bucket/folder`).
+
+A location is a `pathlib.Path` or a remote `upath.UPath`: join it with `/`, and for all but its name call the functions
+below. Locally they raise the operating system's errors. Remotely they check the length of each answer, retry what fails
+for a moment, and raise StorageError, one line, for the rest. Credentials and endpoint come from the environment, as for
+every program that uses AWS's library (AWS_PROFILE, AWS_ENDPOINT_URL …); s3fs's other options are FSSPEC_S3_<OPTION>.
+"""
+
+import errno
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from pipeline import UserError
+
+# For mypy a Path, as it knows the methods of both. At run time a remote UPath is no Path, but a local UPath is one.
+Location: TypeAlias = Path
+Read = Callable[[int, int], bytes]  # (size, offset) → `size` bytes, fewer only at the end of the file
+S3 = ("s3", "s3a")  # protocols
+T = TypeVar("T")
+R = TypeVar("R")
+PIECE = 16 * 2**20  # bytes of one request for a whole file, and of one part of an upload
+BLOCK = 2 * 2**20  # bytes that `opened` fetches beyond those asked for: 19 headers in a tar of ImageNet's images
+THREADS = 16  # at some 20 ms a request, 800 requests a second; s3fs needs 1 ms of one core's time for each
+AHEAD_BYTES = 64 * 2**20
+TRIES, PATIENCE = 5, 60.0  # after so many tries, or seconds, no other begins
+FIRST_WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds between tries: doubled with each, and cut by up to half at random
+# botocore tries a request 3 times, so that one bad answer does not cost a whole upload; what lasts longer, or breaks
+# amid an answer, `retried` tries again. s3fs's own 5 tries would multiply with both.
+S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
+# Errors that pass, by status or code (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
+# NoSuchUpload: the answer to our "complete" was lost and we asked again, or another deleted the parts.
+PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
+PASSING_CODES = {"BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+RAISED = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
+RAISED += [("botocore.parsers", "ResponseParserError"), ("aiohttp", "ClientError")]
+LASTING = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}  # botocore's
+CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (public bucket: FSSPEC_S3_ANON=true)"
+
+
+class StorageError(UserError):
+    """An object store that cannot be reached, refuses us, or failed too often."""
+
+
+class Entry(NamedTuple):
+    """An entry of a folder. An object store may hold a file and a folder of one name: two entries."""
+
+    name: str
+    is_file: bool
+    is_dir: bool
+    size: int  # bytes; 0 for a folder
+
+
+def location(text: "str | os.PathLike[str] | Location") -> Location:
+    """Return the location that a path or a URL names; "file:///folder" is a local path. Raises UserError."""
+    if not isinstance(text, (str, os.PathLike)):
+        return text
+    if not (protocol := _protocol(text)):
+        return Path(text)
+    url = urlsplit(str(text))
+    if protocol == "file" and url.netloc in ("", "localhost"):
+        return Path(unquote(url.path))
+    if protocol == "file" or "::" in str(text) or (protocol in S3 and not url.netloc):
+        raise UserError(f"{text}: names no place; a location is FOLDER, file:///FOLDER or s3://BUCKET/FOLDER")
+    filesystem(protocol)  # raises if it is unknown
+    from upath import UPath  # with fsspec 0.07 s, which local work need not wait for
+
+    return UPath(text)  # type: ignore[return-value]
+
+
+def is_remote(path: "str | os.PathLike[str] | Location") -> bool:
+    """Return True for a location in an object store, and for its URL."""
+    return _protocol(path) not in ("", "file") if isinstance(path, str) else not isinstance(path, os.PathLike)
+
+
+@cache
+def filesystem(protocol: str) -> Any:
+    """Return this process's one file system of a protocol; its threads share connections. Raises UserError."""
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if protocol in S3:  # the environment may add to the client's options: FSSPEC_S3='{"config_kwargs": …}'
+        client = S3_CLIENT | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options = {"config_kwargs": client, "use_listings_cache": False, "max_concurrency": 4}  # parts of an upload
+    try:
+        fs = fsspec.filesystem(protocol, **options)
+    except (ImportError, ValueError, TypeError) as error:
+        remedy = "pip install 'penstock-imagenet[s3]'" if options else "use s3://BUCKET/FOLDER, or install its package"
+        raise UserError(f"{protocol}://: {error}; {remedy}") from error
+    if options:
+        fs.retries = 1  # see S3_CLIENT
+    return fs
+
+
+def _protocol(text: object) -> str:
+    """Return the protocol of a URL; "" for a path."""
+    match = re.match(r"([a-z][a-z0-9+.-]+)://", text) if isinstance(text, str) else None
+    return match[1] if match else ""
+
+
+def exists(path: Location) -> bool:
+    return path.exists() if isinstance(path, Path) else bool(_info(path))
+
+
+def is_dir(path: Location) -> bool:
+    return path.is_dir() if isinstance(path, Path) else _info(path).get("type") == "directory"
+
+
+def is_file(path: Location) -> bool:
+    return path.is_file() if isinstance(path, Path) else _info(path).get("type") == "file"
+
+
+def stamp(path: Location) -> tuple[int, str]:
+    """Return a file's bytes, and its time of change or ETag. Raises FileNotFoundError, also for a remote folder."""
+    if isinstance(path, Path):
+        status = path.stat()
+        return status.st_size, str(status.st_mtime_ns)
+    info = _info(path)
+    if info.get("type") != "file":
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return int(info["size"]), next((str(info[key]) for key in ("ETag", "etag", "mtime", "created") if key in info), "")
+
+
+def _info(path: Location) -> dict[str, Any]:
+    """Return fsspec's record of a remote file or folder, with `type` and `size`; {} if there is none."""
+    with suppress(FileNotFoundError):
+        return retried(path, "look", lambda fs, name: fs.info(name))
+    return {}
+
+
+def scan(folder: Location) -> list[Entry]:
+    """Return a folder's entries in the order of their names' bytes. Raises FileNotFoundError, NotADirectoryError."""
+    if isinstance(folder, Path):
+        with os.scandir(folder) as inside:
+            entries = [Entry(e.name, e.is_file(), e.is_dir(), e.stat().st_size if e.is_file() else 0) for e in inside]
+    else:
+        entries, own = [], folder.path.strip("/")
+        for info in retried(folder, "list", lambda fs, path: fs.ls(path, detail=True)):
+            file, path = info["type"] == "file", info["name"].strip("/")
+            if path != own:
+                entries.append(Entry(path.rpartition("/")[2], file, not file, int(info["size"] or 0)))
+            elif file and not info["name"].endswith("/"):  # else an empty object that stands for the folder
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return sorted(entries, key=lambda entry: (os.fsencode(entry.name), entry.is_dir))
+
+
+def walk(folder: Location) -> Iterator[tuple[str, list[Entry]]]:
+    """Yield the path of each folder below `folder` ("" for itself), unless hidden, and its entries, level by level."""
+    level = [""]  # its folders are listed at once: with 1,000 classes that takes seconds, not minutes
+    while level:
+        deeper = []
+        for below, entries in read_ahead(level, lambda below: scan(folder / below if below else folder)):
+            yield below, entries
+            names = [entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]
+            deeper += [f"{below}/{name}" if below else name for name in names]
+        level = deeper
+
+
+def sizes(root: Location, names: Iterable[str]) -> dict[str, int]:
+    """Return the bytes of those of the files `names` (paths below `root`) that exist. Remotely by one listing."""
+    if isinstance(root, Path):
+        return {name: (root / name).stat().st_size for name in names if (root / name).is_file()}
+    start, infos = retried(root, "list", lambda fs, path: (path.rstrip("/"), fs.find(path, detail=True)))
+    return {name: int(infos[f"{start}/{name}"]["size"] or 0) for name in names if f"{start}/{name}" in infos}
+
+
+@contextmanager
+def opened(path: Location) -> Iterator[tuple[Read, int]]:
+    """Yield positioned reads of a file, for one thread, and its bytes. Remote reads fetch `BLOCK` bytes ahead."""
+    if isinstance(path, Path):
+        with open(path, "rb") as file:
+            descriptor = file.fileno()
+            yield lambda size, at: os.pread(descriptor, size, at), os.fstat(descriptor).st_size
+    else:
+        from fsspec.caching import ReadAheadCache
+
+        total, _ = stamp(path)
+        ahead = ReadAheadCache(BLOCK, lambda start, stop: read_range(str(path), start, stop - start), total)
+        yield lambda size, at: ahead._fetch(at, at + size), total
+
+
+def read_range(file: str, offset: int, size: int) -> bytes:
+    """Return `size` bytes from `offset`, fewer only at the end of the file. Threads may call it."""
+
+    def ranged(fs: Any, path: str) -> bytes:
+        data: bytes = fs.cat_file(path, start=offset, end=offset + size)
+        if len(data) != size and len(data) != min(size, fs.info(path)["size"] - offset):  # stores may cut it silently
+            raise OSError(errno.EIO, f"{len(data)} bytes came of {size}")
+        return data
+
+    if _protocol(file):
+        return retried(file, "read", ranged) if size > 0 else b""
+    with open(file, "rb") as local:
+        try:
+            return os.pread(local.fileno(), size, offset)
+        except OSError as error:
+            error.filename = file  # os.pread knows a number alone
+            raise
+
+
+def read_bytes(path: Location) -> bytes:
+    """Return a whole file. Raises FileNotFoundError."""
+    if isinstance(path, Path):
+        return path.read_bytes()
+    total, _ = stamp(path)
+    pieces = read_ahead(range(0, total, PIECE), lambda at: read_range(str(path), at, min(PIECE, total - at)), 4)
+    return b"".join(piece for _, piece in pieces)
+
+
+def read_ahead(
+    tasks: Iterable[T], read: Callable[[T], R], threads: int = THREADS, size: Callable[[T], int] = lambda task: 0
+) -> Generator[tuple[T, R], None, None]:
+    """Yield each task and `read(task)`, or raise its exception, in order; up to `threads` reads run ahead of use.
+
+    Results not yet taken stay within 2 · `threads` and, with `size` their bytes, within `AHEAD_BYTES` or one result.
+    Closing the generator waits for the reads that run.
+    """
+    pool = ThreadPoolExecutor(threads, "read-ahead")
+    running: deque[tuple[T, int, Future[R]]] = deque()
+    ahead = 0
+    try:
+        for task in tasks:
+            cost = size(task)
+            while running and (ahead + cost > AHEAD_BYTES or len(running) >= 2 * threads):
+                yield running[0][0], running[0][2].result()
+                ahead -= running.popleft()[1]
+            running.append((task, cost, pool.submit(read, task)))
+            ahead += cost
+        while running:
+            yield running[0][0], running[0][2].result()
+            running.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def upload(source: Path, target: Location) -> None:
+    """Put a local file at a remote location, where it appears whole or not at all."""
+    options = {"chunksize": PIECE} if _protocol(str(target)) in S3 else {}
+    retried(target, "write", lambda fs, path: fs.put_file(str(source), path, **options))
+
+
+def put_if_absent(path: Location, data: bytes) -> bytes:
+    """Put `data` at a remote location unless something is there; return what is there, the same to all who try."""
+    with suppress(FileExistsError):  # by another, or by our own first try whose answer was lost
+        retried(path, "write", lambda fs, name: fs.pipe_file(name, data, mode="create"))
+        return data
+    return read_bytes(path)
+
+
+def remove(path: "str | Location") -> None:
+    """Delete a file, if it exists."""
+    if isinstance(path, Path):
+        return path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        retried(path, "delete", lambda fs, name: fs.rm_file(name))
+
+
+def remove_tree(folder: Location) -> None:
+    """Delete a folder and all that is in it, if it exists."""
+    if isinstance(folder, Path):
+        return shutil.rmtree(folder) if folder.exists() else None
+
+    def delete(fs: Any, path: str) -> None:  # not by fs.rm: it takes [ and * in a name for a pattern
+        infos = fs.find(path, withdirs=True, detail=True)
+        folders = {name for name, info in infos.items() if info["type"] == "directory"} | {path}
+        deque(read_ahead(infos.keys() - folders, lambda name: remove(fs.unstrip_protocol(name))), maxlen=0)
+        for name in () if hasattr(fs, "call_s3") else sorted(folders, reverse=True):  # S3 has no folders
+            with suppress(FileNotFoundError):
+                fs.rmdir(name)
+
+    retried(str(folder).rstrip("/"), "delete", delete)
+
+
+def abandon_uploads(folder: Location) -> int:
+    """Delete the parts of interrupted uploads to a folder, which S3 shows to nobody and bills; return their number."""
+
+    def abandon(fs: Any, path: str) -> int:
+        bucket, _, key = path.partition("/")
+        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "")
+        for item in (uploads := answer.get("Uploads", [])):
+            with suppress(FileNotFoundError):  # it was completed or deleted meanwhile
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
+        return len(uploads)
+
+    with suppress(StorageError):  # some stores do not know these calls, and some users may not make them
+        return retried(folder, "abandon uploads", abandon) if _protocol(str(folder)) in S3 else 0
+    return 0
+
+
+def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
+    """Return `action(file system, path)`, retried; raise FileNotFoundError, FileExistsError, else StorageError."""
+    url, tries, began = str(remote), 0, time.monotonic()
+    fs = filesystem(_protocol(url))
+    path = fs._strip_protocol(url) + ("/" if url.endswith("/") else "")
+    while True:
+        try:
+            tries += 1
+            fs.invalidate_cache(path)  # other machines write there too
+            return action(fs, path)
+        except _failures() as error:
+            seconds = time.monotonic() - began
+            passes, explained = _explained(url, doing, error, f"{tries} tries in {seconds:.0f} s")
+            if not passes or tries >= TRIES or seconds > PATIENCE:
+                raise explained from error
+        time.sleep(min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what file systems raise for what is not our mistake: of optional packages, of those that are imported."""
+    used = [getattr(sys.modules[module], name) for module, name in RAISED if module in sys.modules]
+    return (OSError, ValueError, *used)
+
+
+def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool, Exception]:
+    """Return whether an error may pass in a moment, and the exception that tells the user of it in one line."""
+    answer: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    answer = answer if isinstance(answer, dict) else {}  # else aiohttp's
+    code = str(answer.get("Error", {}).get("Code", ""))
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
+    missing = isinstance(error, FileNotFoundError)
+    denied = isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in NO_CREDENTIALS
+    unanswered = not code and not status and not denied and not isinstance(error, LASTING)
+    passes = unanswered or code in PASSING_CODES or status in PASSING_STATUS
+    reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:240] or type(error).__name__
+    reason = reason if code in reason else f"{code}: {reason}"
+    endpoint = " and AWS_ENDPOINT_URL" if url.startswith("s3") else ""
+    remedy = f"correct the URL{endpoint}"
+    if passes:
+        reason, remedy = f"{reason} ({tries})", f"check the network{endpoint}, then run the same command again"
+    elif code == "NoSuchBucket":
+        remedy = "correct the URL, or create the bucket"
+    elif missing or isinstance(error, FileExistsError):
+        number = errno.ENOENT if missing else errno.EEXIST
+        return False, OSError(number, os.strerror(number), url)
+    elif denied:
+        reason, remedy = f"access denied ({reason})", CREDENTIALS if endpoint else "check the store's credentials"
+    return passes, StorageError(f"{url}: cannot {doing}: {reason}; {remedy}")
