@@ -125,11 +125,11 @@ def test_statistics_are_those_of_the_rescaled_pixels(dataset: Path, raw: Path):
         if path != raw / "train" / "checks" / "0003.jpg"
     ]
     built = manifest.load(dataset)
-    found = built.statistics()
-    assert found.n == len(pixels) == 41
-    np.testing.assert_allclose(found.mean_image, np.mean(pixels, 0, dtype=np.float64), rtol=1e-12)
+    statistics = built.statistics()
+    assert statistics.n == len(pixels) == 41
+    np.testing.assert_allclose(statistics.mean_image, np.mean(pixels, 0, dtype=np.float64), rtol=1e-12)
     flat = np.stack(pixels).reshape(-1, 3).astype(np.float64)
-    np.testing.assert_allclose(found.covariance, np.cov(flat.T, bias=True), rtol=1e-9)
+    np.testing.assert_allclose(statistics.covariance, np.cov(flat.T, bias=True), rtol=1e-9)
     shards = built.split("train").shards
     assert np.sum([shard.sum_color for shard in shards], 0).tolist() == flat.sum(0).tolist()
     assert np.sum([shard.second_moments for shard in shards], 0).tolist() == (flat.T @ flat).tolist()
@@ -207,9 +207,9 @@ def test_every_flipped_byte_of_the_manifest_is_found(dataset: Path):
     data = (dataset / "dataset.json").read_bytes()
     manifest.parse(data, dataset)
     random = np.random.default_rng(3)
-    for place in random.choice(len(data), 300, replace=False):
+    for position in random.choice(len(data), 300, replace=False):
         damaged = bytearray(data)
-        damaged[place] ^= 1 << int(random.integers(8))
+        damaged[position] ^= 1 << int(random.integers(8))
         with pytest.raises(DatasetError, match=r"dataset\.json"):
             manifest.parse(bytes(damaged), dataset)
 

@@ -59,7 +59,7 @@ def test_validation_and_test_are_ordered_by_the_bytes_of_the_names_and_then_of_t
 def some_images(count: int) -> list[RawImage]:
     """Loose files, members of archives, with and without a label, under names of any bytes."""
     random = np.random.default_rng(11)
-    found = []
+    images = []
     for i in range(count):
         name = os.fsdecode(bytes(random.integers(1, 256, random.integers(1, 30), dtype=np.uint8)).replace(b"/", b"_"))
         folder = ["", "train/n01/", "a b/ü/", "x/" * 20][random.integers(4)]
@@ -67,8 +67,8 @@ def some_images(count: int) -> list[RawImage]:
         file = [f"/raw/{path}", f"s3://bucket/{path}", "/raw/train.tar", f"/other{i % 5}.tar", path][random.integers(5)]
         wnid = [None, "n01", "n02", "an other", "None"][random.integers(5)]
         offset, size = (int(random.integers(2**bits)) for bits in random.integers(1, 62, 2))
-        found.append(RawImage(SPLITS[random.integers(3)], path, wnid, file, offset, size))
-    return found
+        images.append(RawImage(SPLITS[random.integers(3)], path, wnid, file, offset, size))
+    return images
 
 
 def test_a_table_gives_back_what_it_was_given():

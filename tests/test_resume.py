@@ -44,7 +44,7 @@ def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "words"),
     [
         ("--quality", 80, "quality 95 → 80"),
         ("--size", 33, "size 32 → 33"),
@@ -53,14 +53,14 @@ def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
         ("--limit", 100, "limit 0 → 100, raw images of train 144 →"),
     ],
 )
-def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: int, told: str):
+def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: int, words: str):
     error = refusal(*half, option, value)
-    assert f"holds an unfinished build that differs in {told}" in error
+    assert f"holds an unfinished build that differs in {words}" in error
     assert "run that one again, or delete" in error
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         (lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "images of val 24 → 25"),
         (lambda raw: (raw / "train/blobs/blobs_train1.jpg").unlink(), "images of train 144 → 143"),
@@ -70,11 +70,11 @@ def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: 
     ],
 )
 def test_other_raw_images_are_refused(
-    half: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], object], told: str
+    half: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], object], words: str
 ):
     raw = Path(shutil.copytree(half[0], tmp_path / "raw"))
     change(raw)
-    assert told in refusal(raw, half[1])
+    assert words in refusal(raw, half[1])
 
 
 def test_a_raw_file_of_another_size_is_refused_where_its_shard_is_finished(

@@ -203,9 +203,9 @@ def _result(ray: ModuleType, reference: Any, name: str) -> Any:
         if isinstance(error, ray.exceptions.RayTaskError):
             if not isinstance(error.cause, ray.exceptions.RayError):
                 raise error.cause from error
-            problem = "could not begin on its node; every node needs the same environment, with penstock-imagenet[ray] in it"
+            problem = "could not begin on its node; every node needs the same environment with penstock-imagenet[ray]"
         raise UserError(
-            f"{name}: {problem} ({_line(error)}); what is finished stays, the same command goes on"
+            f"{name}: {problem} ({_line(error)}); what is finished stays, and the same command goes on"
         ) from error
 
 
