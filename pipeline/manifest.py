@@ -16,6 +16,7 @@ from pipeline.storage import Location
 FORMAT = 1
 FILE_NAME = "dataset.json"
 STATISTICS_FILE = "statistics.npz"
+INFO_FILE = "_info.json"
 IDENTITY_KEYS = ("format", "recipe", "classes", "splits", "statistics")
 
 # One line of samples.npy, 40 bytes. offset and size (bytes) locate the JPEG inside the shard; label −1: none;
@@ -243,6 +244,20 @@ def parse(data: bytes, root: Location) -> Manifest:
 def _shard(record: dict[str, Any]) -> ShardRecord:
     moments = tuple(tuple(row) for row in record["second_moments"])
     return ShardRecord(**{**record, "sum_color": tuple(record["sum_color"]), "second_moments": moments})
+
+
+def timm_info(splits: Mapping[str, Split]) -> bytes:
+    """Return `_info.json`, by which `timm.data.create_dataset("wds/NAME", root=DATASET)` finds shards and counts."""
+    described = {
+        name: {
+            "name": name,
+            "filenames": [shard.name for shard in split.shards],
+            "shard_lengths": [shard.samples for shard in split.shards],
+            "num_samples": split.samples,
+        }
+        for name, split in splits.items()
+    }
+    return canonical_json({"splits": described})
 
 
 def canonical_json(value: Any) -> bytes:

@@ -83,6 +83,20 @@ def test_webdataset_reads_the_shards(dataset: Path, raw: Path):
         assert np.abs(stored - rescale(Image.open(original), 256)[..., :3]).mean() < 12
 
 
+def test_timm_finds_the_splits(dataset: Path):
+    """As its reader of WebDataset does: name, num_samples, filenames below the root and shard_lengths of a split."""
+    info = json.loads((dataset / "_info.json").read_bytes())
+    built = manifest.load(dataset)
+    assert info["splits"].keys() == built.splits.keys() == {"train", "val"}
+    for name, split in built.splits.items():
+        described = info["splits"][name]
+        assert described["name"] == name
+        assert described["num_samples"] == split.samples == sum(described["shard_lengths"])
+        for file, length in zip(described["filenames"], described["shard_lengths"], strict=True):
+            assert len(list(webdataset.WebDataset(str(dataset / file), shardshuffle=False))) == length
+    assert (dataset / "_info.json").read_bytes() == manifest.canonical_json(info)
+
+
 def test_dali_reads_the_shards_with_our_index(dataset: Path):
     paths = shard_paths(dataset, "train")
 
@@ -111,11 +125,11 @@ def test_statistics_are_those_of_the_rescaled_pixels(dataset: Path, raw: Path):
         if path != raw / "train" / "checks" / "0003.jpg"
     ]
     built = manifest.load(dataset)
-    found = built.statistics()
-    assert found.n == len(pixels) == 41
-    np.testing.assert_allclose(found.mean_image, np.mean(pixels, 0, dtype=np.float64), rtol=1e-12)
+    statistics = built.statistics()
+    assert statistics.n == len(pixels) == 41
+    np.testing.assert_allclose(statistics.mean_image, np.mean(pixels, 0, dtype=np.float64), rtol=1e-12)
     flat = np.stack(pixels).reshape(-1, 3).astype(np.float64)
-    np.testing.assert_allclose(found.covariance, np.cov(flat.T, bias=True), rtol=1e-9)
+    np.testing.assert_allclose(statistics.covariance, np.cov(flat.T, bias=True), rtol=1e-9)
     shards = built.split("train").shards
     assert np.sum([shard.sum_color for shard in shards], 0).tolist() == flat.sum(0).tolist()
     assert np.sum([shard.second_moments for shard in shards], 0).tolist() == (flat.T @ flat).tolist()
@@ -193,9 +207,9 @@ def test_every_flipped_byte_of_the_manifest_is_found(dataset: Path):
     data = (dataset / "dataset.json").read_bytes()
     manifest.parse(data, dataset)
     random = np.random.default_rng(3)
-    for place in random.choice(len(data), 300, replace=False):
+    for position in random.choice(len(data), 300, replace=False):
         damaged = bytearray(data)
-        damaged[place] ^= 1 << int(random.integers(8))
+        damaged[position] ^= 1 << int(random.integers(8))
         with pytest.raises(DatasetError, match=r"dataset\.json"):
             manifest.parse(bytes(damaged), dataset)
 

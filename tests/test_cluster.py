@@ -6,24 +6,33 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import SHARDS, build
+from conftest import ROOT, SHARDS, build, digests
 from pipeline import SourceError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe
-from pipeline.offline import cluster
-from pipeline.offline.build import shard_tasks, slots
-from pipeline.offline.plan import make_plan
+from pipeline.offline import executors
+from pipeline.offline.build import shard_tasks
+from pipeline.offline.plan import make_plan, slots
 from pipeline.offline.shards import ShardTask, write_shard
 from pipeline.offline.sources import find_sources
 from raycluster import NEEDS_RAY, Build, add_node, children, dead, recorded, running_head, stopped_while_writing, until  # noqa: F401 – one is a fixture
-from test_build import digests
 
-pytestmark = NEEDS_RAY
+pytestmark = [NEEDS_RAY, pytest.mark.proof]
+
+
+def test_without_a_cluster_on_this_machine_it_is_one_line(raw: Path, tmp_path: Path):
+    """The first test, before the fixture starts a cluster here."""
+    started = Build(raw, tmp_path / "dataset", "--executor", "ray", RAY_ADDRESS="")
+    code, _, errors = started.ended(60)
+    (line,) = errors.splitlines()
+    assert code == 2
+    assert "--ray-address auto: no Ray cluster answers there" in line
 
 
 def test_a_node_is_killed_in_the_middle_of_a_build_and_the_bytes_are_the_same(
@@ -67,9 +76,9 @@ def test_a_worker_with_other_codecs_is_refused(pictures: Path, head: Any, tmp_pa
     """Here it is the command that has others than the workers of the cluster."""
     (tmp_path / "sitecustomize.py").write_text("import simplejpeg; simplejpeg.__version__ = '0.0.1'")
     arguments = (pictures, tmp_path / "dataset", "--executor", "ray", "--ray-address", head.address)
-    started = Build(*arguments, PYTHONPATH=str(tmp_path))
+    started = Build(*arguments, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     code, _, errors = started.ended()
-    assert code == 2
+    assert code == 2, errors
     (line,) = errors.splitlines()
     assert f"a worker on {os.uname().nodename} has other codecs than the build began with" in line
     assert f"(simplejpeg 0.0.1, here {codec_versions()['simplejpeg']})" in line
@@ -77,35 +86,54 @@ def test_a_worker_with_other_codecs_is_refused(pictures: Path, head: Any, tmp_pa
     assert not list((tmp_path / "dataset").rglob("*.tar"))
 
 
-@pytest.mark.parametrize(
-    ("address", "why"),
-    [
-        ("127.0.0.1:{closed}", "no Ray cluster answers there"),
-        ("no-such-host.invalid:6379", "no Ray cluster answers there"),
-        ("127.0.0.1:99999", "no Ray cluster answers there"),
-        ("ray://127.0.0.1:10001", "not HOST:PORT"),
-        ("head", "not HOST:PORT"),
-        ("auto", "no Ray cluster answers there"),
-    ],
-)
-def test_a_wrong_address_is_one_line(raw: Path, tmp_path: Path, address: str, why: str):
+@pytest.mark.parametrize("address", ["127.0.0.1:{closed}", "ray://127.0.0.1:10001", "head", "auto", None])
+def test_a_wrong_address_is_one_line(raw: Path, tmp_path: Path, address: str | None):
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = server.getsockname()[1]
-    started = Build(
-        raw,
-        tmp_path / "dataset",
-        "--executor",
-        "ray",
-        "--ray-address",
-        address.format(closed=closed),
-        RAY_ADDRESS=f"127.0.0.1:{closed}",  # which "auto" means
-    )
+    option = ("--ray-address", address.format(closed=closed)) if address else ()
+    started = Build(raw, tmp_path / "dataset", "--executor", "ray", *option, RAY_ADDRESS=f"127.0.0.1:{closed}")
     code, _, errors = started.ended(20)
     (line,) = errors.splitlines()
     assert code == 2
-    assert why in line
-    assert address.replace("auto", "127.0.0.1:{closed}").format(closed=closed) in line
+    named = address if address and address != "auto" else "127.0.0.1:{closed}"  # of RAY_ADDRESS
+    assert f"--ray-address {named.format(closed=closed)}: no Ray cluster answers there" in line
+    assert "ray start --head" in line
     assert not (tmp_path / "dataset" / "dataset.json").exists()
+
+
+def test_without_the_package_the_remedy_is_named(raw: Path, tmp_path: Path):
+    program = "import sys; sys.modules['ray'] = None; from tools.build_shards import main; main()"
+    code, _, errors = Build(raw, tmp_path / "dataset", "--executor", "ray", program=("-c", program)).ended(20)
+    assert code == 2
+    assert errors == "Error: --executor ray needs the package ray: pip install 'penstock-imagenet[ray]'\n"
+
+
+def ended(started: Build) -> bool:
+    return not started.alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_may_be_interrupted_at_any_moment(pictures: Path, head: Any, tmp_path: Path, number: signal.Signals):
+    """While it joins the cluster, and while tasks end every few milliseconds."""
+    for trial in range(12):
+        root = tmp_path / str(trial)
+        options = ("--samples-per-shard", 1, "--executor", "ray", "--ray-address", head.address)
+        started = Build(pictures, root, *options)
+        if trial < 5:
+            until((root / ".build" / "plan.json").exists)
+            time.sleep(0.3 * trial)
+        else:
+            until(partial(recorded, root))
+            time.sleep(0.07 * (trial - 5))
+        send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all
+        send(started.process.pid, number)
+        code, _, errors = started.ended()
+        assert code == 128 + number, (trial, errors)
+        (line,) = [line for line in errors.splitlines() if "task_manager.cc" not in line]  # a line of Ray's own log
+        assert line.startswith("Error: ")
+        assert "the finished shards stay" in line
+        until(partial(ended, started), seconds=5)
+        assert not list(root.rglob("*.tmp"))
 
 
 def test_an_address_without_ray_is_refused(raw: Path, tmp_path: Path):
@@ -129,8 +157,8 @@ def test_what_a_task_raises_ends_the_run_and_a_lost_worker_does_not(head: Any, t
     assert found["lost"].startswith("task 7: lost 3 times")
     assert found["lost_tries"] == 3
     assert found["bug"] == "KeyError"
-    assert found["missing"].startswith("task 9: could not begin on its node (")
-    assert "No module named 'onlyhere'); every node needs the same environment" in found["missing"]
+    assert found["missing"].startswith("task 9: could not begin on its node; every node needs the same environment")
+    assert "No module named 'onlyhere')" in found["missing"]
     assert "127.0.0.1" in found["missing"]
     assert found["missing"].isprintable()
     assert found["swallowed"] == "raised again"
@@ -142,10 +170,10 @@ import json, os, signal, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 from pipeline import UserError
-from pipeline.offline import cluster
+from pipeline.offline import executors
 
 address, folder = sys.argv[1], Path(sys.argv[2])
-cluster.RETRIES = 2
+executors.RETRIES = 2
 made, ahead, found = 0, [], {}
 
 @dataclass
@@ -180,7 +208,7 @@ def tasks(hows):
         yield Task(f"task {number}", number, hows.get(number, ""))
 
 def run(made_tasks):
-    return cluster.run(square, made_tasks, address, None, [folder])
+    return executors.run_on_ray(square, made_tasks, address, None, [folder])
 
 results = []
 for result in run(tasks({3: "dies twice"})):
@@ -205,7 +233,7 @@ except KeyError as error:
 exec("def f(task): pass", (onlyhere := types.ModuleType("onlyhere")).__dict__)
 sys.modules["onlyhere"] = onlyhere
 try:
-    list(cluster.run(onlyhere.f, iter([Task("task 9", 9)]), address))
+    list(executors.run_on_ray(onlyhere.f, iter([Task("task 9", 9)]), address))
 except UserError as error:
     found["missing"] = str(error)
 def swallowed():
@@ -242,18 +270,18 @@ def test_errors_on_a_cluster_name_the_node(tmp_path: Path):
         raise error
 
     with pytest.raises(FileNotFoundError, match=f"No such file or directory, on the node {node}") as caught:
-        cluster._on_node(failing, (tmp_path,), FileNotFoundError(2, "No such file or directory", "/data/1.tar"))
+        executors._on_node(failing, (tmp_path,), FileNotFoundError(2, "No such file or directory", "/data/1.tar"))
     assert caught.value.filename == "/data/1.tar"
     with pytest.raises(SourceError, match=rf"changed \(on the node {node}\)"):
-        cluster._on_node(failing, (tmp_path,), SourceError("changed"))
+        executors._on_node(failing, (tmp_path,), SourceError("changed"))
     with pytest.raises(OSError, match="without a number"):
-        cluster._on_node(failing, (tmp_path,), OSError("without a number"))
+        executors._on_node(failing, (tmp_path,), OSError("without a number"))
 
 
 def test_a_node_that_does_not_share_the_dataset_makes_none_of_its_own(raw: Path, tmp_path: Path):
     for place in (tmp_path / "gone" / ".build" / "plan.json", raw / "gone"):
         with pytest.raises(ValueError, match=f"{place}: not there on the node .*under the same path on every node"):
-            cluster._on_node(lambda task: pytest.fail("it ran"), (raw, place), None)
+            executors._on_node(lambda task: pytest.fail("it ran"), (raw, place), None)
     assert not (tmp_path / "gone").exists()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pipeline.offline.keys import MAX_LENGTH, _escape, assign_keys
+from pipeline.offline.plan import MAX_KEY, _escape, assign_keys
 
 
 def plain_keys(paths: Sequence[str]) -> list[str]:
@@ -27,11 +27,11 @@ def plain_keys(paths: Sequence[str]) -> list[str]:
         rest = [i for i in rest if i not in keys]
     taken = set(keys.values())
     for i in rest:
-        whole, number = _escape(paths[i].replace("/", "_")), 1
-        key = whole
+        stem, number = _escape(paths[i].replace("/", "_")), 1
+        key = stem
         while key in taken:
             number += 1
-            key = whole[: MAX_LENGTH - len(f"-{number}")] + f"-{number}"
+            key = stem[: MAX_KEY - len(f"-{number}")] + f"-{number}"
         keys[i] = key
         taken.add(key)
     return [keys[i] for i in range(len(paths))]
@@ -40,8 +40,8 @@ def plain_keys(paths: Sequence[str]) -> list[str]:
 def nasty_paths(count: int, letters: Sequence[str], longest: int) -> list[str]:
     """Different paths of few letters, so that many meet in every spelling."""
     random = np.random.default_rng(count + longest)
-    found = dict.fromkeys("".join(random.choice(letters, random.integers(1, longest))) for _ in range(count))
-    return [path for path in found if not path.endswith("/")]
+    paths = dict.fromkeys("".join(random.choice(letters, random.integers(1, longest))) for _ in range(count))
+    return [path for path in paths if not path.endswith("/")]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.offline import plan
-from pipeline.offline.keys import assign_keys
+from pipeline.offline.plan import assign_keys
 from pipeline.offline.table import SPLITS, RawImage, RawTable
 
 
@@ -20,13 +20,18 @@ def test_a_shuffle_is_by_hash_and_then_by_key(monkeypatch: pytest.MonkeyPatch, v
     def poor_hash(purpose: str, key: str) -> int:
         return (zlib.crc32(f"{purpose}{key}".encode()) % values * 0x9E3779B1 << shift) % 2**64
 
-    monkeypatch.setattr(plan, "_hash", poor_hash)
     random = np.random.default_rng(shift)
     keys = assign_keys([f"{word}.jpg" for word in random.permutation(3000)])
-    places = random.permutation(3000)[:2000].astype(np.uint32)
-    found = plan._shuffled("order", keys, places)
-    assert found.dtype == np.uint32
-    assert found.tolist() == sorted(places.tolist(), key=lambda i: (poor_hash("order", keys[i]), keys[i]))
+    indices = random.permutation(3000)[:2000].astype(np.uint32)
+    monkeypatch.setattr(plan, "_hash", poor_hash)
+    shuffled = plan._shuffled("order", keys, indices)
+    assert shuffled.dtype == np.uint32
+    assert shuffled.tolist() == sorted(indices.tolist(), key=lambda i: (poor_hash("order", keys[i]), keys[i]))
+
+
+def test_keys_stay_unique_where_all_hashes_are_equal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "_hash", lambda purpose, key: 7)
+    assert list(assign_keys(["a/b.c/x.jpg", "d_x.jpg"])) == ["a_b-2Ec_x-2Ejpg", "d_x-2Ejpg"]
 
 
 def test_a_shuffle_of_none_and_of_one():
@@ -54,7 +59,7 @@ def test_validation_and_test_are_ordered_by_the_bytes_of_the_names_and_then_of_t
 def some_images(count: int) -> list[RawImage]:
     """Loose files, members of archives, with and without a label, under names of any bytes."""
     random = np.random.default_rng(11)
-    found = []
+    images = []
     for i in range(count):
         name = os.fsdecode(bytes(random.integers(1, 256, random.integers(1, 30), dtype=np.uint8)).replace(b"/", b"_"))
         folder = ["", "train/n01/", "a b/ü/", "x/" * 20][random.integers(4)]
@@ -62,8 +67,8 @@ def some_images(count: int) -> list[RawImage]:
         file = [f"/raw/{path}", f"s3://bucket/{path}", "/raw/train.tar", f"/other{i % 5}.tar", path][random.integers(5)]
         wnid = [None, "n01", "n02", "an other", "None"][random.integers(5)]
         offset, size = (int(random.integers(2**bits)) for bits in random.integers(1, 62, 2))
-        found.append(RawImage(SPLITS[random.integers(3)], path, wnid, file, offset, size))
-    return found
+        images.append(RawImage(SPLITS[random.integers(3)], path, wnid, file, offset, size))
+    return images
 
 
 def test_a_table_gives_back_what_it_was_given():

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import build, verify
+from conftest import build, digests, verify
 from forgery import SHARD
 from pipeline.offline import repair
 from pipeline.offline.verify import load
-from test_build import digests
 
 
 def state(root: Path) -> dict[str, tuple[str, int]]:
@@ -73,7 +72,7 @@ def test_repair_from_other_pictures_or_codecs_is_refused(
             r"tar: RAW gives other bytes .*: RAW is not what it was built from; nothing was", result.output
         )
     monkeypatch.setattr(repair, "codec_versions", lambda: {**load(root).built_with, "jpeg": "9.9"})
-    assert "was built with jpeg " in verify(root, "--repair", other, "--quick").output
+    assert "it was built with other codecs (jpeg " in verify(root, "--repair", other, "--quick").output
     for split in ("train", "val"):
         shutil.rmtree(other / split / "blobs")
     result = verify(root, "--repair", other, "--quick")

@@ -1,5 +1,6 @@
 """Who may go on with an unfinished build: whoever would give the same bytes, and one at a time."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from conftest import LITTLE, ROOT, begun, build, command, digests, until
 from pipeline import manifest
 from pipeline.manifest import DatasetError
-from pipeline.offline import claim
+from pipeline.offline import lock
 
 OTHER_CODECS = """
 import sys
@@ -43,7 +44,7 @@ def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "words"),
     [
         ("--quality", 80, "quality 95 → 80"),
         ("--size", 33, "size 32 → 33"),
@@ -52,14 +53,14 @@ def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
         ("--limit", 100, "limit 0 → 100, raw images of train 144 →"),
     ],
 )
-def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: int, told: str):
+def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: int, words: str):
     error = refusal(*half, option, value)
-    assert f"holds an unfinished build that differs in {told}" in error
+    assert f"holds an unfinished build that differs in {words}" in error
     assert "run that one again, or delete" in error
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         (lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "images of val 24 → 25"),
         (lambda raw: (raw / "train/blobs/blobs_train1.jpg").unlink(), "images of train 144 → 143"),
@@ -69,11 +70,11 @@ def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: 
     ],
 )
 def test_other_raw_images_are_refused(
-    half: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], object], told: str
+    half: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], object], words: str
 ):
     raw = Path(shutil.copytree(half[0], tmp_path / "raw"))
     change(raw)
-    assert told in refusal(raw, half[1])
+    assert words in refusal(raw, half[1])
 
 
 def test_a_raw_file_of_another_size_is_refused_where_its_shard_is_finished(
@@ -114,7 +115,7 @@ def test_other_codecs_are_refused(half: tuple[Path, Path], tmp_path: Path, worke
 def test_a_second_build_of_one_dataset_is_refused(
     little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(claim, "PATIENCE", 0.1)  # of a part
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)  # of a part
     root = tmp_path / "dataset"
     first = begun(command(little, root, "--workers", 1))
     until(first, lambda: len(list(root.rglob("*.npz"))) >= 2)
@@ -185,6 +186,18 @@ def test_a_damaged_plan_is_named(half: tuple[Path, Path], tmp_path: Path):
     for damaged in ("", "{", "[]", "{}", '{"recipe": 1}'):
         (root / ".build" / "plan.json").write_text(damaged)
         assert "plan.json: damaged" in refusal(half[0], root)
+
+
+def test_a_build_that_an_older_version_began_is_refused(half: tuple[Path, Path], tmp_path: Path):
+    """The state of version 1 had no format number; everything else in it was as it is now."""
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    state = root / ".build" / "plan.json"
+    body = json.loads(state.read_text())
+    assert body.pop("format") == 2
+    assert body.keys() == {"recipe", "codecs", "classes", "images", "images_sha256"}
+    state.write_bytes(manifest.canonical_json(body))
+    error = refusal(half[0], root)
+    assert "holds an unfinished build of another version of Penstock; end it with that version, or delete" in error
 
 
 def test_a_kill_before_the_plan_was_written_is_no_obstacle(

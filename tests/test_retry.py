@@ -1,6 +1,5 @@
 """Skipped images tried again, in a finished dataset directory: as if they had been whole from the start."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -8,18 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from conftest import ROOT, build, drawn
+from conftest import ROOT, build, digests, drawn, verify
 from pipeline import manifest
-from tools.verify_shards import main as verify_shards
 
 OPTIONS = ("--workers", 1, "--samples-per-shard", 4, "--size", 32, "--holdout", 0)
-
-
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture
@@ -81,14 +73,14 @@ def test_another_recipe_or_other_samples_are_refused(damaged: Path, tmp_path: Pa
 
 KILLED = """
 import os, sys
-from pipeline.offline import retry
+from pipeline.offline import repair
 replace, left = os.replace, [int(sys.argv.pop(1))]
 def stopping(*paths):
     if not left[0]:
         os._exit(9)
     left[0] -= 1
     replace(*paths)
-retry.os.replace = stopping
+repair.os.replace = stopping
 from tools.build_shards import main
 main()
 """
@@ -103,7 +95,7 @@ def test_a_kill_while_files_are_put_into_place_is_mended_by_the_same_command(dam
     killed = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, cwd=ROOT)
     assert killed.returncode == 9, killed.stderr
     assert (root / ".retry").exists()
-    assert "--retry-skipped was killed" in CliRunner().invoke(verify_shards, [str(root), "--quick"]).output
+    assert "--retry-skipped was killed" in verify(root, "--quick").output
     result = build(damaged, root, *OPTIONS, "--retry-skipped")
     assert result.exit_code == 0, result.output
     assert build(damaged, tmp_path / "fresh", *OPTIONS).exit_code == 0

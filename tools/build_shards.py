@@ -17,13 +17,12 @@ from pipeline import UserError, storage
 from pipeline.cli import Command, Place
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
-from pipeline.offline import cluster
-from pipeline.offline.build import SKIPPED_FILE, Part, Run, build, merge_parts, slots
-from pipeline.offline.claim import PLAN_FILE
-from pipeline.offline.plan import Plan, make_plan
-from pipeline.offline.retry import is_finished, retry
+from pipeline.offline import executors
+from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Part, Run, SkipLimit, build, merge_parts
+from pipeline.offline.lock import PLAN_FILE
+from pipeline.offline.plan import Plan, make_plan, slots
+from pipeline.offline.repair import is_finished, retry
 from pipeline.offline.shards import BUILD_FOLDER
-from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, is_remote, location
 from tools.build_progress import BuildProgress, print_closing_table, print_estimate, print_event
@@ -229,7 +228,7 @@ def _executor(raw: Location, dataset: Location, context: click.Context) -> Run |
             raise UserError(f"--ray-address {given('ray_address')}: means something only with --executor ray")
         return None
     shared = (raw, dataset / BUILD_FOLDER / PLAN_FILE)
-    return partial(cluster.run, address=context.params["ray_address"], at_once=given("workers"), shared=shared)
+    return partial(executors.run_on_ray, address=context.params["ray_address"], at_once=given("workers"), shared=shared)
 
 
 def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str, Any], run: Run | None) -> None:

@@ -76,7 +76,7 @@ def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
         row = bar.add_task("shards", total=sum(len(split.shards) for split in manifest.splits.values()))
         failures = check(manifest, quick=quick, workers=workers, progress=lambda: bar.advance(row))
     for failure in failures:
-        click.echo(f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {failure.what}")
+        click.echo(f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {failure.reason}")
     return failures
 
 

@@ -2,9 +2,10 @@
 
 import io
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -12,33 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline import manifest, storage
+from pipeline import UserError, manifest, storage
 from pipeline.files import HashingFile, write_aside, write_bytes_aside
 from pipeline.image import codec_versions
-from pipeline.manifest import SAMPLE, FileRecord, Manifest, Split
+from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Manifest, Split, Statistics, timm_info
 from pipeline.offline import executors
-from pipeline.offline.claim import BuildError, claimed
-from pipeline.offline.plan import Plan
-from pipeline.offline.remote_claim import claimed_remotely
-from pipeline.offline.shards import (
-    Outcome,
-    Record,
-    ShardTask,
-    load_record,
-    load_samples,
-    record_path,
-    write_shard,
-)
-from pipeline.offline.skips import SKIP_LIMIT, SkipLimit
+from pipeline.offline.lock import BuildError, locked
+from pipeline.offline.plan import Plan, Slot, slots
+from pipeline.offline.shards import Outcome, ShardTask, load_record, load_samples, record_path, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location
 
-__all__ = ["BuildError", "Part", "build", "merge", "npy", "png", "shard_tasks", "slots"]
-
 Run = Callable[[Callable[[ShardTask], Outcome], Iterable[ShardTask]], Iterator[Outcome]]
 
-
 SKIPPED_FILE = "skipped.jsonl"
+MEAN_FILE = "mean.png"
 
 
 class Part(NamedTuple):
@@ -48,18 +37,52 @@ class Part(NamedTuple):
     of: int
 
 
+class TooManySkipped(UserError):
+    """More images were skipped than the user allows."""
+
+
 @dataclass(frozen=True)
-class Slot:
-    """The place of a shard in its split: the images start … stop − 1."""
+class SkipLimit:
+    """At most `count` images of a split, or `percent` of it where that is more, may be skipped before a build fails."""
 
-    split: str
-    number: int
-    start: int
-    stop: int
+    count: int = 10
+    percent: float = 0.1
 
-    @property
-    def name(self) -> str:
-        return f"{self.split}/{self.split}-{self.number:06d}"
+    @classmethod
+    def parse(cls, text: str) -> "SkipLimit":
+        """Read `25` images or `0.5%`. Raises UserError."""
+        match = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text.strip())
+        if not match or float(match[2] or 0) > 100:
+            raise UserError(f"--max-skipped {text}: neither a number of images, such as 25, nor a share, such as 0.5%")
+        return cls(count=int(match[1]), percent=0.0) if match[1] else cls(count=0, percent=float(match[2]))
+
+    def allowed(self, images: int) -> int:
+        """Return how many images may be skipped of a split of so many."""
+        return max(self.count, math.floor(images * self.percent / 100))
+
+
+SKIP_LIMIT = SkipLimit()
+
+
+class SkipCounter:
+    """The reasons for which images of each split were skipped so far, against a limit."""
+
+    def __init__(self, limit: SkipLimit, plan: Plan) -> None:
+        self._allowed = {split: limit.allowed(len(indices)) for split, indices in plan.splits.items()}
+        self._skipped: dict[str, Counter[str]] = {split: Counter() for split in plan.splits}
+
+    def add(self, shard: str, reasons: Counter[str]) -> None:
+        """Count a shard's skipped images by their reasons. Raises TooManySkipped."""
+        split = shard.partition("/")[0]
+        skipped = self._skipped[split]
+        skipped += reasons
+        if skipped.total() > self._allowed[split]:
+            listing = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+            raise TooManySkipped(
+                f"{split}: {skipped.total():,} images skipped so far ({listing}), at most {self._allowed[split]:,} may "
+                "be; the finished shards stay. Mend RAW and run the same command with --retry-skipped, or allow more "
+                "with --max-skipped"
+            )
 
 
 def build(
@@ -87,38 +110,37 @@ def build(
     Returns:
         The manifest; None for a part.
     Raises:
-        BuildError: `root` holds something else, too many images were skipped, or no training image decodes.
-        UserError, OSError: as `write_shard` says; what is finished stays.
+        BuildError: `root` holds something else, or no training image decodes.
+        TooManySkipped, and what `write_shard` raises; what is finished stays.
     """
-    with _claim(plan, root, alone=part is None) as ended:
+    with locked(plan, root, alone=part is None) as ended:
         if ended:
             return manifest.load(root)
-        mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
+        chosen = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
         if retry_skipped:
-            _forget_skipped(root, mine)
-        counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
-        run = run or partial(executors.run, workers=min(workers, len(mine)))
-        for outcome in run(write_shard, shard_tasks(plan, root, mine)):
+            _forget_skipped(root, chosen)
+        counter = SkipCounter(skip_limit, plan)
+        run = run or partial(executors.run, workers=min(workers, len(chosen)))
+        for outcome in run(write_shard, shard_tasks(plan, root, chosen)):
             progress(outcome)
-            counted.add(outcome)
-        return None if part else merge(plan, root, slots(plan))
+            counter.add(outcome.name, outcome.skipped)
+        return None if part else merge(plan, root)
 
 
 def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
     """End a build whose parts were built apart.
 
     Raises:
-        BuildError: a shard is missing, or too many images were skipped in all.
+        BuildError: a shard is missing.
+        TooManySkipped: of all parts together.
     """
-    with _claim(plan, root, alone=True) as ended:
+    with locked(plan, root, alone=True) as ended:
         if ended:
             return manifest.load(root)
-        counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
-        missing = []
+        counter, missing = SkipCounter(skip_limit, plan), []
         for slot in slots(plan):
             if record := load_record(root, slot.name):
-                reasons = Counter(line["reason"] for line in record.skipped)
-                counted.add(Outcome(slot.name, slot.stop - slot.start, record.raw_bytes, reasons, True))
+                counter.add(slot.name, Counter(line["reason"] for line in record.skipped))
             else:
                 missing.append(slot.name)
         if missing:
@@ -126,54 +148,59 @@ def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) 
                 f"{root}: {len(missing):,} of {len(slots(plan)):,} shards are not built yet, such as "
                 f"{', '.join(missing[:3])}; build all parts first (--part), or all that is missing (without --merge)"
             )
-        return merge(plan, root, slots(plan))
-
-
-def _claim(plan: Plan, root: Location, *, alone: bool) -> AbstractContextManager[bool]:
-    return (claimed_remotely if storage.is_remote(root) else claimed)(plan, root, alone=alone)
-
-
-def slots(plan: Plan) -> list[Slot]:
-    """All shards of a plan, in order."""
-    size = plan.recipe.samples_per_shard
-    return [
-        Slot(split, number, start, min(start + size, len(places)))
-        for split, places in plan.splits.items()
-        for number, start in enumerate(range(0, len(places), size))
-    ]
+        return merge(plan, root)
 
 
 def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
-    """One task at a time: together they hold every image of the plan."""
+    """Yield one task at a time: together they hold every image of the plan."""
     codecs = codec_versions()
     for slot in chosen:
         yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)
 
 
-def merge(plan: Plan, root: Location, built: Sequence[Slot]) -> Manifest:
-    """Statistics, sample records and the list of skipped images from the records of all shards; the manifest last."""
-    files: dict[str, FileRecord] = {}
-    splits: dict[str, Split] = {}
-    skipped: list[dict[str, str]] = []
-    total = Sums.zero(plan.recipe.statistics_size)
-    for split in dict.fromkeys(slot.split for slot in built):
-        names = [slot.name for slot in built if slot.split == split]
-        shards, left_out = [], 0
-        for record in map(partial(_recorded, root), names):  # one at a time: each holds a sum image
-            if split == "train":
-                total.merge(record.sums)
-            files |= {name: FileRecord(**file) for name, file in record.files.items()}
-            skipped += [{"split": split, **line} for line in record.skipped]
-            left_out += len(record.skipped)
+def merge(plan: Plan, root: Location) -> Manifest:
+    """Write samples.npy of each split and the summaries from the records of all shards; the manifest last."""
+    merged = {split: merge_split(plan, root, split) for split in plan.splits}
+    files = {name: record for split in merged.values() for name, record in split.files.items()}
+    skipped = [line for split in merged.values() for line in split.skipped]
+    splits = {name: split.entry for name, split in merged.items()}
+    return write_manifest(plan, root, splits, skipped, merged["train"].sums, files)
+
+
+class MergedSplit(NamedTuple):
+    entry: Split
+    files: dict[str, FileRecord]  # of its shards, and samples.npy
+    skipped: list[dict[str, str]]  # lines of skipped.jsonl
+    sums: Sums  # over its rescaled pixels
+
+
+def merge_split(plan: Plan, root: Location, split: str) -> MergedSplit:
+    """Merge the records of a split's shards, and write its samples.npy."""
+    names = [slot.name for slot in slots(plan) if slot.split == split]
+    merged = MergedSplit(Split(0, 0, ()), {}, [], Sums.zero(plan.recipe.statistics_size))
+    shards = []
+    for name in names:  # one record at a time: each holds a sum image
+        record = load_record(root, name)
+        if record is None:
+            raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
+        merged.sums.merge(record.sums)
+        merged.files.update((file, FileRecord(**written)) for file, written in record.files.items())
+        merged.skipped.extend({"split": split, **line} for line in record.skipped)
+        if record.manifest_entry:
             shards.append(record.manifest_entry)
-        samples = sum(shard.samples for shard in shards if shard)
-        table = f"{split}/samples.npy"
-        files[table] = FileRecord(**write_aside(root / table, partial(_write_samples, root, names, samples)))
-        splits[split] = Split(samples, left_out, tuple(shard for shard in shards if shard))
-    return conclude(plan, root, splits, skipped, total, files)
+    samples = sum(shard.samples for shard in shards)
+
+    def write_samples(file: HashingFile) -> None:  # shard by shard: the bytes that numpy would write of all at once
+        form = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (samples,)}
+        np.lib.format.write_array_header_1_0(file, form)
+        for name in names:
+            file.write(load_samples(root, name).astype(SAMPLE).tobytes())
+
+    merged.files[f"{split}/samples.npy"] = FileRecord(**write_aside(root / split / "samples.npy", write_samples))
+    return merged._replace(entry=Split(samples, len(merged.skipped), tuple(shards)))
 
 
-def conclude(
+def write_manifest(
     plan: Plan,
     root: Location,
     splits: Mapping[str, Split],
@@ -181,7 +208,7 @@ def conclude(
     total: Sums,
     files: Mapping[str, FileRecord],
 ) -> Manifest:
-    """Write the statistics, the list of skipped images and the manifest of a dataset directory with these `files`.
+    """Write the summaries and the manifest of a dataset directory with these `files`.
 
     `skipped` are the lines of skipped.jsonl, `total` the sums over the training split.
 
@@ -192,40 +219,29 @@ def conclude(
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
         raise BuildError(f"{root}: no training image could be decoded; the reasons: {reasons}")
     statistics = finish(total)
-    arrays = io.BytesIO()
-    np.savez(arrays, **{key: getattr(statistics, key) for key in manifest.Statistics.__dataclass_fields__})
-    contents = {
-        manifest.STATISTICS_FILE: arrays.getvalue(),
-        "mean.png": png(statistics.mean_image),
-        SKIPPED_FILE: "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode(),
+    summaries = {
+        name: FileRecord(**write_bytes_aside(root / name, data))
+        for name, data in summary_files(statistics, skipped, splits).items()
     }
-    written = {name: FileRecord(**write_bytes_aside(root / name, data)) for name, data in contents.items()}
-    found = Manifest(
-        root, plan.recipe, plan.classes, splits, statistics.summary(), {**files, **written}, codec_versions()
-    )
-    write_bytes_aside(root / manifest.FILE_NAME, found.to_json())
-    return found
+    parts = (plan.recipe, plan.classes, splits, statistics.summary(), {**files, **summaries}, codec_versions())
+    written = Manifest(root, *parts)
+    write_bytes_aside(root / manifest.FILE_NAME, written.to_json())
+    return written
 
 
-def _recorded(root: Location, name: str) -> Record:
-    record = load_record(root, name)
-    if record is None:
-        raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
-    return record
-
-
-def _write_samples(root: Location, names: Sequence[str], count: int, file: HashingFile) -> None:
-    """samples.npy, shard by shard: the bytes that numpy would write of all at once."""
-    file.write(_npy_header(count))
-    for name in names:
-        file.write(load_samples(root, name).astype(SAMPLE).tobytes())
-
-
-def _npy_header(count: int) -> bytes:
-    out = io.BytesIO()
-    form = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(out, form)
-    return out.getvalue()
+def summary_files(
+    statistics: Statistics, skipped: Sequence[Mapping[str, str]], splits: Mapping[str, Split]
+) -> dict[str, bytes]:
+    """Return the files that describe all splits together, by name."""
+    arrays, mean = io.BytesIO(), io.BytesIO()
+    np.savez(arrays, **{key: getattr(statistics, key) for key in Statistics.__dataclass_fields__})
+    Image.fromarray(np.rint(statistics.mean_image).astype(np.uint8)).save(mean, "PNG")
+    return {
+        STATISTICS_FILE: arrays.getvalue(),
+        MEAN_FILE: mean.getvalue(),
+        SKIPPED_FILE: "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode(),
+        INFO_FILE: timm_info(splits),
+    }
 
 
 def _forget_skipped(root: Location, chosen: Sequence[Slot]) -> None:
@@ -233,15 +249,3 @@ def _forget_skipped(root: Location, chosen: Sequence[Slot]) -> None:
         record = load_record(root, slot.name)
         if record and record.skipped:
             storage.remove(record_path(root, slot.name))
-
-
-def npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()
-
-
-def png(mean_image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.rint(mean_image).astype(np.uint8)).save(out, "PNG")
-    return out.getvalue()

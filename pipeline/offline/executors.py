@@ -1,22 +1,35 @@
-"""Who runs the tasks: this process, or a pool of processes."""
+"""Run the tasks of a build: in this process, in a pool of processes, or on a Ray cluster.
+
+Nodes of a Ray cluster may come and go: tasks of one that is lost run again elsewhere. One that is only cut off may go
+on for a minute, and write a shard that its successor writes too: the same bytes, aside, and renamed. Credentials of an
+object store are those of the environment in which `ray start` was called.
+"""
 
 import ctypes
+import logging
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 from pipeline import UserError
+from pipeline.storage import Location, exists
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RETRIES = 5  # of one Ray task, whose worker or node died
+CONNECT = 5.0  # seconds after which an address counts as wrong
+WAKES = 0.5  # seconds between two looks at signals and at the cluster, if no Ray task ends
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -40,7 +53,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
     try:
         while True:
             for task in islice(waiting, 2 * workers - len(running)):
-                with _signals_wait():
+                with _signals_held():  # both would strike a worker that is half begun
                     running.add(pool.submit(function, task))
             if not running:
                 ended = True
@@ -61,20 +74,20 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Hold back Ctrl-C, which a terminal sends to all, and SIGTERM: both would strike a worker that is half begun."""
-    came: list[int] = []
+def _signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C, which a terminal sends to all processes, and SIGTERM until the block ends."""
+    received: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a worker inherits, until `begin_worker`
     main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS if main}
+    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in SIGNALS if main}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for held in came:  # by a thread of a library, which no mask of ours reaches
-            signal.raise_signal(held)
+        for late in received:  # by a thread of a library, which no mask of ours reaches
+            signal.raise_signal(late)
 
 
 def begin_worker() -> None:
@@ -87,3 +100,116 @@ def begin_worker() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before the line above
         os._exit(1)
+
+
+def run_on_ray(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    address: str | None = None,
+    at_once: int | None = None,
+    shared: Sequence[Location] = (),
+) -> Iterator[Result]:
+    """Yield the result of each task as it is finished, in any order, as `run` does. A task has one core.
+
+    Where the caller stops, or a task raises, this process leaves the cluster, and Ray ends its workers: what they
+    write appears whole or not at all. (`ray.cancel` would be gentler, but Ray 2.60 aborts this process where a task
+    ends in the same moment.)
+
+    Args:
+        address: HOST:PORT of the cluster's head; "auto" or None: RAY_ADDRESS, else the cluster of this machine.
+        at_once: how many tasks run at a time, at most; None: one on each CPU of the cluster.
+        shared: paths that every node must see.
+    Raises:
+        UserError: Ray is missing or cannot be reached, a node does not see `shared`, or a task was lost too often;
+            and whatever a task raises, with the name of its node. What is finished stays.
+    """
+    with _connected(address) as ray:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_node)
+        waiting, running, results = iter(tasks), dict[Any, str](), list[Result]()
+        while True:
+            with _signals_held():  # Ray's threads and callbacks swallow exceptions, so none is raised in its code
+                # two tasks for each CPU, so that none waits for us; a cluster that grows on demand must see one
+                room = at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
+                for task in islice(waiting, max(0, room - len(running))):
+                    running[remote.remote(function, shared, task)] = getattr(task, "name", "a task")
+                done = ray.wait(list(running), timeout=WAKES)[0] if running else []
+                results = [_result(ray, reference, running.pop(reference)) for reference in done]
+            yield from results
+            if not running:
+                return
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[ModuleType]:
+    """Join the cluster, and yield the package ray."""
+    if not address or address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    # Ray reads its environment when it is imported. Without the middle two it prints each retry on stdout, between
+    # the lines of --json; the last says how often it waits for 40 s where something answers that is not Ray.
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+        "RAY_NUM_REDIS_GET_RETRIES": "1",
+    }
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray needs the package ray: pip install 'penstock-imagenet[ray]'") from error
+    try:
+        # `ray.init` sets a handler of SIGTERM that ends the process without a message; ours is put back afterwards
+        with _signals_held():
+            if address != "auto":  # Ray itself would try for many minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"--ray-address {address}: no Ray cluster answers there ({_line(error)}); run this command on a node of "
+            "the cluster (`ray start --head` makes one), and name the head as HOST:PORT, mostly port 6379, or auto"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _on_node(function: Callable[[Task], Result], shared: Sequence[Location], task: Task) -> Result:
+    """Run the task on some node, whose name its errors carry."""
+    node = os.uname().nodename
+    for path in shared:
+        if not exists(path):  # else a node that does not share DATASET would make a DATASET of its own
+            raise UserError(
+                f"{path}: not there on the node {node}; RAW and DATASET must be seen under the same path on every "
+                "node of the cluster: a shared file system, or s3://"
+            )
+    try:
+        return function(task)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}, on the node {node}", error.filename) from error
+    except UserError as error:
+        if node in str(error):
+            raise
+        raise type(error)(f"{error} (on the node {node})") from error
+
+
+def _result(ray: ModuleType, reference: Any, name: str) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        problem = f"lost {1 + RETRIES} times with its worker or node: no memory, or one image that took too long?"
+        if isinstance(error, ray.exceptions.RayTaskError):
+            if not isinstance(error.cause, ray.exceptions.RayError):
+                raise error.cause from error
+            problem = "could not begin on its node; every node needs the same environment with penstock-imagenet[ray]"
+        raise UserError(
+            f"{name}: {problem} ({_line(error)}); what is finished stays, and the same command goes on"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """Return an error's message on one line of bounded length, without colours or a traceback."""
+    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).split()).partition(" traceback: ")[0]
+    return text if len(text) <= 300 else f"{text[:300]} …"

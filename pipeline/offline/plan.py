@@ -1,20 +1,24 @@
-"""The plan of a build, a pure function of (sources, build recipe): which raw image goes where, under which key."""
+"""The plan of a build, a pure function of (sources, build recipe): keys, labels, splits, order, shards."""
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline import UserError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe, ClassRecord, canonical_json
-from pipeline.offline.keys import Keys, assign_keys
 from pipeline.offline.raw import RawImage, Sources
 from pipeline.offline.table import SPLITS, RawTable
 
-__all__ = ["SPLITS", "Plan", "PlannedImage", "make_plan"]
+FORMAT = 2  # of DATASET/.build: what one version of the code began, only a version with the same number continues
+MAX_KEY = 90  # characters, so that KEY.jpg fits the 100 bytes of a USTAR name with room to spare
+SPELLINGS = 3  # of a key
+_FORBIDDEN = re.compile(rb"[^A-Za-z0-9_-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,36 @@ class PlannedImage:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """One shard of a plan: the images start … stop − 1 of its split."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.split}-{self.number:06d}"
+
+
+class Keys(Sequence[str]):
+    """The key of each path: one byte an image says how the key is spelled; the key is made when it is asked for."""
+
+    def __init__(self, paths: Sequence[str], spelling: np.ndarray, numbered: dict[int, str]) -> None:
+        self._paths = paths
+        self._spelling = spelling  # (n,) uint8: see `_spell`; SPELLINGS: see `numbered`
+        self._numbered = numbered
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
+        spelling = int(self._spelling[i])
+        return _spell(self._paths[i], spelling) if spelling < SPELLINGS else self._numbered[i]
+
+
+@dataclass(frozen=True)
 class Plan:
     """38 bytes an image, and the table's paths; a `PlannedImage` is made when it is asked for."""
 
@@ -32,11 +66,14 @@ class Plan:
     classes: tuple[ClassRecord, ...]
     images: RawTable
     keys: Keys
-    splits: dict[str, np.ndarray]  # (n,) uint32: places in `images`, by sample id, skipped images included
+    splits: dict[str, np.ndarray]  # (n,) uint32: indices into `images`, by sample id, skipped images included
 
     def part(self, split: str, start: int, stop: int) -> tuple[PlannedImage, ...]:
-        """The images start … stop − 1 of a split."""
+        """Return the images start … stop − 1 of a split."""
         return tuple(self._planned(split, start, stop))
+
+    def slot_keys(self, slot: Slot) -> list[str]:
+        return [self.keys[i] for i in self.splits[slot.split][slot.start : slot.stop].tolist()]
 
     def _planned(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
         labels = {record.wnid: record.label for record in self.classes}
@@ -45,27 +82,44 @@ class Plan:
             yield PlannedImage(self.keys[i], -1 if raw.wnid is None else labels[raw.wnid], raw)
 
     def fingerprint(self) -> bytes:
-        """What must be equal for a build to be resumed, as JSON: recipe, codecs, classes, names of all raw images.
+        """Return as JSON all that must be equal for a build to be resumed: recipe, codecs, classes, names of images.
 
-        Where the raw images lie and how large they are is a matter of each shard (`shards.raw_digest`).
+        Positions and sizes of the raw images are checked shard by shard (`shards.raw_digest`).
         """
         digest = hashlib.sha256()
-        for split, places in self.splits.items():
-            for image in self._planned(split, 0, len(places)):
+        for split, indices in self.splits.items():
+            for image in self._planned(split, 0, len(indices)):
                 digest.update(os.fsencode(f"{split}\t{image.key}\t{image.label}\t{image.raw.path}\n"))
         return canonical_json(
             {
+                "format": FORMAT,
                 "recipe": asdict(self.recipe),
                 "codecs": codec_versions(),
                 "classes": [asdict(record) for record in self.classes],
-                "images": {split: len(places) for split, places in self.splits.items()},
+                "images": {split: len(indices) for split, indices in self.splits.items()},
                 "images_sha256": digest.hexdigest(),
             }
         )
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two mappings in the user's words, as `quality 95 → 80`."""
+    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    return [f"{key} {before.get(key)} → {now.get(key)}" for key in keys]
+
+
+def slots(plan: Plan) -> list[Slot]:
+    """Return all shards of a plan, in order."""
+    size = plan.recipe.samples_per_shard
+    return [
+        Slot(split, number, start, min(start + size, len(indices)))
+        for split, indices in plan.splits.items()
+        for number, start in enumerate(range(0, len(indices), size))
+    ]
+
+
 def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
-    """Keys, labels, splits and order.
+    """Choose keys, labels, splits and order.
 
     The training split is ordered by SHA-256 of (seed, key), a shuffle that no library's generator can change;
     validation and test by the bytes of their file names. Where no validation split exists, the training images whose
@@ -80,53 +134,100 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
     if recipe.limit and recipe.limit < len(images):
         chosen = np.sort(_shuffled("limit", keys, chosen)[: recipe.limit])
     splits = {split: chosen[images.split_numbers[chosen] == number] for number, split in enumerate(SPLITS)}
-    del chosen
     if recipe.holdout and not images.has("val"):
-        held_out = _hashes("holdout", keys, splits["train"]) < np.uint64(recipe.holdout * 2.0**64)
+        train_keys = (keys[i] for i in splits["train"].tolist())
+        held_out = _hashes("holdout", train_keys, len(splits["train"])) < np.uint64(recipe.holdout * 2.0**64)
         splits["train"], splits["val"] = splits["train"][~held_out], splits["train"][held_out]
     splits["train"] = _shuffled(f"order {recipe.seed}", keys, splits["train"])
     for split in ("val", "test"):
         splits[split] = _by_name(images, splits[split])
     if not len(splits["train"]):
         raise UserError("no training image is left: the raw data has too few, or --holdout or --limit is too greedy")
-    splits = {split: places for split, places in splits.items() if len(places)}
-    return Plan(recipe, sources.classes, images, keys, splits)
+    return Plan(recipe, sources.classes, images, keys, {split: ids for split, ids in splits.items() if len(ids)})
 
 
-def _hashes(purpose: str, keys: Keys, places: np.ndarray) -> np.ndarray:
-    """(n,) uint64, uniform, each a function of the purpose and one key."""
-    return np.fromiter((_hash(purpose, keys[i]) for i in map(int, places)), np.uint64, len(places))
+def assign_keys(paths: Sequence[str]) -> Keys:
+    """Return one key per raw path: WebDataset's `__key__`, unique over all splits, without dot or slash.
+
+    A key is the file's stem where that is unique; else the path without its extension, `/` as `_`; else that with the
+    extension; else that with -2, -3, … in sorted path order. (Two neighbouring samples with one stem would silently
+    become one sample in WebDataset; a dot would move the extension.)
+    """
+    # Of 14 million strings a set takes gigabytes, so 64 bits of each spelling's hash are compared instead. Where two
+    # different spellings should have one hash, both images use the next spelling.
+    spelling = np.full(len(paths), SPELLINGS, np.uint8)
+    taken = np.empty(0, np.uint64)  # hashes of the keys in use, sorted
+    rest = np.arange(len(paths), dtype=np.uint32)
+    for number in range(SPELLINGS):
+        hashes = _hashes("key", (_spell(paths[i], number) for i in rest.tolist()), len(rest))
+        ordered = np.sort(hashes)
+        free = ~(_among(hashes, ordered[1:][ordered[1:] == ordered[:-1]]) | _among(hashes, taken))
+        spelling[rest[free]] = number
+        rest = rest[~free]
+        taken = np.sort(np.concatenate([taken, hashes[free]]))
+    return Keys(paths, spelling, _numbered(paths, rest.tolist(), taken))
+
+
+def _numbered(paths: Sequence[str], rest: list[int], taken: np.ndarray) -> dict[int, str]:
+    """Return keys for paths that are alike in every spelling, such as a_b/c.x beside a/b_c.x, in sorted path order."""
+    numbered: dict[int, str] = {}
+    used: set[str] = set()
+    for i in sorted(rest, key=lambda i: os.fsencode(paths[i])):
+        key, number = (stem := _spell(paths[i], 2)), 1
+        while key in used or _among(_hashes("key", [key], 1), taken)[0]:
+            number += 1
+            suffix = f"-{number}"
+            key = stem[: MAX_KEY - len(suffix)] + suffix
+        numbered[i] = key
+        used.add(key)
+    return numbered
+
+
+def _spell(path: str, spelling: int) -> str:
+    """Return the stem (spelling 0), the path without its extension (1) or with it (2), escaped."""
+    if spelling < 2:
+        path = os.path.splitext(path)[0]
+    return _escape(path.rpartition("/")[2] if spelling == 0 else path.replace("/", "_"))
+
+
+def _escape(text: str) -> str:
+    """Keep [A-Za-z0-9_-], write any other byte as -XX; cut what is longer than 90 characters, and add its digest."""
+    raw = os.fsencode(text)
+    escaped = _FORBIDDEN.sub(lambda match: b"-%02X" % match.group()[0], raw).decode("ascii")
+    if len(escaped) <= MAX_KEY:
+        return escaped
+    return escaped[: MAX_KEY - 17] + "-" + hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _hash(purpose: str, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{purpose}\t{key}".encode()).digest()[:8], "big")
 
 
-def _shuffled(purpose: str, keys: Keys, places: np.ndarray) -> np.ndarray:
-    """(n,) uint32: the places ordered by (hash, key)."""
-    packed = _hashes(purpose, keys, places)  # then its upper half before the place in `places`: 8 bytes each to sort
-    packed &= np.uint64(0xFFFFFFFF00000000)
-    packed |= np.arange(len(places), dtype=np.uint32)
-    packed.sort()
-    low, high = packed.astype("<u8", copy=False).view("<u4").reshape(-1, 2).T
-    ordered = places[low]
-    same = high[1:] == high[:-1]
-    for start, stop in _runs(same):  # of 14 million, some 20,000 pairs
-        ordered[start:stop] = sorted(ordered[start:stop].tolist(), key=lambda i: (_hash(purpose, keys[i]), keys[i]))
-    return ordered
+def _hashes(purpose: str, keys: Iterable[str], count: int) -> np.ndarray:
+    """Return (count,) uint64, uniform, each a function of the purpose and one key."""
+    return np.fromiter((_hash(purpose, key) for key in keys), np.uint64, count)
 
 
-def _runs(same: np.ndarray) -> list[tuple[int, int]]:
-    """[start, stop) of each run of equal neighbours; same[i]: the items i and i + 1 are equal."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
-    return [(int(start), int(stop) + 1) for start, stop in zip(edges[::2], edges[1::2])]
+def _among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Return (n,) bool: which values are in the sorted array `ordered`."""
+    return np.searchsorted(ordered, values, "left") < np.searchsorted(ordered, values, "right")
 
 
-def _by_name(images: RawTable, places: np.ndarray) -> np.ndarray:
-    """Ordered by the bytes of the file names, then of the paths."""
-    rows = []  # one bytes object an image: no path holds a zero byte, so the order is that of (name, path)
-    for i in map(int, places):
-        above, slash, name = os.fsencode(images.path(i)).rpartition(b"/")
-        rows.append(name + b"\0" + above + slash + i.to_bytes(4, "big"))
-    rows.sort()
-    return np.fromiter((int.from_bytes(row[-4:], "big") for row in rows), np.uint32, len(rows))
+def _shuffled(purpose: str, keys: Keys, indices: np.ndarray) -> np.ndarray:
+    """Return the (n,) uint32 indices ordered by (hash, key)."""
+    hashes = _hashes(purpose, (keys[i] for i in indices.tolist()), len(indices))
+    order = np.argsort(hashes)
+    hashes, shuffled = hashes[order], indices[order]
+    if (hashes[1:] == hashes[:-1]).any():  # of 64 bits: once in 10⁵ data sets of 14 million images
+        shuffled = np.array(sorted(shuffled.tolist(), key=lambda i: (_hash(purpose, keys[i]), keys[i])), np.uint32)
+    return shuffled
+
+
+def _by_name(images: RawTable, indices: np.ndarray) -> np.ndarray:
+    """Return the (n,) uint32 indices ordered by the bytes of the file names, then of the folders."""
+
+    def name_and_folder(i: int) -> tuple[bytes, bytes]:
+        folder, slash, name = os.fsencode(images.path(i)).rpartition(b"/")
+        return name, folder + slash
+
+    return np.array(sorted(indices.tolist(), key=name_and_folder), np.uint32)

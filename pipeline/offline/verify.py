@@ -1,61 +1,91 @@
-"""The check of a dataset directory: every promise of its manifest against what the files hold."""
+"""The check of a dataset directory: every promise of its manifest against the content of its files."""
 
+import hashlib
+import io
 import json
-import re
+import os
+import tarfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from pipeline import manifest, storage
-from pipeline.decode import REASONS
-from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord, Statistics
+from pipeline.decode import ImageError, decode
+from pipeline.image import pixels_of
+from pipeline.manifest import (
+    FILE_NAME,
+    INFO_FILE,
+    SAMPLE,
+    STATISTICS_FILE,
+    BuildRecipe,
+    Manifest,
+    ShardRecord,
+    Statistics,
+)
 from pipeline.offline import executors
-from pipeline.offline.build import npy
-from pipeline.offline.listed import Failure, expected, index, unlisted
-from pipeline.offline.plan import SPLITS
+from pipeline.offline.shards import BUILD_FOLDER
 from pipeline.offline.statistics import Sums, finish
-from pipeline.offline.tars import KEY, TarContent, Violation, loaded, opened, read_tar, stored_pixels
+from pipeline.storage import Location, StorageError
+
+REPAIR_FOLDER, RETRY_FOLDER = ".repair", ".retry"  # see `repair`
+LEFT_OVER = {
+    BUILD_FOLDER: "unfinished: the build was killed at its very end; the same command again ends it",
+    REPAIR_FOLDER: "left by a repair that was killed; delete it",
+    RETRY_FOLDER: "unfinished: build_shards.py --retry-skipped was killed; the same command again ends it",
+}
+
+
+class Violation(ValueError):
+    """The first promise that a file breaks; the rest of the file is then not looked at."""
+
+
+class Failure(NamedTuple):
+    file: str  # below the dataset directory
+    reason: str
 
 
 class Failures(list[Failure]):
-    """What failed so far."""
+    """All failures so far."""
 
     @contextmanager
     def of(self, file: str) -> Iterator[None]:
-        """Note the violation that ends the block, and go on after it."""
+        """Note the violation or the parser's error that ends the block, and go on after it."""
         try:
             yield
-        except Violation as violation:
-            self.append(Failure(file, str(violation)))
+        except StorageError:
+            raise
+        except (Violation, OSError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            self.append(Failure(file, "missing" if missing else getattr(error, "strerror", "") or str(error)))
+        except (ValueError, KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+            self.append(Failure(file, f"does not load ({' '.join(str(error).split())[:200]})"))
 
 
-class ShardFindings(NamedTuple):
-    shard: ShardRecord
-    failures: Failures
-    content: TarContent | None  # None: the tar is among the failures
+class TarContent(NamedTuple):
+    """The content of a shard's tar, and what that demands of the files beside it."""
+
+    samples: np.ndarray  # (n,) of SAMPLE, digests 0: they are of the raw images
+    keys: list[str]
+    idx: bytes  # the DALI index
+    sums: Sums | None  # over the decoded pictures; each pixel counts as one picture: sum_image is (1, 1, 3)
 
 
-def load(root: Path) -> Manifest:
-    """Load the manifest alone: whether the files that it lists are there is a matter of the check.
-
-    Raises:
-        DatasetError: `root` is not a dataset directory, or its manifest is damaged.
-    """
+def load(root: Location) -> Manifest:
+    """Load the manifest alone: the check finds out about the files that it lists. Raises DatasetError."""
     path = root / FILE_NAME
-    if not storage.is_file(path):
-        return manifest.load(root)  # raises: it knows what is the matter
-    return manifest.parse(storage.read_bytes(path), root)
+    return manifest.parse(storage.read_bytes(path), root) if storage.is_file(path) else manifest.load(root)
 
 
 def check(
-    found: Manifest, *, quick: bool = False, workers: int = 1, progress: Callable[[], None] = lambda: None
+    dataset: Manifest, *, quick: bool = False, workers: int = 1, progress: Callable[[], None] = lambda: None
 ) -> Failures:
-    """Check the dataset directory of the manifest `found`; `progress` is called after each shard.
+    """Check a dataset directory; `progress` is called after each shard.
 
     All promises but those about pixels; those too unless `quick`: every stored JPEG decodes to size×size RGB, and the
     stored training pictures have the statistics of statistics.npz, but for JPEG's losses (`_check_drift`).
@@ -65,175 +95,215 @@ def check(
     Raises:
         UserError: a worker process was killed.
     """
-    failures = Failures(Failure(FILE_NAME, what) for what in _manifest_violations(found))
-    failures += unlisted(found)
-    results: dict[str, ShardFindings] = {}
-    for result in _check_shards(found, quick, workers):
-        results[result.shard.name] = result
+    failures = Failures(Failure(FILE_NAME, reason) for reason in _manifest_violations(dataset))
+    failures += _unlisted(dataset, expected_files(dataset) | {FILE_NAME} | dataset.files.keys())
+    checks = []
+    for shard in (shard for split in dataset.splits.values() for shard in split.shards):
+        own = {name: dataset.files[name] for name in (shard.name, _index_of(shard.name)) if name in dataset.files}
+        checks.append((replace(dataset, splits={}, files=own), shard, quick))  # what one shard needs of the manifest
+    results: dict[str, tuple[Failures, TarContent | None]] = {}
+    for name, failed, content in executors.run(check_shard, checks, min(workers, len(checks))):
+        results[name] = failed, content
         progress()
-    findings: dict[str, list[ShardFindings]] = {}
-    seen: dict[str, str] = {}
-    for split in found.splits:
-        findings[split] = [results[shard.name] for shard in found.splits[split].shards]
-        failures += [failure for result in findings[split] for failure in result.failures]
-        with failures.of(f"{split}/samples.npy"):
-            _check_samples(found, split, findings[split])
-        for shard, _, content in findings[split]:
+    file_of_key: dict[str, str] = {}
+    for name, split in dataset.splits.items():
+        for shard in split.shards:
+            failures += results[shard.name][0]
+        contents = [results[shard.name][1] for shard in split.shards]
+        with failures.of(f"{name}/samples.npy"):
+            _check_samples(dataset, name, contents)
+        for shard, content in zip(split.shards, contents):
             with failures.of(shard.name):
-                _check_unique(content.keys if content else [], shard.name, seen)
+                _check_unique(content.keys if content else [], shard.name, file_of_key)
     with failures.of("skipped.jsonl"):
-        _check_unique(_skipped_keys(found), "skipped.jsonl", seen)
-    statistics: Statistics | None = None
+        _check_unique(_skipped_keys(dataset), "skipped.jsonl", file_of_key)
     with failures.of(STATISTICS_FILE):
-        statistics = _check_statistics(found)
-        stored = [content.sums for _, _, content in findings["train"] if content and content.sums]
-        if len(stored) == len(findings["train"]):
-            _check_drift(found.recipe, statistics, stored)
-    with failures.of("mean.png"):
-        _check_mean_png(found, statistics)
+        statistics = _check_statistics(dataset)
+        train = [results[shard.name][1] for shard in dataset.split("train").shards]
+        stored = [content.sums for content in train if content and content.sums]
+        if len(stored) == len(train):
+            _check_drift(dataset.recipe, statistics, stored)
+    for name in ("mean.png", *({INFO_FILE} & dataset.files.keys())):  # older data sets have no _info.json
+        with failures.of(name), opened(dataset, name):
+            pass  # its SHA-256 is right, and all that is in it follows from what was checked above
     return failures
 
 
-def _manifest_violations(found: Manifest) -> Iterator[str]:
-    if storage.read_bytes(found.root / FILE_NAME) != found.to_json():
-        yield f"its identity is not that of its content ({found.identity})"
-    wnids = [record.wnid for record in found.classes]
-    if [record.label for record in found.classes] != list(range(len(wnids))) or wnids != sorted(set(wnids)):
+def expected_files(dataset: Manifest) -> set[str]:
+    """Return the files that a dataset directory must hold besides its manifest."""
+    tars = [shard.name for split in dataset.splits.values() for shard in split.shards]
+    tables = [f"{split}/samples.npy" for split in dataset.splits]
+    info = {INFO_FILE} & dataset.files.keys()
+    return {*tars, *map(_index_of, tars), *tables, STATISTICS_FILE, "mean.png", "skipped.jsonl", *info}
+
+
+def _index_of(tar: str) -> str:
+    return tar.removesuffix(".tar") + ".idx"
+
+
+def _unlisted(dataset: Manifest, known: set[str], folder: str = "") -> Iterator[Failure]:
+    for entry in storage.scan(dataset.root / folder if folder else dataset.root):
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        link = not storage.is_remote(dataset.root) and os.path.islink(dataset.root / path)
+        if path in LEFT_OVER and entry.is_dir:
+            yield Failure(path, LEFT_OVER[path])
+        elif entry.is_dir and not link:
+            yield from _unlisted(dataset, known, path)
+        elif path not in known and path not in dataset.splits:
+            yield Failure(path, f"not listed in {FILE_NAME}")
+
+
+def _manifest_violations(dataset: Manifest) -> Iterator[str]:
+    if storage.read_bytes(dataset.root / FILE_NAME) != dataset.to_json():
+        yield f"its identity is not that of its content ({dataset.identity})"
+    wnids = [record.wnid for record in dataset.classes]
+    if [record.label for record in dataset.classes] != list(range(len(wnids))) or wnids != sorted(set(wnids)):
         yield "the labels are not the ranks of the sorted wnids"
-    if not found.splits.keys() <= set(SPLITS):
-        yield f"its splits are not among {', '.join(SPLITS)}"
-    limit = found.recipe.samples_per_shard
-    for name, split in found.splits.items():
-        names = [shard.name for shard in split.shards]
-        form = re.compile(rf"({re.escape(name)})/\1-\d{{6}}\.tar")
-        if names != sorted(set(names)) or not all(form.fullmatch(tar) for tar in names):
-            yield f"the shards of {name} are not named {name}/{name}-NNNNNN.tar in ascending order"
+    for name, split in dataset.splits.items():
         if split.samples != sum(shard.samples for shard in split.shards):
             yield f"the shards of {name} do not add up to its {split.samples} samples"
-        for shard in split.shards:
-            if not 1 <= shard.samples <= limit:
-                yield f"{shard.name}: {shard.samples} samples, the build recipe says at most {limit}"
-            if shard.name in found.files and found.files[shard.name].bytes != shard.bytes:
-                yield f"{shard.name}: {shard.bytes} bytes in one place, {found.files[shard.name].bytes} in another"
-    for name in sorted(found.files.keys() - expected(found)):
+    for name in sorted(dataset.files.keys() - expected_files(dataset)):
         yield f"lists {name!a}, which is no part of a dataset directory"
 
 
-class ShardCheck(NamedTuple):
-    """One shard to check, and what that needs of the manifest."""
-
-    part: Manifest  # without splits, and with the shard's own files alone
-    shard: ShardRecord
-    quick: bool
-
-
-def _check_shards(found: Manifest, quick: bool, workers: int) -> Iterator[ShardFindings]:
-    """Each shard's findings, in any order."""
-    shards = [shard for split in found.splits.values() for shard in split.shards]
-    checks = []
-    for shard in shards:
-        mine = {name: found.files[name] for name in (shard.name, index(shard.name)) if name in found.files}
-        checks.append(ShardCheck(replace(found, splits={}, files=mine), shard, quick))
-    return executors.run(check_shard, checks, min(workers, len(checks)))
-
-
-def check_shard(task: ShardCheck) -> ShardFindings:
-    """A shard's tar and its index: each alone, and the index against the tar."""
-    found, shard, quick = task
+def check_shard(task: tuple[Manifest, ShardRecord, bool]) -> tuple[str, Failures, TarContent | None]:
+    """Check a shard's tar and its index: each alone, and the index against the tar."""
+    dataset, shard, quick = task
     failures = Failures()
     content: TarContent | None = None
-    with failures.of(shard.name), opened(found, shard.name) as file:
-        number = int(re.sub(r"\D", "", shard.name)[-6:] or 0)
-        read = read_tar(file, number, len(found.classes), found.recipe, pictures=not quick)
-        if len(read.samples) != shard.samples:
-            raise Violation(f"holds {len(read.samples)} samples, the manifest promises {shard.samples}")
-        without = np.flatnonzero(read.samples["label"] < 0)
-        if len(without) and not shard.name.startswith("test/"):
-            raise Violation(f"{read.keys[without[0]]}.jpg has no label beside it")
-        content = read
-    with failures.of(index(shard.name)), opened(found, index(shard.name)) as file:
-        if content and file.read() != content.index:
+    with failures.of(shard.name), opened(dataset, shard.name) as file:
+        tar = _read_tar(file, dataset, shard.name, pictures=not quick)
+        if len(tar.samples) != shard.samples:
+            raise Violation(f"holds {len(tar.samples)} samples, the manifest promises {shard.samples}")
+        content = tar
+    with failures.of(_index_of(shard.name)), opened(dataset, _index_of(shard.name)) as file:
+        if content and file.read() != content.idx:
             raise Violation("is not the index of its tar")
-    return ShardFindings(shard, failures, content)
+    return shard.name, failures, content
 
 
-def _check_samples(found: Manifest, split: str, findings: list[ShardFindings]) -> None:
-    """samples.npy against those tars that hold."""
-    with opened(found, f"{split}/samples.npy") as file:
-        samples = loaded(lambda: found.samples(split))
-        if file.read() != npy(samples):
-            raise Violation("is not in the form in which numpy writes it")
+@contextmanager
+def opened(dataset: Manifest, name: str) -> Iterator[BinaryIO]:
+    """Open a file of the dataset directory, once its size and SHA-256 are those of the manifest.
+
+    Raises:
+        Violation: it is damaged. OSError: it is missing or unreadable.
+    """
+    path, promised = dataset.root / name, dataset.files.get(name)
+    if promised is None:
+        raise Violation(f"not listed in {FILE_NAME}")
+    with io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else open(path, "rb") as file:
+        if (size := file.seek(0, io.SEEK_END)) != promised.bytes:
+            raise Violation(f"has {size} bytes, the manifest promises {promised.bytes}")
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").hexdigest() != promised.sha256:
+            raise Violation("its SHA-256 is not that of the manifest")
+        file.seek(0)
+        yield file
+
+
+def _read_tar(file: BinaryIO, dataset: Manifest, name: str, pictures: bool) -> TarContent:
+    """Read a shard back from its tar, one member in memory at a time; with `pictures`, decode those as well.
+
+    Raises:
+        Violation: a member or a label that does not belong there, or a picture that is not size×size RGB.
+    """
+    samples: list[tuple[int, int, int, int, int, int]] = []
+    keys, index = [], []
+    number, sums = int(name[-10:-4]), Sums.zero(1) if pictures else None
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            member = tar.extractfile(info)
+            data = member.read() if member else b""
+            key, _, extension = info.name.partition(".")
+            entry = f"{extension} {info.offset_data} {info.size} {info.name}"
+            if extension == "jpg":
+                keys.append(key)
+                index.append(entry)
+                samples.append((number, info.offset_data, info.size, -1, zlib.crc32(data), 0))
+                if sums:
+                    sums.add(_stored_pixels(info.name, data, dataset.recipe))
+            elif extension != "cls" or keys[-1:] != [key] or samples[-1][3] >= 0:
+                raise Violation(f"{info.name}: only KEY.jpg, and behind it its KEY.cls, belong here")
+            elif not data.isdigit() or int(data) >= len(dataset.classes):
+                raise Violation(f"{info.name}: holds {data[:20]!r}, not a label from 0 to {len(dataset.classes) - 1}")
+            else:
+                index[-1] += f" {entry}"
+                samples[-1] = (*samples[-1][:3], int(data), *samples[-1][4:])
+    for key, sample in zip(keys, samples):
+        if sample[3] < 0 and not name.startswith("test/"):
+            raise Violation(f"{key}.jpg has no label beside it")
+    text = "".join(f"{line}\n" for line in (f"v1.2 {len(index)}", *index))
+    return TarContent(np.array(samples, SAMPLE), keys, text.encode(), sums)
+
+
+def _stored_pixels(name: str, data: bytes, recipe: BuildRecipe) -> np.ndarray:
+    """Decode a stored JPEG to (height, width, 4) uint8, RGBX. Raises Violation where it is not what `recipe` says."""
+    try:
+        image = decode(data, max_bytes=len(data), max_pixels=64 * 10**6, max_scans=100)  # as many as a raw one may have
+    except ImageError as error:
+        raise Violation(f"{name}: {error}") from error
+    square = recipe.crop == "centre"
+    fits = image.size == (recipe.size, recipe.size) if square else min(image.size) == recipe.size
+    if image.format != "JPEG" or not fits:  # an image that was converted to RGB has no format
+        actual, longer = f"{image.width}×{image.height} {image.format or 'not RGB'}", "" if square else " or longer"
+        raise Violation(f"{name}: {actual}, not an RGB JPEG of {recipe.size}×{recipe.size}{longer}")
+    return pixels_of(image)
+
+
+def _check_samples(dataset: Manifest, split: str, contents: list[TarContent | None]) -> None:
+    """Check samples.npy against those tars that hold."""
+    with opened(dataset, f"{split}/samples.npy"):
+        samples = dataset.samples(split)
     end = 0
-    for shard, _, content in findings:
+    for shard, content in zip(dataset.splits[split].shards, contents):
         start, end = end, end + shard.samples
         if content is None or end > len(samples):
             continue
         for name in ("shard", "offset", "size", "label", "crc32"):
             here, there = samples[name][start:end], content.samples[name]
             for i in np.flatnonzero(here != there)[:1]:
-                raise Violation(f"sample {start + i}: {name} {here[i]}, but {there[i]} in {shard.name}")
+                key = content.keys[i]
+                raise Violation(f"sample {start + i} ({key}): {name} {here[i]}, but {there[i]} in {shard.name}")
 
 
-def _check_unique(keys: list[str], file: str, seen: dict[str, str]) -> None:
+def _check_unique(keys: list[str], file: str, file_of_key: dict[str, str]) -> None:
     for key in keys:
-        if key in seen:
-            raise Violation(f"its key {key} stands in {seen[key]} as well")
-        seen[key] = file
+        if key in file_of_key:
+            raise Violation(f"its key {key} stands in {file_of_key[key]} as well")
+        file_of_key[key] = file
 
 
-def _skipped_keys(found: Manifest) -> list[str]:
-    """The keys in skipped.jsonl, once each line and the number of lines hold."""
-    keys: list[str] = []
-    count: Counter[str] = Counter()
-    with opened(found, "skipped.jsonl") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                same = line == (json.dumps(entry, sort_keys=True) + "\n").encode()
-            except (ValueError, RecursionError) as error:
-                raise Violation(f"line {number}: not JSON ({error})") from error
-            if not same or not isinstance(entry, dict) or entry.keys() != {"key", "reason", "source", "split"}:
-                raise Violation(f"line {number}: not an object of key, reason, source and split")
-            if str(entry["reason"]) not in REASONS or not re.fullmatch(KEY, str(entry["key"])):
-                raise Violation(f"line {number}: {entry['reason']!a} is no reason, or {entry['key']!a} no key")
-            count[str(entry["split"])] += 1
-            keys.append(str(entry["key"]))
-    promised = {name: split.skipped for name, split in found.splits.items() if split.skipped}
+def _skipped_keys(dataset: Manifest) -> list[str]:
+    """Return the keys in skipped.jsonl. Raises Violation where a line or the number of lines of a split is wrong."""
+    with opened(dataset, "skipped.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    count = Counter(line["split"] for line in lines)
+    promised = {name: split.skipped for name, split in dataset.splits.items() if split.skipped}
     if count != promised:
         raise Violation(f"lists {dict(count)}, the manifest promises {promised}")
-    return keys
+    return [line["key"] for line in lines]
 
 
-def _check_statistics(found: Manifest) -> Statistics:
-    """The exact sums against the manifest's shards; all else against the exact sums, bit for bit."""
-    with opened(found, STATISTICS_FILE):
-        statistics: Statistics = loaded(found.statistics)
-    train, recipe, size = found.split("train"), found.recipe, found.recipe.statistics_size
-    sums = Sums(statistics.n, statistics.sum_image, statistics.second_moments)
-    forms = [(array.dtype, array.shape) for array in (sums.sum_image, sums.second_moments)]
-    counted = sums.n == train.samples if recipe.crop == "centre" else sums.n >= train.samples * recipe.size**2
-    if forms != [(np.int64, (size, size, 3)), (np.int64, (3, 3))] or not sums.n or not counted:
-        raise Violation(f"is not of {train.samples} pictures of {recipe.size}×{recipe.size}")
+def _check_statistics(dataset: Manifest) -> Statistics:
+    """Check the exact sums against the manifest's shards, and all else against the exact sums, bit for bit."""
+    with opened(dataset, STATISTICS_FILE):
+        statistics = dataset.statistics()
+    train = dataset.split("train")
+    if dataset.recipe.crop == "centre" and statistics.n != train.samples:
+        raise Violation(f"is of {statistics.n} pictures, the manifest promises {train.samples}")
     exact = np.sum([[shard.sum_color, *shard.second_moments] for shard in train.shards], axis=0)  # (4, 3) int64
-    if not np.array_equal([sums.sum_image.sum(axis=(0, 1)), *sums.second_moments], exact):
+    if not np.array_equal([statistics.sum_image.sum(axis=(0, 1)), *statistics.second_moments], exact):
         raise Violation(f"the colour sums of the training shards in {FILE_NAME} do not add up to its own")
-    derived = finish(sums)
+    derived = finish(Sums(statistics.n, statistics.sum_image, statistics.second_moments))
     for name in ("mean_image", "mean_color", "covariance", "eigenvalues", "eigenvectors"):
-        here, there = getattr(statistics, name), getattr(derived, name)
-        if (here.dtype, here.shape, here.tobytes()) != (there.dtype, there.shape, there.tobytes()):
+        if not np.array_equal(getattr(statistics, name), getattr(derived, name)):
             raise Violation(f"{name} is not what its exact sums give")
     return statistics
 
 
-def _check_mean_png(found: Manifest, statistics: Statistics | None) -> None:
-    with opened(found, "mean.png") as file:
-        pixels = stored_pixels(file.read(), "PNG", found.recipe.statistics_size)[..., :3]
-    if statistics and not np.array_equal(pixels, np.rint(statistics.mean_image)):
-        raise Violation("is not the rounded mean image")
-
-
 def _check_drift(recipe: BuildRecipe, statistics: Statistics, stored: list[Sums]) -> None:
-    """The stored training pictures against the exact statistics: they may differ by JPEG's losses alone.
+    """Check the stored training pictures against the exact statistics: they may differ by JPEG's losses alone.
 
     At 256 pixels and quality 95: each mean colour by 0.1 grey level, each eigenvalue by 2 % of the largest one. (Chroma
     subsampling takes up to 6 % of the smaller two themselves, in photographs 0.5 % of the largest, in the demo's drawn
@@ -242,12 +312,12 @@ def _check_drift(recipe: BuildRecipe, statistics: Statistics, stored: list[Sums]
     total = Sums.zero(1)
     for sums in stored:
         total.merge(sums)
-    found = finish(total)
+    decoded = finish(total)
     small, coarse = max(1.0, 256 / recipe.size), max(1.0, (100 - recipe.quality) / 5)
-    drift, limit = np.abs(found.mean_color - statistics.mean_color).max(), 0.1 * small * coarse
+    drift, limit = np.abs(decoded.mean_color - statistics.mean_color).max(), 0.1 * small * coarse
     if drift > limit:
         raise Violation(f"mean colour of the stored JPEGs: {drift:.2f} grey levels away, at most {limit:.2f}")
-    drift = np.abs(found.eigenvalues - statistics.eigenvalues).max()
+    drift = np.abs(decoded.eigenvalues - statistics.eigenvalues).max()
     limit = max(0.02 * statistics.eigenvalues[0], 1.0) * small**1.5 * coarse
     if drift > limit:
         raise Violation(f"eigenvalues of the stored JPEGs: {drift:.1f} squared grey levels away, at most {limit:.1f}")
