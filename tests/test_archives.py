@@ -1,6 +1,5 @@
 """Archives are read without unpacking, whatever wrote them; damage is one clear line, and a scan is remembered."""
 
-import collections
 import gzip
 import io
 import os
@@ -8,15 +7,18 @@ import shutil
 import subprocess
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import build, picture
-from pipeline.errors import UserError
-from pipeline.offline.archives import members, opened
-from pipeline.offline.sources import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, LeftOut, SourceError, find_sources
+from pipeline.archives import members
+from pipeline.errors import SourceError, UserError
+from pipeline.offline.ilsvrc import DEVKIT_TAR, TRAIN_TAR, VAL_TAR
+from pipeline.offline.sources import find_sources
+from pipeline.storage import opened
 from tars import tar_bytes
 
 
@@ -55,11 +57,12 @@ def special(name: str, kind: bytes, link: str = "", data: bytes = b"", form: int
     return info.tobuf(form) + data.ljust(-(-len(data) // 512) * 512, b"\0")
 
 
-def listed(path: Path) -> tuple[dict[str, tuple[int, int]], LeftOut]:
-    left_out = LeftOut()
+def listed(path: Path) -> tuple[dict[str, tuple[int, int]], Counter[str]]:
+    """Name → (offset, size) of the regular members, and how many others there are by reason."""
     with opened(path) as (read, size):
-        found = {name: (offset, length) for name, offset, length in members(read, 0, size, str(path), left_out)}
-    return found, left_out
+        found = list(members(read, 0, size, str(path)))
+    regular = {member.name: (member.offset, member.size) for member in found if not member.reason}
+    return regular, Counter(member.reason for member in found if member.reason)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -169,20 +172,20 @@ TERABYTES = b"\x80" + (2**43).to_bytes(11, "big")
     ("content", "message"),
     [
         (b"", "empty, not even an archive's end"),
-        (GOOD[:700], "cut short inside n00000001.tar, which claims 10,240 bytes where 188 are left"),
-        (with_field(GOOD, 124, TERABYTES), "cut short inside n00000001.tar, which claims 8,796,093,022,208 bytes"),
+        (GOOD[:700], "cut short inside 'n00000001.tar', which claims 10,240 bytes where 188 are left"),
+        (with_field(GOOD, 124, TERABYTES), "cut short inside 'n00000001.tar', which claims 8,796,093,022,208 bytes"),
         (gzip.compress(GOOD), "is compressed, so that no image can be found alone"),
         (with_field(GOOD, 124, b"\xff" * 12), "damaged at byte 0: a header has an invalid number"),
-        (with_field(GOOD, 124, b"0000z000000\0"), "damaged at byte 0: a header has an invalid number"),
-        (GOOD[:5] + b"!" + GOOD[6:], "damaged at byte 0: the checksum of a header does not fit it"),
-        (GOOD[:512] + with_field(GOOD[512:], 124, TERABYTES), "n00000001.tar: cut short inside x.JPEG, which claims"),
-        (GOOD[:517] + b"!" + GOOD[518:], "n00000001.tar: damaged at byte 512: the checksum"),
-        (special("x", b"x", data=b"12 path=abc\n"), "damaged at byte 1024: it ends after an extended header"),
+        (with_field(GOOD, 124, b"0000z000000\0"), "damaged at byte 0: invalid header"),
+        (GOOD[:5] + b"!" + GOOD[6:], "damaged at byte 0: bad checksum"),
+        (GOOD[:512] + with_field(GOOD[512:], 124, TERABYTES), "n00000001.tar: cut short inside 'x.JPEG', which claims"),
+        (GOOD[:517] + b"!" + GOOD[518:], "n00000001.tar: damaged at byte 512: bad checksum"),
+        (special("x", b"x", data=b"12 path=abc\n"), "damaged at byte 0: a header is cut short"),
         (special("x", b"x", data=b"99999 path=abc\n") + GOOD, "damaged at byte 0: a PAX header has an invalid record"),
-        (special("x", b"x", data=b"0 path=abc\n") + GOOD, "damaged at byte 0: a PAX header has an invalid record"),
+        (special("x", b"x", data=b"0 path=abc\n") + GOOD, "damaged at byte 0: invalid header"),
         (special("x", b"x", data=b"16 size=\x80\xff\xff\xff\xff\xff\xff\n") + GOOD, "a header has an invalid number"),
         (with_field(special("x", b"L"), 124, TERABYTES) + GOOD, "an extended header claims 8,796,093,022,208 bytes"),
-        (special("x", b"L", data=b"name\0"), "damaged at byte 1024: it ends after an extended header"),
+        (special("x", b"L", data=b"name\0"), "damaged at byte 0: a header is cut short"),
         (GOOD[:512] + bytes(10240) + GOOD[10752:10900], None),
     ],
 )
@@ -196,7 +199,7 @@ def test_structural_damage_is_one_clear_line(tmp_path: Path, content: bytes, mes
 
 def test_fuzzed_archives_are_refused_or_listed(tmp_path: Path):
     random = np.random.default_rng(2012)
-    whole, outcomes = bytearray(nested()), collections.Counter[bool]()
+    whole, outcomes = bytearray(nested()), Counter[bool]()
     started = time.monotonic()
     for _ in range(300):
         data = bytearray(whole)
@@ -236,7 +239,7 @@ def test_a_damaged_memory_of_scans_is_ignored_and_written_again(tmp_path: Path):
     raw.mkdir()
     (raw / "all.tar").write_bytes(special("../x.JPEG", b"0") + nested())
     first = find_sources(raw, cache=state)
-    scans = state / "scans"
+    scans = state / "listings"
     good, random = scans.read_bytes(), np.random.default_rng(2012)
     for i in range(60):
         bad = bytearray(good)

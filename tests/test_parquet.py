@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from parquets import IMAGE, small
+from pipeline.archives import ListingCache
 from pipeline.errors import SourceError
 from pipeline.offline.parquet import layout, pages, pagetable
 from pipeline.offline.raw import Folder, Sources
-from pipeline.offline.scans import Scans
 
 
 def split(file: Path, rows: Iterable[tuple[bytes | None, str | None, object]], names: list[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def split(file: Path, rows: Iterable[tuple[bytes | None, str | None, object]], n
 
 def found(raw: Path) -> Sources:
     assert layout.recognise(Folder.of(raw))
-    return layout.read(Folder.of(raw), Scans(None))
+    return layout.read(Folder.of(raw), ListingCache(None))
 
 
 def seen(sources: Sources) -> list[tuple[str, str, str | None, bytes]]:
@@ -163,7 +163,7 @@ def test_what_is_another_layout(tmp_path: Path):
     for name in ("flat", "splits", "classes", "none"):
         assert not layout.recognise(Folder.of(tmp_path / name)), name
     with pytest.raises(SourceError, match=r"not the layout parquet: no \.parquet is in it"):
-        layout.read(Folder.of(tmp_path / "none"), Scans(None))
+        layout.read(Folder.of(tmp_path / "none"), ListingCache(None))
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_what_is_another_layout(tmp_path: Path):
 def test_columns_that_cannot_be_used(tmp_path: Path, column: dict[str, pa.Array], message: str):
     pq.write_table(pa.table(column), tmp_path / "train.parquet")
     with pytest.raises(SourceError, match=message):
-        layout.read(Folder.of(tmp_path), Scans(None))
+        layout.read(Folder.of(tmp_path), ListingCache(None))
 
 
 def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(SourceError, match=r"pip install 'penstock\[parquet\]'"):
-        layout.read(Folder.of(tmp_path), Scans(None))
+        layout.read(Folder.of(tmp_path), ListingCache(None))
 
 
 @pytest.mark.parametrize("codec", ["none", "snappy", "zstd", "gzip"])
@@ -219,7 +219,7 @@ def outcome(file: Path, data: bytes) -> str:
     file.write_bytes(data)
     result = "read"
     try:
-        rows = [image.offset for image in layout.read(Folder.of(file.parent), Scans(None)).images]
+        rows = [image.offset for image in layout.read(Folder.of(file.parent), ListingCache(None)).images]
     except SourceError as error:
         assert str(error).startswith(str(file.parent))
         assert "\n" not in str(error)

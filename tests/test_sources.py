@@ -13,9 +13,8 @@ from scipy.io import loadmat, savemat
 
 from conftest import build, picture
 from pipeline.errors import UserError
-from pipeline.offline.devkit import parse_devkit
-from pipeline.offline.matfile import MatError, struct_rows
-from pipeline.offline.sources import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, find_sources
+from pipeline.offline.ilsvrc import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, parse_devkit
+from pipeline.offline.sources import find_sources
 from tars import tar_bytes
 from tools.make_raw import meta_mat
 

@@ -8,8 +8,7 @@ from typing import Any
 from pipeline.manifest import BuildRecipe, ClassRecord
 from pipeline.offline.build import shard_tasks, slots
 from pipeline.offline.plan import make_plan
-from pipeline.offline.raw import Sources
-from pipeline.offline.table import RawImage
+from pipeline.offline.raw import RawImage, Sources
 
 SYNSETS = 21_841
 

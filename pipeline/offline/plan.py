@@ -11,8 +11,7 @@ from pipeline.errors import UserError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe, ClassRecord, canonical_json
 from pipeline.offline.keys import Keys, assign_keys
-from pipeline.offline.raw import RawImage, Sources
-from pipeline.offline.table import SPLITS, RawTable
+from pipeline.offline.raw import SPLITS, RawImage, RawTable, Sources
 
 __all__ = ["SPLITS", "Plan", "PlannedImage", "make_plan"]
 

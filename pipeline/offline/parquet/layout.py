@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 
-from pipeline.offline.classfolders import split_folders
+from pipeline.archives import ListingCache
+from pipeline.offline.folders import split_folders
 from pipeline.offline.parquet import pages
 from pipeline.offline.parquet.footers import LABEL, Column, Footer, read_footer
 from pipeline.offline.raw import (
@@ -20,7 +21,6 @@ from pipeline.offline.raw import (
     ranked,
     shown,
 )
-from pipeline.offline.scans import Scans
 from pipeline.offline.webdataset import MAX_LABEL, split_of
 
 DATA = "data"  # where a repository of Hugging Face's has its files
@@ -43,7 +43,7 @@ def recognise(folder: Folder) -> bool:
     return told or not any(next(pictures(folder.path / name, "", LeftOut()), None) for name in folder.folders)
 
 
-def read(folder: Folder, scans: Scans) -> Sources:
+def read(folder: Folder, listings: ListingCache) -> Sources:
     """Every labelled image of the files; in a test split, those without a label too.
 
     Numbered classes are called by the WNID in the names of their images, where all images of each class have one of its
