@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,12 +187,18 @@ class ListingCache:
         self._known = _load(self._path) if self._path else {}
         self._used: dict[tuple[object, ...], Listing] = {}
 
-    def listing(self, archive: Location, nested: bool = False) -> Listing:
-        """Return the listing of an archive. Raises SourceError where the archive is damaged."""
+    def listing(self, archive: Location, leave_out: Callable[[str, str], None], nested: bool = False) -> Listing:
+        """Return the listing of an archive; `leave_out` is called with the reason and name of what is not in it.
+
+        Raises:
+            SourceError: the archive is damaged.
+        """
         path = str(archive) if storage.is_remote(archive) else os.path.abspath(archive)
         key = (path, *storage.stamp(archive), nested)  # nested: of the tars inside too
         if key not in self._used:
             self._used[key] = self._known[key] if key in self._known else list_members(archive, nested)
+        for reason, name in self._used[key].left_out:
+            leave_out(reason, name)
         return self._used[key]
 
     def save(self) -> None:

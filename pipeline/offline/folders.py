@@ -78,14 +78,30 @@ def read_splits(folder: Folder, listings: ListingCache) -> Sources:
         raise folder.misfit("split-folders", "it has no train/")
     sources = Sources(" and ".join(f"{name}/" for name in splits) + " with one folder per class")
     for name, split in splits.items():
-        for image in pictures(folder.path / name, name, sources.ignored, split):
-            _, wnid, *rest = image.path.split("/")
-            if not rest and split != "test":
-                raise SourceError(f"{image.file}: a picture outside the class folders has no label; move it into one")
-            sources.images.append(image, wnid if rest else None)
+        _add_split(sources, folder.path / name, name, split)
     if not sources.images.has("train"):
         raise SourceError("no training pictures: train/ has no class folder with pictures in it")
     return _with_words(sources, folder, splits)
+
+
+def _add_split(sources: Sources, folder: Location, below: str, split: str, labels: Location | None = None) -> None:
+    """Add the pictures of a split: each is of the class that the folder in the split names.
+
+    One outside the class folders has no label in a test split; in Kaggle's validation split, the file `labels` has it.
+    """
+    truth: dict[str, str] = {}
+    for image in pictures(folder, below, sources.ignored, split):
+        above, slash, _ = image.path.removeprefix(f"{below}/").partition("/")
+        wnid = above if slash else None
+        if not slash and split == "val" and labels:
+            truth = truth or _read_kaggle_labels(labels)
+            wnid = truth.get(above.rpartition(".")[0])
+            if wnid is None:
+                sources.ignored.add(f"validation picture that {KAGGLE_LABELS} lacks", image.path)
+                continue
+        elif not slash and split != "test":
+            raise SourceError(f"{image.file}: a picture outside the class folders has no label; move it into one")
+        sources.images.append(image, wnid)
 
 
 def _with_words(sources: Sources, folder: Folder, used: Iterable[str]) -> Sources:
@@ -175,14 +191,11 @@ def _first_name(archive: Location) -> str:
 
 
 def archive_pictures(
-    folder: Folder, name: str, below: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
+    folder: Folder, name: str, below: str, listings: ListingCache, left_out: LeftOut, split: str, nested: bool = False
 ) -> Iterator[RawImage]:
     """Yield every picture of one archive, without a label; `below` is the archive's folder in RAW."""
     file, path = str(folder.path / name), f"{below}/{name}" if below else name
-    listing = listings.listing(folder.path / name)
-    for reason, member in listing.left_out:
-        left_out.add(reason, member)
-    for member, offset, size, _ in listing:
+    for member, offset, size, _ in listings.listing(folder.path / name, left_out.add, nested):
         if is_picture(member):
             yield RawImage(split, f"{path}/{member}", None, file, offset, size)
         else:
@@ -191,18 +204,12 @@ def archive_pictures(
 
 def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings: ListingCache) -> None:
     """Add the training pictures of a tar of synset tars. What lies in no synset tar is left out."""
-    file = str(folder.path / name)
-    listing = listings.listing(folder.path / name, nested=True)
-    for reason, member in listing.left_out:
-        sources.ignored.add(reason, member)
-    for member, offset, size, _ in listing:
-        wnid = member.partition(".tar/")[0].rpartition("/")[2]
-        if not WNID.fullmatch(wnid):
-            sources.ignored.add("member outside the synset tars", f"{name}/{member}")
-        elif not is_picture(member):
-            sources.ignored.add(kind_of(member), f"{name}/{member}")
+    for image in archive_pictures(folder, name, "", listings, sources.ignored, "train", nested=True):
+        wnid = image.path.removeprefix(f"{name}/").partition(".tar/")[0].rpartition("/")[2]
+        if WNID.fullmatch(wnid):
+            sources.images.append(image, wnid)
         else:
-            sources.images.append(RawImage("train", f"{name}/{member}", wnid, file, offset, size))
+            sources.ignored.add("member outside the synset tars", image.path)
 
 
 def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingCache) -> None:
@@ -213,7 +220,7 @@ def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingC
     tars = {name.removesuffix(".tar"): name for name in folder.files if WNID_TAR.fullmatch(name)}
     folders = [name for name in folder.folders if WNID.fullmatch(name)]
     for wnid, name in tars.items():
-        for image in archive_pictures(folder, name, below, listings, sources.ignored):
+        for image in archive_pictures(folder, name, below, listings, sources.ignored, "train"):
             sources.images.append(image, wnid)
     for wnid in folders:
         path = f"{below}/{wnid}" if below else wnid
@@ -251,7 +258,7 @@ def read_kaggle(folder: Folder, listings: ListingCache) -> Sources:
     sources = Sources("Kaggle's CLS-LOC")
     splits = [split for split in ("train", "val", "test") if storage.is_dir(data / split)]
     for split in splits:
-        _add_kaggle_split(sources, data / split, f"{below}/{split}", split, beside[KAGGLE_LABELS])
+        _add_split(sources, data / split, f"{below}/{split}", split, beside[KAGGLE_LABELS])
     words = read_mapping(beside[MAPPING])
     if unknown := sorted(set(sources.images.wnids) - words.keys()) if words else []:
         raise SourceError(f"{beside[MAPPING]}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
@@ -266,23 +273,6 @@ def read_kaggle(folder: Folder, listings: ListingCache) -> Sources:
     if base != folder.path:
         Folder.of(base).ignore(sources.ignored, ["Data"])
     return sources
-
-
-def _add_kaggle_split(sources: Sources, folder: Location, below: str, split: str, labels: Location) -> None:
-    """Add the pictures of a split: each is of the class that its folder names; a flat one is looked up in `labels`."""
-    truth: dict[str, str] = {}
-    for image in pictures(folder, below, sources.ignored, split):
-        above, slash, _ = image.path.removeprefix(f"{below}/").partition("/")
-        wnid = above if slash else None
-        if wnid is None and split == "train":
-            raise SourceError(f"{image.file}: a picture outside the synset folders has no label; move it into one")
-        if wnid is None and split == "val":
-            truth = truth or _read_kaggle_labels(labels)
-            wnid = truth.get(above.rpartition(".")[0])
-            if wnid is None:
-                sources.ignored.add(f"validation picture that {KAGGLE_LABELS} lacks", image.path)
-                continue
-        sources.images.append(image, wnid)
 
 
 def _read_kaggle_labels(path: Location) -> dict[str, str]:

@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 
 from pipeline import storage
 from pipeline.archives import ListingCache, members
-from pipeline.errors import SourceError, UserError
+from pipeline.errors import SourceError
 from pipeline.offline.folders import WNID, add_synsets, add_tar_of_synset_tars, archive_pictures, has_synset_tars
-from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, pictures, ranked
+from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, pictures, ranked, read_small
 from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -61,7 +61,7 @@ ILSVRC2010 = Challenge(
 PATCHES = "patch_images.tar"  # 2010's corrections of blank pictures: …/SPLIT/NAME takes the place of NAME
 
 
-def recognise(folder: Folder, challenge: Challenge) -> bool:
+def recognise(challenge: Challenge, folder: Folder) -> bool:
     """Return whether a part has the official name, or train/ a devkit or flat val/ beside it, or synset tars in it."""
     parts = _parts(folder, challenge)
     if any(name.startswith(f"ILSVRC{challenge.year}") for split, name in parts.items() if split != "devkit"):
@@ -72,7 +72,7 @@ def recognise(folder: Folder, challenge: Challenge) -> bool:
     return flat or "devkit" in parts or (challenge.year == 2012 and has_synset_tars(Folder.of(folder.path / "train")))
 
 
-def read(folder: Folder, listings: ListingCache, challenge: Challenge) -> Sources:
+def read(challenge: Challenge, folder: Folder, listings: ListingCache) -> Sources:
     """Return the images of all parts that are there.
 
     Raises:
@@ -171,7 +171,7 @@ def _add_numbered(
 
 def _patch(sources: Sources, folder: Folder, listings: ListingCache) -> None:
     """Replace the blank pictures by the corrected ones, by split and file name."""
-    corrected = archive_pictures(folder, PATCHES, "", listings, sources.ignored)
+    corrected = archive_pictures(folder, PATCHES, "", listings, sources.ignored, "train")
     patches = {tuple(image.path.split("/")[-2:]): image for image in corrected}
     images = RawTable()
     for image in sources.images:
@@ -206,28 +206,24 @@ class Devkit:
     train: dict[str, int] = field(default_factory=dict)  # wnid → number of training images, where the kit says so
 
 
-class DevkitError(UserError):
-    """A development kit that is damaged or not one."""
-
-
 def read_devkit(path: Location, year: int = 2012) -> Devkit:
     """Read a development kit: the .tar.gz, in memory and without unpacking it, or the unpacked folder.
 
     2010's test labels are looked for in the kit and beside it.
 
     Raises:
-        DevkitError: a damaged archive, a missing member, or a ground truth that names unknown ids.
+        SourceError: a damaged archive, a missing member, or a ground truth that names unknown ids.
     """
     meta, truth, test = ("meta.mat", *(f"ILSVRC{year}_{split}_ground_truth.txt" for split in ("validation", "test")))
-    files = {test: _read(path.parent / test)} if storage.is_file(path.parent / test) else {}
+    files = {test: read_small(path.parent / test, MAX_BYTES)} if storage.is_file(path.parent / test) else {}
     if storage.is_dir(path):
         inside = [path / "data" / name for name in (meta, truth, test)]
-        files |= {file.name: _read(file) for file in inside if storage.is_file(file)}
+        files |= {file.name: read_small(file, MAX_BYTES) for file in inside if storage.is_file(file)}
     else:
         files |= _unpacked(path, (meta, truth, test))
     for name in (meta, truth):
         if name not in files:
-            raise DevkitError(f"{path}: has no …/data/{name}; this is not the ILSVRC{year} devkit")
+            raise SourceError(f"{path}: has no …/data/{name}; this is not the ILSVRC{year} devkit")
     return parse_devkit(files[meta], files[truth], str(path), year, files.get(test, b""))
 
 
@@ -248,35 +244,26 @@ def parse_devkit(meta: bytes, truth: bytes, where: str, year: int = 2012, test: 
         numbers, test_numbers = ([int(line) for line in lines.split()] for lines in (truth, test))
     except (MatReadError, zlib.error, struct.error, *DAMAGE) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DevkitError(f"{where}: meta.mat or the ground truth is damaged ({reason}); fetch it again") from error
+        raise SourceError(f"{where}: meta.mat or the ground truth is damaged ({reason}); fetch it again") from error
     wnids = {number: wnid for wnid, number in ids.items()}
     if unknown := sorted({*numbers, *test_numbers} - wnids.keys()):
-        raise DevkitError(f"{where}: the ground truth names class ids that meta.mat lacks: {unknown[:5]}")
+        raise SourceError(f"{where}: the ground truth names class ids that meta.mat lacks: {unknown[:5]}")
     if len(wnids) != len(leaves) or len(ids) != len(leaves):
-        raise DevkitError(f"{where}: meta.mat has one wnid or one id twice; fetch it again")
+        raise SourceError(f"{where}: meta.mat has one wnid or one id twice; fetch it again")
     return Devkit(words, ids, [wnids[n] for n in numbers], [wnids[n] for n in test_numbers], train)
 
 
 def _unpacked(path: Location, wanted: tuple[str, ...]) -> dict[str, bytes]:
     """Return the wanted files of the archive, by name."""
     try:
-        with gzip.open(io.BytesIO(_read(path))) as file:
+        with gzip.open(io.BytesIO(read_small(path, MAX_BYTES))) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise DevkitError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
+            raise SourceError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
         return {
             name.rpartition("/")[2]: data[offset : offset + size]
             for name, offset, size, reason in members(lambda size, at: data[at : at + size], 0, len(data), str(path))
             if not reason and name.endswith(tuple(f"data/{file}" for file in wanted))
         }
-    except (gzip.BadGzipFile, SourceError, EOFError, zlib.error) as error:
-        raise DevkitError(f"{path}: damaged ({error}); fetch it again") from error
-
-
-def _read(path: Location) -> bytes:
-    """Return a file of the kit. Raises DevkitError where it is too large for one."""
-    with storage.opened(path) as (read, _):
-        data = read(MAX_BYTES + 1, 0)
-    if len(data) > MAX_BYTES:
-        raise DevkitError(f"{path}: has more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
-    return data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: damaged ({error}); fetch it again") from error

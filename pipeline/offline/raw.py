@@ -319,14 +319,19 @@ def shown(name: str) -> str:
     return plain if len(plain) <= 120 else plain[:117] + "..."
 
 
+def read_small(path: Location, most: int) -> bytes:
+    """Return a small file. Raises SourceError where it has more than `most` bytes."""
+    with storage.opened(path) as (read, _):
+        data = read(most + 1, 0)
+    if len(data) > most:
+        raise SourceError(f"{path}: has more than {most:,} bytes; it cannot be what its name says")
+    return data
+
+
 def read_text(path: Location) -> str:
     """Return a small text file. Raises SourceError where it is too large or not UTF-8."""
-    with storage.opened(path) as (read, _):
-        data = read(MAX_TEXT + 1, 0)
-    if len(data) > MAX_TEXT:
-        raise SourceError(f"{path}: has more than {MAX_TEXT:,} bytes; it cannot be what its name says")
     try:
-        return data.decode("utf-8-sig")
+        return read_small(path, MAX_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 

@@ -38,14 +38,14 @@ LAYOUTS = {
         Layout(
             "ilsvrc2012",
             f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked",
-            partial(ilsvrc.recognise, challenge=ILSVRC2012),
-            partial(ilsvrc.read, challenge=ILSVRC2012),
+            partial(ilsvrc.recognise, ILSVRC2012),
+            partial(ilsvrc.read, ILSVRC2012),
         ),
         Layout(
             "ilsvrc2010",
             "ILSVRC2010_images_train.tar and the like",
-            partial(ilsvrc.recognise, challenge=ILSVRC2010),
-            partial(ilsvrc.read, challenge=ILSVRC2010),
+            partial(ilsvrc.recognise, ILSVRC2010),
+            partial(ilsvrc.read, ILSVRC2010),
         ),
         Layout("kaggle", "Kaggle's ILSVRC/Data/CLS-LOC", folders.recognise_kaggle, folders.read_kaggle),
         Layout("fall2011", "nXXXXXXXX.tar, or one tar of those", folders.recognise_synsets, folders.read_synsets),

@@ -2,10 +2,10 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from pipeline import storage
-from pipeline.archives import Listing, ListingCache
+from pipeline.archives import ListingCache, Member
 from pipeline.errors import SourceError
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.folders import WNID_TAR, recognise_classes, split_folders
@@ -25,19 +25,13 @@ from pipeline.storage import Location, Read
 
 CLASSES = "classes.txt"
 MAX_LABEL = 200  # characters
-MAX_JSON = 2**20  # bytes
+MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
 NUMBER = re.compile(r"[0-9]{1,9}")
 
 Named = tuple[str, str, int | None]  # a class's name, words, devkit id
 
 
-@dataclass(slots=True)
-class _Sample:
-    """The members of one KEY: (name, offset, size) of its picture, (offset, size) of its label."""
-
-    picture: tuple[str, int, int] | None = None
-    cls: tuple[int, int] | None = None
-    json: tuple[int, int] | None = None
+_Sample = dict[str, Member]  # the members of one KEY: "picture", "cls" and "json"
 
 
 def recognise(folder: Folder) -> bool:
@@ -56,17 +50,14 @@ def read(folder: Folder, listings: ListingCache) -> Sources:
     Raises:
         SourceError: no shards, a damaged one, or a label that the list of classes does not reach.
     """
-    tars = _tars(folder)
+    tars = files_by_split(folder, _shards)
     if not tars:
         raise folder.misfit("webdataset", "no .tar is in it, nor in train/, val/ or test/")
     sources = Sources(f"{len(tars)} WebDataset shards")
     for path, split in tars.items():
-        _add_shard(sources, folder.path / path, path, split, listings.listing(folder.path / path))
-    used = {path.partition("/")[0] for path in tars}
-    for name in sorted(used - tars.keys()):
-        Folder.of(folder.path / name).ignore(sources.ignored, [path.removeprefix(f"{name}/") for path in tars])
+        _add_shard(sources, folder, path, split, listings)
     lists = [name for name in (FILE_NAME, CLASSES) if name in folder.files]
-    folder.ignore(sources.ignored, [*used, *lists])
+    ignore_unused(folder, [*tars, *lists], sources.ignored)
     _name_classes(sources, folder.path, lists)
     return sources
 
@@ -75,16 +66,34 @@ def _shards(folder: Folder) -> list[str]:
     return [name for name in folder.tars if not WNID_TAR.fullmatch(name)]
 
 
-def _tars(folder: Folder) -> dict[str, str]:
-    """Return path of each shard below RAW → split: its folder's, or the one that its name tells, else train."""
-    inside = {
-        f"{name}/{tar}": split
+def files_by_split(folder: Folder, select: Callable[[Folder], list[str]], inner: str = "") -> dict[str, str]:
+    """Return the path below RAW and the split of each selected file: of its folder, or told by its name, or train.
+
+    Files lie in train/ and the like; else in RAW itself or its folder `inner`.
+    """
+    splits = {
+        f"{name}/{file}": split
         for name, split in split_folders(folder).items()
-        for tar in _shards(Folder.of(folder.path / name))
+        for file in select(Folder.of(folder.path / name))
     }
-    splits = {name: split_of(name) for name in _shards(folder)}
-    named = {name: split for name, split in splits.items() if split}
-    return inside or named or dict.fromkeys(splits, "train")
+    if splits:
+        return splits
+    splits = {name: split_of(name) for name in select(folder)}
+    if inner in folder.folders:
+        splits |= {f"{inner}/{name}": split_of(name) for name in select(Folder.of(folder.path / inner))}
+    return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
+
+
+def ignore_unused(folder: Folder, files: Iterable[str], left_out: LeftOut) -> None:
+    """Count and name what lies beside these files, paths below RAW, in RAW and in the folders that hold them."""
+    inside: dict[str, list[str]] = {}
+    for path in files:
+        name, _, rest = path.partition("/")
+        inside.setdefault(name, []).extend([rest] if rest else [])
+    for name, used in sorted(inside.items()):
+        if used:
+            Folder.of(folder.path / name).ignore(left_out, used)
+    folder.ignore(left_out, inside)
 
 
 def split_of(name: str) -> str:
@@ -94,56 +103,52 @@ def split_of(name: str) -> str:
     return SPLIT_FOLDERS[words[0]] if words else ""
 
 
-def _add_shard(sources: Sources, file: Location, path: str, split: str, listing: Listing) -> None:
-    for reason, name in listing.left_out:
-        sources.ignored.add(reason, name)
-    samples = _samples(listing, path, sources.ignored)
+def _add_shard(sources: Sources, folder: Folder, path: str, split: str, listings: ListingCache) -> None:
+    file = folder.path / path
+    samples = _samples(listings.listing(file, sources.ignored.add), path, sources.ignored)
     with storage.opened(file) as (read, _):
         for sample in samples.values():
-            if sample.picture is None:
-                continue
-            name, offset, size = sample.picture
-            label = _label(sample, read)
-            if label is None and split != "test":
-                sources.ignored.add("picture without a label in .cls or .json", f"{path}/{name}")
-            else:
-                sources.images.append(RawImage(split, f"{path}/{name}", label, str(file), offset, size))
+            if picture := sample.get("picture"):
+                name = f"{path}/{picture.name}"
+                label = _label(sample, read)
+                if label is None and split != "test":
+                    sources.ignored.add("picture without a label in .cls or .json", name)
+                else:
+                    sources.images.append(RawImage(split, name, label, str(file), picture.offset, picture.size))
 
 
-def _samples(listing: Listing, path: str, left_out: LeftOut) -> dict[str, _Sample]:
+def _samples(members: Iterable[Member], path: str, left_out: LeftOut) -> dict[str, _Sample]:
     """Return the samples by KEY: the name up to the first dot of its last part, as WebDataset has it."""
     samples: dict[str, _Sample] = {}
-    for name, offset, size, _ in listing:
-        above, slash, last = name.rpartition("/")
+    for member in members:
+        above, slash, last = member.name.rpartition("/")
         stem, _, extension = last.partition(".")
         extension = extension.lower()
-        sample = samples.setdefault(above + slash + stem, _Sample())
-        if extension == "cls" and size <= 4 * MAX_LABEL:
-            sample.cls = (offset, size)
-        elif extension == "json" and size <= MAX_JSON:
-            sample.json = (offset, size)
+        sample = samples.setdefault(above + slash + stem, {})
+        if member.size <= MAX_SIZES.get(extension, -1):
+            sample[extension] = member
         elif f".{extension}" not in SUFFIXES or not stem:
-            left_out.add(f".{extension}"[:20] + " in a shard", f"{path}/{name}")
-        elif sample.picture:
-            left_out.add("second picture of one sample", f"{path}/{name}")
+            left_out.add(f".{extension}"[:20] + " in a shard", f"{path}/{member.name}")
+        elif "picture" in sample:
+            left_out.add("second picture of one sample", f"{path}/{member.name}")
         else:
-            sample.picture = (name, offset, size)
+            sample["picture"] = member
     return samples
 
 
 def _label(sample: _Sample, read: Read) -> str | None:
     """Return the label as text; None where there is none that can be used (−1 is WebDataset's word for none)."""
-    text = ""
+    member = sample.get("cls") or sample.get("json")
+    if member is None:
+        return None
     try:
-        if sample.cls:
-            offset, size = sample.cls
-            text = read(size, offset).decode("utf-8").strip()
-        elif sample.json:
-            offset, size = sample.json
-            body = json.loads(read(size, offset))
-            value = body.get("label") if isinstance(body, dict) else None
-            if isinstance(value, (int, str)) and not isinstance(value, bool):
-                text = str(value).strip()
+        data = read(member.size, member.offset)
+        if "cls" in sample:
+            text = data.decode("utf-8").strip()
+        else:
+            body = json.loads(data)
+            label = body.get("label") if isinstance(body, dict) else None
+            text = str(label).strip() if isinstance(label, (int, str)) and not isinstance(label, bool) else ""
     except (ValueError, RecursionError):
         return None
     usable = text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1"
