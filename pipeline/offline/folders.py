@@ -9,7 +9,6 @@ from pipeline import storage
 from pipeline.archives import ListingCache, Member, members
 from pipeline.errors import SourceError
 from pipeline.offline.raw import (
-    MAPPING,
     SPLIT_FOLDERS,
     Folder,
     LeftOut,
@@ -20,14 +19,15 @@ from pipeline.offline.raw import (
     kind_of,
     pictures,
     ranked,
-    read_mapping,
-    read_text,
     shown,
 )
 from pipeline.storage import Location
 
 WNID = re.compile(r"n[0-9]{8}")
+WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
 WNID_TAR = re.compile(r"(?:.*/)?(n[0-9]{8})\.tar")
+MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
+MAX_TEXT = 16 * 2**20  # bytes
 FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
 KAGGLE_DATA = "Data/CLS-LOC"
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -293,3 +293,36 @@ def _read_kaggle_labels(path: Location) -> dict[str, str]:
 def _kaggle_folder(path: Location) -> Location | None:
     """Return the folder ILSVRC: in RAW, or RAW itself."""
     return next((base for base in (path / "ILSVRC", path) if storage.is_dir(base / KAGGLE_DATA / "train")), None)
+
+
+# ---- small text files, and the words of classes in them
+
+
+def read_small(path: Location, most: int) -> bytes:
+    """Return a small file. Raises SourceError where it has more than `most` bytes."""
+    with storage.opened(path) as (read, _):
+        data = read(most + 1, 0)
+    if len(data) > most:
+        raise SourceError(f"{path}: has more than {most:,} bytes; it cannot be what its name says")
+    return data
+
+
+def read_text(path: Location) -> str:
+    """Return a small text file. Raises SourceError where it is too large or not UTF-8."""
+    try:
+        return read_small(path, MAX_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def read_mapping(path: Location) -> dict[str, str]:
+    """Return wnid → words, from a file as MAPPING; none where it is absent. Raises SourceError."""
+    words: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines() if storage.is_file(path) else (), start=1):
+        match = WNID_LINE.fullmatch(line.strip())
+        if match and match[1] not in words:
+            words[match[1]] = match[2] or match[1]
+        elif line.strip():
+            wrong = "a wnid for the second time" if match else "no wnid at its beginning"
+            raise SourceError(f"{path}: line {number} has {wrong}; fetch it again")
+    return words

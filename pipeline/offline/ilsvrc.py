@@ -12,8 +12,15 @@ from fnmatch import fnmatchcase
 from pipeline import storage
 from pipeline.archives import ListingCache, members
 from pipeline.errors import SourceError
-from pipeline.offline.folders import WNID, add_synsets, add_tar_of_synset_tars, archive_pictures, has_synset_tars
-from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, pictures, ranked, read_small
+from pipeline.offline.folders import (
+    WNID,
+    add_synsets,
+    add_tar_of_synset_tars,
+    archive_pictures,
+    has_synset_tars,
+    read_small,
+)
+from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, pictures, ranked
 from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

@@ -1,7 +1,6 @@
 """Raw images, the table of them, and the folders and small text files that a layout finds them by."""
 
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +18,8 @@ from pipeline.storage import Location
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
-MAX_TEXT = 16 * 2**20  # bytes
 NAMES_KEPT = 5  # of each reason; the rest is counted
 REASONS_KEPT = 40  # a hostile folder can have a new extension for every file
-WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
 NO_FILE = "link to nothing, pipe or device"
 
 
@@ -317,33 +313,3 @@ def shown(name: str) -> str:
     """Return a name fit to be printed: no control characters, at most 120 characters."""
     plain = name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
     return plain if len(plain) <= 120 else plain[:117] + "..."
-
-
-def read_small(path: Location, most: int) -> bytes:
-    """Return a small file. Raises SourceError where it has more than `most` bytes."""
-    with storage.opened(path) as (read, _):
-        data = read(most + 1, 0)
-    if len(data) > most:
-        raise SourceError(f"{path}: has more than {most:,} bytes; it cannot be what its name says")
-    return data
-
-
-def read_text(path: Location) -> str:
-    """Return a small text file. Raises SourceError where it is too large or not UTF-8."""
-    try:
-        return read_small(path, MAX_TEXT).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-
-
-def read_mapping(path: Location) -> dict[str, str]:
-    """Return wnid → words, from a file as MAPPING; none where it is absent. Raises SourceError."""
-    words: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines() if storage.is_file(path) else (), start=1):
-        match = WNID_LINE.fullmatch(line.strip())
-        if match and match[1] not in words:
-            words[match[1]] = match[2] or match[1]
-        elif line.strip():
-            wrong = "a wnid for the second time" if match else "no wnid at its beginning"
-            raise SourceError(f"{path}: line {number} has {wrong}; fetch it again")
-    return words

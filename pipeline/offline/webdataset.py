@@ -8,18 +8,16 @@ from pipeline import storage
 from pipeline.archives import ListingCache, Member
 from pipeline.errors import SourceError
 from pipeline.manifest import FILE_NAME
-from pipeline.offline.folders import WNID_TAR, recognise_classes, split_folders
+from pipeline.offline.folders import WNID_LINE, WNID_TAR, read_text, recognise_classes, split_folders
 from pipeline.offline.raw import (
     SPLIT_FOLDERS,
     SUFFIXES,
-    WNID_LINE,
     Folder,
     LeftOut,
     RawImage,
     Sources,
     is_picture,
     ranked,
-    read_text,
 )
 from pipeline.storage import Location, Read
 
