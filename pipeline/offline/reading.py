@@ -2,9 +2,6 @@
 
 from pipeline import storage
 from pipeline.errors import SourceError
-from pipeline.offline.parquet import pages
-
-PARQUET = ".parquet"  # a row of such a file; its `offset` is the number of the row
 
 
 def read_raw(file: str, offset: int, size: int) -> bytes:
@@ -14,8 +11,6 @@ def read_raw(file: str, offset: int, size: int) -> bytes:
         SourceError: the file has become shorter.
         OSError: as the file system says.
     """
-    if file.endswith(PARQUET):
-        return pages.read_row(file, offset)
     data = storage.read_range(file, offset, size)
     if len(data) != size:
         raise SourceError(f"{file}: changed since the build began; delete DATASET and start again")

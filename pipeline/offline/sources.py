@@ -7,9 +7,8 @@ from functools import partial
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webdataset
+from pipeline.offline import classfolders, counts, ilsvrc, kaggle, parquet, synsets, webdataset
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
-from pipeline.offline.parquet import layout as parquet
 from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
 from pipeline.offline.scans import Scans
 from pipeline.offline.table import RawTable

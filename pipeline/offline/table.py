@@ -1,9 +1,10 @@
 """A table of raw images: columns of 33 bytes an image, and its path; all of ImageNet has 14.2 million."""
 
+import copy
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,11 @@ class RawTable(Sequence[RawImage]):
         return np.asarray(self._class)
 
     @property
+    def offsets(self) -> np.ndarray:
+        """(n,) uint64: where each image begins in its file; the number of a parquet row until it is copied. A view."""
+        return np.asarray(self._offset)
+
+    @property
     def sizes(self) -> np.ndarray:
         """(n,) uint64: bytes of each image; 0 where they are not known before it is read. A view, as above."""
         return np.asarray(self._size)
@@ -110,6 +116,27 @@ class RawTable(Sequence[RawImage]):
 
     def has(self, split: str) -> bool:
         return SPLITS.index(split) in self._split
+
+    def by_file(self, indices: np.ndarray, suffix: str) -> dict[str, np.ndarray]:
+        """Return the indices of the images in each file with this suffix, (n,), in the order of their offsets."""
+        if not any(file.endswith(suffix) for file in self._files):
+            return {}
+        numbers = np.asarray(self._file)[indices]
+        order = np.lexsort((self.offsets[indices], numbers))
+        groups = np.split(indices[order], np.flatnonzero(np.diff(numbers[order])) + 1)
+        files = {self._files[self._file[int(group[0])]]: group for group in groups if len(group)}
+        return {file: group for file, group in files.items() if file.endswith(suffix)}
+
+    def moved(self, places: Iterable[tuple[np.ndarray, str, np.ndarray, np.ndarray]]) -> "RawTable":
+        """Return this table with images elsewhere: their indices, file, offsets and sizes. The paths are shared."""
+        table = copy.copy(self)
+        table._files, table._file_of = [*self._files], {**self._file_of}
+        table._file, table._offset, table._size = self._file[:], self._offset[:], self._size[:]
+        for indices, file, offsets, sizes in places:
+            np.asarray(table._file)[indices] = table._file_of.setdefault(file, len(table._files))
+            table._files += [file] * (len(table._file_of) - len(table._files))
+            np.asarray(table._offset)[indices], np.asarray(table._size)[indices] = offsets, sizes
+        return table
 
     def rename_classes(self, rename: Callable[[str], str]) -> None:
         """Give classes other names; classes that get the same one become one."""

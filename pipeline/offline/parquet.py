@@ -1,0 +1,420 @@
+"""Hugging Face's parquet files: each row is a raw image. A build reads the images from a copy.
+
+A parquet file can only be read in order: one image costs the row group around it, and a build reads images in shuffled
+order. So it copies the rows that it needs, in order and once, into plain tars beside its state.
+"""
+
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.errors import SourceError, UserError
+from pipeline.files import HashingFile, write_aside
+from pipeline.offline.classfolders import split_folders
+from pipeline.offline.raw import SPLIT_FOLDERS, Folder, LeftOut, RawImage, Sources, is_picture, pictures, ranked, shown
+from pipeline.offline.scans import Scans
+from pipeline.offline.table import RawTable
+from pipeline.offline.webdataset import MAX_LABEL, split_of
+from pipeline.storage import Location, Read
+
+DATA = "data"  # the folder of a Hugging Face repository that holds the files
+IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
+LABEL = ("label", "labels", "fine_label", "class")
+NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
+MAX_NAME = 4096  # bytes, as PATH_MAX
+MAX_JSON = 4 * 2**20  # bytes; 21,841 class names have some 1.3 million
+LABELS, IMAGES = 1024, 32  # rows in memory at a time
+BUFFER = 2**20  # bytes that pyarrow reads at a time; by default a whole column of a row group
+BLOCK = 512  # bytes of a tar's header; data is padded to a multiple
+_WNID = re.compile(r"(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])")
+
+
+def recognise(folder: Folder) -> bool:
+    """Return True if train/ holds parquet files and no folders; or data/ holds some; or RAW does, and no pictures."""
+    inner = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
+    if inner:
+        return any(_parquets(train) and not train.folders for train in inner)
+    if DATA in folder.folders and _parquets(Folder.of(folder.path / DATA)):
+        return True
+    loose = _parquets(folder)
+    if not loose or any(map(is_picture, folder.files)):
+        return False
+    beside = (next(pictures(folder.path / name, "", LeftOut()), None) for name in folder.folders)
+    return any(map(split_of, loose)) or not any(beside)
+
+
+def read(folder: Folder, scans: Scans) -> Sources:
+    """List every labelled image of the files; in a test split, also those without a label.
+
+    Numbered classes are named by the WNID in the names of their images if all images of each class share one of its
+    own; else by the number. Their words are those of Hugging Face's ClassLabel. Text labels are the class names.
+
+    Raises:
+        SourceError: no parquet file, a damaged one, one of an unsupported kind, or labels that contradict its names.
+    """
+    files = _files(folder)
+    if not files:
+        raise folder.misfit("parquet", "no .parquet is in it, nor in data/, train/, val/ or test/")
+    sources, classes, size = Sources(f"{len(files)} parquet files"), _Classes(), 0
+    for path, split in files.items():
+        with _opened(folder.path / path) as file:
+            _add_file(sources, file, path, split, classes)
+            size += file.image_bytes
+    used = {path.partition("/")[0] for path in files}
+    for name in sorted(used - files.keys()):
+        inside = [path.partition("/")[2] for path in files if path.startswith(f"{name}/")]
+        Folder.of(folder.path / name).ignore(sources.ignored, inside)
+    folder.ignore(sources.ignored, used)
+    classes.name(sources)
+    note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
+    sources.notes.append(f"{note}: up to {size / 1e9:,.1f} GB")
+    return sources
+
+
+def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
+    """Copy the parquet rows among the images at `indices` into tars in `folder`; return a table that points there.
+
+    Each parquet file becomes one tar, written aside. One that is there already is used: an earlier run, or another part
+    of the build, has written the same bytes. A table without parquet rows is returned as it is.
+
+    Raises:
+        UserError: the disk has too little room.
+        SourceError: a parquet file is damaged, or has other rows than when it was listed.
+        OSError: as the file system says.
+    """
+    copies = [_Copy.of(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
+    missing = [copy for copy in copies if not storage.is_file(copy.tar)]
+    if missing and isinstance(folder, Path):
+        _require_room(missing, folder)
+    random.shuffle(missing)  # parts of a build that begin at once do not all copy the same file
+    for copy in missing:
+        if not storage.is_file(copy.tar):  # another part may have written it in the meantime
+            write_aside(copy.tar, copy.write)
+    return images.moved((copy.indices, str(copy.tar), *copy.places()) for copy in copies) if copies else images
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Rows of a parquet file as a tar: a member for each, and their sizes in the last."""
+
+    source: Location
+    indices: np.ndarray  # (n,) in the table of raw images
+    rows: np.ndarray  # (n,) uint64, ascending
+    tar: Location
+
+    @classmethod
+    def of(cls, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> "_Copy":
+        source, rows = storage.location(file), images.offsets[indices]
+        # the name has all that the bytes depend on, so that the copy of a file that has changed since is not used
+        version = repr((str(source.absolute()), storage.stamp(source), rows.tobytes()))
+        return cls(source, indices, rows, folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar")
+
+    def expected_bytes(self) -> int:
+        with _opened(self.source) as file:
+            return len(self.rows) * (2 * BLOCK + file.image_bytes // max(file.rows, 1))
+
+    def write(self, out: HashingFile) -> None:
+        sizes = []
+        with _opened(self.source) as file:
+            for row, data in zip(self.rows.tolist(), file.images(self.rows)):
+                _add_member(out, str(row), data)
+                sizes.append(len(data))
+        if len(sizes) != len(self.rows):
+            problem = f"has no row {self.rows[len(sizes)]}; it changed since the build began"
+            raise SourceError(f"{self.source}: {problem}; delete DATASET and start again")
+        _add_member(out, "sizes", np.array(sizes, "<u8").tobytes())
+        out.write(bytes(2 * BLOCK))
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the offset and the size of each row in the tar, (n,) uint64."""
+        length = 8 * len(self.rows)
+        start = storage.stamp(self.tar)[0] - 2 * BLOCK - length - -length % BLOCK
+        sizes = np.frombuffer(storage.read_range(str(self.tar), start, length), "<u8")
+        members = BLOCK + (sizes + BLOCK - 1) // BLOCK * BLOCK
+        return np.cumsum(members) - members + BLOCK, sizes
+
+
+def _add_member(out: HashingFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for part in (info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)):
+        out.write(part)
+
+
+def _require_room(copies: list[_Copy], folder: Path) -> None:
+    needed = sum(copy.expected_bytes() for copy in copies)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        figures = f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise UserError(
+            f"{folder}: a copy of the parquet files' pictures takes {figures}; make room or name another disk"
+        )
+
+
+class _Stream(io.RawIOBase):
+    """Positioned reads as the file object that pyarrow reads from."""
+
+    def __init__(self, read: Read, size: int) -> None:
+        self._pread, self._size, self._position = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._pread(self._size if size < 0 else size, self._position)
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+@contextmanager
+def _opened(path: Location) -> Iterator["_File"]:
+    """Open a parquet file. All that pyarrow raises inside the block becomes a SourceError that names the file."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise SourceError("parquet files need pyarrow: pip install 'penstock-imagenet[parquet]'") from error
+    options = {"buffer_size": BUFFER, "pre_buffer": False, "page_checksum_verification": True}
+    with storage.opened(path) as (read, size):
+        try:
+            yield _File(str(path), size, ParquetFile(_Stream(read, size), **options))
+        except (ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the operating system's; those of pyarrow have no number
+            reason = shown(str(error).partition("\n")[0])
+            raise SourceError(f"{path}: damaged, or of an unsupported kind ({reason}); fetch it again") from error
+
+
+class _File:
+    """An open parquet file: its columns, and their values."""
+
+    def __init__(self, name: str, size: int, reader: Any) -> None:
+        self.name, self._reader, self.rows = name, reader, reader.metadata.num_rows
+        self._columns = [reader.schema.column(i) for i in range(len(reader.schema))]  # leaves, such as image.bytes
+        text = (reader.metadata.metadata or {}).get(b"huggingface", b"")
+        try:
+            features = json.loads(text if len(text) <= MAX_JSON else b"")["info"]["features"].items()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            features = ()  # not written by Hugging Face's library
+        self._features = {name: about for name, about in features if isinstance(about, dict)}
+        self.image, self.label = self._image(), self._label()
+        number = [column.path for column in self._columns].index(self.image.path)
+        self._chunks = [reader.metadata.row_group(i).column(number) for i in range(reader.num_row_groups)]
+        self.image_bytes = sum(chunk.total_uncompressed_size for chunk in self._chunks)  # as the file says
+        if self.rows > size or self.rows != sum(chunk.num_values for chunk in self._chunks):
+            raise SourceError(f"{name}: claims {self.rows:,} rows in {size:,} bytes; fetch it again")
+
+    def _named(self, names: Iterable[str], feature: str) -> list[Any]:
+        """Return the columns with these names, and those that are described as such a feature."""
+        described = [name for name, about in self._features.items() if about.get("_type") == feature]
+        return [c for name in (*names, *described) for c in self._columns if c.path.partition(".")[0] == name]
+
+    def _image(self) -> Any:
+        """Return the column of image bytes. Raises SourceError if there is none, or a list of images."""
+        columns = self._named(IMAGE, "Image")
+        for column in columns:
+            bytes_alone = _is_bytes(column) and column.logical_type.type != "STRING"
+            if bytes_alone and column.path.partition(".")[2] in ("", "bytes"):
+                return column
+        if lists := [column.path[:60] for column in columns if column.max_repetition_level]:
+            raise SourceError(f"{self.name}: the column {lists[0]!a} is a list; only one image a row is supported")
+        raise self.missing("image bytes", IMAGE)
+
+    def _label(self) -> Any:
+        """Return the column of labels, None if there is none. Raises SourceError if it has neither numbers nor text."""
+        for column in self._named(LABEL, "ClassLabel")[:1]:
+            number = column.physical_type in ("INT32", "INT64") and not column.max_repetition_level
+            if "." in column.path or not (number or _is_bytes(column)):
+                raise SourceError(f"{self.name}: the column {column.path[:60]!a} has not one number or text a row")
+            return column
+        return None
+
+    def missing(self, content: str, names: Iterable[str]) -> SourceError:
+        columns = ", ".join(column.path for column in self._columns[:50])[:200]
+        called = f"none is called {', '.join(names)}; it has {columns!a}"
+        return SourceError(f"{self.name}: no column of {content}: {called}")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes by number, as Hugging Face's ClassLabel has them; empty if it names none."""
+        names = self._features.get(self.label.path, {}).get("names")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    def rows_listed(self) -> Iterator[tuple[bool, Any, str]]:
+        """Yield whether the image of each row is null, its label (number, bytes, None) and a name unlike all before."""
+        labels = self._values(self.label, LABELS) if self.label else repeat(None)
+        return zip(self._nulls(), labels, self._names())
+
+    def _names(self) -> Iterator[str]:
+        """Yield the path beside each image if it is a plain one, else the number of the row."""
+        above, dot, _ = self.image.path.rpartition(".")
+        beside = [c for c in self._columns if dot and c.path == f"{above}.path" and _is_bytes(c)]
+        width = len(str(max(self.rows - 1, 0)))
+        seen: set[str] = set()
+        for row, value in zip(range(self.rows), self._values(beside[0], LABELS) if beside else repeat(b"")):
+            name = _text(value or b"", MAX_NAME)
+            if any(part in ("", ".", "..") for part in name.split("/")):
+                name = f"{row:0{width}d}.jpg"
+            while name in seen:
+                stem, _, suffix = name.rpartition(".")
+                name = f"{stem}_{row:0{width}d}.{suffix}" if stem and "/" not in suffix else f"{name}_{row:0{width}d}"
+            seen.add(name)
+            yield name
+
+    def _nulls(self) -> Iterator[bool]:
+        """Yield for each row whether its image is null. Reads only row groups that have nulls, as the file says."""
+        for group, chunk in enumerate(self._chunks):
+            if chunk.statistics and chunk.statistics.null_count:
+                yield from (value is None for value in self._values(self.image, IMAGES, group))
+            else:
+                yield from repeat(False, chunk.num_values)
+
+    def images(self, rows: np.ndarray) -> Iterator[bytes]:
+        """Yield the images in these rows, (n,) ascending; fewer if the file has not so many. Null becomes empty."""
+        first = 0
+        for group, chunk in enumerate(self._chunks):
+            wanted = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + chunk.num_values)]
+            values, row = self._values(self.image, IMAGES, group), first
+            for number in wanted.tolist():
+                yield next(islice(values, number - row, None)) or b""
+                row = number + 1
+            first += chunk.num_values
+
+    def _values(self, column: Any, rows: int, group: int | None = None) -> Iterator[Any]:
+        """Yield a column's value in each row of the file or of one row group: a number, bytes, or None for null."""
+        kind = "large_binary" if _is_bytes(column) else "int64"
+        groups, count = None if group is None else [group], 0
+        for batch in self._reader.iter_batches(rows, groups, [column.path], use_threads=False):
+            values = batch.column(0)
+            while values.type.num_fields:  # of the structs around it, this field alone is read
+                values = values.flatten()[0]
+            values = values.dictionary_decode() if hasattr(values, "dictionary_decode") else values
+            yield from values.cast(kind, safe=False).to_pylist()
+            count += len(values)
+        if count != (self.rows if group is None else self._chunks[group].num_values):
+            raise SourceError(f"{self.name}: {column.path[:60]!a} ends after {count:,} rows; fetch it again")
+
+
+@dataclass
+class _Classes:
+    """The classes of all files."""
+
+    text: bool | None = None  # True: labels are text; None: not known yet
+    names: tuple[str, ...] = ()  # of class 0, 1, …
+    named_by: str = ""  # the file that has the names
+    wnids: dict[str, str] = field(default_factory=dict)  # label → the WNID in its images' names; empty: none or many
+
+    def add_file(self, file: _File) -> None:
+        """Note the kind and the names of its labels. Raises SourceError if another file has others."""
+        text = _is_bytes(file.label)
+        if self.text not in (None, text):
+            kinds = ("text", "numbers") if text else ("numbers", "text")
+            raise SourceError(f"{file.name}: its labels are {kinds[0]}, those of other files {kinds[1]}")
+        self.text, names = text, () if text else file.class_names
+        if names and self.names and names != self.names:
+            raise SourceError(f"{file.name}: names other classes than {self.named_by}; RAW must hold one data set")
+        if names and not self.names:
+            self.names, self.named_by = names, file.name
+
+    def add_image(self, label: str, name: str, where: str) -> None:
+        """Note the WNID in an image's name. Raises SourceError if the label has no name, though others have."""
+        if not self.text and self.names and int(label) >= len(self.names):
+            reach = f"{self.named_by} names the classes 0 to {len(self.names) - 1}"
+            raise SourceError(f"{where} has the label {label}, but {reach}; fetch both again")
+        wnids = set(_WNID.findall(name.rpartition("/")[2]))
+        wnid = wnids.pop() if len(wnids) == 1 else ""
+        if self.wnids.setdefault(label, wnid) != wnid:
+            self.wnids[label] = ""
+
+    def name(self, sources: Sources) -> None:
+        """Turn labels into class names: text as it stands, numbers into WNIDs, or into numbers of one width."""
+        if self.text:
+            sources.classes = ranked(sources.images.wnids, {}, {})
+            return
+        labels = {str(number) for number in range(len(self.names))} | self.wnids.keys()
+        width = max(map(len, labels), default=1)
+        wnids = set(self.wnids.values())
+        own = self.wnids and all(wnids) and len(wnids) == len(self.wnids)
+        named = self.wnids if own else {label: label.zfill(width) for label in labels}
+        sources.images.rename_classes(named.__getitem__)
+        words = {named[str(n)]: shown(name) for n, name in enumerate(self.names) if str(n) in named and name}
+        sources.classes = ranked(named.values(), words, {})
+
+
+def _parquets(folder: Folder) -> list[str]:
+    return [name for name in folder.files if name.lower().endswith(".parquet")]
+
+
+def _files(folder: Folder) -> dict[str, str]:
+    """Return the path of each file below RAW, and its split: its folder's, or the one that its name tells, or train."""
+    inside = {
+        f"{name}/{file}": split
+        for name, split in split_folders(folder).items()
+        for file in _parquets(Folder.of(folder.path / name))
+    }
+    if inside:
+        return inside
+    splits = {name: split_of(name) for name in _parquets(folder)}
+    if DATA in folder.folders:
+        splits |= {f"{DATA}/{name}": split_of(name) for name in _parquets(Folder.of(folder.path / DATA))}
+    return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
+
+
+def _add_file(sources: Sources, file: _File, path: str, split: str, classes: _Classes) -> None:
+    if file.label:
+        classes.add_file(file)
+    elif split != "test":
+        raise file.missing("labels", LABEL)
+    for row, (null, value, name) in enumerate(file.rows_listed()):
+        label = _label_text(value)
+        if null:
+            sources.ignored.add(NO_IMAGE, f"{path}/{name}")
+        elif label is None and split != "test":
+            sources.ignored.add(NO_LABEL, f"{path}/{name}")
+        else:
+            if label is not None:
+                classes.add_image(label, name, f"{file.name}: row {row}")
+            sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, 0))
+
+
+def _label_text(value: int | bytes | None) -> str | None:
+    """Return a label as text; None if it is of no use (−1 is Hugging Face's word for none)."""
+    if isinstance(value, int):
+        return str(value) if value >= 0 else None
+    text = _text(value or b"", 4 * MAX_LABEL).strip()
+    return text if 0 < len(text) <= MAX_LABEL and text != "-1" else None
+
+
+def _is_bytes(column: Any) -> bool:
+    """Return True for a column of one value a row, bytes or text."""
+    return column.physical_type == "BYTE_ARRAY" and not column.max_repetition_level
+
+
+def _text(value: bytes, limit: int) -> str:
+    """Return UTF-8 text; empty if it has more than `limit` bytes, is not printable, or is no text."""
+    try:
+        text = value.decode("utf-8") if len(value) <= limit else ""
+    except UnicodeDecodeError:
+        return ""
+    return text if text.isprintable() else ""
