@@ -23,11 +23,10 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import SourceError, UserError
 from pipeline.files import HashingFile, write_aside
-from pipeline.offline.classfolders import split_folders
 from pipeline.offline.raw import SPLIT_FOLDERS, Folder, LeftOut, RawImage, Sources, is_picture, pictures, ranked, shown
 from pipeline.offline.scans import Scans
 from pipeline.offline.table import RawTable
-from pipeline.offline.webdataset import MAX_LABEL, split_of
+from pipeline.offline.webdataset import MAX_LABEL, files_by_split, ignore_unused, split_of
 from pipeline.storage import Location, Read
 
 DATA = "data"  # the folder of a Hugging Face repository that holds the files
@@ -35,7 +34,6 @@ IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "pn
 LABEL = ("label", "labels", "fine_label", "class")
 NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
 MAX_NAME = 4096  # bytes, as PATH_MAX
-MAX_JSON = 4 * 2**20  # bytes; 21,841 class names have some 1.3 million
 LABELS, IMAGES = 1024, 32  # rows in memory at a time
 BUFFER = 2**20  # bytes that pyarrow reads at a time; by default a whole column of a row group
 BLOCK = 512  # bytes of a tar's header; data is padded to a multiple
@@ -65,22 +63,17 @@ def read(folder: Folder, scans: Scans) -> Sources:
     Raises:
         SourceError: no parquet file, a damaged one, one of an unsupported kind, or labels that contradict its names.
     """
-    files = _files(folder)
+    files = files_by_split(folder, _parquets, DATA)
     if not files:
         raise folder.misfit("parquet", "no .parquet is in it, nor in data/, train/, val/ or test/")
-    sources, classes, size = Sources(f"{len(files)} parquet files"), _Classes(), 0
+    sources, classes = Sources(f"{len(files)} parquet files"), _Classes()
     for path, split in files.items():
         with _opened(folder.path / path) as file:
             _add_file(sources, file, path, split, classes)
-            size += file.image_bytes
-    used = {path.partition("/")[0] for path in files}
-    for name in sorted(used - files.keys()):
-        inside = [path.partition("/")[2] for path in files if path.startswith(f"{name}/")]
-        Folder.of(folder.path / name).ignore(sources.ignored, inside)
-    folder.ignore(sources.ignored, used)
+    ignore_unused(folder, files, sources.ignored)
     classes.name(sources)
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
-    sources.notes.append(f"{note}: up to {size / 1e9:,.1f} GB")
+    sources.notes.append(f"{note}: up to {sources.images.sizes.sum() / 1e6:,.0f} MB")
     return sources
 
 
@@ -95,10 +88,16 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
         SourceError: a parquet file is damaged, or has other rows than when it was listed.
         OSError: as the file system says.
     """
-    copies = [_Copy.of(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
+    copies = [_Copy(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
     missing = [copy for copy in copies if not storage.is_file(copy.tar)]
     if missing and isinstance(folder, Path):
-        _require_room(missing, folder)
+        needed = sum(int(images.sizes[copy.indices].sum()) + 2 * BLOCK * len(copy.rows) for copy in missing)
+        folder.mkdir(parents=True, exist_ok=True)
+        if needed > (free := shutil.disk_usage(folder).free):
+            figures = (
+                f"takes {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; make room, or name another place"
+            )
+            raise UserError(f"{folder}: a copy of the parquet files' pictures {figures}")
     random.shuffle(missing)  # parts of a build that begin at once do not all copy the same file
     for copy in missing:
         if not storage.is_file(copy.tar):  # another part may have written it in the meantime
@@ -106,25 +105,15 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
     return images.moved((copy.indices, str(copy.tar), *copy.places()) for copy in copies) if copies else images
 
 
-@dataclass(frozen=True)
 class _Copy:
     """Rows of a parquet file as a tar: a member for each, and their sizes in the last."""
 
-    source: Location
-    indices: np.ndarray  # (n,) in the table of raw images
-    rows: np.ndarray  # (n,) uint64, ascending
-    tar: Location
-
-    @classmethod
-    def of(cls, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> "_Copy":
-        source, rows = storage.location(file), images.offsets[indices]
+    def __init__(self, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> None:
+        self.source = storage.location(file)
+        self.indices, self.rows = indices, images.offsets[indices]  # (n,) in the table; (n,) uint64, ascending
         # the name has all that the bytes depend on, so that the copy of a file that has changed since is not used
-        version = repr((str(source.absolute()), storage.stamp(source), rows.tobytes()))
-        return cls(source, indices, rows, folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar")
-
-    def expected_bytes(self) -> int:
-        with _opened(self.source) as file:
-            return len(self.rows) * (2 * BLOCK + file.image_bytes // max(file.rows, 1))
+        version = repr((str(self.source.absolute()), storage.stamp(self.source), self.rows.tobytes()))
+        self.tar = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar"
 
     def write(self, out: HashingFile) -> None:
         sizes = []
@@ -152,17 +141,6 @@ def _add_member(out: HashingFile, name: str, data: bytes) -> None:
     info.size = len(data)
     for part in (info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)):
         out.write(part)
-
-
-def _require_room(copies: list[_Copy], folder: Path) -> None:
-    needed = sum(copy.expected_bytes() for copy in copies)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        figures = f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-        raise UserError(
-            f"{folder}: a copy of the parquet files' pictures takes {figures}; make room or name another disk"
-        )
 
 
 class _Stream(io.RawIOBase):
@@ -212,16 +190,16 @@ class _File:
     def __init__(self, name: str, size: int, reader: Any) -> None:
         self.name, self._reader, self.rows = name, reader, reader.metadata.num_rows
         self._columns = [reader.schema.column(i) for i in range(len(reader.schema))]  # leaves, such as image.bytes
-        text = (reader.metadata.metadata or {}).get(b"huggingface", b"")
         try:
-            features = json.loads(text if len(text) <= MAX_JSON else b"")["info"]["features"].items()
+            features = json.loads(reader.metadata.metadata[b"huggingface"])["info"]["features"].items()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             features = ()  # not written by Hugging Face's library
         self._features = {name: about for name, about in features if isinstance(about, dict)}
         self.image, self.label = self._image(), self._label()
         number = [column.path for column in self._columns].index(self.image.path)
         self._chunks = [reader.metadata.row_group(i).column(number) for i in range(reader.num_row_groups)]
-        self.image_bytes = sum(chunk.total_uncompressed_size for chunk in self._chunks)  # as the file says
+        total = sum(chunk.total_uncompressed_size for chunk in self._chunks)
+        self.image_bytes = max(total, 0) // max(self.rows, 1)  # of one image on average, as the file says
         if self.rows > size or self.rows != sum(chunk.num_values for chunk in self._chunks):
             raise SourceError(f"{name}: claims {self.rows:,} rows in {size:,} bytes; fetch it again")
 
@@ -251,23 +229,20 @@ class _File:
         return None
 
     def missing(self, content: str, names: Iterable[str]) -> SourceError:
-        columns = ", ".join(column.path for column in self._columns[:50])[:200]
-        called = f"none is called {', '.join(names)}; it has {columns!a}"
-        return SourceError(f"{self.name}: no column of {content}: {called}")
+        found = ", ".join(column.path for column in self._columns[:50])[:200]
+        return SourceError(f"{self.name}: no column of {content}: none is called {', '.join(names)}; it has {found!a}")
 
-    @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes by number, as Hugging Face's ClassLabel has them; empty if it names none."""
+        """Return the names of the classes by number, as Hugging Face's ClassLabel has them; empty if it names none."""
         names = self._features.get(self.label.path, {}).get("names")
-        return tuple(map(str, names)) if isinstance(names, list) else ()
+        return tuple(map(str, names)) if isinstance(names, list) and not _is_bytes(self.label) else ()
 
-    def rows_listed(self) -> Iterator[tuple[bool, Any, str]]:
-        """Yield whether the image of each row is null, its label (number, bytes, None) and a name unlike all before."""
-        labels = self._values(self.label, LABELS) if self.label else repeat(None)
-        return zip(self._nulls(), labels, self._names())
+    def labels(self) -> Iterator[Any]:
+        """Yield the label of each row: a number, bytes of text, or None."""
+        return self._values(self.label, LABELS) if self.label else repeat(None)
 
-    def _names(self) -> Iterator[str]:
-        """Yield the path beside each image if it is a plain one, else the number of the row."""
+    def names(self) -> Iterator[str]:
+        """Yield a name for each row, unlike all before: the path beside its image, if plain, or its number."""
         above, dot, _ = self.image.path.rpartition(".")
         beside = [c for c in self._columns if dot and c.path == f"{above}.path" and _is_bytes(c)]
         width = len(str(max(self.rows - 1, 0)))
@@ -282,7 +257,7 @@ class _File:
             seen.add(name)
             yield name
 
-    def _nulls(self) -> Iterator[bool]:
+    def nulls(self) -> Iterator[bool]:
         """Yield for each row whether its image is null. Reads only row groups that have nulls, as the file says."""
         for group, chunk in enumerate(self._chunks):
             if chunk.statistics and chunk.statistics.null_count:
@@ -323,29 +298,26 @@ class _Classes:
     text: bool | None = None  # True: labels are text; None: not known yet
     names: tuple[str, ...] = ()  # of class 0, 1, …
     named_by: str = ""  # the file that has the names
-    wnids: dict[str, str] = field(default_factory=dict)  # label → the WNID in its images' names; empty: none or many
+    wnids: dict[str, set[str]] = field(default_factory=dict)  # label → those in its images' names; "" for none in one
 
     def add_file(self, file: _File) -> None:
         """Note the kind and the names of its labels. Raises SourceError if another file has others."""
-        text = _is_bytes(file.label)
+        text, names = _is_bytes(file.label), file.class_names()
         if self.text not in (None, text):
             kinds = ("text", "numbers") if text else ("numbers", "text")
             raise SourceError(f"{file.name}: its labels are {kinds[0]}, those of other files {kinds[1]}")
-        self.text, names = text, () if text else file.class_names
         if names and self.names and names != self.names:
             raise SourceError(f"{file.name}: names other classes than {self.named_by}; RAW must hold one data set")
-        if names and not self.names:
+        self.text = text
+        if not self.names:
             self.names, self.named_by = names, file.name
 
     def add_image(self, label: str, name: str, where: str) -> None:
         """Note the WNID in an image's name. Raises SourceError if the label has no name, though others have."""
-        if not self.text and self.names and int(label) >= len(self.names):
+        if self.names and int(label) >= len(self.names):
             reach = f"{self.named_by} names the classes 0 to {len(self.names) - 1}"
             raise SourceError(f"{where} has the label {label}, but {reach}; fetch both again")
-        wnids = set(_WNID.findall(name.rpartition("/")[2]))
-        wnid = wnids.pop() if len(wnids) == 1 else ""
-        if self.wnids.setdefault(label, wnid) != wnid:
-            self.wnids[label] = ""
+        self.wnids.setdefault(label, set()).update(_WNID.findall(name.rpartition("/")[2]) or [""])
 
     def name(self, sources: Sources) -> None:
         """Turn labels into class names: text as it stands, numbers into WNIDs, or into numbers of one width."""
@@ -354,9 +326,9 @@ class _Classes:
             return
         labels = {str(number) for number in range(len(self.names))} | self.wnids.keys()
         width = max(map(len, labels), default=1)
-        wnids = set(self.wnids.values())
-        own = self.wnids and all(wnids) and len(wnids) == len(self.wnids)
-        named = self.wnids if own else {label: label.zfill(width) for label in labels}
+        named = {label: min(wnids) for label, wnids in self.wnids.items() if len(wnids) == 1}
+        if not all(named.values()) or not 0 < len(self.wnids) == len(set(named.values())):
+            named = {label: label.zfill(width) for label in labels}
         sources.images.rename_classes(named.__getitem__)
         words = {named[str(n)]: shown(name) for n, name in enumerate(self.names) if str(n) in named and name}
         sources.classes = ranked(named.values(), words, {})
@@ -366,27 +338,12 @@ def _parquets(folder: Folder) -> list[str]:
     return [name for name in folder.files if name.lower().endswith(".parquet")]
 
 
-def _files(folder: Folder) -> dict[str, str]:
-    """Return the path of each file below RAW, and its split: its folder's, or the one that its name tells, or train."""
-    inside = {
-        f"{name}/{file}": split
-        for name, split in split_folders(folder).items()
-        for file in _parquets(Folder.of(folder.path / name))
-    }
-    if inside:
-        return inside
-    splits = {name: split_of(name) for name in _parquets(folder)}
-    if DATA in folder.folders:
-        splits |= {f"{DATA}/{name}": split_of(name) for name in _parquets(Folder.of(folder.path / DATA))}
-    return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
-
-
 def _add_file(sources: Sources, file: _File, path: str, split: str, classes: _Classes) -> None:
     if file.label:
         classes.add_file(file)
     elif split != "test":
         raise file.missing("labels", LABEL)
-    for row, (null, value, name) in enumerate(file.rows_listed()):
+    for row, (null, value, name) in enumerate(zip(file.nulls(), file.labels(), file.names())):
         label = _label_text(value)
         if null:
             sources.ignored.add(NO_IMAGE, f"{path}/{name}")
@@ -395,7 +352,7 @@ def _add_file(sources: Sources, file: _File, path: str, split: str, classes: _Cl
         else:
             if label is not None:
                 classes.add_image(label, name, f"{file.name}: row {row}")
-            sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, 0))
+            sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, file.image_bytes))
 
 
 def _label_text(value: int | bytes | None) -> str | None:

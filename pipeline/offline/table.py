@@ -104,7 +104,7 @@ class RawTable(Sequence[RawImage]):
 
     @property
     def sizes(self) -> np.ndarray:
-        """(n,) uint64: bytes of each image; 0 where they are not known before it is read. A view, as above."""
+        """(n,) uint64: bytes of each image; about, of a parquet row until it is copied. A view, as above."""
         return np.asarray(self._size)
 
     def per_class(self, split: str) -> Counter[str | None]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline import storage
@@ -54,7 +54,7 @@ def read(folder: Folder, scans: Scans) -> Sources:
     Raises:
         SourceError: no shards, a damaged one, or a label that the list of classes does not reach.
     """
-    tars = _tars(folder)
+    tars = files_by_split(folder, _shards)
     if not tars:
         raise folder.misfit("webdataset", "no .tar is in it, nor in train/, val/ or test/")
     sources = Sources(f"{len(tars)} WebDataset shards")
@@ -64,11 +64,7 @@ def read(folder: Folder, scans: Scans) -> Sources:
         sources.ignored.merge(listing.left_out)
         _add_shard(sources, folder.path / path, path, split, listing, labels)
     lists = [name for name in (FILE_NAME, CLASSES) if name in folder.files]
-    used = {path.partition("/")[0] for path in tars}
-    for name in sorted(used - tars.keys()):
-        inside = [path.partition("/")[2] for path in tars if path.startswith(f"{name}/")]
-        Folder.of(folder.path / name).ignore(sources.ignored, inside)
-    folder.ignore(sources.ignored, [*used, *lists])
+    ignore_unused(folder, [*tars, *lists], sources.ignored)
     _name_classes(sources, folder.path, lists)
     return sources
 
@@ -77,19 +73,34 @@ def _shards(folder: Folder) -> list[str]:
     return [name for name in folder.tars if not WNID_TAR.fullmatch(name)]
 
 
-def _tars(folder: Folder) -> dict[str, str]:
-    """Path of each shard below RAW → its split: that of its folder, or the one that its name tells, else train."""
-    inside = {
-        f"{name}/{tar}": split
+def files_by_split(folder: Folder, select: Callable[[Folder], list[str]], inner: str = "") -> dict[str, str]:
+    """Return the path below RAW and the split of each selected file: of its folder, or told by its name, or train.
+
+    Files lie in train/ and the like; else in RAW itself or its folder `inner`.
+    """
+    splits = {
+        f"{name}/{file}": split
         for name, split in split_folders(folder).items()
-        for tar in _shards(Folder.of(folder.path / name))
+        for file in select(Folder.of(folder.path / name))
     }
-    if inside:
-        return inside
-    told = {name: split_of(name) for name in _shards(folder)}
-    if not any(told.values()):
-        return dict.fromkeys(told, "train")
-    return {name: split for name, split in told.items() if split}
+    if splits:
+        return splits
+    splits = {name: split_of(name) for name in select(folder)}
+    if inner in folder.folders:
+        splits |= {f"{inner}/{name}": split_of(name) for name in select(Folder.of(folder.path / inner))}
+    return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
+
+
+def ignore_unused(folder: Folder, files: Iterable[str], left_out: LeftOut) -> None:
+    """Count and name what lies beside these files, paths below RAW, in RAW and in the folders that hold them."""
+    inside: dict[str, list[str]] = {}
+    for path in files:
+        name, _, rest = path.partition("/")
+        inside.setdefault(name, []).extend([rest] if rest else [])
+    for name, used in sorted(inside.items()):
+        if used:
+            Folder.of(folder.path / name).ignore(left_out, used)
+    folder.ignore(left_out, inside)
 
 
 def split_of(name: str) -> str:
