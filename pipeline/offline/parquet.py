@@ -1,7 +1,7 @@
-"""Hugging Face's parquet files: each row is a raw image. A build reads the images from a copy.
+"""Hugging Face's parquet files: each row is a raw image.
 
-A parquet file can only be read in order: one image costs the row group around it, and a build reads images in shuffled
-order. So it copies the rows that it needs, in order and once, into plain tars beside its state.
+One image costs the reading of the row group around it, and a build reads images in shuffled order. So a build first
+copies the rows that it needs, in their order, into plain tars beside its state.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import random
 import re
 import shutil
-import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import SourceError, UserError
-from pipeline.files import HashingFile, write_aside
+from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside
 from pipeline.offline.raw import SPLIT_FOLDERS, Folder, LeftOut, RawImage, Sources, is_picture, pictures, ranked, shown
 from pipeline.offline.scans import Scans
 from pipeline.offline.table import RawTable
@@ -35,8 +34,8 @@ LABEL = ("label", "labels", "fine_label", "class")
 NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
 MAX_NAME = 4096  # bytes, as PATH_MAX
 LABELS, IMAGES = 1024, 32  # rows in memory at a time
-BUFFER = 2**20  # bytes that pyarrow reads at a time; by default a whole column of a row group
-BLOCK = 512  # bytes of a tar's header; data is padded to a multiple
+# 1 MiB is read at a time, and not a row group's whole column; checksums are verified where a file has some
+OPTIONS = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
 _WNID = re.compile(r"(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])")
 
 
@@ -91,13 +90,12 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
     copies = [_Copy(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
     missing = [copy for copy in copies if not storage.is_file(copy.tar)]
     if missing and isinstance(folder, Path):
-        needed = sum(int(images.sizes[copy.indices].sum()) + 2 * BLOCK * len(copy.rows) for copy in missing)
+        needed = sum(int(images.sizes[copy.indices].sum()) + 2 * TAR_BLOCK * len(copy.rows) for copy in missing)
         folder.mkdir(parents=True, exist_ok=True)
-        if needed > (free := shutil.disk_usage(folder).free):
-            figures = (
-                f"takes {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; make room, or name another place"
-            )
-            raise UserError(f"{folder}: a copy of the parquet files' pictures {figures}")
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            figures = f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+            raise UserError(f"{folder}: a copy of RAW's pictures takes {figures}; make room or name another DATASET")
     random.shuffle(missing)  # parts of a build that begin at once do not all copy the same file
     for copy in missing:
         if not storage.is_file(copy.tar):  # another part may have written it in the meantime
@@ -106,7 +104,7 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
 
 
 class _Copy:
-    """Rows of a parquet file as a tar: a member for each, and their sizes in the last."""
+    """Rows of a parquet file as a tar: a member for each, and in the last the offsets and sizes of all."""
 
     def __init__(self, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> None:
         self.source = storage.location(file)
@@ -116,31 +114,21 @@ class _Copy:
         self.tar = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar"
 
     def write(self, out: HashingFile) -> None:
-        sizes = []
+        places = []
         with _opened(self.source) as file:
             for row, data in zip(self.rows.tolist(), file.images(self.rows)):
-                _add_member(out, str(row), data)
-                sizes.append(len(data))
-        if len(sizes) != len(self.rows):
-            problem = f"has no row {self.rows[len(sizes)]}; it changed since the build began"
+                places.append((add_tar_member(out, str(row), data), len(data)))
+        if len(places) != len(self.rows):
+            problem = f"has no row {self.rows[len(places)]}; it changed since the build began"
             raise SourceError(f"{self.source}: {problem}; delete DATASET and start again")
-        _add_member(out, "sizes", np.array(sizes, "<u8").tobytes())
-        out.write(bytes(2 * BLOCK))
+        add_tar_member(out, "places", np.array(places, "<u8").tobytes())
+        out.write(bytes(2 * TAR_BLOCK))
 
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the offset and the size of each row in the tar, (n,) uint64."""
-        length = 8 * len(self.rows)
-        start = storage.stamp(self.tar)[0] - 2 * BLOCK - length - -length % BLOCK
-        sizes = np.frombuffer(storage.read_range(str(self.tar), start, length), "<u8")
-        members = BLOCK + (sizes + BLOCK - 1) // BLOCK * BLOCK
-        return np.cumsum(members) - members + BLOCK, sizes
-
-
-def _add_member(out: HashingFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for part in (info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)):
-        out.write(part)
+    def places(self) -> np.ndarray:
+        """Return the offset and the size of each row in the tar, (2, n) uint64, from its last member."""
+        length = 16 * len(self.rows)
+        start = storage.stamp(self.tar)[0] - 2 * TAR_BLOCK - length - -length % TAR_BLOCK
+        return np.frombuffer(storage.read_range(str(self.tar), start, length), "<u8").reshape(-1, 2).T
 
 
 class _Stream(io.RawIOBase):
@@ -173,10 +161,9 @@ def _opened(path: Location) -> Iterator["_File"]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise SourceError("parquet files need pyarrow: pip install 'penstock-imagenet[parquet]'") from error
-    options = {"buffer_size": BUFFER, "pre_buffer": False, "page_checksum_verification": True}
     with storage.opened(path) as (read, size):
         try:
-            yield _File(str(path), size, ParquetFile(_Stream(read, size), **options))
+            yield _File(str(path), size, ParquetFile(_Stream(read, size), **OPTIONS))
         except (ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the operating system's; those of pyarrow have no number
@@ -194,18 +181,18 @@ class _File:
             features = json.loads(reader.metadata.metadata[b"huggingface"])["info"]["features"].items()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             features = ()  # not written by Hugging Face's library
-        self._features = {name: about for name, about in features if isinstance(about, dict)}
+        self.features = {name: about for name, about in features if isinstance(about, dict)}
         self.image, self.label = self._image(), self._label()
         number = [column.path for column in self._columns].index(self.image.path)
         self._chunks = [reader.metadata.row_group(i).column(number) for i in range(reader.num_row_groups)]
-        total = sum(chunk.total_uncompressed_size for chunk in self._chunks)
-        self.image_bytes = max(total, 0) // max(self.rows, 1)  # of one image on average, as the file says
+        total = sum(chunk.total_uncompressed_size for chunk in self._chunks)  # as the file says
+        self.mean_bytes = min(max(total, 0) // max(self.rows, 1), 2**31)  # of an image
         if self.rows > size or self.rows != sum(chunk.num_values for chunk in self._chunks):
             raise SourceError(f"{name}: claims {self.rows:,} rows in {size:,} bytes; fetch it again")
 
     def _named(self, names: Iterable[str], feature: str) -> list[Any]:
         """Return the columns with these names, and those that are described as such a feature."""
-        described = [name for name, about in self._features.items() if about.get("_type") == feature]
+        described = [name for name, about in self.features.items() if about.get("_type") == feature]
         return [c for name in (*names, *described) for c in self._columns if c.path.partition(".")[0] == name]
 
     def _image(self) -> Any:
@@ -232,22 +219,13 @@ class _File:
         found = ", ".join(column.path for column in self._columns[:50])[:200]
         return SourceError(f"{self.name}: no column of {content}: none is called {', '.join(names)}; it has {found!a}")
 
-    def class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes by number, as Hugging Face's ClassLabel has them; empty if it names none."""
-        names = self._features.get(self.label.path, {}).get("names")
-        return tuple(map(str, names)) if isinstance(names, list) and not _is_bytes(self.label) else ()
-
-    def labels(self) -> Iterator[Any]:
-        """Yield the label of each row: a number, bytes of text, or None."""
-        return self._values(self.label, LABELS) if self.label else repeat(None)
-
     def names(self) -> Iterator[str]:
         """Yield a name for each row, unlike all before: the path beside its image, if plain, or its number."""
-        above, dot, _ = self.image.path.rpartition(".")
-        beside = [c for c in self._columns if dot and c.path == f"{above}.path" and _is_bytes(c)]
+        path = self.image.path.rpartition(".")[0] + ".path"
+        beside = next((column for column in self._columns if column.path == path and _is_bytes(column)), None)
         width = len(str(max(self.rows - 1, 0)))
         seen: set[str] = set()
-        for row, value in zip(range(self.rows), self._values(beside[0], LABELS) if beside else repeat(b"")):
+        for row, value in zip(range(self.rows), self.values(beside, LABELS) if beside else repeat(None)):
             name = _text(value or b"", MAX_NAME)
             if any(part in ("", ".", "..") for part in name.split("/")):
                 name = f"{row:0{width}d}.jpg"
@@ -260,23 +238,22 @@ class _File:
     def nulls(self) -> Iterator[bool]:
         """Yield for each row whether its image is null. Reads only row groups that have nulls, as the file says."""
         for group, chunk in enumerate(self._chunks):
-            if chunk.statistics and chunk.statistics.null_count:
-                yield from (value is None for value in self._values(self.image, IMAGES, group))
-            else:
-                yield from repeat(False, chunk.num_values)
+            has_nulls = chunk.statistics and chunk.statistics.null_count
+            values = self.values(self.image, IMAGES, group) if has_nulls else repeat(b"", chunk.num_values)
+            yield from (value is None for value in values)
 
     def images(self, rows: np.ndarray) -> Iterator[bytes]:
         """Yield the images in these rows, (n,) ascending; fewer if the file has not so many. Null becomes empty."""
         first = 0
         for group, chunk in enumerate(self._chunks):
             wanted = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + chunk.num_values)]
-            values, row = self._values(self.image, IMAGES, group), first
+            values, row = self.values(self.image, IMAGES, group), first
             for number in wanted.tolist():
                 yield next(islice(values, number - row, None)) or b""
                 row = number + 1
             first += chunk.num_values
 
-    def _values(self, column: Any, rows: int, group: int | None = None) -> Iterator[Any]:
+    def values(self, column: Any, rows: int, group: int | None = None) -> Iterator[Any]:
         """Yield a column's value in each row of the file or of one row group: a number, bytes, or None for null."""
         kind = "large_binary" if _is_bytes(column) else "int64"
         groups, count = None if group is None else [group], 0
@@ -302,7 +279,8 @@ class _Classes:
 
     def add_file(self, file: _File) -> None:
         """Note the kind and the names of its labels. Raises SourceError if another file has others."""
-        text, names = _is_bytes(file.label), file.class_names()
+        text, described = _is_bytes(file.label), file.features.get(file.label.path, {}).get("names")
+        names = tuple(map(str, described)) if isinstance(described, list) and not text else ()
         if self.text not in (None, text):
             kinds = ("text", "numbers") if text else ("numbers", "text")
             raise SourceError(f"{file.name}: its labels are {kinds[0]}, those of other files {kinds[1]}")
@@ -343,16 +321,15 @@ def _add_file(sources: Sources, file: _File, path: str, split: str, classes: _Cl
         classes.add_file(file)
     elif split != "test":
         raise file.missing("labels", LABEL)
-    for row, (null, value, name) in enumerate(zip(file.nulls(), file.labels(), file.names())):
+    labels = file.values(file.label, LABELS) if file.label else repeat(None)
+    for row, (null, value, name) in enumerate(zip(file.nulls(), labels, file.names())):
         label = _label_text(value)
-        if null:
-            sources.ignored.add(NO_IMAGE, f"{path}/{name}")
-        elif label is None and split != "test":
-            sources.ignored.add(NO_LABEL, f"{path}/{name}")
-        else:
-            if label is not None:
-                classes.add_image(label, name, f"{file.name}: row {row}")
-            sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, file.image_bytes))
+        if null or (label is None and split != "test"):
+            sources.ignored.add(NO_IMAGE if null else NO_LABEL, f"{path}/{name}")
+            continue
+        if label is not None:
+            classes.add_image(label, name, f"{file.name}: row {row}")
+        sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, file.mean_bytes))
 
 
 def _label_text(value: int | bytes | None) -> str | None:
@@ -370,8 +347,5 @@ def _is_bytes(column: Any) -> bool:
 
 def _text(value: bytes, limit: int) -> str:
     """Return UTF-8 text; empty if it has more than `limit` bytes, is not printable, or is no text."""
-    try:
-        text = value.decode("utf-8") if len(value) <= limit else ""
-    except UnicodeDecodeError:
-        return ""
-    return text if text.isprintable() else ""
+    text = value.decode("utf-8", "surrogateescape") if len(value) <= limit else ""
+    return text if text.isprintable() else ""  # as surrogates are not
