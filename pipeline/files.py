@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import secrets
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Location, objects, volumes
 
 ASIDE = ".tmp"  # how the name of a file that is not yet whole ends
+TAR_BLOCK = 512  # bytes; a tar is made of these
 
 
 class HashingFile:
@@ -125,3 +127,14 @@ def sweep(folder: Location) -> int:
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)
+
+
+def add_tar_member(out: HashingFile, name: str, data: bytes) -> int:
+    """Append a regular file to a USTAR archive (mtime, uid, gid 0); return the offset of its data."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    out.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = out.bytes
+    out.write(data)
+    out.write(bytes(-len(data) % TAR_BLOCK))
+    return offset

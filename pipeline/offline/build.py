@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from pipeline.image import codec_versions
 from pipeline.manifest import SAMPLE, FileRecord, Manifest, Split
 from pipeline.offline import executors, records
 from pipeline.offline.claim import BuildError, claimed
+from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan
 from pipeline.offline.records import Record
 from pipeline.offline.remote_claim import claimed_remotely
@@ -87,6 +88,7 @@ def build(
         if ended:
             return manifest.load(root)
         mine = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
+        plan = spooled(plan, root, slots(plan))  # all shards', so that the parts of a build share the copies
         if retry_skipped:
             _forget_skipped(root, mine)
         counted = skip_limit.counter({split: len(places) for split, places in plan.splits.items()})
@@ -136,8 +138,15 @@ def slots(plan: Plan) -> list[Slot]:
     ]
 
 
+def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
+    """Return the plan with the parquet rows of these shards copied into `root`/.build; any other plan as it is."""
+    indices = np.concatenate([plan.splits[slot.split][slot.start : slot.stop] for slot in chosen])
+    return replace(plan, images=spool(plan.images, indices, root / records.BUILD_FOLDER))
+
+
 def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
     """One task at a time: together they hold every image of the plan."""
+    plan = spooled(plan, root, chosen)
     codecs = codec_versions()
     for slot in chosen:
         yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)

@@ -1,5 +1,6 @@
 """Raw images, the table of them, and the folders and small text files that a layout finds them by."""
 
+import copy
 import os
 from array import array
 from collections import Counter
@@ -12,7 +13,6 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import SourceError
 from pipeline.manifest import ClassRecord
-from pipeline.offline.parquet import pages
 from pipeline.storage import Location
 
 SPLITS = ("train", "val", "test")
@@ -45,8 +45,6 @@ class RawImage:
             SourceError: the file has become shorter since the plan.
             OSError: as the file system says.
         """
-        if self.file.endswith(".parquet"):  # a row, whose number is the offset
-            return pages.read_row(self.file, self.offset)
         data = storage.read_range(self.file, self.offset, self.size)
         if len(data) != self.size:
             raise SourceError(f"{self.file}: changed since the build began; delete DATASET and start again")
@@ -115,8 +113,13 @@ class RawTable(Sequence[RawImage]):
         return np.asarray(self._class)
 
     @property
+    def offsets(self) -> np.ndarray:
+        """(n,) uint64: where each image begins in its file; the number of a parquet row until it is copied. A view."""
+        return np.asarray(self._offset)
+
+    @property
     def sizes(self) -> np.ndarray:
-        """(n,) uint64: bytes of each image; 0 where they are not known before it is read. A view, as above."""
+        """(n,) uint64: bytes of each image; about, of a parquet row until it is copied. A view, as above."""
         return np.asarray(self._size)
 
     def per_class(self, split: str) -> Counter[str | None]:
@@ -128,6 +131,26 @@ class RawTable(Sequence[RawImage]):
 
     def has(self, split: str) -> bool:
         return SPLITS.index(split) in self._split
+
+    def by_file(self, indices: np.ndarray, suffix: str) -> dict[str, np.ndarray]:
+        """Return the indices of the images in each file with this suffix, (n,), in the order of their offsets."""
+        if not any(file.endswith(suffix) for file in self._files):
+            return {}
+        numbers = np.asarray(self._file)[indices]
+        order = np.lexsort((self.offsets[indices], numbers))
+        groups = np.split(indices[order], np.flatnonzero(np.diff(numbers[order])) + 1)
+        files = {self._files[self._file[int(group[0])]]: group for group in groups if len(group)}
+        return {file: group for file, group in files.items() if file.endswith(suffix)}
+
+    def moved(self, extents: Iterable[tuple[np.ndarray, str, np.ndarray, np.ndarray]]) -> "RawTable":
+        """Return this table with images elsewhere: their indices, file, offsets and sizes. The paths are shared."""
+        table = copy.copy(self)
+        table._files, table._file_of = [*self._files], {**self._file_of}
+        table._file, table._offset, table._size = self._file[:], self._offset[:], self._size[:]
+        for indices, file, offsets, sizes in extents:
+            np.asarray(table._file)[indices] = _index(table._file_of, table._files, file)
+            np.asarray(table._offset)[indices], np.asarray(table._size)[indices] = offsets, sizes
+        return table
 
     def rename_classes(self, rename: Callable[[str], str]) -> None:
         """Give classes other names; classes that get the same one become one."""

@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.image import ImageError, codec_versions, rescaled
 from pipeline.manifest import FileRecord, Manifest, Split
 from pipeline.offline import executors, records
 from pipeline.offline.build import SKIPPED_FILE, Slot, conclude, npy, shard_tasks, slots
+from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan
 from pipeline.offline.records import Record
 from pipeline.offline.repair import require_local
@@ -83,24 +85,28 @@ def _require_same(found: Manifest, plan: Plan) -> None:
 def _try(found: Manifest, plan: Plan) -> tuple[dict[str, str], Sums]:
     """Key → split of each skipped image that decodes by now, and the sums over those of the training split."""
     skipped = {line["key"] for line in _skipped(found)}
+    again = [
+        (split, position, index)
+        for split, indices in plan.splits.items()
+        for position, index in enumerate(indices.tolist())
+        if plan.keys[index] in skipped
+    ]
+    if gone := skipped - {plan.keys[index] for *_, index in again}:
+        raise RetryError(f"{found.root}: RAW no longer has the skipped image {min(gone)}; nothing was changed")
     gained: dict[str, str] = {}
     sums = Sums.zero(plan.recipe.statistics_size)
-    recipe = plan.recipe
-    for split, places in plan.splits.items():
-        for place, i in enumerate(places.tolist()):
-            if plan.keys[i] not in skipped:
-                continue
-            skipped.remove(plan.keys[i])
-            (image,) = plan.part(split, place, place + 1)
+    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
+        indices = np.array([index for *_, index in again], np.uint32)
+        plan = replace(plan, images=spool(plan.images, indices, Path(folder)))
+        for split, position, _ in again:
+            (image,) = plan.part(split, position, position + 1)
             try:
-                pixels = rescaled(image.raw.read(), recipe)
+                pixels = rescaled(image.raw.read(), plan.recipe)
             except ImageError:
                 continue
             gained[image.key] = split
             if split == "train":
                 sums.add(pixels)
-    if skipped:
-        raise RetryError(f"{found.root}: RAW no longer has the skipped image {min(skipped)}; nothing was changed")
     return gained, sums
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Generator, Mapping
@@ -13,7 +12,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import SourceError, UserError
-from pipeline.files import HashingFile, write_aside, write_bytes_aside
+from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside, write_bytes_aside
 from pipeline.image import ImageError, codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe
 from pipeline.offline import records
@@ -23,7 +22,7 @@ from pipeline.offline.statistics import Sums
 from pipeline.offline.watchdog import Watchdog
 from pipeline.storage import Location
 
-BLOCK = 512  # bytes; a tar is made of these
+BLOCK = TAR_BLOCK
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,11 @@ def write_shard(task: ShardTask) -> Outcome:
 
 
 def raw_digest(images: tuple[PlannedImage, ...]) -> str:
-    """SHA-256 (hex) of where the raw images lie, and of their sizes; where those are not known, of their files'."""
+    """Return the SHA-256 (hex) of where the raw images lie, and of their sizes."""
     digest = hashlib.sha256()
-    files: dict[str, int] = {}
     for image in images:
         raw = image.raw
-        if not raw.size and raw.file not in files:
-            files[raw.file] = storage.stamp(storage.location(raw.file))[0]
-        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size or files[raw.file]}\n"))
+        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size}\n"))
     return digest.hexdigest()
 
 
@@ -132,11 +128,11 @@ class _Shard:
             return
         self.sums.add(pixels)
         jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
-        offset = _write_member(self._out, f"{image.key}.jpg", jpeg)
+        offset = add_tar_member(self._out, f"{image.key}.jpg", jpeg)
         line = f"jpg {offset} {len(jpeg)} {image.key}.jpg"
         if image.label >= 0:
             label = str(image.label).encode()
-            line += f" cls {_write_member(self._out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
+            line += f" cls {add_tar_member(self._out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
         self.index.append(line)
         digest = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
         self.samples.append((self._number, offset, len(jpeg), image.label, zlib.crc32(jpeg), digest))
@@ -179,14 +175,3 @@ def _read(task: ShardTask) -> Generator[tuple[PlannedImage, bytes | None], None,
     if not storage.is_remote(task.images[0].raw.file):
         return ((image, read(image)) for image in task.images)
     return storage.read_ahead(task.images, read, size=lambda image: min(image.raw.size, limit))
-
-
-def _write_member(out: HashingFile, name: str, data: bytes) -> int:
-    """Append one regular file to a USTAR archive (mtime, uid, gid 0); returns the offset of its data."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    out.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = out.bytes
-    out.write(data)
-    out.write(bytes(-len(data) % BLOCK))
-    return offset

@@ -15,10 +15,9 @@ from functools import partial
 from pipeline import storage
 from pipeline.archives import ListingCache
 from pipeline.errors import SourceError, UserError
-from pipeline.offline import folders, ilsvrc, webdataset
+from pipeline.offline import folders, ilsvrc, parquet, webdataset
 from pipeline.offline.folders import read_text
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
-from pipeline.offline.parquet import layout as parquet
 from pipeline.offline.raw import Folder, Promise, RawTable, Sources
 from pipeline.storage import Location, volumes
 
