@@ -38,7 +38,6 @@ from pipeline.offline.raw import (
 from pipeline.offline.webdataset import MAX_LABEL, files_by_split, ignore_unused, split_of
 from pipeline.storage import Location, Read
 
-DATA = "data"  # the folder of a Hugging Face repository that holds the files
 IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
 LABEL = ("label", "labels", "fine_label", "class")
 NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
@@ -54,7 +53,7 @@ def recognise(folder: Folder) -> bool:
     inner = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
     if inner:
         return any(_parquets(train) and not train.folders for train in inner)
-    if DATA in folder.folders and _parquets(Folder.of(folder.path / DATA)):
+    if "data" in folder.folders and _parquets(Folder.of(folder.path / "data")):  # as in a Hugging Face repository
         return True
     loose = _parquets(folder)
     if not loose or any(map(is_picture, folder.files)):
@@ -72,7 +71,7 @@ def read(folder: Folder, listings: ListingCache) -> Sources:
     Raises:
         SourceError: no parquet file, a damaged one, one of an unsupported kind, or labels that contradict its names.
     """
-    files = files_by_split(folder, _parquets, DATA)
+    files = files_by_split(folder, _parquets, "data")
     if not files:
         raise folder.misfit("parquet", "no .parquet is in it, nor in data/, train/, val/ or test/")
     sources, classes = Sources(f"{len(files)} parquet files"), _Classes()
@@ -174,7 +173,7 @@ def _opened(path: Location) -> Iterator["_File"]:
     with storage.opened(path) as (read, size):
         try:
             yield _File(str(path), size, ParquetFile(_Stream(read, size), **OPTIONS))
-        except (ArrowException, OSError) as error:
+        except (ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the operating system's; those of pyarrow have no number
             reason = shown(str(error).partition("\n")[0])
@@ -194,6 +193,9 @@ class _File:
         self.features = {name: about for name, about in features if isinstance(about, dict)}
         self.image, self.label = self._image(), self._label()
         number = [column.path for column in self._columns].index(self.image.path)
+        for group in range(reader.num_row_groups):
+            # raises what is wrong with a column's description, at which column() would end the process
+            list(reader.reader.iter_batches(0, row_groups=[group], column_indices=[number], use_threads=False))
         self._chunks = [reader.metadata.row_group(i).column(number) for i in range(reader.num_row_groups)]
         total = sum(chunk.total_uncompressed_size for chunk in self._chunks)  # as the file says
         self.mean_bytes = min(max(total, 0) // max(self.rows, 1), 2**31)  # of an image
@@ -248,7 +250,8 @@ class _File:
     def nulls(self) -> Iterator[bool]:
         """Yield for each row whether its image is null. Reads only row groups that have nulls, as the file says."""
         for group, chunk in enumerate(self._chunks):
-            has_nulls = chunk.statistics and chunk.statistics.null_count
+            # statistics of another type would end the process; the file is refused when the column is read
+            has_nulls = chunk.physical_type == "BYTE_ARRAY" and chunk.statistics and chunk.statistics.null_count
             values = self.values(self.image, IMAGES, group) if has_nulls else repeat(b"", chunk.num_values)
             yield from (value is None for value in values)
 
@@ -309,13 +312,10 @@ class _Classes:
 
     def name(self, sources: Sources) -> None:
         """Turn labels into class names: text as it stands, numbers into WNIDs, or into numbers of one width."""
-        if self.text:
-            sources.classes = ranked(sources.images.wnids, {}, {})
-            return
         labels = {str(number) for number in range(len(self.names))} | self.wnids.keys()
-        width = max(map(len, labels), default=1)
+        width = 0 if self.text else max(map(len, labels), default=1)
         named = {label: min(wnids) for label, wnids in self.wnids.items() if len(wnids) == 1}
-        if not all(named.values()) or not 0 < len(self.wnids) == len(set(named.values())):
+        if self.text or not all(named.values()) or not 0 < len(self.wnids) == len(set(named.values())):
             named = {label: label.zfill(width) for label in labels}
         sources.images.rename_classes(named.__getitem__)
         words = {named[str(n)]: shown(name) for n, name in enumerate(self.names) if str(n) in named and name}
@@ -351,7 +351,6 @@ def _label_text(value: int | bytes | None) -> str | None:
 
 
 def _is_bytes(column: Any) -> bool:
-    """Return True for a column of one value a row, bytes or text."""
     return column.physical_type == "BYTE_ARRAY" and not column.max_repetition_level
 
 
