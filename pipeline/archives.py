@@ -135,6 +135,7 @@ class Listing:
 
     @classmethod
     def read(cls, read: Read, start: int, end: int, archive: str, above: str = "") -> "Listing":
+        """Read the headers of the tar at [start, end); `above` is put before its names. Raises SourceError."""
         listing = cls()
         for name, offset, size, reason in members(read, start, end, archive):
             if reason:

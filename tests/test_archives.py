@@ -1,4 +1,4 @@
-"""Archives are read without unpacking, whatever wrote them; damage is one clear line, and a scan is remembered."""
+"""Archives are read without unpacking, whatever wrote them; damage is one clear line, and listings are cached."""
 
 import gzip
 import io
@@ -216,37 +216,65 @@ def test_fuzzed_archives_are_refused_or_listed(tmp_path: Path):
     assert time.monotonic() - started < 15
 
 
-def test_the_scan_of_archives_is_remembered_until_they_change(official: Path, tmp_path: Path):
+def test_mutated_headers_with_right_checksums_raise_nothing_but_source_error():
+    """PAX, GNU and sparse headers; without a right checksum, the parser would not look at the other fields."""
+    archives = [nested()]
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        sparse = special("s.JPEG", b"S", data=b"x" * 700, form=form)
+        names = ["a.JPEG", "ü" * 90 + ".JPEG", "d/" * 80 + "e.JPEG"]
+        archives.append(b"".join(special(name, b"0", data=name.encode(), form=form) for name in names) + sparse)
+    random, refused = np.random.default_rng(2012), 0
+    for i in range(3000):
+        data = bytearray(archives[i % len(archives)])
+        headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+        for at in random.choice(headers, 2).tolist():
+            start, stop = [(0, 512), (124, 136), (156, 157), (386, 512), (512, 600)][random.integers(5)]
+            for _ in range(3 if stop > 200 else 1):
+                place = at + int(random.integers(start, stop))
+                if place < len(data):
+                    data[place] = int(random.choice(list(b"\0\x80\xff0123456789 =\nLKSxXgVM/")))
+            data[at : at + 512] = with_field(bytes(data[at : at + 512]), 0, b"")
+        whole = bytes(data)
+        try:
+            for member in members(lambda size, at, whole=whole: whole[at : at + size], 0, len(whole), "a.tar"):
+                assert member.reason or 0 <= member.offset <= member.offset + member.size <= len(whole)
+        except SourceError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 300 < refused < 2700
+
+
+def test_listings_are_cached_until_their_archives_change(official: Path, tmp_path: Path):
     raw, state = tmp_path / "raw", tmp_path / "out" / ".build"
     shutil.copytree(official, raw)
     first = find_sources(raw, cache=state)
-    (scans,) = state.iterdir()
-    remembered = scans.read_bytes()
+    (listings,) = state.iterdir()
+    cached = listings.read_bytes()
     status = (raw / TRAIN_TAR).stat()
     (raw / TRAIN_TAR).write_bytes(b"\xaa" * status.st_size)
     os.utime(raw / TRAIN_TAR, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = find_sources(raw, cache=state)
     assert (list(again.images), again.ignored, again.classes) == (list(first.images), first.ignored, first.classes)
-    assert scans.read_bytes() == remembered
+    assert listings.read_bytes() == cached
     os.utime(raw / TRAIN_TAR, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     with pytest.raises(SourceError, match="damaged at byte 0"):
         find_sources(raw, cache=state)
 
 
-def test_a_damaged_memory_of_scans_is_ignored_and_written_again(tmp_path: Path):
+def test_a_damaged_listing_cache_is_ignored_and_written_again(tmp_path: Path):
     raw, state = tmp_path / "raw", tmp_path / "out" / ".build"
     raw.mkdir()
     (raw / "all.tar").write_bytes(special("../x.JPEG", b"0") + nested())
     first = find_sources(raw, cache=state)
-    scans = state / "listings"
-    good, random = scans.read_bytes(), np.random.default_rng(2012)
+    listings = state / "listings"
+    good, random = listings.read_bytes(), np.random.default_rng(2012)
     for i in range(60):
         bad = bytearray(good)
         bad[int(random.integers(len(bad)))] ^= 1 << int(random.integers(8))
-        scans.write_bytes(bad if i % 3 else good[: int(random.integers(len(good)))])
+        listings.write_bytes(bad if i % 3 else good[: int(random.integers(len(good)))])
         again = find_sources(raw, cache=state)
         assert (list(again.images), again.ignored.lines()) == (list(first.images), first.ignored.lines())
-        assert scans.read_bytes() == good
+        assert listings.read_bytes() == good
 
 
 def test_no_build_is_begun_where_none_may_be(tmp_path: Path):

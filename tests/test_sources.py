@@ -100,7 +100,7 @@ def test_ground_truth_of_another_year_is_refused():
         parse_devkit(out.getvalue(), b"1\n7\n", "devkit")
 
 
-def test_what_is_no_layout_is_refused_with_exit_code_2_and_nothing_written(tmp_path: Path):
+def test_a_folder_of_no_layout_is_refused_with_exit_code_2_and_nothing_written(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
