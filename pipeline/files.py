@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import secrets
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline import UserError, storage, volumes
 from pipeline.storage import Location
 
 ASIDE = ".tmp"  # ends the name of a file that is not yet whole
+TAR_BLOCK = 512  # bytes; a tar is made of these
 
 
 class HashingFile:
@@ -105,3 +107,14 @@ def sweep(folder: Location) -> int:
     for path in asides:
         path.unlink(missing_ok=True)
     return len(asides)
+
+
+def add_tar_member(out: HashingFile, name: str, data: bytes) -> int:
+    """Append a regular file to a USTAR archive (mtime, uid, gid 0); return the offset of its data."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    out.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = out.bytes
+    out.write(data)
+    out.write(bytes(-len(data) % TAR_BLOCK))
+    return offset

@@ -17,7 +17,9 @@ from scipy.io import savemat
 
 from conftest import build
 from pipeline import UserError
-from pipeline.offline.sources import DEVKIT_TAR, LAYOUTS, TRAIN_TAR, VAL_TAR, RawImage, find_sources
+from pipeline.offline.ilsvrc import DEVKIT_TAR, TRAIN_TAR, VAL_TAR
+from pipeline.offline.raw import RawImage
+from pipeline.offline.sources import LAYOUTS, find_sources
 from tars import tar_bytes, tree
 from tools.make_raw import main as make_raw
 

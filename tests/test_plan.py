@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.offline import plan
 from pipeline.offline.plan import assign_keys
-from pipeline.offline.table import SPLITS, RawImage, RawTable
+from pipeline.offline.raw import SPLITS, RawImage, RawTable
 
 
 @pytest.mark.parametrize("values", [1, 2, 7, 500])

@@ -13,7 +13,7 @@ import json, resource, sys
 from pipeline.manifest import BuildRecipe, ClassRecord
 from pipeline.offline.plan import make_plan
 from pipeline.offline.raw import Sources
-from pipeline.offline.table import RawImage
+from pipeline.offline.raw import RawImage
 
 def resident():
     with open("/proc/self/statm") as file:

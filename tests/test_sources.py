@@ -13,9 +13,8 @@ from scipy.io import loadmat, savemat
 
 from conftest import build, picture
 from pipeline import UserError
-from pipeline.offline.devkit import parse_devkit
-from pipeline.offline.matfile import MatError, struct_rows
-from pipeline.offline.sources import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, find_sources
+from pipeline.offline.ilsvrc import DEVKIT_TAR, TRAIN_TAR, VAL_TAR, parse_devkit
+from pipeline.offline.sources import find_sources
 from tars import tar_bytes
 from tools.make_raw import meta_mat
 
@@ -101,7 +100,7 @@ def test_ground_truth_of_another_year_is_refused():
         parse_devkit(out.getvalue(), b"1\n7\n", "devkit")
 
 
-def test_what_is_no_layout_is_refused_with_exit_code_2_and_nothing_written(tmp_path: Path):
+def test_a_folder_of_no_layout_is_refused_with_exit_code_2_and_nothing_written(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
@@ -216,21 +215,13 @@ def test_chosen_classes_have_ranks_among_themselves(official: Path, tmp_path: Pa
     assert "names no class" in build(official, tmp_path / "out", "--classes", chosen).output
 
 
-def test_meta_mat_of_the_real_devkit(shared: Path):
-    data = (shared / "imagenet-meta" / "meta.mat").read_bytes()
-    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "num_train_images")
-    rows = struct_rows(data, "synsets", fields)
-    table = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-    assert len(rows) == 1860
-    assert all(row[field] == theirs[field] for row, theirs in zip(rows, table) for field in fields)
-    with pytest.raises(MatError, match="other"):
-        struct_rows(data, "other", fields)
-
-
-def test_a_damaged_meta_mat_ends_no_process_but_its_readers():
-    small, random = meta_mat(3, 5), np.random.default_rng(2012)
+def test_a_damaged_meta_mat_is_one_clear_line():
+    """Compressed, as the real one is: a checksum stands before scipy's reader, which can crash on other bytes."""
+    out = io.BytesIO()
+    savemat(out, {"synsets": loadmat(io.BytesIO(meta_mat(3, 5)))["synsets"]}, do_compression=True)
+    small, random = out.getvalue(), np.random.default_rng(2012)
     refused = 0
-    for _ in range(8):
+    for _ in range(200):
         bad = bytearray(small)
         for place in random.integers(128, len(bad), 6):
             bad[place] = int(random.integers(256))
@@ -238,7 +229,7 @@ def test_a_damaged_meta_mat_ends_no_process_but_its_readers():
             parse_devkit(bytes(bad), b"1\n2\n", "devkit")
         except UserError as error:
             refused += "meta.mat or the ground truth is damaged" in str(error)
-    assert refused >= 4
+    assert refused > 190
     bomb = zlib.compress(bytes(200 * 2**20))
     for bad in (b"", small[:200], small[:128] + struct.pack("<II", 15, len(bomb)) + bomb):
         with pytest.raises(UserError, match=r"meta.mat or the ground truth is damaged"):

@@ -14,14 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline.decode import ImageError
+from pipeline.files import TAR_BLOCK
 from pipeline.image import encode, rescaled
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import Plan
-from pipeline.offline.shards import BLOCK, Outcome
+from pipeline.offline.shards import Outcome
 
 SECONDS_BETWEEN_LINES = 10.0
 TRIED = 64  # images that an estimate rescales
-TAR_BYTES = 4 * BLOCK  # around a JPEG: a header and at most a block of padding, for the image and for its label
+TAR_BYTES = 4 * TAR_BLOCK  # around a JPEG: a header and at most a block of padding, for the image and for its label
 
 
 class BuildProgress:

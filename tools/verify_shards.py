@@ -11,10 +11,10 @@ from rich.progress import Progress
 
 from pipeline import storage
 from pipeline.cli import Command, Place
+from pipeline.files import TAR_BLOCK
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import make_plan
 from pipeline.offline.repair import repair
-from pipeline.offline.shards import BLOCK
 from pipeline.offline.verify import Failures, check, load
 from pipeline.storage import Location
 from tools.build_shards import SOURCE, WORKERS, chosen_sources
@@ -128,7 +128,7 @@ def _name(manifest: Manifest, copy: Copy, failing: set[str]) -> str:
     shard, label = f"{copy.split}/{copy.split}-{copy.record['shard']:06d}.tar", int(copy.record["label"])
     key = f"sample {copy.id}"
     if shard not in failing:
-        header = storage.read_range(str(manifest.root / shard), int(copy.record["offset"]) - BLOCK, 100)
+        header = storage.read_range(str(manifest.root / shard), int(copy.record["offset"]) - TAR_BLOCK, 100)
         key = header.decode("ascii", "replace").partition(".")[0]
     return f"{copy.split}/{label if label >= 0 else 'none'} {key}"
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,8 +19,17 @@ from pipeline.image import codec_versions
 from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Manifest, Split, Statistics, timm_info
 from pipeline.offline import executors
 from pipeline.offline.lock import BuildError, locked
+from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan, Slot, slots
-from pipeline.offline.shards import Outcome, ShardTask, load_record, load_samples, record_path, write_shard
+from pipeline.offline.shards import (
+    BUILD_FOLDER,
+    Outcome,
+    ShardTask,
+    load_record,
+    load_samples,
+    record_path,
+    write_shard,
+)
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location
 
@@ -117,6 +126,7 @@ def build(
         if ended:
             return manifest.load(root)
         chosen = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
+        plan = spooled(plan, root, slots(plan))  # all shards', so that the parts of a build share the copies
         if retry_skipped:
             _forget_skipped(root, chosen)
         counter = SkipCounter(skip_limit, plan)
@@ -151,8 +161,15 @@ def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) 
         return merge(plan, root)
 
 
+def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
+    """Return the plan with the parquet rows of these shards copied into `root`/.build; any other plan as it is."""
+    indices = np.concatenate([plan.splits[slot.split][slot.start : slot.stop] for slot in chosen])
+    return replace(plan, images=spool(plan.images, indices, root / BUILD_FOLDER))
+
+
 def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
     """Yield one task at a time: together they hold every image of the plan."""
+    plan = spooled(plan, root, chosen)
     codecs = codec_versions()
     for slot in chosen:
         yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)

@@ -1,27 +1,40 @@
-"""ILSVRC2012 and ILSVRC2010 as published: archives of images and a devkit, each of them packed or unpacked."""
+"""ILSVRC2012 and ILSVRC2010 as published: archives of images and a development kit, each of them packed or unpacked."""
 
+import gzip
+import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from pipeline import storage
-from pipeline.offline.devkit import Devkit, read_devkit
-from pipeline.offline.raw import Entry, Folder, Promise, RawImage, SourceError, Sources, pictures, ranked
-from pipeline.offline.scans import Scans
-from pipeline.offline.synsets import WNID, add_archive, add_folder, archive_entries, has_synset_tars
-from pipeline.offline.table import RawTable
+from pipeline import SourceError, storage
+from pipeline.archives import ListingCache, members
+from pipeline.offline.folders import (
+    WNID,
+    add_synsets,
+    add_tar_of_synset_tars,
+    archive_pictures,
+    has_synset_tars,
+    read_small,
+)
+from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, pictures, ranked
 from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
 CLASSES = 1000  # of either year
+DAMAGE = (  # raised by scipy on damaged bytes
+    NotImplementedError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, OSError, EOFError,
+)  # fmt: skip
+MAX_BYTES = 64 * 2**20  # of the kit unpacked; the real one has 6 MB
 
 
 @dataclass(frozen=True)
 class Challenge:
-    """One year: how its parts are called, the preferred name first, and the published numbers of images."""
+    """One year: the names of its parts, the preferred one first, and the published numbers of images."""
 
     year: int
     train: tuple[str, ...]
@@ -54,8 +67,8 @@ ILSVRC2010 = Challenge(
 PATCHES = "patch_images.tar"  # 2010's corrections of blank pictures: …/SPLIT/NAME takes the place of NAME
 
 
-def recognise(folder: Folder, challenge: Challenge) -> bool:
-    """A part has the official name; or train/ has beside it a devkit or a flat val/, or in it synset tars."""
+def recognise(challenge: Challenge, folder: Folder) -> bool:
+    """Return whether a part has the official name, or train/ a devkit or flat val/ beside it, or synset tars in it."""
     parts = _parts(folder, challenge)
     if any(name.startswith(f"ILSVRC{challenge.year}") for split, name in parts.items() if split != "devkit"):
         return True
@@ -65,59 +78,59 @@ def recognise(folder: Folder, challenge: Challenge) -> bool:
     return flat or "devkit" in parts or (challenge.year == 2012 and has_synset_tars(Folder.of(folder.path / "train")))
 
 
-def read(folder: Folder, scans: Scans, challenge: Challenge) -> Sources:
-    """The images of all parts that are there.
+def read(challenge: Challenge, folder: Folder, listings: ListingCache) -> Sources:
+    """Return the images of all parts that are there.
 
     Raises:
         SourceError: no training images, flat validation images without a devkit, or parts of different years.
     """
-    parts = _parts(folder, challenge)
-    devkit_name = parts.pop("devkit", "")
+    year, parts = challenge.year, _parts(folder, challenge)
+    kit_name = parts.pop("devkit", "")
     if "train" not in parts:
         raise folder.misfit(challenge.name, f"it has no {', '.join(challenge.train[:2])} or train/ with the synsets")
-    devkit = read_devkit(folder.path / devkit_name, challenge.year) if devkit_name else Devkit({}, {}, [])
-    packed = all(name in folder.files for name in parts.values())
-    sources = Sources(f"the official ILSVRC{challenge.year} archives")
-    if not packed:
-        sources.layout = f"ILSVRC{challenge.year} in {', '.join(filter(None, [*parts.values(), devkit_name]))}"
-    truth = {"val": devkit.validation, "test": devkit.test}
+    kit = read_devkit(folder.path / kit_name, year) if kit_name else Devkit({}, {}, [])
+    sources = Sources(f"the official ILSVRC{year} archives")
+    if any(name in folder.folders for name in parts.values()):
+        sources.layout = f"ILSVRC{year} in {', '.join(filter(None, [*parts.values(), kit_name]))}"
     for split, name in parts.items():
         if split != "train":
-            _add_numbered(sources, folder, name, split, truth[split], scans, challenge)
+            _add_numbered(sources, folder, name, split, kit, listings, challenge)
         elif name in folder.files:
-            add_archive(sources, folder, name, split, scans)
+            add_tar_of_synset_tars(sources, folder, name, listings)
         else:
-            add_folder(sources, Folder.of(folder.path / name), name, split, scans)
-    patches = [PATCHES] if challenge.year == 2010 and PATCHES in folder.files else []
-    if patches:
-        _patch(sources, folder, scans)
-    truths = [name for name in folder.files if devkit.test and name == f"ILSVRC{challenge.year}_test_ground_truth.txt"]
-    folder.ignore(sources.ignored, [*parts.values(), devkit_name, *patches, *truths])
-    if challenge.year == 2010 and "test" in parts and not devkit.test:
+            add_synsets(sources, Folder.of(folder.path / name), name, listings)
+    used = [*parts.values(), kit_name]
+    if year == 2010 and PATCHES in folder.files:
+        _patch(sources, folder, listings)
+        used.append(PATCHES)
+    if kit.test:
+        used.append(f"ILSVRC{year}_test_ground_truth.txt")
+    elif year == 2010 and "test" in parts:
         sources.notes.append(
             f"{parts['test']}: without labels, because ILSVRC2010_test_ground_truth.txt is not beside it"
         )
-    seen = sources.images.wnids
-    if unknown := sorted(set(seen) - devkit.ids.keys()) if devkit.ids else []:
+    folder.ignore(sources.ignored, used)
+    wnids = sources.images.wnids
+    if unknown := sorted(set(wnids) - kit.ids.keys()) if kit.ids else []:
         raise SourceError(
             f"{folder.path / parts['train']}: synsets that the devkit lacks: {', '.join(unknown[:5])}; "
             "archive and devkit are of different years"
         )
-    sources.classes = ranked(devkit.ids or seen, devkit.words, devkit.ids)
-    _promise(sources, parts, devkit, challenge)
+    sources.classes = ranked(kit.ids or wnids, kit.words, kit.ids)
+    _promise(sources, parts, kit, challenge)
     return sources
 
 
 def _parts(folder: Folder, challenge: Challenge) -> dict[str, str]:
-    """Split (or "devkit") → the name in RAW that it is read from: the first that is there."""
-    found = {}
+    """Return split (or "devkit") → the name in RAW that it is read from: the first that is there."""
+    parts = {}
     for part in ("train", "val", "test", "devkit"):
         for pattern in getattr(challenge, part):
             entries = folder.files if pattern.endswith((".tar", ".gz")) else folder.folders
             if names := [name for name in entries if fnmatchcase(name, pattern)]:
-                found[part] = names[-1]  # of two test archives the newer
+                parts[part] = names[-1]  # of two test archives the newer
                 break
-    return found
+    return parts
 
 
 def _is_flat(path: Location, year: int) -> bool:
@@ -125,75 +138,138 @@ def _is_flat(path: Location, year: int) -> bool:
 
 
 def _add_numbered(
-    sources: Sources, folder: Folder, name: str, split: str, truth: list[str], scans: Scans, challenge: Challenge
+    sources: Sources, folder: Folder, name: str, split: str, kit: "Devkit", listings: ListingCache, challenge: Challenge
 ) -> None:
     """Add validation or test images: each is of the synset folder that it lies in, or its number tells the label.
 
     The ground truth has a line for each file in the order of names, hence for number n the line n, and a missing file
     does not shift the others.
     """
+    truth = kit.validation if split == "val" else kit.test
     numbered = re.compile(rf"ILSVRC{challenge.year}_{split}_([0-9]{{1,9}})\.\w+")
-    for path, file, offset, size in _entries(sources, folder, name, scans):
-        above, last = path.split("/")[-2:]
-        number = numbered.fullmatch(last)
+    if name in folder.files:
+        images = archive_pictures(folder, name, "", listings, sources.ignored, split)
+    else:
+        images = pictures(folder.path / name, name, sources.ignored, split)
+    for image in images:
+        above, last = image.path.split("/")[-2:]
+        match = numbered.fullmatch(last)
         wnid: str | None = None
         if WNID.fullmatch(above):
             wnid = above
-        elif truth and number:
-            if not 1 <= int(number[1]) <= len(truth):
+        elif truth and match:
+            if not 1 <= int(match[1]) <= len(truth):
                 raise SourceError(
-                    f"{folder.path / path}: number {int(number[1])}, but the devkit has {len(truth)} labels; "
+                    f"{folder.path / image.path}: number {int(match[1])}, but the devkit has {len(truth)} labels; "
                     "archive and devkit are of different years"
                 )
-            wnid = truth[int(number[1]) - 1]
-        elif split == "val" and number:
+            wnid = truth[int(match[1]) - 1]
+        elif split == "val" and match:
             raise SourceError(
                 f"{folder.path / name}: its labels are in {challenge.devkit[0]}, which is missing beside it; fetch it "
                 "(of Kaggle's files, RAW is the folder that holds ILSVRC/)"
             )
         elif split == "val" or truth:
-            sources.ignored.add(f"{split} picture without a number in its name", path)
+            sources.ignored.add(f"{split} picture without a number in its name", image.path)
             continue
-        sources.images.append(RawImage(split, path, wnid, file, offset, size))
+        sources.images.append(image, wnid)
 
 
-def _entries(sources: Sources, folder: Folder, name: str, scans: Scans) -> Iterator[Entry]:
-    if name in folder.files:
-        return archive_entries(folder, name, "", scans, sources.ignored)
-    return pictures(folder.path / name, name, sources.ignored)
-
-
-def _patch(sources: Sources, folder: Folder, scans: Scans) -> None:
-    """Put the corrected pictures in the place of the blank ones, by split and file name."""
-    patches = {}
-    for path, file, offset, size in archive_entries(folder, PATCHES, "", scans, sources.ignored):
-        patches[tuple(path.split("/")[-2:])] = (path, file, offset, size)
+def _patch(sources: Sources, folder: Folder, listings: ListingCache) -> None:
+    """Replace the blank pictures by the corrected ones, by split and file name."""
+    corrected = archive_pictures(folder, PATCHES, "", listings, sources.ignored, "train")
+    patches = {tuple(image.path.split("/")[-2:]): image for image in corrected}
     images = RawTable()
     for image in sources.images:
-        patch = patches.pop((image.split, image.name), None)
-        images.append(RawImage(image.split, patch[0], image.wnid, *patch[1:]) if patch else image)
+        patch = patches.pop((image.split, image.name), image)
+        images.append(RawImage(image.split, patch.path, image.wnid, patch.file, patch.offset, patch.size))
     sources.images = images
-    for path, *_ in patches.values():
-        sources.ignored.add("correction of a picture that is not there", path)
+    for image in patches.values():
+        sources.ignored.add("correction of a picture that is not there", image.path)
 
 
-def _promise(sources: Sources, parts: dict[str, str], devkit: Devkit, challenge: Challenge) -> None:
-    """The published numbers hold for 1,000 classes; for a devkit with another number of them, its own numbers."""
-    published = len(devkit.ids) in (0, CLASSES)
-    sources.promised_classes = CLASSES if published else len(devkit.ids)
-    truths = {"train": devkit.train, "val": _count(devkit.validation), "test": _count(devkit.test)}
+def _promise(sources: Sources, parts: dict[str, str], kit: "Devkit", challenge: Challenge) -> None:
+    """Promise the published numbers for 1,000 classes; for a devkit with another number of them, its own numbers."""
+    published = len(kit.ids) in (0, CLASSES)
+    sources.promised_classes = CLASSES if published else len(kit.ids)
+    truths = {"train": kit.train, "val": Counter(kit.validation), "test": Counter(kit.test)}
     for split, name in parts.items():
-        own = sum(truths[split].values())
         by = f"ILSVRC{challenge.year}" if published else "the devkit"
-        images = challenge.images[split] if published else own
-        if images:
+        if images := challenge.images[split] if published else sum(truths[split].values()):
             labels = split != "train" and not published
             words = (f"{by} has", "labels") if labels else (f"{by} promises", "images")
             sources.promises.append(Promise(split, name, images, *words, truths[split]))
 
 
-def _count(wnids: list[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for wnid in wnids:
-        counts[wnid] = counts.get(wnid, 0) + 1
-    return counts
+@dataclass(frozen=True)
+class Devkit:
+    """The development kit: class words and ids, and the labels of the flat splits."""
+
+    words: dict[str, str]  # wnid → words
+    ids: dict[str, int]  # wnid → ILSVRC2012_ID (or 2010's), 1 … n, an order of its own
+    validation: list[str]  # the wnid of each validation image, in ascending order of file names
+    test: list[str] = field(default_factory=list)  # the same of the test images, published for 2010 alone
+    train: dict[str, int] = field(default_factory=dict)  # wnid → number of training images, where the kit says so
+
+
+def read_devkit(path: Location, year: int = 2012) -> Devkit:
+    """Read a development kit: the .tar.gz, in memory and without unpacking it, or the unpacked folder.
+
+    2010's test labels are looked for in the kit and beside it.
+
+    Raises:
+        SourceError: a damaged archive, a missing member, or a ground truth that names unknown ids.
+    """
+    meta, truth, test = ("meta.mat", *(f"ILSVRC{year}_{split}_ground_truth.txt" for split in ("validation", "test")))
+    files = {test: read_small(path.parent / test, MAX_BYTES)} if storage.is_file(path.parent / test) else {}
+    if storage.is_dir(path):
+        inside = [path / "data" / name for name in (meta, truth, test)]
+        files |= {file.name: read_small(file, MAX_BYTES) for file in inside if storage.is_file(file)}
+    else:
+        files |= _unpacked(path, (meta, truth, test))
+    for name in (meta, truth):
+        if name not in files:
+            raise SourceError(f"{path}: has no …/data/{name}; this is not the ILSVRC{year} devkit")
+    return parse_devkit(files[meta], files[truth], str(path), year, files.get(test, b""))
+
+
+def parse_devkit(meta: bytes, truth: bytes, where: str, year: int = 2012, test: bytes = b"") -> Devkit:
+    """Read meta.mat and the ground truth files. Only leaves of the hierarchy (num_children 0) are classes."""
+    from scipy.io import loadmat  # here: the builder's workers need not hold it
+    from scipy.io.matlab import MatReadError
+
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
+        leaves = [row for row in synsets if int(row["num_children"]) == 0]
+        if not all(isinstance(row[name], str) for row in leaves for name in ("WNID", "words")):
+            raise ValueError("a synset without a string WNID or words")
+        ids = {str(row["WNID"]): int(row[f"ILSVRC{year}_ID"]) for row in leaves}
+        words = {str(row["WNID"]): str(row["words"]) for row in leaves}
+        counted = leaves if "num_train_images" in synsets.dtype.names else []
+        train = {str(row["WNID"]): int(row["num_train_images"]) for row in counted}
+        numbers, test_numbers = ([int(line) for line in lines.split()] for lines in (truth, test))
+    except (MatReadError, zlib.error, struct.error, *DAMAGE) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SourceError(f"{where}: meta.mat or the ground truth is damaged ({reason}); fetch it again") from error
+    wnids = {number: wnid for wnid, number in ids.items()}
+    if unknown := sorted({*numbers, *test_numbers} - wnids.keys()):
+        raise SourceError(f"{where}: the ground truth names class ids that meta.mat lacks: {unknown[:5]}")
+    if len(wnids) != len(leaves) or len(ids) != len(leaves):
+        raise SourceError(f"{where}: meta.mat has one wnid or one id twice; fetch it again")
+    return Devkit(words, ids, [wnids[n] for n in numbers], [wnids[n] for n in test_numbers], train)
+
+
+def _unpacked(path: Location, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the wanted files of the archive, by name."""
+    try:
+        with gzip.open(io.BytesIO(read_small(path, MAX_BYTES))) as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise SourceError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
+        return {
+            name.rpartition("/")[2]: data[offset : offset + size]
+            for name, offset, size, reason in members(lambda size, at: data[at : at + size], 0, len(data), str(path))
+            if not reason and name.endswith(tuple(f"data/{file}" for file in wanted))
+        }
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: damaged ({error}); fetch it again") from error

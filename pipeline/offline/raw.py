@@ -1,64 +1,214 @@
-"""What a layout finds in RAW: its images and classes, what it left out, and what it promises."""
+"""Raw images, the table of them, and the folders and small text files that a layout finds them by."""
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from pipeline import SourceError, storage
 from pipeline.manifest import ClassRecord
-from pipeline.offline.table import RawImage, RawTable
 from pipeline.storage import Location
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 NAMES_KEPT = 5  # of each reason; the rest is counted
 REASONS_KEPT = 40  # a hostile folder can have a new extension for every file
+NO_FILE = "link to nothing, pipe or device"
 
-__all__ = ["Entry", "Folder", "LeftOut", "Promise", "RawImage", "SourceError", "Sources", "pictures", "ranked"]
 
-Entry = tuple[str, str, int, int]  # a picture: path below RAW, file, offset, size
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """One raw image: `size` bytes of `file` from `offset`. `path` names it below RAW, through archives."""
+
+    split: str
+    path: str
+    wnid: str | None  # None: no label, or none yet
+    file: str
+    offset: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def read(self) -> bytes:
+        """Return the raw bytes, by one positioned read.
+
+        Raises:
+            SourceError: the file has become shorter since the plan.
+            OSError: as the file system says.
+        """
+        data = storage.read_range(self.file, self.offset, self.size)
+        if len(data) != self.size:
+            raise SourceError(f"{self.file}: changed since the build began; delete DATASET and start again")
+        return data
+
+
+class RawTable(Sequence[RawImage]):
+    """Raw images in the order in which they were appended: 34 bytes each and the path. ImageNet has 14.2 million."""
+
+    def __init__(self) -> None:
+        self.wnids: list[str] = []  # by class number
+        self._class_of: dict[str | None, int] = {None: -1}
+        self._paths = bytearray()
+        self._ends = array("Q")  # of each path in _paths
+        self._files: list[str] = []
+        self._file_of: dict[str, int] = {}
+        self._file = array("i")  # index in _files
+        self._loose = bytearray()  # 1: the path is to be appended to that file name, which is a folder's then
+        self._offset = array("Q")
+        self._size = array("Q")
+        self._class = array("i")  # −1: no label
+        self._split = array("B")
+
+    def append(self, image: RawImage, wnid: str | None = None) -> None:
+        """Append an image; `wnid` is its class, where `image` has none yet."""
+        self._paths += os.fsencode(image.path)
+        self._ends.append(len(self._paths))
+        # A file of its own has no name in _files: the names of 14 million files would be as long as the paths again.
+        loose = image.file.endswith(image.path)
+        self._loose.append(loose)
+        self._file.append(_index(self._file_of, self._files, image.file.removesuffix(image.path)))
+        self._offset.append(image.offset)
+        self._size.append(image.size)
+        wnid = wnid or image.wnid
+        self._class.append(-1 if wnid is None else _index(self._class_of, self.wnids, wnid))
+        self._split.append(SPLITS.index(image.split))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> RawImage:  # type: ignore[override]  # no slices
+        path, label = self.path(i), self._class[i]
+        file = self._files[self._file[i]] + (path if self._loose[i] else "")
+        wnid = self.wnids[label] if label >= 0 else None
+        return RawImage(SPLITS[self._split[i]], path, wnid, file, self._offset[i], self._size[i])
+
+    def __iter__(self) -> Iterator[RawImage]:
+        return (self[i] for i in range(len(self)))
+
+    def path(self, i: int) -> str:
+        start = self._ends[i - 1] if i else 0
+        return os.fsdecode(bytes(self._paths[start : self._ends[i]]))
+
+    @property
+    def paths(self) -> "Paths":
+        return Paths(self)
+
+    @property
+    def split_numbers(self) -> np.ndarray:
+        """(n,) uint8: indices in SPLITS. A view: nothing can be appended while it lives."""
+        return np.asarray(self._split)
+
+    @property
+    def class_numbers(self) -> np.ndarray:
+        """(n,) int32: indices in `wnids`, −1 without a label. A view, as above."""
+        return np.asarray(self._class)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(n,) uint64: where each image begins in its file; the number of a parquet row until it is copied. A view."""
+        return np.asarray(self._offset)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n,) uint64: bytes of each image; about, of a parquet row until it is copied. A view, as above."""
+        return np.asarray(self._size)
+
+    def per_class(self, split: str) -> Counter[str | None]:
+        """Return the number of images of a split by class; None: without a label."""
+        classes = self.class_numbers[self.split_numbers == SPLITS.index(split)]
+        counts = np.bincount(classes.astype(np.int64) + 1, minlength=1)
+        names: list[str | None] = [None, *self.wnids]
+        return Counter({names[i]: int(counts[i]) for i in np.flatnonzero(counts)})
+
+    def has(self, split: str) -> bool:
+        return SPLITS.index(split) in self._split
+
+    def by_file(self, indices: np.ndarray, suffix: str) -> dict[str, np.ndarray]:
+        """Return the indices of the images in each file with this suffix, (n,), in the order of their offsets."""
+        if not any(file.endswith(suffix) for file in self._files):
+            return {}
+        numbers = np.asarray(self._file)[indices]
+        order = np.lexsort((self.offsets[indices], numbers))
+        groups = np.split(indices[order], np.flatnonzero(np.diff(numbers[order])) + 1)
+        files = {self._files[self._file[int(group[0])]]: group for group in groups if len(group)}
+        return {file: group for file, group in files.items() if file.endswith(suffix)}
+
+    def moved(self, extents: Iterable[tuple[np.ndarray, str, np.ndarray, np.ndarray]]) -> "RawTable":
+        """Return this table with images elsewhere: their indices, file, offsets and sizes. The paths are shared."""
+        table = copy.copy(self)
+        table._files, table._file_of = [*self._files], {**self._file_of}
+        table._file, table._offset, table._size = self._file[:], self._offset[:], self._size[:]
+        for indices, file, offsets, sizes in extents:
+            np.asarray(table._file)[indices] = _index(table._file_of, table._files, file)
+            np.asarray(table._offset)[indices], np.asarray(table._size)[indices] = offsets, sizes
+        return table
+
+    def rename_classes(self, rename: Callable[[str], str]) -> None:
+        """Give classes other names; classes that get the same one become one."""
+        names = [rename(wnid) for wnid in self.wnids]
+        self.wnids = list(dict.fromkeys(names))
+        self._class_of = {None: -1} | {wnid: number for number, wnid in enumerate(self.wnids)}
+        renumbered = np.array([self._class_of[name] for name in names] + [-1], np.int32)  # the last: no label
+        classes = np.asarray(self._class)
+        classes[:] = renumbered[classes]
+
+
+def _index(index_of: dict, names: list[str], name: str) -> int:
+    """Return the index of `name` in `names`, to which it is appended if it is new."""
+    index: int = index_of.setdefault(name, len(names))
+    if index == len(names):
+        names.append(name)
+    return index
+
+
+class Paths(Sequence[str]):
+    """The paths of a table, each made when asked for."""
+
+    def __init__(self, table: RawTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
+        return self._table.path(i)
 
 
 class LeftOut(dict[str, int]):
-    """How much was left out, by reason, with the first names of each."""
+    """Number of files, folders and members that are left out by reason, with the first names of each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: dict[str, list[str]] = {}
+        self._names: dict[str, list[str]] = {}
 
     def add(self, reason: str, name: str) -> None:
-        self.add_many(reason, [shown(name)], 1)
-
-    def add_many(self, reason: str, names: list[str], count: int) -> None:
         if reason not in self and len(self) >= REASONS_KEPT:
             reason = "something else"
-        self[reason] = self.get(reason, 0) + count
-        kept = self.names.setdefault(reason, [])
-        kept += names[: NAMES_KEPT - len(kept)]
-
-    def add_kinds(self, names: Iterable[str], kind: str = "", below: str = "") -> None:
-        """What is of no use to a layout, by its kind: the extension, where no other is given."""
-        for name in names:
-            self.add(kind or kind_of(name), f"{below}/{name}" if below else name)
-
-    def merge(self, other: "LeftOut") -> None:
-        for reason, count in other.items():
-            self.add_many(reason, other.names[reason], count)
+        self[reason] = self.get(reason, 0) + 1
+        if self[reason] <= NAMES_KEPT:
+            self._names.setdefault(reason, []).append(shown(name))
 
     def lines(self) -> list[str]:
-        """`12 × .txt: a.txt, b.txt, c.txt, d.txt, e.txt and 7 more`, one line a reason."""
-        found = []
+        """Return `12 × .txt: a.txt, b.txt, c.txt, d.txt, e.txt and 7 more`, one line a reason."""
+        lines = []
         for reason, count in sorted(self.items()):
-            names = self.names[reason]
+            names = self._names[reason]
             more = f" and {count - len(names):,} more" if count > len(names) else ""
-            found.append(f"{count:,} × {reason}: {', '.join(names)}{more}")
-        return found
+            lines.append(f"{count:,} × {reason}: {', '.join(names)}{more}")
+        return lines
 
 
 @dataclass(frozen=True)
 class Promise:
-    """How many images a split must have. `by` says who says so: "the devkit promises"."""
+    """The number of images that a split must have. `by` says who says so: "the devkit promises"."""
 
     split: str
     part: str  # the archive or folder
@@ -84,7 +234,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies in a folder, hidden entries apart. Links count as what they lead to."""
+    """The content of a folder, hidden entries apart. Links count as what they lead to."""
 
     path: Location
     files: tuple[str, ...]
@@ -93,10 +243,10 @@ class Folder:
 
     @classmethod
     def of(cls, path: Location) -> "Folder":
-        seen = [entry for entry in storage.scan(path) if not entry.name.startswith(".")]
-        files = tuple(entry.name for entry in seen if entry.is_file)
-        folders = tuple(entry.name for entry in seen if entry.is_dir)
-        return cls(path, files, folders, tuple(e.name for e in seen if not (e.is_file or e.is_dir)))
+        entries = [entry for entry in storage.scan(path) if not entry.name.startswith(".")]
+        files = tuple(entry.name for entry in entries if entry.is_file)
+        folders = tuple(entry.name for entry in entries if entry.is_dir)
+        return cls(path, files, folders, tuple(e.name for e in entries if not (e.is_file or e.is_dir)))
 
     @property
     def tars(self) -> list[str]:
@@ -108,31 +258,33 @@ class Folder:
     def ignore(self, left_out: LeftOut, used: Iterable[str]) -> None:
         """Count and name what lies beside the parts of a layout, so that the user is told of it."""
         parts = set(used)
-        left_out.add_kinds(name for name in self.files if name not in parts)
-        left_out.add_kinds((name for name in self.folders if name not in parts), "folder")
-        left_out.add_kinds(self.others, "link to nothing, pipe or device")
+        beside = [(kind_of(name), name) for name in self.files] + [("folder", name) for name in self.folders]
+        for kind, name in [(kind, name) for kind, name in beside if name not in parts]:
+            left_out.add(kind, name)
+        for name in self.others:
+            left_out.add(NO_FILE, name)
 
 
-def pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator[Entry]:
-    """Each picture in `folder` and its folders; `folder` is `below` in RAW.
+def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "train") -> Iterator[RawImage]:
+    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW.
 
     Links to folders are followed, each folder once, and never back to where they came from.
     """
-    return (_remote_pictures if storage.is_remote(folder) else _local_pictures)(folder, below, left_out)
+    return (_remote_pictures if storage.is_remote(folder) else _local_pictures)(folder, below, left_out, split)
 
 
-def _remote_pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator[Entry]:
+def _remote_pictures(folder: Location, below: str, left_out: LeftOut, split: str) -> Iterator[RawImage]:
     for inside, entries in storage.walk(folder):
         for entry in entries:
-            place = f"{inside}/{entry.name}" if inside else entry.name
-            path = f"{below}/{place}" if below else place
+            inner = f"{inside}/{entry.name}" if inside else entry.name
+            path = f"{below}/{inner}" if below else inner
             if entry.is_file and is_picture(entry.name):
-                yield path, f"{folder}/{place}", 0, entry.size
+                yield RawImage(split, path, None, f"{folder}/{inner}", 0, entry.size)
             elif entry.is_file:
                 left_out.add(kind_of(entry.name), path)
 
 
-def _local_pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator[Entry]:
+def _local_pictures(folder: Location, below: str, left_out: LeftOut, split: str) -> Iterator[RawImage]:
     seen: set[tuple[int, int]] = set()
     stack = [(str(folder), below)]
     while stack:
@@ -154,20 +306,24 @@ def _local_pictures(folder: Location, below: str, left_out: LeftOut) -> Iterator
             elif not is_picture(entry.name):
                 left_out.add(kind_of(entry.name), path)
             elif not entry.is_file():
-                left_out.add("link to nothing, pipe or device", path)
+                left_out.add(NO_FILE, path)
             else:
-                yield path, entry.path, 0, entry.stat().st_size
+                yield RawImage(split, path, None, entry.path, 0, entry.stat().st_size)
+
+
+def _leads_back(link: str, directory: str) -> bool:
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, os.path.realpath(directory)]) == target
 
 
 def ranked(wnids: Iterable[str], words: Mapping[str, str], ids: Mapping[str, int]) -> tuple[ClassRecord, ...]:
-    """The classes in the order of their labels: the rank of the wnid in sorted order."""
-    return tuple(
-        ClassRecord(label, wnid, words.get(wnid, wnid), ids.get(wnid)) for label, wnid in enumerate(sorted(set(wnids)))
-    )
+    """Return the classes in the order of their labels: the rank of the wnid in sorted order."""
+    names = enumerate(sorted(set(wnids)))
+    return tuple(ClassRecord(label, wnid, words.get(wnid, wnid), ids.get(wnid)) for label, wnid in names)
 
 
 def is_picture(name: str) -> bool:
-    """Whether a path names a picture: by its extension, and not hidden (macOS leaves ._NAME beside NAME)."""
+    """Return whether a path names a picture: by its extension, and not hidden (macOS leaves ._NAME beside NAME)."""
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
@@ -176,11 +332,6 @@ def kind_of(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A name fit to be printed: no control characters, at most 120 characters."""
+    """Return a name fit to be printed: no control characters, at most 120 characters."""
     plain = name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
     return plain if len(plain) <= 120 else plain[:117] + "..."
-
-
-def _leads_back(link: str, directory: str) -> bool:
-    target = os.path.realpath(link)
-    return os.path.commonpath([target, os.path.realpath(directory)]) == target

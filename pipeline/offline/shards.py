@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import tarfile
 import threading
 import zipfile
 import zlib
@@ -20,14 +19,13 @@ import numpy as np
 
 from pipeline import SourceError, UserError, storage
 from pipeline.decode import ImageError
-from pipeline.files import HashingFile, write_aside, write_bytes_aside
+from pipeline.files import HashingFile, add_tar_member, write_aside, write_bytes_aside
 from pipeline.image import codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe, ShardRecord, canonical_json
 from pipeline.offline.plan import PlannedImage
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
 
-BLOCK = 512  # bytes; a tar is made of these
 BUILD_FOLDER = ".build"
 SECONDS = 60.0  # that one image may take
 
@@ -95,6 +93,15 @@ def write_shard(task: ShardTask) -> Outcome:
     return Outcome(task.name, len(task.images), record.raw_bytes, reasons, finished is not None)
 
 
+def raw_digest(images: tuple[PlannedImage, ...]) -> str:
+    """Return the SHA-256 (hex) of where the raw images lie, and of their sizes."""
+    digest = hashlib.sha256()
+    for image in images:
+        raw = image.raw
+        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size}\n"))
+    return digest.hexdigest()
+
+
 def _require_codecs(task: ShardTask) -> None:
     here = codec_versions()
     pairs = {name: (task.codecs.get(name, "none"), here.get(name, "none")) for name in here.keys() | task.codecs.keys()}
@@ -120,18 +127,6 @@ def _finished(task: ShardTask) -> Record | None:
             "sizes or other places in their archive; restore RAW, or delete DATASET and start again"
         )
     return record
-
-
-def raw_digest(images: tuple[PlannedImage, ...]) -> str:
-    """Return a SHA-256 (hex) over the positions and sizes of raw images; over their files' sizes where unknown."""
-    digest = hashlib.sha256()
-    files: dict[str, int] = {}
-    for image in images:
-        raw = image.raw
-        if not raw.size and raw.file not in files:
-            files[raw.file] = storage.stamp(storage.location(raw.file))[0]
-        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size or files[raw.file]}\n"))
-    return digest.hexdigest()
 
 
 def _write(task: ShardTask) -> Record:
@@ -173,7 +168,7 @@ class _Shard:
                     self.current = None  # reading has limits of its own
         finally:
             ended.set()
-        out.write(bytes(2 * BLOCK))
+        out.write(bytes(2 * TAR_BLOCK))
 
     def _add(self, image: PlannedImage, data: bytes | None, out: HashingFile) -> None:
         recipe = self._task.recipe
@@ -187,25 +182,14 @@ class _Shard:
             return
         self.sums.add(pixels)
         jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
-        offset = _write_member(out, f"{image.key}.jpg", jpeg)
+        offset = add_tar_member(out, f"{image.key}.jpg", jpeg)
         line = f"jpg {offset} {len(jpeg)} {image.key}.jpg"
         if image.label >= 0:
             label = str(image.label).encode()
-            line += f" cls {_write_member(out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
+            line += f" cls {add_tar_member(out, f'{image.key}.cls', label)} {len(label)} {image.key}.cls"
         self.index.append(line)
         digest = np.frombuffer(hashlib.sha256(data).digest()[:16], np.uint8)
         self.samples.append((int(self._task.name[-6:]), offset, len(jpeg), image.label, zlib.crc32(jpeg), digest))
-
-
-def _write_member(out: HashingFile, name: str, data: bytes) -> int:
-    """Append one regular file to a USTAR archive (mtime, uid, gid 0); return the offset of its data."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    out.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = out.bytes
-    out.write(data)
-    out.write(bytes(-len(data) % BLOCK))
-    return offset
 
 
 def _read(task: ShardTask) -> Generator[tuple[PlannedImage, bytes | None], None, None]:

@@ -1,39 +1,34 @@
-"""Where raw images are: every layout that we know → split, class and locator of each image."""
+"""The layouts of raw data that Penstock knows, which of them RAW has, and whether RAW is complete.
+
+To add a layout, write a module with two functions and enter them in LAYOUTS, before every layout that would take its
+folders too. `recognise(folder)` returns whether RAW has the layout, at the cost of some listed folders.
+`read(folder, listings)` returns its images and classes; it raises `folder.misfit` where RAW has another layout, for
+--layout demands one whatever RAW looks like.
+"""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pipeline import UserError, storage, volumes
-from pipeline.offline import classfolders, counts, ilsvrc, kaggle, synsets, webdataset
+from pipeline import SourceError, UserError, storage, volumes
+from pipeline.archives import ListingCache
+from pipeline.offline import folders, ilsvrc, parquet, webdataset
+from pipeline.offline.folders import read_text
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
-from pipeline.offline.parquet import layout as parquet
-from pipeline.offline.raw import Folder, LeftOut, RawImage, SourceError, Sources
-from pipeline.offline.scans import Scans
-from pipeline.offline.table import RawTable
-from pipeline.offline.words import read_text
+from pipeline.offline.raw import Folder, Promise, RawTable, Sources
 from pipeline.storage import Location
 
-__all__ = [
-    "DEVKIT_TAR",
-    "LAYOUTS",
-    "TRAIN_TAR",
-    "VAL_TAR",
-    "LeftOut",
-    "RawImage",
-    "SourceError",
-    "Sources",
-    "find_sources",
-]
+NAMED = 5  # classes in a message; the rest is counted
 
 
 @dataclass(frozen=True)
 class Layout:
-    name: str
+    name: str  # as --layout takes it
     looks_for: str
     recognise: Callable[[Folder], bool]
-    read: Callable[[Folder, Scans], Sources]
+    read: Callable[[Folder, ListingCache], Sources]
 
 
 LAYOUTS = {
@@ -42,27 +37,27 @@ LAYOUTS = {
         Layout(
             "ilsvrc2012",
             f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked",
-            partial(ilsvrc.recognise, challenge=ILSVRC2012),
-            partial(ilsvrc.read, challenge=ILSVRC2012),
+            partial(ilsvrc.recognise, ILSVRC2012),
+            partial(ilsvrc.read, ILSVRC2012),
         ),
         Layout(
             "ilsvrc2010",
             "ILSVRC2010_images_train.tar and the like",
-            partial(ilsvrc.recognise, challenge=ILSVRC2010),
-            partial(ilsvrc.read, challenge=ILSVRC2010),
+            partial(ilsvrc.recognise, ILSVRC2010),
+            partial(ilsvrc.read, ILSVRC2010),
         ),
-        Layout("kaggle", "Kaggle's ILSVRC/Data/CLS-LOC", kaggle.recognise, kaggle.read),
-        Layout("fall2011", "nXXXXXXXX.tar, or one tar of those", synsets.recognise, synsets.read),
+        Layout("kaggle", "Kaggle's ILSVRC/Data/CLS-LOC", folders.recognise_kaggle, folders.read_kaggle),
+        Layout("fall2011", "nXXXXXXXX.tar, or one tar of those", folders.recognise_synsets, folders.read_synsets),
         Layout("parquet", "Hugging Face's parquet files", parquet.recognise, parquet.read),
         Layout("webdataset", "WebDataset tars", webdataset.recognise, webdataset.read),
         Layout(
             "split-folders",
             "train/ and val/ with one folder per class",
-            classfolders.recognise_splits,
-            classfolders.read_splits,
+            folders.recognise_splits,
+            folders.read_splits,
         ),
-        Layout("flat", "files named WNID_….JPEG", classfolders.recognise_flat, classfolders.read_flat),
-        Layout("class-folders", "one folder per class", classfolders.recognise_classes, classfolders.read_classes),
+        Layout("flat", "files named WNID_….JPEG", folders.recognise_flat, folders.read_flat),
+        Layout("class-folders", "one folder per class", folders.recognise_classes, folders.read_classes),
     )
 }
 
@@ -82,7 +77,7 @@ def find_sources(
         layout: a name in LAYOUTS, to be used whatever RAW looks like.
         classes: a file of class names; the other classes are left out, and labels are ranks among those chosen.
         allow_incomplete: note, and do not refuse, other numbers of images than the layout promises.
-        cache: DATASET/.build, where the listings of archives are remembered.
+        cache: DATASET/.build, where the listings of archives are kept.
 
     Raises:
         SourceError: RAW does not exist, is empty or damaged, has no layout that we know or not the one named, or has
@@ -90,16 +85,16 @@ def find_sources(
     """
     folder = _folder(raw)
     chosen = _choose(folder, layout)
-    scans = Scans(cache)
+    listings = ListingCache(cache)
     try:
-        sources = chosen.read(folder, scans)
+        sources = chosen.read(folder, listings)
     finally:
-        scans.save()
-    del scans  # its listings hold every name a second time
+        listings.save()
+    del listings  # they hold every name a second time
     sources.name = chosen.name
     if classes:
         _keep_classes(sources, classes)
-    counts.check(sources, allow_incomplete, chosen=classes is not None)
+    _check_promises(sources, allow_incomplete, chosen=classes is not None)
     if not sources.images.has("train"):
         raise SourceError(f"{raw}: {sources.layout}, but no training picture with a label is in it")
     return sources
@@ -126,11 +121,11 @@ def _choose(folder: Folder, name: str | None) -> Layout:
             return layout
     if hint := volumes.hint(folder.path):
         raise SourceError(f"{folder.path}: no raw images{hint}")
-    some = folder.folders or folder.files
-    found = f"{len(folder.folders)} folders and {len(folder.files)} files" if some else "nothing"
+    content = f"{len(folder.folders)} folders and {len(folder.files)} files"
     raise SourceError(
         f"{folder.path}: no layout that Penstock knows. Looked for "
-        f"{'; '.join(layout.looks_for for layout in LAYOUTS.values())}. Found {found}."
+        f"{'; '.join(layout.looks_for for layout in LAYOUTS.values())}. "
+        f"Found {content if folder.folders or folder.files else 'nothing'}."
     )
 
 
@@ -142,9 +137,10 @@ def _keep_classes(sources: Sources, file: Location) -> None:
     if not wanted:
         raise UserError(f"--classes {file}: names no class; write one wnid or folder name a line")
     if unknown := sorted(wanted - known):
-        more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
+        more = f" and {len(unknown) - NAMED:,} more" if len(unknown) > NAMED else ""
         raise UserError(
-            f"--classes {file}: {', '.join(unknown[:5])}{more}: not among the {len(known):,} classes of the raw data"
+            f"--classes {file}: {', '.join(unknown[:NAMED])}{more}: not among the {len(known):,} classes of the raw "
+            "data"
         )
     kept = [record for record in sources.classes if record.wnid in wanted]
     sources.classes = tuple(replace(record, label=label) for label, record in enumerate(kept))
@@ -155,3 +151,47 @@ def _keep_classes(sources: Sources, file: Location) -> None:
         else:
             sources.ignored.add("picture of no class in --classes", image.path)
     sources.images = images
+
+
+def _check_promises(sources: Sources, allow_incomplete: bool, chosen: bool) -> None:
+    """Compare the numbers of images and classes with those that the layout promises.
+
+    A difference is refused, or noted if the user allows it. `chosen`: only some classes were asked for.
+
+    Raises:
+        SourceError: one line with each difference and the classes concerned.
+    """
+    counts = {promise.split: sources.images.per_class(promise.split) for promise in sources.promises}
+    differences = [_difference(promise, counts[promise.split], sources, chosen) for promise in sources.promises]
+    classes = len({wnid for per_class in counts.values() for wnid in per_class if wnid})
+    if sources.promised_classes not in (0, classes) and not chosen:
+        differences.append(f"{classes:,} classes have images, {sources.promised_classes:,} are promised")
+    differences = [difference for difference in differences if difference]
+    if differences and not allow_incomplete:
+        raise SourceError(
+            f"{'; '.join(differences)}; fetch what is missing, build with what is there (--allow-incomplete), or name "
+            "another --layout"
+        )
+    sources.notes += differences
+
+
+def _difference(promise: Promise, counts: Counter[str | None], sources: Sources, chosen: bool) -> str:
+    """Return what is missing or too much in one split; empty: nothing."""
+    words = {record.wnid: record.words for record in sources.classes}
+    expected = {wnid: promise.per_class.get(wnid, 0) for wnid in words}
+    known = bool(promise.per_class)
+    if known:
+        wrong = [wnid for wnid in words if counts[wnid] != expected[wnid]]
+    else:
+        wrong = [wnid for wnid in words if not counts[wnid] and counts.keys() - {None}]
+    if not (known and wrong) and (chosen or counts.total() == promise.images):
+        return ""
+    images = sum(expected.values()) if chosen else promise.images
+    named = [
+        f"{wnid} ({words[wnid]}) {counts[wnid]:,}" + (f" of {expected[wnid]:,}" if known else "")
+        for wnid in wrong[:NAMED]
+    ]
+    if len(wrong) > NAMED:
+        named.append(f"{len(wrong) - NAMED:,} classes more")
+    concerned = f" ({', '.join(named)})" if named else ""
+    return f"{promise.part}: {counts.total():,} images, but {promise.by} {images:,} {promise.unit}{concerned}"

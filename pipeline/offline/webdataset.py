@@ -2,73 +2,59 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-from pipeline import storage
-from pipeline.manifest import FILE_NAME, ClassRecord
-from pipeline.offline.classfolders import recognise_classes, split_folders
+from pipeline import SourceError, storage
+from pipeline.archives import ListingCache, Member
+from pipeline.manifest import FILE_NAME
+from pipeline.offline.folders import WNID_LINE, WNID_TAR, read_text, recognise_classes, split_folders
 from pipeline.offline.raw import (
     SPLIT_FOLDERS,
     SUFFIXES,
     Folder,
     LeftOut,
     RawImage,
-    SourceError,
     Sources,
     is_picture,
     ranked,
 )
-from pipeline.offline.scans import Listing, Scans
-from pipeline.offline.synsets import WNID_TAR
-from pipeline.offline.words import CLASSES, read_class_list, read_text
-from pipeline.storage import Location
+from pipeline.storage import Location, Read
 
+CLASSES = "classes.txt"
 MAX_LABEL = 200  # characters
-MAX_JSON = 2**20  # bytes
-_NUMBER = re.compile(r"[0-9]{1,9}")
+MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
+NUMBER = re.compile(r"[0-9]{1,9}")
+
+Named = tuple[str, str, int | None]  # a class's name, words, devkit id
 
 
-@dataclass(slots=True)
-class _Sample:
-    """The members of one KEY: (name, offset, size) of its picture, (offset, size) of its label."""
-
-    picture: tuple[str, int, int] | None = None
-    cls: tuple[int, int] | None = None
-    json: tuple[int, int] | None = None
+_Sample = dict[str, Member]  # the members of one KEY: "picture", "cls" and "json"
 
 
 def recognise(folder: Folder) -> bool:
-    """train/ and the like hold tars and no folders; or tars lie in RAW, and no pictures or class folders."""
+    """Return whether train/ and the like hold tars and no folders; or RAW tars, and no pictures or class folders."""
     inner = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
     if inner:
         return any(_shards(train) and not train.folders for train in inner)
     return bool(_shards(folder)) and not any(map(is_picture, folder.files)) and not recognise_classes(folder)
 
 
-def read(folder: Folder, scans: Scans) -> Sources:
-    """Every labelled picture of the shards; in a test split, those without a label too.
+def read(folder: Folder, listings: ListingCache) -> Sources:
+    """Return every labelled picture of the shards; in a test split, those without a label too.
 
     Where all labels are numbers, dataset.json or classes.txt in RAW names the classes, else the number itself does.
 
     Raises:
         SourceError: no shards, a damaged one, or a label that the list of classes does not reach.
     """
-    tars = _tars(folder)
+    tars = files_by_split(folder, _shards)
     if not tars:
         raise folder.misfit("webdataset", "no .tar is in it, nor in train/, val/ or test/")
     sources = Sources(f"{len(tars)} WebDataset shards")
-    labels: dict[str, str] = {}  # so that the images of a class share one string
     for path, split in tars.items():
-        listing = scans.listing(folder.path / path)
-        sources.ignored.merge(listing.left_out)
-        _add_shard(sources, folder.path / path, path, split, listing, labels)
+        _add_shard(sources, folder, path, split, listings)
     lists = [name for name in (FILE_NAME, CLASSES) if name in folder.files]
-    used = {path.partition("/")[0] for path in tars}
-    for name in sorted(used - tars.keys()):
-        inside = [path.partition("/")[2] for path in tars if path.startswith(f"{name}/")]
-        Folder.of(folder.path / name).ignore(sources.ignored, inside)
-    folder.ignore(sources.ignored, [*used, *lists])
+    ignore_unused(folder, [*tars, *lists], sources.ignored)
     _name_classes(sources, folder.path, lists)
     return sources
 
@@ -77,118 +63,136 @@ def _shards(folder: Folder) -> list[str]:
     return [name for name in folder.tars if not WNID_TAR.fullmatch(name)]
 
 
-def _tars(folder: Folder) -> dict[str, str]:
-    """Path of each shard below RAW → its split: that of its folder, or the one that its name tells, else train."""
-    inside = {
-        f"{name}/{tar}": split
+def files_by_split(folder: Folder, select: Callable[[Folder], list[str]], inner: str = "") -> dict[str, str]:
+    """Return the path below RAW and the split of each selected file: of its folder, or told by its name, or train.
+
+    Files lie in train/ and the like; else in RAW itself or its folder `inner`.
+    """
+    splits = {
+        f"{name}/{file}": split
         for name, split in split_folders(folder).items()
-        for tar in _shards(Folder.of(folder.path / name))
+        for file in select(Folder.of(folder.path / name))
     }
-    if inside:
-        return inside
-    told = {name: split_of(name) for name in _shards(folder)}
-    if not any(told.values()):
-        return dict.fromkeys(told, "train")
-    return {name: split for name, split in told.items() if split}
+    if splits:
+        return splits
+    splits = {name: split_of(name) for name in select(folder)}
+    if inner in folder.folders:
+        splits |= {f"{inner}/{name}": split_of(name) for name in select(Folder.of(folder.path / inner))}
+    return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
+
+
+def ignore_unused(folder: Folder, files: Iterable[str], left_out: LeftOut) -> None:
+    """Count and name what lies beside these files, paths below RAW, in RAW and in the folders that hold them."""
+    inside: dict[str, list[str]] = {}
+    for path in files:
+        name, _, rest = path.partition("/")
+        inside.setdefault(name, []).extend([rest] if rest else [])
+    for name, used in sorted(inside.items()):
+        if used:
+            Folder.of(folder.path / name).ignore(left_out, used)
+    folder.ignore(left_out, inside)
 
 
 def split_of(name: str) -> str:
-    """imagenet1k-validation-00.tar → val; empty where the name tells none."""
-    words = re.findall("[a-z]+", name.lower())
-    told = [SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS]
-    begins = [split for word, split in SPLIT_FOLDERS.items() if name.lower().startswith(word)]
-    return (told + begins + [""])[0]
+    """Return the split that a name tells: imagenet1k-validation-00.tar → val; empty where it tells none."""
+    words = [word for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_FOLDERS]
+    words += [word for word in SPLIT_FOLDERS if name.lower().startswith(word)]
+    return SPLIT_FOLDERS[words[0]] if words else ""
 
 
-def _add_shard(
-    sources: Sources, file: Location, path: str, split: str, listing: Listing, labels: dict[str, str]
-) -> None:
-    samples = _samples(listing, path, sources.ignored)
+def _add_shard(sources: Sources, folder: Folder, path: str, split: str, listings: ListingCache) -> None:
+    file = folder.path / path
+    samples = _samples(listings.listing(file, sources.ignored.add), path, sources.ignored)
     with storage.opened(file) as (read, _):
         for sample in samples.values():
-            if sample.picture is None:
-                continue
-            name, offset, size = sample.picture
-            label = _label(sample, read)
-            if label is None and split != "test":
-                sources.ignored.add("picture without a label in .cls or .json", f"{path}/{name}")
-                continue
-            wnid = None if label is None else labels.setdefault(label, label)
-            sources.images.append(RawImage(split, f"{path}/{name}", wnid, str(file), offset, size))
+            if picture := sample.get("picture"):
+                name = f"{path}/{picture.name}"
+                label = _label(sample, read)
+                if label is None and split != "test":
+                    sources.ignored.add("picture without a label in .cls or .json", name)
+                else:
+                    sources.images.append(RawImage(split, name, label, str(file), picture.offset, picture.size))
 
 
-def _samples(listing: Listing, path: str, left_out: LeftOut) -> dict[str, _Sample]:
-    """By KEY: the name up to the first dot of its last part, as WebDataset has it."""
+def _samples(members: Iterable[Member], path: str, left_out: LeftOut) -> dict[str, _Sample]:
+    """Return the samples by KEY: the name up to the first dot of its last part, as WebDataset has it."""
     samples: dict[str, _Sample] = {}
-    for name, offset, size in listing:
-        above, slash, last = name.rpartition("/")
+    for member in members:
+        above, slash, last = member.name.rpartition("/")
         stem, _, extension = last.partition(".")
         extension = extension.lower()
-        sample = samples.setdefault(above + slash + stem, _Sample())
-        if extension == "cls" and size <= 4 * MAX_LABEL:
-            sample.cls = (offset, size)
-        elif extension == "json" and size <= MAX_JSON:
-            sample.json = (offset, size)
+        sample = samples.setdefault(above + slash + stem, {})
+        if member.size <= MAX_SIZES.get(extension, -1):
+            sample[extension] = member
         elif f".{extension}" not in SUFFIXES or not stem:
-            left_out.add(f".{extension}"[:20] + " in a shard", f"{path}/{name}")
-        elif sample.picture:
-            left_out.add("second picture of one sample", f"{path}/{name}")
+            left_out.add(f".{extension}"[:20] + " in a shard", f"{path}/{member.name}")
+        elif "picture" in sample:
+            left_out.add("second picture of one sample", f"{path}/{member.name}")
         else:
-            sample.picture = (name, offset, size)
+            sample["picture"] = member
     return samples
 
 
-def _label(sample: _Sample, read: Callable[[int, int], bytes]) -> str | None:
-    """The label as text; None where there is none that can be used (−1 is WebDataset's word for none)."""
-    text = ""
+def _label(sample: _Sample, read: Read) -> str | None:
+    """Return the label as text; None where there is none that can be used (−1 is WebDataset's word for none)."""
+    member = sample.get("cls") or sample.get("json")
+    if member is None:
+        return None
     try:
-        if sample.cls:
-            offset, size = sample.cls
-            text = read(size, offset).decode("utf-8").strip()
-        elif sample.json:
-            offset, size = sample.json
-            body = json.loads(read(size, offset))
-            value = body.get("label") if isinstance(body, dict) else None
-            if isinstance(value, (int, str)) and not isinstance(value, bool):
-                text = str(value).strip()
+        data = read(member.size, member.offset)
+        if "cls" in sample:
+            text = data.decode("utf-8").strip()
+        else:
+            body = json.loads(data)
+            label = body.get("label") if isinstance(body, dict) else None
+            text = str(label).strip() if isinstance(label, (int, str)) and not isinstance(label, bool) else ""
     except (ValueError, RecursionError):
         return None
-    if not text.isprintable() or not 0 < len(text) <= MAX_LABEL or text == "-1":
-        return None
-    return text
+    usable = text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1"
+    return text if usable else None
 
 
 def _name_classes(sources: Sources, raw: Location, lists: list[str]) -> None:
-    """Labels as they stand → class names."""
-    labels = sources.images.wnids
-    named = list(_listed(raw, lists))
-    if not all(_NUMBER.fullmatch(label) for label in labels):
-        words = {record.wnid: record.words for record in named}
+    """Give the classes, so far named by the labels as they stand, the names that a file in RAW has for them."""
+    labels, named = sources.images.wnids, _read_class_list(raw / lists[0]) if lists else {}
+    words = {name: text for name, text, _ in named.values()}
+    ids = {name: number for name, _, number in named.values() if number is not None}
+    if not all(NUMBER.fullmatch(label) for label in labels):
         sources.classes = ranked(labels, words, {})
         return
     numbers = {label: int(label) for label in labels}
-    width = len(str(max(numbers.values(), default=0)))
-    by_number = {record.label: record for record in named}
-    if by_number and (beyond := sorted(set(numbers.values()) - by_number.keys())):
+    if named and (beyond := sorted(set(numbers.values()) - named.keys())):
         raise SourceError(
-            f"{raw / lists[0]}: names the classes 0 to {max(by_number)}, but a shard has the label {beyond[0]}; "
+            f"{raw / lists[0]}: names the classes 0 to {max(named)}, but a shard has the label {beyond[0]}; "
             f"correct {lists[0]} or remove it"
         )
-    names = {label: by_number[n].wnid if by_number else f"{n:0{width}d}" for label, n in numbers.items()}
+    width = len(str(max(numbers.values(), default=0)))
+    names = {label: named[n][0] if named else f"{n:0{width}d}" for label, n in numbers.items()}
     sources.images.rename_classes(names.__getitem__)
-    words = {record.wnid: record.words for record in named}
-    ids = {record.wnid: record.devkit_id for record in named if record.devkit_id is not None}
     sources.classes = ranked(words or names.values(), words, ids)
 
 
-def _listed(raw: Location, lists: list[str]) -> Iterator[ClassRecord]:
-    """The classes that dataset.json (a dataset directory of ours) or else classes.txt names, by number."""
-    if FILE_NAME in lists:
+def _read_class_list(file: Location) -> dict[int, Named]:
+    """Return the classes of dataset.json (a dataset directory of ours) or of classes.txt, by number.
+
+    In classes.txt, line i names class i − 1: a wnid, with words or without; else the words are the name. Where two
+    classes have the same words ("crane"), their numbers keep the names apart.
+    """
+    if file.name == FILE_NAME:
         try:
-            for record in json.loads(read_text(raw / FILE_NAME))["classes"]:
-                yield ClassRecord(int(record["label"]), str(record["wnid"]), str(record["words"]), record["devkit_id"])
+            records = json.loads(read_text(file))["classes"]
+            return {int(r["label"]): (str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise SourceError(f"{raw / FILE_NAME}: has no list of classes as ours have; remove it") from error
-    elif CLASSES in lists:
-        for number, (name, words) in enumerate(read_class_list(raw / CLASSES)):
-            yield ClassRecord(number, name, words, None)
+            raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
+    lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    if "" in lines:
+        raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
+    classes: dict[int, Named] = {}
+    for number, line in enumerate(lines):
+        if match := WNID_LINE.fullmatch(line):
+            classes[number] = (match[1], match[2] or match[1], None)
+        else:
+            classes[number] = (f"{line} ({number})" if lines.count(line) > 1 else line, line, None)
+    if len({name for name, *_ in classes.values()}) != len(classes):
+        raise SourceError(f"{file}: names one wnid twice; each line must name a class of its own")
+    return classes
