@@ -52,5 +52,5 @@ def test_imports(unit: str):
 
 def test_files_hold_one_noun():
     files = [path for folder in ("pipeline", "trainer", "tools") for path in (ROOT / folder).rglob("*.py")]
-    too_long = {str(path): n for path in files if (n := len(path.read_text().splitlines())) > 300}
+    too_long = {str(path): n for path in files if (n := len(path.read_text().splitlines())) > 350}
     assert not too_long
