@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK
 from pipeline.image import encode, rescaled
 from pipeline.manifest import Manifest
+from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan
 from pipeline.offline.shards import Outcome
 
@@ -89,16 +91,18 @@ def duration(seconds: float) -> str:
 
 
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:
-    """Rescale a few training images, drawn evenly, and print the size and the time of the build. Writes nothing."""
+    """Rescale a few training images, drawn evenly, and print the size and the time of the build. Writes nothing to DATASET."""
     count = len(plan.splits["train"])
-    indexes = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int)).tolist()
-    started, size, skipped = time.perf_counter(), 0, len(indexes)
-    for index in indexes:
-        (image,) = plan.part("train", index, index + 1)
-        with suppress(ImageError):
-            pixels = rescaled(image.raw.read(), plan.recipe)
-            skipped -= 1
-            size += TAR_BYTES + len(encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling))
+    indexes = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int))
+    with temporary_copy(plan.images, plan.splits["train"][indexes]) as images:
+        plan = replace(plan, images=images)
+        started, size, skipped = time.perf_counter(), 0, len(indexes)
+        for index in indexes.tolist():
+            (image,) = plan.part("train", index, index + 1)
+            with suppress(ImageError):
+                pixels = rescaled(image.raw.read(), plan.recipe)
+                jpeg = encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling)
+                skipped, size = skipped - 1, size + TAR_BYTES + len(jpeg)
     speed = len(indexes) / (time.perf_counter() - started)  # images per second of one worker
     images = sum(map(len, plan.splits.values()))
     size, seconds = images * size // len(indexes), images / speed / workers

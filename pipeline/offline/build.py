@@ -163,8 +163,8 @@ def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) 
 
 def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
     """Return the plan with the parquet rows of these shards copied into `root`/.build; any other plan as it is."""
-    indices = np.concatenate([plan.splits[slot.split][slot.start : slot.stop] for slot in chosen])
-    return replace(plan, images=spool(plan.images, indices, root / BUILD_FOLDER))
+    indices = [plan.splits[slot.split][slot.start : slot.stop] for slot in chosen] or [np.empty(0, np.uint32)]
+    return replace(plan, images=spool(plan.images, np.concatenate(indices), root / BUILD_FOLDER))
 
 
 def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:

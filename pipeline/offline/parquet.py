@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,13 @@ def read(folder: Folder, listings: ListingCache) -> Sources:
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
     sources.notes.append(f"{note}: up to {sources.images.sizes.sum() / 1e6:,.0f} MB")
     return sources
+
+
+@contextmanager
+def temporary_copy(images: RawTable, indices: np.ndarray) -> Iterator[RawTable]:
+    """Yield the table that `spool` returns for a temporary folder."""
+    with TemporaryDirectory(prefix="penstock-") as folder:
+        yield spool(images, indices, Path(folder))
 
 
 def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.image import codec_versions, rescaled
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse
 from pipeline.offline import executors
 from pipeline.offline.build import SKIPPED_FILE, merge_split, shard_tasks, summary_files, write_manifest
+from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan, Slot, differences, slots
 from pipeline.offline.shards import BUILD_FOLDER, Record, load_record, load_samples, write_shard
 from pipeline.offline.statistics import Sums, finish
@@ -125,23 +126,28 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
 def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums]:
     """Return key → split of each skipped image that decodes by now, and the sums over those of the training split."""
     skipped = {line["key"] for line in _skipped(dataset)}
+    again = [  # split, position in it, key
+        (slot.split, position, key)
+        for slot in slots(plan)
+        for position, key in enumerate(plan.slot_keys(slot), slot.start)
+        if key in skipped
+    ]
+    if gone := skipped - {key for *_, key in again}:
+        raise RepairError(f"{dataset.root}: RAW no longer has the skipped image {min(gone)}; nothing was changed")
     gained: dict[str, str] = {}
     sums = Sums.zero(plan.recipe.statistics_size)
-    for slot in slots(plan):
-        for position, key in enumerate(plan.slot_keys(slot), slot.start):
-            if key not in skipped:
-                continue
-            skipped.remove(key)
-            (image,) = plan.part(slot.split, position, position + 1)
+    indices = np.array([plan.splits[split][position] for split, position, _ in again], np.uint32)
+    with temporary_copy(plan.images, indices) as images:
+        plan = replace(plan, images=images)
+        for split, position, key in again:
+            (image,) = plan.part(split, position, position + 1)
             try:
                 pixels = rescaled(image.raw.read(), plan.recipe)
             except ImageError:
                 continue
-            gained[key] = slot.split
-            if slot.split == "train":
+            gained[key] = split
+            if split == "train":
                 sums.add(pixels)
-    if skipped:
-        raise RepairError(f"{dataset.root}: RAW no longer has the skipped image {min(skipped)}; nothing was changed")
     return gained, sums
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline import SourceError, UserError, storage
 from pipeline.decode import ImageError
-from pipeline.files import HashingFile, add_tar_member, write_aside, write_bytes_aside
+from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside, write_bytes_aside
 from pipeline.image import codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe, ShardRecord, canonical_json
 from pipeline.offline.plan import PlannedImage
