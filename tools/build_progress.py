@@ -91,7 +91,7 @@ def duration(seconds: float) -> str:
 
 
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:
-    """Rescale a few training images, drawn evenly, and print the size and the time of the build. Writes nothing to DATASET."""
+    """Rescale a few training images, drawn evenly, and print the size and time of the build. DATASET stays untouched."""
     count = len(plan.splits["train"])
     indexes = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int))
     with temporary_copy(plan.images, plan.splits["train"][indexes]) as images:
@@ -104,8 +104,8 @@ def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None
                 jpeg = encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling)
                 skipped, size = skipped - 1, size + TAR_BYTES + len(jpeg)
     speed = len(indexes) / (time.perf_counter() - started)  # images per second of one worker
-    images = sum(map(len, plan.splits.values()))
-    size, seconds = images * size // len(indexes), images / speed / workers
+    total = sum(map(len, plan.splits.values()))
+    size, seconds = total * size // len(indexes), total / speed / workers
     if as_json:
         tried = {"tried": len(indexes), "skipped": skipped, "images_per_second": speed}
         print_event("estimate", shards=shards, **tried, seconds=seconds, bytes=size)

@@ -126,9 +126,7 @@ def _sweep_if_alone(lock: IO[str], plan: Plan, root: Path) -> None:
     except BlockingIOError:
         return
     ours = ["*.tmp", *(f"{split}/*.tmp" for split in plan.splits)]
-    ours += [
-        f"{BUILD_FOLDER}/{name}*.tmp" for name in ("*.npz", "*.tar", PLAN_FILE)
-    ]  # listings are written without the lock
+    ours += [f"{BUILD_FOLDER}/{name}*.tmp" for name in ("*.npz", "*.tar", PLAN_FILE)]
     for path in (path for pattern in ours for path in root.glob(pattern)):
         path.unlink(missing_ok=True)
 
