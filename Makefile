@@ -1,5 +1,7 @@
 # The commands of the README. Each target sets up .venv first, if that is not done already.
 PY := .venv/bin/python
+# test processes at a time
+JOBS := 2
 
 .PHONY: help setup demo test proof slow gpu lint docker clean
 
@@ -21,7 +23,7 @@ demo: setup
 	@$(PY) tools/demo.py $(if $(value RAW),'$(subst ','\'',$(value RAW))') $(if $(LIMIT),--limit $(LIMIT))
 
 test: setup
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 proof: setup
 	@$(PY) -m pytest -q -m 'proof and not slow'

@@ -16,7 +16,7 @@ ALLOWED = {  # module or package → what of ours it may import, beside pipeline
     "pipeline.files": {"storage", "volumes"},
     "pipeline.cli": {"storage", "volumes"},
     "pipeline.manifest": {"storage", "volumes", "files"},
-    "pipeline.archives": {"storage", "files", "cli"},
+    "pipeline.archives": {"storage", "files", "cli", "manifest"},
     "pipeline.decode": set(),
     "pipeline.image": {"decode", "manifest"},
     "pipeline.offline": set(OWN),

@@ -95,6 +95,7 @@ def test_masks_are_those_of_the_place_in_the_global_batch():
     assert masks(1, 2, 9, {}, 0.5) == {}
 
 
+@pytest.mark.proof  # compiles
 def test_masks_for_a_gpu_are_those_of_the_host():
     """The same words by torch's integers, eager and compiled, on a CPU; seeds and counters that set every upper bit."""
     for seed, step, threshold in ((9, 4, 2**31), (2**64 - 1, 2**31 - 1, 2**31), (9, 5, 2**30)):

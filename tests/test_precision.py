@@ -87,6 +87,7 @@ def test_channels_last_gives_the_same_numbers(name: str):
         assert apart(gradient, exact[key]) < 1e-4, key
 
 
+@pytest.mark.proof  # compiles
 def test_compiled_segments_give_the_same_numbers():
     """Two columns of two segments, each whole: a training step, and testing with another size of the batch."""
     model = narrow("original", 'model.order=["conv1", "fc8"]', "model.size=40").model

@@ -198,6 +198,7 @@ def test_results_come_while_pictures_are_still_found(world: World):
     assert next(taken) <= 3 * BATCH_SIZE["ten"] + 2 * THREADS + 1
 
 
+@pytest.mark.proof
 def test_a_closed_pipe_ends_quietly(world: World):
     command = [sys.executable, "-m", "trainer", "predict", str(world.raw / "val"), "--data", str(world.data)]
     command += ["--checkpoint", str(world.run), "--devices", "cpu,cpu"]
@@ -210,6 +211,7 @@ def test_a_closed_pipe_ends_quietly(world: World):
     assert process.returncode == 128 + 13
 
 
+@pytest.mark.proof
 def test_a_closed_stdout_is_no_terminal(world: World):
     command = [sys.executable, "-m", "trainer", "predict", str(world.raw / "val"), "--data", str(world.data)]
     command += ["--checkpoint", str(world.run), "--devices", "cpu,cpu"]

@@ -89,11 +89,15 @@ def test_lighting_ends_when_the_recipe_says(dataset: Path):
     assert same == [False] * 4 + [True] * 4
 
 
+@pytest.mark.proof
 def test_training_learns(dataset: Path, tmp_path: Path):
-    """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart."""
+    """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
+
+    At this rate seeds 1, 2 and 2012 learn on Intel and AMD processors, whose last bits differ; at half of it not all do.
+    """
     widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
     more = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
-    settings = [*more, "model.dropout=0.0", "optim.lr=0.005", "train.validate_every=80"]
+    settings = [*more, "model.dropout=0.0", "optim.lr=0.01", "train.validate_every=80"]
     assert train(dataset, tmp_path / "run", 80, *settings).exit_code == 0
     lines = read(tmp_path / "run")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]

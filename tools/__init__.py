@@ -1,1 +1,1 @@
-"""What a person runs: thin commands around `pipeline` and `trainer`."""
+"""Commands that a person runs: thin layers over `pipeline` and `trainer`."""

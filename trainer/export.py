@@ -122,7 +122,9 @@ def export(run: Path, data: Path, out: Path) -> Exported:
         try:
             import_module(package)
         except ImportError as error:
-            raise UserError(f"trainer export needs {package}: pip install 'penstock-imagenet[export]'") from error
+            raise UserError(
+                f"trainer export needs the package {package}: pip install 'penstock-imagenet[export]'"
+            ) from error
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
     recipe, classes = checkpoint.recipe, len(checkpoint.classes)
     network = load_network(checkpoint, dataset, (torch.device("cpu"),) * recipe.model.columns, run)
