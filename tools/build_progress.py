@@ -49,17 +49,14 @@ class BuildProgress:
             self._raw_bytes += outcome.raw_bytes
         figures = self.figures()
         if self._as_json:
-            return print_event(
-                "shard", name=outcome.name, images=outcome.images, skipped=dict(outcome.skipped), **figures
-            )
+            return print_event("shard", name=outcome.name, images=outcome.images, skipped=outcome.skipped, **figures)
         note = _speed(figures) + (f", {self._skipped.total():,} skipped" if self._skipped else "")
         self._show("images", self._images, self._total, note)
         if not sys.stderr.isatty() and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            rate = figures["images_per_second"]
-            left = _duration((self._total - self._images) / rate) if rate else "?"
-            share = 100 * self._images / self._total
-            click.echo(f"{self._images:,} of {self._total:,} images ({share:.1f} %), {note}, {left} left")
+            share, rate = self._images / self._total, figures["images_per_second"]
+            left = timedelta(seconds=round((self._total - self._images) / rate)) if rate else "?"
+            click.echo(f"{self._images:,} of {self._total:,} images ({100 * share:.1f} %), {note}, {left} left")
 
     def figures(self) -> dict[str, Any]:
         """Return counts and speeds of this run; what an earlier run had built is not in the speeds."""
@@ -82,16 +79,11 @@ def _speed(figures: Mapping[str, Any]) -> str:
     return f"{figures['images_per_second']:,.0f} images/s, {figures['megabytes_per_second']:,.0f} MB/s"
 
 
-def _duration(seconds: float) -> timedelta:
-    """Return a duration that is printed as H:MM:SS."""
-    return timedelta(seconds=round(seconds))
-
-
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:
     """Rescale a few training images, drawn evenly, and print what they foretell: the size and time of the build."""
     count = len(plan.splits["train"])
     indexes = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int))
-    tried, size, skipped = len(indexes), 0, len(indexes)
+    tried, sizes = len(indexes), []
     with temporary_copy(plan.images, plan.splits["train"][indexes]) as images:
         plan = replace(plan, images=images)
         started = time.perf_counter()
@@ -100,16 +92,17 @@ def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None
             with suppress(ImageError):
                 pixels = rescaled(image.raw.read(), plan.recipe)
                 jpeg = encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling)
-                skipped, size = skipped - 1, size + TAR_BYTES + len(jpeg)
+                sizes.append(TAR_BYTES + len(jpeg))
         rate = tried / (time.perf_counter() - started)  # images per second of one worker
-    total = sum(map(len, plan.splits.values()))
-    size, seconds = total * size // tried, total / rate / workers
+    total, skipped = sum(map(len, plan.splits.values())), tried - len(sizes)
+    size, seconds = total * sum(sizes) // tried, total / rate / workers
     if as_json:
         counts = {"shards": shards, "tried": tried, "skipped": skipped}
         return print_event("estimate", **counts, images_per_second=rate, seconds=seconds, bytes=size)
+    duration = timedelta(seconds=round(seconds))
     click.echo(
-        f"would write {shards:,} shards, about {size / 1e9:,.1f} GB, in about {_duration(seconds)} with {workers} "
-        f"workers (from {tried} images tried here: {skipped} of them would be skipped, {rate:,.0f} images/s a worker)"
+        f"would write {shards:,} shards, about {size / 1e9:,.1f} GB, in about {duration} with {workers} workers "
+        f"(from {tried} images tried here: {skipped} of them would be skipped, {rate:,.0f} images/s a worker)"
     )
 
 
@@ -125,5 +118,5 @@ def print_closing_table(built: Manifest, reasons: Mapping[str, Counter[str]], fi
         table.add_row(name, f"{split.samples:,}", f"{split.skipped:,}", f"{len(split.shards):,}", size, because)
     Console(width=None if Console().is_terminal else 120, highlight=False).print(table)
     colour = ", ".join(f"{value:.1f}" for value in built.statistics_summary["mean_color"])
-    rates = f"{_speed(figures)}, {_duration(figures['seconds'])}; " if figures else ""
-    click.echo(f"mean colour (RGB) {colour}; {rates}{built.root / 'dataset.json'}")
+    speed = f"{_speed(figures)}, {figures['seconds']:,.1f} s; " if figures else ""
+    click.echo(f"mean colour (RGB) {colour}; {speed}{built.root / 'dataset.json'}")
