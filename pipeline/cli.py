@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from pipeline import UserError, volumes
-from pipeline.storage import Location, location
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Command(click.Command):
@@ -23,64 +24,37 @@ class Command(click.Command):
         self._interrupted = f"; {interrupted}" if interrupted else ""
 
     def invoke(self, ctx: click.Context) -> Any:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number, handler in before.items():
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in handlers.items():
             if handler != signal.SIG_IGN:  # as nohup and a shell's `&` have it
                 signal.signal(number, _interrupt)
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            raise _Failure("; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code) from error
-        except BrokenPipeError:
-            discard_stdout()
+        except BrokenPipeError:  # `| head`: what Python still flushes at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(128 + signal.SIGPIPE) from None
+        except UserError as error:
+            message, code = "; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code
         except OSError as error:
             if error.strerror is None:
                 raise
-            raise _Failure(volumes.explained(error), UserError.exit_code) from error
-        except _Terminated as error:
-            raise _Failure(f"terminated{self._interrupted}", 128 + signal.SIGTERM) from error
+            message, code = volumes.explained(error), UserError.exit_code
         except KeyboardInterrupt as error:
-            raise _Failure(f"interrupted{self._interrupted}", 128 + signal.SIGINT) from error
+            number = error.args[0] if error.args else signal.SIGINT
+            ending = "terminated" if number == signal.SIGTERM else "interrupted"
+            message, code = ending + self._interrupted, 128 + number
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-class Place(click.ParamType):
-    """A path, or the URL of an object store, as a `storage.Location`."""
-
-    name = "path or URL"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Location:
-        try:
-            return location(value)
-        except UserError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Terminated(BaseException):
-    """SIGTERM as an exception, so that open files are closed and temporary files deleted."""
-
-
-class _Failure(click.ClickException):
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(printable(message))
-        self.exit_code = exit_code  # type: ignore[misc]
+        click.echo(f"Error: {printable(message)}", err=True)
+        ctx.exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise the signal as an exception, once: a second Ctrl-C must not interrupt the deletion of temporary files."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
-
-
-def discard_stdout() -> None:
-    """Send what is still printed to nowhere, once the reader of stdout has gone (`| head`)."""
-    descriptor = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(descriptor, sys.stdout.fileno())
-    os.close(descriptor)
+    """Raise KeyboardInterrupt, once: a second signal must not interrupt the deletion of temporary files."""
+    for ignored in SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 def printable(text: str, limit: int = 0) -> str:
@@ -90,19 +64,21 @@ def printable(text: str, limit: int = 0) -> str:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function (task, done, total) that draws a bar for each task if stderr is a terminal, else nothing."""
-    from rich.console import Console  # here, for who wants only `printable`
-    from rich.markup import escape
-    from rich.progress import Progress, TaskID
+def progress_bars() -> Iterator[Callable[..., None]]:
+    """Yield show(task, done, total, note=""), which draws a bar for each task if stderr is a terminal, else nothing."""
+    from rich import markup, progress  # here, for who wants only `printable`
+    from rich.console import Console
 
-    tasks: dict[str, TaskID] = {}
+    tasks: dict[str, progress.TaskID] = {}
+    bar, count, left = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    columns = ("{task.description}", bar, count, "{task.fields[note]}", left)
     # not rich's own opinion: FORCE_COLOR, which CI services set, makes a pipe a terminal in its eyes
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+    shown = sys.stderr.isatty()
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bars:
 
-        def show(task: str, done: int, total: int) -> None:
+        def show(task: str, done: int, total: int, note: str = "") -> None:
             if task not in tasks:
-                tasks[task] = bars.add_task(escape(task), total=total)
-            bars.update(tasks[task], completed=done, total=total)
+                tasks[task] = bars.add_task(markup.escape(task), total=total, note=note)
+            bars.update(tasks[task], completed=done, note=note)
 
         yield show

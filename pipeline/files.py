@@ -40,39 +40,32 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
     that file lies in TMPDIR, and is uploaded. On any error nothing of the file stays, and an older one is untouched.
     Raises UserError: `path` is in our container and on no volume; and what `write`, the system or the store raises.
     """
-    if storage.is_remote(path):
-        return _write_remote(path, write)
-    volumes.require_kept(path)
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{ASIDE}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    remote = storage.is_remote(path)
+    folder = Path(tempfile.gettempdir()) if remote else path.parent
+    if not remote:
+        volumes.require_kept(path)
+        folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{path.name}.{secrets.token_hex(4)}{ASIDE}"
     try:
-        with open(aside, "wb", buffering=2**20) as file:
+        with open(aside, "xb", buffering=2**20) as file:
             hashing = HashingFile(file)
             write(hashing)
             file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, path)
+            if not remote:
+                os.fsync(file.fileno())
+        if remote:
+            storage.upload(aside, path)
+        else:
+            os.rename(aside, path)
+            sync_folder(folder)
     except OSError as error:
+        if remote and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = f"{folder}: {error.strerror}, for a file on its way to {path}"
+            raise UserError(f"{full}; make room, or set TMPDIR") from error
         error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
-
-
-def _write_remote(path: Location, write: Callable[[HashingFile], Any]) -> dict[str, Any]:
-    try:
-        with tempfile.NamedTemporaryFile(prefix="penstock-", suffix=ASIDE) as file:
-            hashing = HashingFile(file)
-            write(hashing)
-            file.flush()
-            storage.upload(Path(file.name), path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        full = f"{tempfile.gettempdir()}: {error.strerror}, for a file on its way to {path}"
-        raise UserError(f"{full}; make room, or set TMPDIR") from error
     return {"bytes": hashing.bytes, "sha256": hashing.sha256()}
 
 
@@ -103,10 +96,10 @@ def sweep(folder: Location) -> int:
     """Delete what killed writers left in `folder` (remotely, below it too) while nobody writes; return how many."""
     if storage.is_remote(folder):
         return storage.abandon_uploads(folder)
-    asides = [path for path in folder.glob(f"*{ASIDE}") if path.is_file()]
-    for path in asides:
+    leftovers = [path for path in folder.glob(f"*{ASIDE}") if path.is_file()]
+    for path in leftovers:
         path.unlink(missing_ok=True)
-    return len(asides)
+    return len(leftovers)
 
 
 def add_tar_member(out: HashingFile, name: str, data: bytes) -> int:

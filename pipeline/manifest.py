@@ -4,8 +4,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,8 @@ class ShardRecord:
     name: str
     samples: int
     bytes: int
-    sum_color: tuple[int, int, int]
-    second_moments: tuple[tuple[int, int, int], ...]  # (3, 3): sum over pixels of x·xᵀ
+    sum_color: Sequence[int]  # (3,)
+    second_moments: Sequence[Sequence[int]]  # (3, 3): sum over pixels of x·xᵀ
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,9 @@ class Manifest:
         """Return the records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
         promised, name = (self.split(split).samples,), f"{split}/samples.npy"
         samples = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
-        if samples.dtype != SAMPLE or samples.shape != promised:
-            content = f"{samples.shape} records of {samples.dtype}"
-            raise DatasetError(f"{self.root / name}: holds {content}, the manifest promises {promised} of {SAMPLE}")
+        if (samples.shape, samples.dtype) != (promised, SAMPLE):
+            content = f"{samples.shape} of {samples.dtype}, the manifest promises {promised} of {SAMPLE}"
+            raise DatasetError(f"{self.root / name}: holds {content}")
         return samples
 
     def statistics(self) -> Statistics:
@@ -164,15 +165,11 @@ class Manifest:
         return data
 
     def _body(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "recipe": asdict(self.recipe),
-            "classes": [asdict(record) for record in self.classes],
-            "splits": {name: asdict(split) for name, split in self.splits.items()},
-            "statistics": dict(self.statistics_summary),
-            "files": {name: asdict(record) for name, record in self.files.items()},
-            "built_with": dict(self.built_with),
-        }
+        """Return the content of dataset.json, but for its identity and its checksum."""
+        body = {"format": FORMAT} | asdict(replace(self, root=Path()))
+        body["statistics"] = body.pop("statistics_summary")
+        del body["root"]
+        return body
 
     def to_json(self) -> bytes:
         """Return the canonical bytes of dataset.json, with `identity`, and a `checksum` over everything but itself."""
@@ -191,8 +188,8 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     root = storage.location(root)
     path = root / FILE_NAME
     if not storage.is_dir(root):
-        build = f"build one with: python tools/build_shards.py RAW {root}"
-        raise DatasetError(f"{root}: no such directory; {build}{volumes.hint(root)}")
+        remedy = f"build one with: python tools/build_shards.py RAW {root}"
+        raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}")
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
@@ -202,9 +199,8 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     manifest = parse(data, root)
     sizes = storage.sizes(root, manifest.files)
     for name, record in manifest.files.items():
-        size = sizes.get(name)
-        if size != record.bytes:
-            state = "missing" if size is None else f"has {size} bytes"
+        if sizes.get(name) != record.bytes:
+            state = f"has {sizes[name]} bytes" if name in sizes else "missing"
             raise DatasetError(f"{root / name}: {state}, the manifest promises {record.bytes} bytes; build it again")
     return manifest
 
@@ -214,8 +210,7 @@ def parse(data: bytes, root: Location) -> Manifest:
     path = root / FILE_NAME
     try:
         body = json.loads(data)
-        checksum = body.pop("checksum")
-        version = body["format"]
+        checksum, version = body.pop("checksum"), body["format"]
         intact = data == canonical_json(body | {"checksum": checksum}) and checksum == sha256(canonical_json(body))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest ({error}); build it again") from error
@@ -228,36 +223,26 @@ def parse(data: bytes, root: Location) -> Manifest:
             root=root,
             recipe=BuildRecipe(**body["recipe"]),
             classes=tuple(ClassRecord(**record) for record in body["classes"]),
-            splits={
-                name: Split(split["samples"], split["skipped"], tuple(_shard(shard) for shard in split["shards"]))
-                for name, split in body["splits"].items()
-            },
+            splits={name: _split(**split) for name, split in body["splits"].items()},
             statistics_summary=body["statistics"],
             files={name: FileRecord(**record) for name, record in body["files"].items()},
             built_with=body["built_with"],
         )
     except (KeyError, TypeError) as error:
-        reason = f"lacks or adds a key ({error}); built by another version?"
-        raise DatasetError(f"{path}: {reason} Build it again") from error
+        raise DatasetError(f"{path}: of another version of Penstock ({error}); build it again") from error
 
 
-def _shard(record: dict[str, Any]) -> ShardRecord:
-    moments = tuple(tuple(row) for row in record["second_moments"])
-    return ShardRecord(**{**record, "sum_color": tuple(record["sum_color"]), "second_moments": moments})
+def _split(samples: int, skipped: int, shards: list[dict[str, Any]]) -> Split:
+    return Split(samples, skipped, tuple(ShardRecord(**shard) for shard in shards))
 
 
 def timm_info(splits: Mapping[str, Split]) -> bytes:
     """Return `_info.json`, by which `timm.data.create_dataset("wds/NAME", root=DATASET)` finds shards and counts."""
-    described = {
-        name: {
-            "name": name,
-            "filenames": [shard.name for shard in split.shards],
-            "shard_lengths": [shard.samples for shard in split.shards],
-            "num_samples": split.samples,
-        }
-        for name, split in splits.items()
-    }
-    return canonical_json({"splits": described})
+    infos: dict[str, Any] = {name: {"name": name, "num_samples": split.samples} for name, split in splits.items()}
+    for name, split in splits.items():
+        infos[name]["filenames"] = [shard.name for shard in split.shards]
+        infos[name]["shard_lengths"] = [shard.samples for shard in split.shards]
+    return canonical_json({"splits": infos})
 
 
 def canonical_json(value: Any) -> bytes:

@@ -27,7 +27,6 @@ from pipeline import UserError
 # For mypy a Path, as it knows the methods of both. At run time a remote UPath is no Path, but a local UPath is one.
 Location: TypeAlias = Path
 Read = Callable[[int, int], bytes]  # (size, offset) → `size` bytes, fewer only at the end of the file
-S3 = ("s3", "s3a")  # protocols
 T = TypeVar("T")
 R = TypeVar("R")
 PIECE = 16 * 2**20  # bytes of one request for a whole file, and of one part of an upload
@@ -36,6 +35,7 @@ THREADS = 16  # at some 20 ms a request, 800 requests a second; s3fs needs 1 ms 
 AHEAD_BYTES = 64 * 2**20
 TRIES, PATIENCE = 5, 60.0  # after so many tries, or seconds, no other begins
 FIRST_WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds between tries: doubled with each, and cut by up to half at random
+S3 = ("s3", "s3a")  # protocols
 # botocore tries a request 3 times, so that one bad answer does not cost a whole upload; what lasts longer, or breaks
 # amid an answer, `retried` tries again. s3fs's own 5 tries would multiply with both.
 S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
@@ -43,9 +43,9 @@ S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool
 # NoSuchUpload: the answer to our "complete" was lost and we asked again, or another deleted the parts.
 PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
 PASSING_CODES = {"BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch"}
-RAISED = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
-RAISED += [("botocore.parsers", "ResponseParserError"), ("aiohttp", "ClientError")]
 LASTING = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+FAILURES = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
+FAILURES += [("botocore.parsers", "ResponseParserError"), ("aiohttp", "ClientError")]
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}  # botocore's
 CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (public bucket: FSSPEC_S3_ANON=true)"
 
@@ -65,15 +65,15 @@ class Entry(NamedTuple):
 
 def location(text: "str | os.PathLike[str] | Location") -> Location:
     """Return the location that a path or a URL names; "file:///folder" is a local path. Raises UserError."""
-    if not isinstance(text, (str, os.PathLike)):
-        return text
-    if not (protocol := _protocol(text)):
+    if not isinstance(text, str):
+        return Path(text) if isinstance(text, os.PathLike) else text
+    protocol, url = _protocol(text), urlsplit(text)
+    if not protocol:
         return Path(text)
-    url = urlsplit(str(text))
-    if protocol == "file" and url.netloc in ("", "localhost"):
+    if "::" in text or (protocol == "file" and url.netloc) or (protocol in S3 and not url.netloc):
+        raise UserError(f"{text}: names no folder or file; a location is FOLDER, file:///FOLDER or s3://BUCKET/FOLDER")
+    if protocol == "file":
         return Path(unquote(url.path))
-    if protocol == "file" or "::" in str(text) or (protocol in S3 and not url.netloc):
-        raise UserError(f"{text}: names no place; a location is FOLDER, file:///FOLDER or s3://BUCKET/FOLDER")
     filesystem(protocol)  # raises if it is unknown
     from upath import UPath  # with fsspec 0.07 s, which local work need not wait for
 
@@ -104,9 +104,9 @@ def filesystem(protocol: str) -> Any:
     return fs
 
 
-def _protocol(text: object) -> str:
+def _protocol(text: str) -> str:
     """Return the protocol of a URL; "" for a path."""
-    match = re.match(r"([a-z][a-z0-9+.-]+)://", text) if isinstance(text, str) else None
+    match = re.match(r"([a-z][a-z0-9+.-]+)://", text)
     return match[1] if match else ""
 
 
@@ -238,9 +238,8 @@ def read_ahead(
                 ahead -= running.popleft()[1]
             running.append((task, cost, pool.submit(read, task)))
             ahead += cost
-        while running:
-            yield running[0][0], running[0][2].result()
-            running.popleft()
+        for task, _, result in running:
+            yield task, result.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -272,15 +271,13 @@ def remove_tree(folder: Location) -> None:
     if isinstance(folder, Path):
         return shutil.rmtree(folder) if folder.exists() else None
 
-    def delete(fs: Any, path: str) -> None:  # not by fs.rm: it takes [ and * in a name for a pattern
-        infos = fs.find(path, withdirs=True, detail=True)
-        folders = {name for name, info in infos.items() if info["type"] == "directory"} | {path}
-        deque(read_ahead(infos.keys() - folders, lambda name: remove(fs.unstrip_protocol(name))), maxlen=0)
-        for name in () if hasattr(fs, "call_s3") else sorted(folders, reverse=True):  # S3 has no folders
-            with suppress(FileNotFoundError):
-                fs.rmdir(name)
+    def delete(entry: Entry) -> None:
+        (remove_tree if entry.is_dir else remove)(folder / entry.name)
 
-    retried(str(folder).rstrip("/"), "delete", delete)
+    with suppress(FileNotFoundError):  # not by fs.rm: it takes [ and * in a name for a pattern
+        deque(read_ahead(scan(folder), delete), maxlen=0)
+        if _protocol(str(folder)) not in S3:  # which has no folders
+            retried(folder, "delete", lambda fs, path: fs.rmdir(path))
 
 
 def abandon_uploads(folder: Location) -> int:
@@ -288,8 +285,10 @@ def abandon_uploads(folder: Location) -> int:
 
     def abandon(fs: Any, path: str) -> int:
         bucket, _, key = path.partition("/")
-        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "")
-        for item in (uploads := answer.get("Uploads", [])):
+        uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "").get(
+            "Uploads", []
+        )
+        for item in uploads:
             with suppress(FileNotFoundError):  # it was completed or deleted meanwhile
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
         return len(uploads)
@@ -304,12 +303,14 @@ def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
     url, tries, began = str(remote), 0, time.monotonic()
     fs = filesystem(_protocol(url))
     path = fs._strip_protocol(url) + ("/" if url.endswith("/") else "")
+    # the exceptions of optional packages count where the package is imported
+    raised = [getattr(sys.modules[module], name) for module, name in FAILURES if module in sys.modules]
     while True:
         try:
             tries += 1
             fs.invalidate_cache(path)  # other machines write there too
             return action(fs, path)
-        except _failures() as error:
+        except (OSError, ValueError, *raised) as error:
             seconds = time.monotonic() - began
             passes, explained = _explained(url, doing, error, f"{tries} tries in {seconds:.0f} s")
             if not passes or tries >= TRIES or seconds > PATIENCE:
@@ -317,33 +318,24 @@ def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
         time.sleep(min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """Return what file systems raise for what is not our mistake: of optional packages, of those that are imported."""
-    used = [getattr(sys.modules[module], name) for module, name in RAISED if module in sys.modules]
-    return (OSError, ValueError, *used)
-
-
 def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool, Exception]:
     """Return whether an error may pass in a moment, and the exception that tells the user of it in one line."""
-    answer: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    answer = answer if isinstance(answer, dict) else {}  # else aiohttp's
+    response: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    answer = response if isinstance(response, dict) else {}  # else aiohttp's
     code = str(answer.get("Error", {}).get("Code", ""))
     status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
-    missing = isinstance(error, FileNotFoundError)
     denied = isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in NO_CREDENTIALS
-    unanswered = not code and not status and not denied and not isinstance(error, LASTING)
+    unanswered = not (code or status or denied or isinstance(error, LASTING))
     passes = unanswered or code in PASSING_CODES or status in PASSING_STATUS
+    if isinstance(error, FileNotFoundError | FileExistsError) and not passes and code != "NoSuchBucket":
+        number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EEXIST
+        return False, OSError(number, os.strerror(number), url)
     reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:240] or type(error).__name__
     reason = reason if code in reason else f"{code}: {reason}"
     endpoint = " and AWS_ENDPOINT_URL" if url.startswith("s3") else ""
-    remedy = f"correct the URL{endpoint}"
+    remedy = "correct the URL, or create the bucket" if code == "NoSuchBucket" else f"correct the URL{endpoint}"
     if passes:
         reason, remedy = f"{reason} ({tries})", f"check the network{endpoint}, then run the same command again"
-    elif code == "NoSuchBucket":
-        remedy = "correct the URL, or create the bucket"
-    elif missing or isinstance(error, FileExistsError):
-        number = errno.ENOENT if missing else errno.EEXIST
-        return False, OSError(number, os.strerror(number), url)
     elif denied:
         reason, remedy = f"access denied ({reason})", CREDENTIALS if endpoint else "check the store's credentials"
     return passes, StorageError(f"{url}: cannot {doing}: {reason}; {remedy}")

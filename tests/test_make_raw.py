@@ -239,9 +239,9 @@ def test_mean_colours_do_not_tell_the_class() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--classes", 12], ["--classes 12", "2 to 11"]),
-        (["--train", 0], ["--train 0", "1 to"]),
-        (["--seed", 2**32], ["--seed 4294967296", "0 to 4294967295"]),
+        (["--classes", 12], ["'--classes': 12 ", "2<=x<=11"]),
+        (["--train", 0], ["'--train': 0 ", "1<=x<="]),
+        (["--seed", 2**32], ["'--seed': 4294967296 ", "0<=x<=4294967295"]),
     ],
 )
 def test_a_number_out_of_range_is_an_error_and_nothing_is_written(
@@ -249,8 +249,7 @@ def test_a_number_out_of_range_is_an_error_and_nothing_is_written(
 ) -> None:
     result = invoke(tmp_path / "out", *options)
     assert result.exit_code == 2
-    assert result.output.count("\n") == 1
-    assert all(word in result.output for word in words)
+    assert all(word in result.output.splitlines()[-1] for word in words)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import Field, fields
@@ -14,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import UserError, storage
-from pipeline.cli import Command, Place
+from pipeline.cli import Command, progress_bars
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
 from pipeline.offline import executors
@@ -81,7 +80,6 @@ RUN = [
     click.Option(
         ["--ray-address"],
         metavar="ADDRESS",
-        default=lambda: os.environ.get("RAY_ADDRESS", "auto"),
         show_default="RAY_ADDRESS, else auto",
         help="HOST:PORT of a Ray cluster's head, or auto: the cluster of this machine. RAW and DATASET then lie where "
         "each node sees them under the same path.",
@@ -95,6 +93,12 @@ RUN = [
     click.Option(["--merge"], is_flag=True, help="End a build whose parts are all built."),
     click.Option(["--dry-run"], is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
     click.Option(["--json", "as_json"], is_flag=True, help="One JSON object a line on stdout, for machines."),
+    click.Option(
+        ["--max-skipped"],
+        metavar="N|P%",
+        help="Fail where more images of a split are skipped.  [default: 0.1% of the split, at least 10]",
+    ),
+    click.Option(["--retry-skipped"], is_flag=True, help="Try again what an earlier run skipped, finished or not."),
 ]
 
 SOURCE = [
@@ -109,27 +113,18 @@ SOURCE = [
     ),
 ]
 
-SKIP = [
-    click.Option(
-        ["--max-skipped"],
-        metavar="N|P%",
-        help="Fail where more images of a split are skipped.  [default: 0.1% of the split, at least 10]",
-    ),
-    click.Option(["--retry-skipped"], is_flag=True, help="Try again what an earlier run skipped, finished or not."),
-]
-
 RECIPE = [recipe_option(field) for field in fields(BuildRecipe) if field.name in RECIPE_HELP]
 
 
 @click.command(
     cls=Command,
-    params=[*RUN, *SOURCE, *SKIP, *RECIPE],
+    params=[*RUN, *SOURCE, *RECIPE],
     interrupted="the finished shards stay, and the same command goes on",
 )
-@click.argument("raw", type=Place())
-@click.argument("dataset", type=Place())
+@click.argument("raw", type=str)
+@click.argument("dataset", type=str)
 @click.pass_context
-def main(context: click.Context, raw: Location, dataset: Location, **values: Any) -> None:
+def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
     RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
@@ -149,43 +144,55 @@ def main(context: click.Context, raw: Location, dataset: Location, **values: Any
       python tools/build_shards.py RAW DATASET --executor ray --ray-address HEAD:6379
     """
     recipe = BuildRecipe(**{name: values.pop(name) for name in RECIPE_HELP})
-    _require_apart(raw, dataset)
+    source, root = location(raw), location(dataset)
     if values["executor"] == "ray":
-        raw, dataset = raw.absolute(), dataset.absolute()  # the workers may have another working directory
-    run = _executor(raw, dataset, context)
+        source, root = source.absolute(), root.absolute()  # the workers may have another working directory
+    _require_apart(source, root)
+    run = _executor((source, root / BUILD_FOLDER / PLAN_FILE), values, context)
     limit = SkipLimit.parse(values["max_skipped"]) if values["max_skipped"] else SKIP_LIMIT
-    if isinstance(dataset, Path) and not values["dry_run"]:
-        require_writable(dataset)  # before RAW is listed, which may take minutes
-    sources = chosen_sources(raw, values, cache=None if values["dry_run"] else dataset / BUILD_FOLDER)
-    plan = make_plan(sources, recipe)
-    _print_plan(raw, sources, plan, values["as_json"])
+    if isinstance(root, Path) and not values["dry_run"]:
+        require_writable(root)  # before RAW is listed, which may take minutes
+    sources = chosen_sources(source, values, cache=None if values["dry_run"] else root / BUILD_FOLDER)
+    plan, as_json = make_plan(sources, recipe), values["as_json"]
+    _print_plan(source, sources, plan, as_json)
     if values["dry_run"]:
-        print_estimate(plan, len(slots(plan)), values["workers"], values["as_json"])
+        print_estimate(plan, len(slots(plan)), values["workers"], as_json)
     elif values["merge"]:
-        _finish(merge_parts(plan, dataset, limit), None, values["as_json"])
-    elif values["retry_skipped"] and is_finished(dataset):
-        _retry(plan, dataset, values)
+        _print_result(merge_parts(plan, root, limit), {}, as_json)
+    elif values["retry_skipped"] and is_finished(root):
+        built, gained = retry(parse(storage.read_bytes(root / FILE_NAME), root), plan, values["workers"])
+        if not as_json:
+            skipped = sum(split.skipped for split in built.splits.values())
+            click.echo(f"{gained:,} images that were skipped are samples now; {skipped:,} are skipped still")
+        _print_result(built, {}, as_json)
     else:
-        _build(plan, dataset, limit, values, run)
+        _build(plan, root, limit, values, run)
 
 
 def chosen_sources(raw: Location, values: Mapping[str, Any], cache: Location | None = None) -> Sources:
     """Return the sources in RAW as the options SOURCE have them, here and in tools/verify_shards.py."""
+    classes = location(values["classes"]) if values["classes"] else None
     return find_sources(
-        raw,
-        values["layout"],
-        classes=location(values["classes"]) if values["classes"] else None,
-        allow_incomplete=values["allow_incomplete"],
-        cache=cache,
+        raw, values["layout"], classes=classes, allow_incomplete=values["allow_incomplete"], cache=cache
     )
 
 
 def _require_apart(raw: Location, dataset: Location) -> None:
-    if is_remote(raw) != is_remote(dataset):
-        return
-    inside = f"{dataset}/".startswith(f"{raw}/") if is_remote(raw) else dataset.resolve().is_relative_to(raw.resolve())
-    if inside:
+    paths = [path if is_remote(path) else path.resolve() for path in (raw, dataset)]
+    if f"{paths[1]}/".startswith(f"{str(paths[0]).rstrip('/')}/"):
         raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
+
+
+def _executor(shared: tuple[Location, ...], values: Mapping[str, Any], context: click.Context) -> Run | None:
+    """Return the runner of a Ray cluster whose nodes see the paths `shared`, or None for a pool of processes."""
+    address = values["ray_address"]
+    if values["executor"] == "ray":
+        chosen = context.get_parameter_source("workers") is not ParameterSource.DEFAULT
+        at_once = values["workers"] if chosen else None
+        return partial(executors.run_on_ray, address=address, at_once=at_once, shared=shared)
+    if address:
+        raise UserError(f"--ray-address {address}: means something only with --executor ray")
+    return None
 
 
 def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
@@ -194,17 +201,9 @@ def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> N
     trained = {plan.images.wnids[number] for number in numbers if number >= 0}
     without = [record.wnid for record in plan.classes if record.wnid not in trained]
     if as_json:
-        print_event(
-            "plan",
-            layout=sources.name,
-            images=counts,
-            classes=len(plan.classes),
-            shards=len(slots(plan)),
-            notes=sources.notes,
-            left_out=dict(sources.ignored),
-            classes_without_training_image=without,
-        )
-        return
+        sizes = {"images": counts, "classes": len(plan.classes), "shards": len(slots(plan))}
+        lacks = {"left_out": dict(sources.ignored), "classes_without_training_image": without}
+        return print_event("plan", layout=sources.name, **sizes, notes=sources.notes, **lacks)
     splits = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     click.echo(f"{raw}: {sources.layout} ({sources.name}); {splits}, {len(plan.classes)} classes")
     for note in sources.notes:
@@ -216,64 +215,33 @@ def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> N
         click.echo(f"note: classes without a training image: {', '.join(without[:5])}{more}")
 
 
-def _executor(raw: Location, dataset: Location, context: click.Context) -> Run | None:
-    """Return the runner of a Ray cluster, or None for a pool of `workers` processes."""
-
-    def given(name: str) -> Any:
-        default = context.get_parameter_source(name) is ParameterSource.DEFAULT
-        return None if default else context.params[name]
-
-    if context.params["executor"] == "processes":
-        if given("ray_address"):
-            raise UserError(f"--ray-address {given('ray_address')}: means something only with --executor ray")
-        return None
-    shared = (raw, dataset / BUILD_FOLDER / PLAN_FILE)
-    return partial(executors.run_on_ray, address=context.params["ray_address"], at_once=given("workers"), shared=shared)
-
-
 def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str, Any], run: Run | None) -> None:
-    part, as_json = values["part"], values["as_json"]
+    part, retry_skipped = values["part"], values["retry_skipped"]
     shards = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
-    form = "json" if as_json else "bar" if sys.stderr.isatty() else "lines"
-    with BuildProgress(sum(shard.stop - shard.start for shard in shards), form) as progress:
-        built = build(
-            plan,
-            dataset,
-            values["workers"],
-            progress.add,
-            run=run,
-            skip_limit=limit,
-            retry_skipped=values["retry_skipped"],
-            part=part,
-        )
+    images = sum(shard.stop - shard.start for shard in shards)
+    with progress_bars() as show:
+        progress = BuildProgress(images, values["as_json"], show)
+        settings: dict[str, Any] = {"run": run, "skip_limit": limit, "retry_skipped": retry_skipped, "part": part}
+        built = build(plan, dataset, values["workers"], progress.add, **settings)
     if built:
-        _finish(built, progress, as_json)
-    elif as_json:
+        _print_result(built, progress.figures(), values["as_json"])
+    elif values["as_json"]:
         print_event("part", number=part.number, of=part.of, shards=len(shards), **progress.figures())
     else:
         click.echo(f"part {part.number} of {part.of}: {len(shards):,} shards are built; end the build with --merge")
 
 
-def _retry(plan: Plan, dataset: Location, values: Mapping[str, Any]) -> None:
-    built, gained = retry(parse(storage.read_bytes(dataset / FILE_NAME), dataset), plan, values["workers"])
-    if not values["as_json"]:
-        skipped = sum(split.skipped for split in built.splits.values())
-        click.echo(f"{gained:,} images that were skipped are samples now; {skipped:,} are skipped still")
-    _finish(built, None, values["as_json"])
-
-
-def _finish(built: Manifest, progress: BuildProgress | None, as_json: bool) -> None:
+def _print_result(built: Manifest, figures: Mapping[str, Any], as_json: bool) -> None:
+    """Print what was built, with the `figures` of a BuildProgress, if any."""
     reasons: dict[str, Counter[str]] = {split: Counter() for split in built.splits}
     for line in map(json.loads, built.read(SKIPPED_FILE).splitlines()):
         reasons[line["split"]][line["reason"]] += 1
-    figures = progress.figures() if progress else {}
     if as_json:
         splits = {
-            name: {"samples": split.samples, "skipped": dict(reasons[name]), "shards": len(split.shards)}
+            name: {"samples": split.samples, "skipped": reasons[name], "shards": len(split.shards)}
             for name, split in built.splits.items()
         }
-        print_event("done", dataset=str(built.root), identity=built.identity, splits=splits, **figures)
-        return
+        return print_event("done", dataset=str(built.root), identity=built.identity, splits=splits, **figures)
     print_closing_table(built, reasons, figures)
     if any(reasons.values()):
         click.echo(f"which images were skipped: {built.root / SKIPPED_FILE}")

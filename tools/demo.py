@@ -24,15 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("demo")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("raw", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=10),
-    default=5000,
-    show_default=True,
-    help="Use at most this many of your pictures.",
-)
+@click.option("--limit", type=click.IntRange(min=10), default=5000, help="Use at most this many of your pictures.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where NAME is made.  [default: demo]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `trainer train`; may be repeated.")
 def main(raw: Path | None, limit: int, out: Path | None, settings: tuple[str, ...]) -> None:
@@ -50,12 +44,12 @@ def main(raw: Path | None, limit: int, out: Path | None, settings: tuple[str, ..
             raise UserError(f"demo: stopped at this step ({title.lower()}), for the reason above")
         seconds[title] = time.monotonic() - started
 
-    source: object = raw.resolve() if raw and Path.cwd() != ROOT else raw
-    if raw is None:
+    if raw:
+        source = raw.resolve()
+        click.echo(f"demo: at most {limit:,} pictures of {raw}, drawn evenly over it (LIMIT=N for more)")
+    else:
         source = folder / "raw"
         step("Draw raw pictures", "tools/make_raw.py", source)
-    else:
-        click.echo(f"demo: at most {limit:,} pictures of {raw}, drawn evenly over it (LIMIT=N for more)")
     dataset, run = folder / "dataset", folder / "run"
     step("Build shards", "tools/build_shards.py", source, dataset, "--samples-per-shard", 256, "--limit", limit)
     if not manifest.load(ROOT / dataset).splits.get("val"):
@@ -81,24 +75,23 @@ def _demo_folder(raw: Path | None, out: Path) -> Path:
 
 
 def _print_table(dataset: Path, run: Path, seconds: dict[str, float]) -> None:
-    built = manifest.load(dataset)
+    built, lines = manifest.load(dataset), read(run)
     samples = sum(split.samples for split in built.splits.values())
     skipped = sum(split.skipped for split in built.splits.values())
-    lines = [line["time"] for line in read(run) if line["kind"] == "train"]
+    times = [line["time"] for line in lines if line["kind"] == "train"]
+    speed, stall = (statistics.median(time[key] for time in times) for key in ("images_per_second", "stall"))
     errors = json.loads((run / "evaluation.json").read_text())
-    speed, stall = (statistics.median(line[key] for line in lines) for key in ("images_per_second", "stall"))
     centre, ten = errors["centre"]["top1_error"], errors["ten"]["top1_error"]
+    chance = 100 - 100 / len(built.classes)
+    rate = samples / seconds["Build shards"]
     results = {
-        "Build shards": f"{samples:,} samples, {skipped} skipped, {len(built.classes)} classes, "
-        f"{samples / seconds['Build shards']:,.0f} images/s",
-        "Train": f"{read(run)[-1]['step']} steps, {speed:,.0f} images/s, stall {100 * stall:.1f} % (medians)",
-        "Evaluate": f"centre view top-1 error {centre:.1f} %, ten views top-1 error {ten:.1f} % "
-        f"(guessing: {100 - 100 / len(built.classes):.0f} %)",
+        "Build shards": f"{samples:,} samples, {skipped} skipped, {len(built.classes)} classes, {rate:,.0f} images/s",
+        "Train": f"{lines[-1]['step']} steps, {speed:,.0f} images/s, stall {100 * stall:.1f} % (medians)",
+        "Evaluate": f"centre view top-1 error {centre:.1f} %, ten views {ten:.1f} % (guessing: {chance:.0f} %)",
     }
     table = Table("step", "seconds", "result", title="demo")
-    for title, spent in seconds.items():
-        table.add_row(title, f"{spent:.0f}", results.get(title, ""))
-    table.add_row("total", f"{sum(seconds.values()):.0f}", "")
+    for title, duration in (seconds | {"total": sum(seconds.values())}).items():
+        table.add_row(title, f"{duration:.0f}", results.get(title, ""))
     Console(width=max(100, Console().width)).print(table)
     click.echo(f"The page: {run / 'report.html'}")
 

@@ -103,32 +103,21 @@ def meta_mat(classes: int, train: int) -> bytes:
     return header + out.getvalue()[116:]
 
 
-def check(out: Path, classes: int, train: int, val: int, seed: int) -> None:
-    """Raise UserError for a number out of range, or for an `out` that is neither new nor an empty directory."""
-    most_images, most_seed = 10**6, 2**32 - 1  # far above the published set; one word keeps the keys distinct
-    limits = {"classes": (classes, 2, len(CLASSES)), "train": (train, 1, most_images), "val": (val, 1, most_images)}
-    for name, (value, least, most) in {**limits, "seed": (seed, 0, most_seed)}.items():
-        if not least <= value <= most:
-            raise UserError(f"--{name} {value} is out of range: give {least} to {most}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty directory: give a new or empty one")
-
-
-@click.command(cls=Command)
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--classes", default=10, show_default=True, help=f"Number of classes, 2 to {len(CLASSES)}.")
-@click.option("--train", default=120, show_default=True, help="Training pictures per class.")
-@click.option("--val", default=20, show_default=True, help="Validation pictures per class.")
-@click.option("--seed", default=2012, show_default=True, help="The same seed draws the same bytes.")
+@click.option("--classes", type=click.IntRange(2, len(CLASSES)), default=10, help="Number of classes.")
+@click.option("--train", type=click.IntRange(1, 10**6), default=120, help="Training pictures per class.")
+@click.option("--val", type=click.IntRange(1, 10**6), default=20, help="Validation pictures per class.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=2012, help="The same seed draws the same bytes.")
 def main(out: Path, classes: int, train: int, val: int, seed: int) -> None:
     """Write a small ILSVRC2012 of drawn pictures into OUT, a new or empty directory."""
-    check(out, classes, train, val, seed)
-    files = {
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty directory: give a new or empty one")
+    files = {  # all are drawn before one is written: an interruption leaves OUT empty
         "ILSVRC2012_devkit_t12.tar.gz": devkit_tar(seed, classes, train, val),
         "ILSVRC2012_img_val.tar": val_tar(seed, classes, val),
         "ILSVRC2012_img_train.tar": train_tar(seed, classes, train),
     }
-    out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_bytes_aside(out / name, data)
     odd = odd_pictures(seed, classes, train)

@@ -1,22 +1,22 @@
 """Check every promise of a dataset directory, name the raw images that it holds twice, and repair what fails."""
 
+import itertools
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from pipeline import storage
-from pipeline.cli import Command, Place
+from pipeline.cli import Command, progress_bars
 from pipeline.files import TAR_BLOCK
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import make_plan
 from pipeline.offline.repair import repair
 from pipeline.offline.verify import Failures, check, load
-from pipeline.storage import Location
+from pipeline.storage import location
 from tools.build_shards import SOURCE, WORKERS, chosen_sources
 
 EXAMPLES = 10  # groups of duplicates that are printed
@@ -24,15 +24,11 @@ COPIES = 5  # samples of each group that are printed
 
 
 @click.command(cls=Command, params=[WORKERS, *SOURCE])
-@click.argument("dataset", type=Place())
+@click.argument("dataset", type=str)
 @click.option("--quick", is_flag=True, help="Do not decode the JPEGs.")
-@click.option(
-    "--repair", "raw", metavar="RAW", type=Place(), help="Rebuild the files that fail from the raw images in RAW."
-)
+@click.option("--repair", "raw", metavar="RAW", help="Rebuild the files that fail from the raw images in RAW.")
 @click.pass_context
-def main(
-    context: click.Context, dataset: Location, quick: bool, raw: Location | None, workers: int, **source: Any
-) -> None:
+def main(context: click.Context, dataset: str, quick: bool, raw: str | None, workers: int, **source: Any) -> None:
     """Check every promise of the dataset directory DATASET: one line for each file that breaks one.
 
     Raw images that DATASET holds more than once are named, and no failure. --repair rebuilds exactly the files that
@@ -48,11 +44,11 @@ def main(
       python tools/verify_shards.py /data/imagenet-256 --repair /data/imagenet
     """
     started = time.monotonic()
-    manifest = load(dataset)
+    manifest = load(location(dataset))
     failures = _check(manifest, quick, workers)
     failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
-        repair(manifest, failing, make_plan(chosen_sources(raw, source), manifest.recipe), workers)
+        repair(manifest, failing, make_plan(chosen_sources(location(raw), source), manifest.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(manifest, quick, workers)
     elif raw:
@@ -71,10 +67,9 @@ def main(
 
 def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
     """Check with a progress bar on a terminal, and print the failures."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task("shards", total=sum(len(split.shards) for split in manifest.splits.values()))
-        failures = check(manifest, quick=quick, workers=workers, progress=lambda: bar.advance(row))
+    total, done = sum(len(split.shards) for split in manifest.splits.values()), itertools.count(1)
+    with progress_bars() as show:
+        failures = check(manifest, quick=quick, workers=workers, progress=lambda: show("shards", next(done), total))
     for failure in failures:
         click.echo(f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {failure.reason}")
     return failures
@@ -91,8 +86,7 @@ class Copy(NamedTuple):
 def _duplicates(manifest: Manifest, failures: Failures) -> Iterator[str]:
     """Yield the lines on equal raw images, over all splits whose samples.npy holds."""
     failing = {failure.file for failure in failures}
-    splits = [split for split in manifest.splits if f"{split}/samples.npy" not in failing]
-    groups = equal_samples({split: manifest.samples(split) for split in splits})
+    groups = _equal_samples(manifest, [name for name in manifest.splits if f"{name}/samples.npy" not in failing])
     if not groups:
         return
     within = sum(len({(copy.split, copy.record["label"]) for copy in group}) < len(group) for group in groups)
@@ -107,26 +101,22 @@ def _duplicates(manifest: Manifest, failures: Failures) -> Iterator[str]:
         yield "  " + " = ".join(_name(manifest, copy, failing) for copy in group[:COPIES]) + more
 
 
-def equal_samples(samples: dict[str, np.ndarray]) -> list[list[Copy]]:
-    """Return the groups of two or more samples with equal digests, in the order of their first ones.
-
-    `samples` has, for each split, its records in the order of the ids: (n,) of SAMPLE.
-    """
-    if not samples:
-        return []
-    digests = [np.ascontiguousarray(records["digest"]).view("V16")[:, 0] for records in samples.values()]
-    _, numbers, counts = np.unique(np.concatenate(digests), return_inverse=True, return_counts=True)
-    groups: dict[int, list[Copy]] = {}  # by the number of the digest among all digests
-    for split, of_split in zip(samples, np.split(numbers, np.cumsum([len(array) for array in digests]))):
+def _equal_samples(manifest: Manifest, splits: list[str]) -> list[list[Copy]]:
+    """Return the groups of two or more samples with equal digests, in the order of their first ones."""
+    samples = [manifest.samples(split) for split in splits]
+    digests = np.concatenate([records["digest"] for records in samples] or [np.empty((0, 16), "u1")]).view("V16")[:, 0]
+    _, numbers, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    groups: defaultdict[int, list[Copy]] = defaultdict(list)  # by the number of the digest among all digests
+    for split, records, of_split in zip(splits, samples, np.split(numbers, np.cumsum([*map(len, samples)]))):
         for i in np.flatnonzero(counts[of_split] > 1).tolist():
-            groups.setdefault(int(of_split[i]), []).append(Copy(split, i, samples[split][i]))
+            groups[of_split[i]].append(Copy(split, i, records[i]))
     return list(groups.values())
 
 
 def _name(manifest: Manifest, copy: Copy, failing: set[str]) -> str:
     """Return SPLIT/LABEL KEY, the key from the header of its member; of a damaged shard, SPLIT/LABEL and the id."""
-    shard, label = f"{copy.split}/{copy.split}-{copy.record['shard']:06d}.tar", int(copy.record["label"])
-    key = f"sample {copy.id}"
+    shard = f"{copy.split}/{copy.split}-{copy.record['shard']:06d}.tar"
+    label, key = copy.record["label"], f"sample {copy.id}"
     if shard not in failing:
         header = storage.read_range(str(manifest.root / shard), int(copy.record["offset"]) - TAR_BLOCK, 100)
         key = header.decode("ascii", "replace").partition(".")[0]
