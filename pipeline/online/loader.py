@@ -3,6 +3,9 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from pipeline import UserError, manifest, storage
 from pipeline.manifest import Manifest
 from pipeline.online.augment import AlexNet, Transform
-from pipeline.online.batch import Batch, Recipe
+from pipeline.online.batch import Batch, Recipe, require_at_least, require_one_of
 from pipeline.online.cache import ShardCache
 from pipeline.online.devices import devices_of
 from pipeline.online.graph import Decoder, GraphOptions
@@ -26,7 +29,7 @@ from pipeline.online.stall import Meter, waited
 STATE = 1  # version of `Loader.state_dict`
 
 
-class Loader:
+class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
     """Streams one split of a dataset directory to a device, from batch `step` on.
 
     Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`, `nine`) visits every sample once in the
@@ -79,19 +82,11 @@ class Loader:
         cache_bytes: int = 200 * 10**9,
         **options: Any,
     ) -> None:
-        for name, number, least in (
-            ("batch_size", batch_size, 1),
-            ("readers", readers, 1),
-            ("depth", depth, 1),
-            ("threads", 1 if threads is None else threads, 1),
-            ("ranks", ranks, 1),
-            ("step", step, 0),
-            ("max_bad", max_bad, 0),
-        ):
-            if number < least:
-                raise UserError(f"{name}={number}: must be at least {least}")
-        _require_choice("feed", feed, ("split", "replicate"))
-        _require_choice("output", output, tuple(DTYPES))
+        threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        require_at_least(1, readers=readers, depth=depth, threads=threads, ranks=ranks)
+        require_at_least(0, step=step, max_bad=max_bad)
+        require_one_of(("split", "replicate"), feed=feed)
+        require_one_of(DTYPES, output=output)
         if not 0 <= hardware_share <= 1:
             raise UserError(f"hardware_share={hardware_share}: must be between 0 and 1")
         if not 0 <= rank < ranks:
@@ -110,20 +105,15 @@ class Loader:
         self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
         stored = self.manifest.recipe
         size = (stored.size, stored.size) if stored.crop == "centre" else None
-        self._sampler = Sampler(self.order, self.recipe, rank, ranks, options.get("crop_chunk", 1), size)
+        self._sampler = Sampler(self.order, self.recipe, rank, ranks, size)
         self._cache = self._shard_cache(cache, cache_bytes) if storage.is_remote(self.manifest.root) else None
-        self._reader = SampleReader(self.manifest, split, self._cache, readers)
+        self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
         self._normaliser = Normaliser(self.recipe, self._decoding, output)
-        self._graph = GraphOptions(
-            self.recipe.decoded,
-            self.recipe.resize,
-            self._normaliser.in_graph,
-            threads or len(os.sched_getaffinity(0)),
-            hardware_share,
-        )
-        self._replicate, self._depth, self._max_bad = feed == "replicate", depth, max_bad
-        self._end = None if training else self.order.steps_per_epoch
+        in_graph = self._normaliser.in_graph
+        graph = GraphOptions(self.recipe.decoded, self.recipe.resize, in_graph, threads, hardware_share)
+        self._decoder = partial(Decoder, self._decoding, graph, self._sampler.largest_part, feed == "replicate")
+        self._depth, self._max_bad = depth, max_bad
         self.meter = Meter()
         self._begin(step, ())
 
@@ -133,17 +123,14 @@ class Loader:
         self._prefetch = Prefetch(
             self._sampler,
             self._reader,
-            Decoder(self._decoding, self._graph, self._sampler.largest_part, self._replicate),
+            self._decoder(),
             self._bad,
             self._normaliser.prepare,
             step=step,
-            end=self._end,
+            end=None if self.recipe.training else self.order.steps_per_epoch,
             depth=self._depth,
             upcoming=self._upcoming if self._cache else None,
         )
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         """Return the next batch. An error of its preparation is raised here."""
@@ -153,9 +140,9 @@ class Loader:
         batch = self._prefetch.next()
         if batch is None:
             raise StopIteration
-        wait = waited(asked, time.perf_counter(), batch.times)
+        wait = waited(asked, batch.read_at, batch.decoded_at, time.perf_counter())
         after = _event(device)
-        for tensor in (batch.labels, *(tensor for tensors in batch.tensors for tensor in tensors)):
+        for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         images = {
@@ -172,7 +159,7 @@ class Loader:
     @property
     def bad(self) -> list[int]:
         """The ids of the samples that were replaced."""
-        return self._bad.ids
+        return sorted(self._bad.ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the batches that were taken: plain values. Loading it takes no longer for more steps.
@@ -202,12 +189,9 @@ class Loader:
         """End the threads, close the files, free the graphs; there is no next batch after it."""
         self._reader.stop()
         if self._cache:
-            self._cache.stop()  # so that no thread waits for a shard any more
+            self._cache.close()  # so that no thread waits for a shard any more
         self._prefetch.close()
         self._reader.close()
-
-    def __enter__(self) -> "Loader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -232,11 +216,10 @@ class Loader:
         root, shards = self.manifest.root, self.manifest.split(self.split).shards
         if folder is None:
             raise UserError(f"{root}: is remote; name a folder on this machine for its shards: cache=FOLDER")
-        largest = sorted((shard.bytes for shard in shards), reverse=True)
         in_window = -(-self.order.window * len(shards) // self.order.samples) + 1
         used = {"uniform": ("all shards", len(shards)), "shards": ("two windows", 2 * in_window)}
         name, count = used.get(self.order.kind, ("two shards", 2))
-        if (needed := sum(largest[:count])) > limit:
+        if (needed := sum(sorted(shard.bytes for shard in shards)[-count:])) > limit:
             raise UserError(
                 f"{root}: order={self.order.kind!r} has {name} in use, {needed:,} bytes, and cache_bytes={limit:,}; "
                 "raise that, or take order='shards' with a small window"
@@ -246,9 +229,7 @@ class Loader:
     def _upcoming(self, ids: np.ndarray) -> None:
         """Tell the cache which shards come, in the order of their first use."""
         assert self._cache is not None
-        shards = self._reader.records["shard"][ids]
-        numbers, first = np.unique(shards, return_index=True)
-        self._cache.ahead(numbers[np.argsort(first)].tolist())
+        self._cache.ahead(self._reader.records["shard"][ids].tolist())
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
@@ -262,25 +243,16 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
     """Return the recipe of a name for a data set. Raises UserError where its pictures do not suit, or there is none."""
-    if name == "alexnet":
-        if data.recipe.crop != "centre":
-            raise UserError(
-                f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
-                "take recipe='imagenet', or build with --crop centre"
-            )
-        _check_known(options, Transform.__dataclass_fields__)
-        return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
-    _require_choice("recipe", name, ("alexnet", "imagenet"))
-    _check_known(options, ("views",))
-    return ImageNet(seed=seed, **options)
-
-
-def _check_known(options: dict[str, Any], known: Iterable[str]) -> None:
-    for name in options:
-        if name not in known:
-            raise UserError(f"{name}={options[name]!r}: no such option; this recipe has {', '.join(known)}")
-
-
-def _require_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    require_one_of(("alexnet", "imagenet"), recipe=name)
+    known = tuple(Transform.__dataclass_fields__) if name == "alexnet" else ("views",)
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(f"{option}={value!r}: no such option; this recipe has {', '.join(known)}")
+    if name == "imagenet":
+        return ImageNet(seed=seed, **options)
+    if data.recipe.crop != "centre":
+        raise UserError(
+            f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
+            "take recipe='imagenet', or build with --crop centre"
+        )
+    return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
