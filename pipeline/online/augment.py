@@ -9,7 +9,7 @@ import numpy as np
 from pipeline import UserError
 from pipeline.manifest import Statistics
 from pipeline.online.batch import Crops, Recipe, ViewBox, require_at_least, require_one_of
-from pipeline.online.philox import LIGHTING, VIEW, key_of, philox
+from pipeline.online.philox import LIGHTING, VIEW, keyed_words
 
 VIEW_SIZE = 224  # pixels, unless one asks for others: the network's input is 224 × 224 (paper, section 3)
 LIGHTING_SD = 0.1  # paper, section 4.1
@@ -67,11 +67,7 @@ class Transform:
 
 
 class AlexNet(Recipe):
-    """The recipe of 2012 for pictures of size × size pixels; see `batch.Recipe`.
-
-    Raises:
-        UserError: pictures that no view fits in.
-    """
+    """The recipe of 2012 for pictures of size × size pixels. Raises UserError where no view fits in them."""
 
     def __init__(self, options: Transform, statistics: Statistics, size: int, seed: int) -> None:
         self.positions = _positions(options, size)
@@ -125,18 +121,17 @@ def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, owners: np.ndar
     Crop positions are uniform over 0 … positions − 1 each way; half are flipped. `owners` (n,) are the samples whose
     crop and flip are taken, where several share them; default: each its own.
     """
-    low, high = _words(ids if owners is None else owners)
-    words = philox(key_of(seed), (VIEW, epoch, low, high)).astype(np.uint64)
+    words = keyed_words(seed, VIEW, epoch, ids if owners is None else owners).astype(np.uint64)
     crop = ((words[:, :2] * np.uint64(positions)) >> np.uint64(32)).astype(np.int32)  # bias below 2⁻²⁶
     flip = (words[:, 2] >> np.uint64(31)).astype(np.int32)
-    return Draws(crop, flip, _normals(philox(key_of(seed), (LIGHTING, epoch, *_words(ids))))[:, :3])
+    return Draws(crop, flip, _normals(keyed_words(seed, LIGHTING, epoch, ids))[:, :3])
 
 
 def ten_views(size: int, view: int = VIEW_SIZE) -> list[ViewBox]:
     """Return the ten views of a picture: four corners and the centre, and their mirror images (paper, section 4.1)."""
     end, middle = size - view, (size - view) // 2
-    places = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
-    return [(top, left, flip) for flip in (False, True) for top, left in places]
+    corners = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
+    return [(top, left, flip) for flip in (False, True) for top, left in corners]
 
 
 def nine_views(size: int, view: int = VIEW_SIZE) -> list[ViewBox]:
@@ -190,18 +185,11 @@ def reference(
 def _positions(options: Transform, size: int) -> int:
     """Return how many positions a random view may start at, each way, in size × size pixels."""
     spare = options.positions == "paper"
-    positions = size - options.view + 1 - spare
-    if positions < 1:
+    if size < options.view + spare:
         build = -(-options.view * 256 // VIEW_SIZE)  # as much larger than the view as in 2012
-        raise UserError(
-            f"images of {size} pixels; a view needs {options.view + spare}; build with --size {build}, "
-            f"or take view={size - spare} or less"
-        )
-    return positions
-
-
-def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids & 0xFFFFFFFF, ids >> 32
+        remedy = f"build with --size {build}, or take view={size - spare} or less"
+        raise UserError(f"images of {size} pixels; a view needs {options.view + spare}; {remedy}")
+    return size - options.view + 1 - spare
 
 
 def _normals(words: np.ndarray) -> np.ndarray:

@@ -165,9 +165,6 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         with suppress(UserError, RuntimeError):  # a lease raises them; of other mistakes the thread too shows a trace
             try:
                 self._bring(self._sources[shard], self._files[shard], self._paths[shard], self._busy[shard])
-            except OSError as error:
-                reason = f"{error.filename or self._paths[shard]}: {error.strerror}"
-                raise UserError(f"{reason}; make room, or name another cache folder") from error
             finally:
                 with self._changed:
                     del self._busy[shard]
@@ -180,25 +177,26 @@ class ShardCache(AbstractContextManager["ShardCache"]):
 
     def _bring(self, source: str, record: FileRecord, path: Path, part: Path) -> None:
         """Put a shard in the folder, with the bytes that the manifest promises, unless it is there."""
-        with suppress(FileNotFoundError), open(path, "rb") as file:
-            if FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()) == record:
-                return
-            path.unlink()
         try:
+            with suppress(FileNotFoundError), open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
+                    return
+                path.unlink()
             for _ in range(2):  # where the store's bytes are others, ask once more
                 with open(part, "wb") as file:
                     hashing = HashingFile(file)
                     for at in range(0, record.bytes, PIECE):
                         self._require_open()
                         hashing.write(storage.read_range(source, at, min(PIECE, record.bytes - at)))
-                if FileRecord(hashing.bytes, hashing.sha256()) == record:
+                if hashing.sha256() == record.sha256:
                     with self._changed:
                         self._require_open()
                         return os.rename(part, path)  # without fsync: the next run checks what a crash leaves
             raise DatasetError(f"{source}: changed or damaged in the store; verify it with tools/verify_shards.py")
-        except FileNotFoundError as error:
-            if error.filename != source:
-                raise
-            raise DatasetError(f"{source}: missing in the store; build it again") from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and error.filename == source:
+                raise DatasetError(f"{source}: missing in the store; build it again") from error
+            reason = f"{error.filename or path}: {error.strerror}"
+            raise UserError(f"{reason}; make room, or name another cache folder") from error
         finally:
             part.unlink(missing_ok=True)

@@ -18,15 +18,6 @@ from pipeline.online.batch import Batch, Crops
 from pipeline.online.order import part
 
 CPU = torch.device("cpu")
-BYTES, INTEGER, REAL = types.DALIDataType.UINT8, types.DALIDataType.INT32, types.DALIDataType.FLOAT
-INPUTS = {  # name → type and dimensions of each sample's
-    "jpeg": (BYTES, 1),
-    "start": (INTEGER, 1),
-    "shape": (INTEGER, 1),
-    "flip": (INTEGER, 0),
-    "offset": (REAL, 1),
-    "std": (REAL, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -51,8 +42,7 @@ class Graph:
         self._options, self._device = options, device
         # On a CPU DALI's flip of bytes takes a quarter of the decoding time: `_mirror` is faster.
         self._flips = options.normalised or device.type == "cuda"
-        colours = ("offset", "std") if options.normalised else ()
-        self._names = ("start", "shape", *(("flip",) if self._flips else ()), *colours)
+        self._names = ["start", "shape"] + ["flip"] * self._flips + ["offset", "std"] * options.normalised
         self._pipeline = _built(options, batch_size, device.index if device.type == "cuda" else None, self._flips)
         self._inside: deque[tuple[list[np.ndarray], Crops]] = deque()  # DALI reads their memory, without a copy
 
@@ -67,8 +57,8 @@ class Graph:
 
     def result(self) -> Tensor:
         """Return the oldest batch's views, RGB: on a GPU ready on its current stream, else on the host."""
-        side, (jpegs, crops) = self._options.view, self._inside[0]
-        dtype = torch.float32 if self._options.normalised else torch.uint8
+        jpegs, crops = self._inside[0]
+        side, dtype = self._options.view, torch.float32 if self._options.normalised else torch.uint8
         if not jpegs:
             shape = (0, 3, side, side) if self._options.normalised else (0, side, side, 3)
             views = torch.empty(shape, dtype=dtype, device=self._device)
@@ -94,21 +84,21 @@ class Decoder:
     decodes everything (`replicate`).
     """
 
-    def __init__(
-        self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool = False
-    ) -> None:
+    def __init__(self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool) -> None:
         self._devices, self._options, self._replicate = devices, options, replicate
-        self._most = max(1, most if replicate else part(most, 0, len(devices)).stop)
+        self._most = most if replicate else -(-most // len(devices))
         self._streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
         self._inside: deque[Batch] = deque()
         self._stopped = False
-        self._graphs: list[Graph] = []
         self._build()
 
     def submit(self, batch: Batch) -> None:
         """Begin to decode a batch; it may be empty."""
         self._inside.append(batch)
-        self._start(batch)
+        n = len(batch.ids)
+        for i, graph in enumerate(self._graphs):
+            positions = slice(0, n) if self._replicate else part(n, i, len(self._graphs))
+            graph.submit(batch.jpegs[positions], batch.crops[positions])
 
     @contextmanager
     def streams(self) -> Iterator[None]:
@@ -128,8 +118,7 @@ class Decoder:
     def result(self) -> tuple[Batch, list[Tensor]]:
         """Return the oldest batch, and its views on each device: uint8 (n, h, w, 3), or float32 (n, 3, h, w).
 
-        Raises:
-            RuntimeError: it does not decode; mend it and `restart`, or give this decoder up.
+        Raises RuntimeError where it does not decode: mend it and `restart`, or give this decoder up.
         """
         parts = [graph.result() for graph in self._graphs]
         if len(parts) > 1 and not self._replicate:
@@ -156,9 +145,11 @@ class Decoder:
 
     def restart(self) -> None:
         """Decode all batches again, with new graphs: after an error DALI's are of no use."""
+        self._graphs.clear()  # before others are made: a GPU may not have room for both
         self._build()
-        for batch in self._inside:
-            self._start(batch)
+        batches, self._inside = self._inside, deque()
+        for batch in batches:
+            self.submit(batch)
 
     def stop(self) -> None:
         """Let a search for what does not decode end."""
@@ -166,22 +157,14 @@ class Decoder:
 
     def close(self) -> None:
         """Free the graphs and their memory."""
-        self._graphs = []
+        self._graphs.clear()
         self._inside.clear()
 
     def _build(self) -> None:
-        self._graphs = []  # before others are made: a GPU may not have room for both
         self._graphs = [Graph(self._options, self._most, device) for device in self._devices]
-
-    def _start(self, batch: Batch) -> None:
-        n = len(batch.ids)
-        for i, graph in enumerate(self._graphs):
-            positions = slice(0, n) if self._replicate else part(n, i, len(self._graphs))
-            graph.submit(batch.jpegs[positions], batch.crops[positions])
 
 
 def _built(options: GraphOptions, batch_size: int, device_id: int | None, flips: bool) -> Pipeline:
-    """Return a pipeline on a GPU, or on the CPU where `device_id` is None; it flips views, or leaves them."""
     # DALI then keeps the host memory of a batch for the next one: new pages would cost a twelfth of the time.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
     # With a larger depth the first schedule_run would want several batches at once; with 1 it queues any number.
@@ -190,8 +173,7 @@ def _built(options: GraphOptions, batch_size: int, device_id: int | None, flips:
     )
     with pipeline:
         jpeg, start, shape, flip, offset, std = (
-            fn.external_source(name=name, dtype=dtype, ndim=ndim, no_copy=True)
-            for name, (dtype, ndim) in INPUTS.items()
+            fn.external_source(name=name, no_copy=True) for name in ("jpeg", "start", "shape", "flip", "offset", "std")
         )
         view: Any = fn.decoders.image_slice(
             jpeg,
@@ -206,7 +188,7 @@ def _built(options: GraphOptions, batch_size: int, device_id: int | None, flips:
         if options.resize:
             view = fn.resize(view, size=[options.view] * 2, interp_type=types.DALIInterpType.INTERP_LINEAR)
         if options.normalised:
-            view = fn.crop_mirror_normalize(view, mirror=flip, mean=offset, std=std, dtype=REAL, output_layout="CHW")
+            view = fn.crop_mirror_normalize(view, mirror=flip, mean=offset, std=std, output_layout="CHW")
         elif flips:
             view = fn.flip(view, horizontal=flip, vertical=0)
         pipeline.set_outputs(view)

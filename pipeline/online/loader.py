@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline import UserError, manifest, storage
@@ -34,52 +33,34 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
     Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`, `nine`) visits every sample once in the
     order of the ids, and is over then. Use it as a context manager, so that its threads and files end with it.
-
-    Args:
-        data: a dataset directory (a path or a URL), or its loaded manifest.
-        batch_size: of the global batch, all ranks' parts together.
-        recipe: "alexnet", whose `options` are those of `augment.Transform` (views, view, mean, lighting, …); or
-            "imagenet", what torchvision and timm train with: random resized crop, flip, mean and deviation; its option
-            is `views`.
-        order, last, window: see `order.Order`. Evaluation has the fixed order.
-        rank, ranks: the part of every global batch that this loader gives, of how many.
-        device: where the images go; on a CUDA device DALI decodes there too. Several get the same images each.
-        feed: with several devices, each decodes its part of the batch ("split"), or all of it ("replicate").
-        output: "float32", "bfloat16", "float16"; or "uint8", the views as they were cut, without mean and lighting.
-        threads: DALI's; default: as many as this process may use cores.
-        readers: samples read at a time.
-        depth: batches made ready ahead of use.
-        hardware_share: of the pictures, to a GPU's hardware decoder.
-        max_bad: samples that may fail in training, and are replaced (`samples.BadSamples`); past it, an error.
-        cache, cache_bytes: of a remote data set: the folder for its shards, and how much they may take there.
-    Raises:
-        UserError: a directory that is damaged or not one, an empty split, an impossible option.
+    docs/loader.md says what the options do. Raises UserError: a directory that is damaged or not one, an empty split,
+    an impossible option.
     """
 
     def __init__(
         self,
-        data: "str | os.PathLike[str] | Manifest",
+        data: "str | os.PathLike[str] | Manifest",  # a dataset directory (a path or a URL), or its loaded manifest
         split: str = "train",
         *,
-        batch_size: int = 128,
-        recipe: str = "alexnet",
-        order: str = "uniform",
+        batch_size: int = 128,  # of the global batch, all ranks' parts together
+        recipe: str = "alexnet",  # of 2012, with the options of `augment.Transform`; or "imagenet", with `views` alone
+        order: str = "uniform",  # these three: see `order.Order`; evaluation has the fixed order
         last: str = "short",
         window: int = Order.window,
         seed: int = 2012,
         step: int = 0,
-        rank: int = 0,
+        rank: int = 0,  # the part of every global batch that this loader gives, of how many:
         ranks: int = 1,
-        device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",
-        feed: str = "split",
-        output: str = "float32",
-        threads: int | None = None,
-        readers: int = 1,
-        depth: int = 2,
-        hardware_share: float = 0.9,
-        max_bad: int = 0,
-        cache: "str | os.PathLike[str] | None" = None,
-        cache_bytes: int = 200 * 10**9,
+        device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",  # each gets the same images
+        feed: str = "split",  # of several GPUs each decodes its part of the batch; or all of it: "replicate"
+        output: str = "float32",  # "bfloat16", "float16"; or "uint8", the views as cut, without mean and lighting
+        threads: int | None = None,  # DALI's; None: as many as this process may use cores
+        readers: int = 1,  # samples read at a time
+        depth: int = 2,  # batches made ready ahead of use
+        hardware_share: float = 0.9,  # of the pictures, to a GPU's hardware decoder
+        max_bad: int = 0,  # samples that may fail in training, and are replaced (`samples.BadSamples`)
+        cache: "str | os.PathLike[str] | None" = None,  # of a remote data set: the folder for its shards
+        cache_bytes: int = 200 * 10**9,  # how much they may take there
         **options: Any,
     ) -> None:
         threads = len(os.sched_getaffinity(0)) if threads is None else threads
@@ -112,7 +93,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._normaliser = Normaliser(self.recipe, self._decoding, output)
         in_graph = self._normaliser.in_graph
         graph = GraphOptions(self.recipe.decoded, self.recipe.resize, in_graph, threads, hardware_share)
-        self._decoder = partial(Decoder, self._decoding, graph, self._sampler.largest_part, feed == "replicate")
+        self._decoder = partial(Decoder, self._decoding, graph, -(-batch_size // ranks), feed == "replicate")
         self._depth, self._max_bad = depth, max_bad
         self.meter = Meter()
         self._begin(step, ())
@@ -129,7 +110,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             step=step,
             end=None if self.recipe.training else self.order.steps_per_epoch,
             depth=self._depth,
-            upcoming=self._upcoming if self._cache else None,
+            upcoming=self._cache.ahead if self._cache else None,
         )
 
     def __next__(self) -> Batch:
@@ -162,26 +143,22 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         return sorted(self._bad.ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the batches that were taken: plain values. Loading it takes no longer for more steps.
+        """Return the state after the batches that were taken, for any number of ranks, devices, threads: plain values.
 
-        It holds for any number of ranks, devices, threads. `bad` may name samples of batches that are not taken yet.
+        `bad` may name samples of batches that are not taken yet.
         """
         return {**self._described(), "step": self._next, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the next batch is that of its step, with the same samples and pixels.
 
-        Raises:
-            UserError: it is of another data set, seed, batch size or option; the message names each.
+        Raises UserError where it is of another data set, seed, batch size or option; the message names each.
         """
         own, step = self._described(), state.get("step")
-        differing = "; ".join(
-            f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]
-        )
+        differing = [f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]]
         if differing or type(step) is not int or step < 0:
-            raise UserError(
-                f"this state is of another loader ({differing or f'step {step!r}'}); make the loader as it was"
-            )
+            reason = "; ".join(differing) or f"step {step!r}"
+            raise UserError(f"this state is of another loader ({reason}); make the loader as it was")
         self._prefetch.close()
         self._begin(step, state.get("bad", ()))
 
@@ -226,19 +203,12 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             )
         return ShardCache(self.manifest, self.split, Path(folder), limit)
 
-    def _upcoming(self, ids: np.ndarray) -> None:
-        """Tell the cache which shards come, in the order of their first use."""
-        assert self._cache is not None
-        self._cache.ahead(self._reader.records["shard"][ids].tolist())
-
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
     """Record an event on the consumer's stream."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:

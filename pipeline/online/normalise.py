@@ -45,9 +45,7 @@ class Normaliser:
 
     On a CPU the decoding thread does all of it: the graph has subtracted and divided already (`in_graph`), and only the
     mean deviation is left. On a GPU that thread sends what is needed, and the kernel runs where the images are used.
-
-    Args:
-        output: a key of `DTYPES`; "uint8" leaves the views as they were cut.
+    `output` is a key of `DTYPES`; "uint8" leaves the views as they were cut.
     """
 
     def __init__(self, recipe: Recipe, devices: tuple[torch.device, ...], output: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline import UserError
 from pipeline.online.batch import require_at_least, require_one_of
-from pipeline.online.philox import ORDER, SHARDS, key_of, philox
+from pipeline.online.philox import ORDER, SHARDS, keyed_words
 
 _BLOCK = 2**14  # draws at a time: their arrays stay in the cache
 
@@ -20,9 +20,7 @@ class Order:
         shards: the shards are shuffled, and then the samples inside each window of so many in a row; so only the
             shards that a window touches are in use at a time, which suits disks and object stores.
         fixed: the order of the build, in every epoch, as in 2012.
-
-    Raises:
-        UserError: an impossible value, or fewer samples than one batch where short ones are dropped.
+    Raises UserError: an impossible value, or fewer samples than one batch where short ones are dropped.
     """
 
     samples: int
@@ -40,10 +38,8 @@ class Order:
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed}: must be between 0 and 2⁶⁴ − 1")
         if self.last == "drop" and self.samples < self.batch_size:
-            raise UserError(
-                f"batch_size={self.batch_size}: the split has {self.samples} samples, and last='drop' leaves no batch; "
-                "take a smaller batch_size, or last='short'"
-            )
+            reason = f"the split has {self.samples} samples, and last='drop' leaves no batch"
+            raise UserError(f"batch_size={self.batch_size}: {reason}; take a smaller one, or last='short'")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,7 +72,7 @@ class Order:
         draws = np.empty(count, np.uint64)
         for start in range(0, count, _BLOCK):
             numbers = np.arange(start, min(start + _BLOCK, count))
-            words = philox(key_of(self.seed), (use, epoch, numbers & 0xFFFFFFFF, numbers >> 32))
+            words = keyed_words(self.seed, use, epoch, numbers)
             draws[numbers] = words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]
         return draws
 

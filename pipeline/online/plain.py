@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import UserError, manifest, storage
 from pipeline.online.batch import Crops, Recipe, require_at_least, require_one_of
-from pipeline.online.philox import REGION, VIEW, key_of, philox
+from pipeline.online.philox import REGION, VIEW, keyed_words
 
 if TYPE_CHECKING:
     import webdataset as wds
@@ -29,9 +29,7 @@ class ImageNet(Recipe):
     "centre" views its CenterCrop(224), which after a build with --size 256 is Resize(256) and CenterCrop(224). Both are
     normalised with ImageNet's customary mean and deviation. timm's defaults are the same views, before its colour
     jitter and but for its choice of filters.
-
-    Raises:
-        UserError: unknown views; from `crops`, a picture that no centre view fits in.
+    Raises UserError: unknown views; from `crops`, a picture that no centre view fits in.
     """
 
     view = decoded = VIEW_SIZE
@@ -64,12 +62,9 @@ def draw_regions(
     top = ⌊w₂ (height − its height + 1)/2³²⌋, and left from w₃ likewise, in integers. Where none fits, it is the largest
     window of a permitted ratio, in the centre. Mirrored where bit 31 of word 2 of (VIEW, epoch, …) is set, as in
     `augment.draw`. (exp may differ by 1 ulp between machines: one window in some 10¹³ by a pixel.)
-
-    Returns:
-        start (n, 2), shape (n, 2) in pixels and flip (n,), int32.
+    Returns start (n, 2), shape (n, 2) in pixels and flip (n,), int32.
     """
-    key, low, high = key_of(seed), ids & 0xFFFFFFFF, ids >> 32
-    words = philox(key, (REGION + (np.arange(TRIES)[:, None] << 8), epoch, low, high))  # (10, n, 4)
+    words = keyed_words(seed, REGION + (np.arange(TRIES)[:, None] << 8), epoch, ids)  # (10, n, 4)
     unit = words[..., :2] / 2.0**32
     area = sizes.prod(1) * (SCALE[0] + (SCALE[1] - SCALE[0]) * unit[..., 0])
     narrowest, widest = map(math.log, RATIO)
@@ -84,7 +79,7 @@ def draw_regions(
     positions = (sizes - shape + 1).astype(np.uint64)
     drawn = ((words[taken][:, 2:] * positions) >> np.uint64(32)).astype(np.int64)  # bias below positions/2³²
     start = np.where(fitted, drawn, (sizes - shape) // 2)
-    flip = philox(key, (VIEW, epoch, low, high))[:, 2] >> np.uint32(31)
+    flip = keyed_words(seed, VIEW, epoch, ids)[:, 2] >> np.uint32(31)
     return start.astype(np.int32), shape.astype(np.int32), flip.astype(np.int32)
 
 
@@ -95,9 +90,7 @@ def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 20
     the images stay PIL's); who gets no shard gives nothing. `shuffle`: samples in webdataset's shuffle buffer, which
     starts with at most 100; the shards of each worker are shuffled too. Every pass has another order, given by `seed`,
     as long as the workers live (persistent_workers=True). 0: the order of the build.
-
-    Raises:
-        UserError: a directory that is remote, damaged or not one; an empty split; a path that webdataset cannot open.
+    Raises UserError: a directory that is remote, damaged or not one; an empty split; a path that it cannot open.
     """
     require_at_least(0, shuffle=shuffle)
     root = storage.location(data)

@@ -28,12 +28,6 @@ class Sampler:
     ranks: int
     size: tuple[int, int] | None  # (height, width) of every stored picture; None: each has its own
 
-    @property
-    def largest_part(self) -> int:
-        """Samples of the rank's largest part of a batch."""
-        positions = part(self.order.batch_size, self.rank, self.ranks)
-        return positions.stop - positions.start
-
     def batch(self, step: int, permutation: np.ndarray) -> Batch:
         """Return the rank's part of the batch of `step` by its ids; `permutation` is that of its epoch."""
         ids, chunk = self.order.batch(step, permutation), self.recipe.chunk
@@ -49,13 +43,7 @@ class Sampler:
 
 
 class Prefetch:
-    """The batches of a sampler from `step` on, up to `end` if there is one, each ready before it is asked for.
-
-    Args:
-        prepare: turns the views of a batch on each device into `Batch.tensors`, in the decoding thread.
-        depth: batches that are made ready ahead of use.
-        upcoming: is told the ids that come, in their order, whenever an epoch begins or the next one's are known.
-    """
+    """The batches of a sampler from `step` on, up to `end` if there is one, each ready before it is asked for."""
 
     def __init__(
         self,
@@ -63,12 +51,12 @@ class Prefetch:
         reader: SampleReader,
         decoder: Decoder,
         bad: BadSamples,
-        prepare: Callable[[Batch, list[Tensor]], list[tuple[Tensor, ...]]],
+        prepare: Callable[[Batch, list[Tensor]], list[tuple[Tensor, ...]]],  # views on each device → `Batch.tensors`
         *,
         step: int,
         end: int | None,
-        depth: int,
-        upcoming: Callable[[np.ndarray], None] | None = None,
+        depth: int,  # batches that are made ready ahead of use
+        upcoming: Callable[[list[int]], None] | None,  # is told the shards of the samples that come, in their order
     ) -> None:
         self._sampler, self._reader, self._decoder, self._bad = sampler, reader, decoder, bad
         self._prepare, self._end, self._depth, self._upcoming = prepare, end, depth, upcoming
@@ -85,10 +73,7 @@ class Prefetch:
         self._fill()
 
     def next(self) -> Batch | None:
-        """Wait for the next batch, which stays the next one until `taken`; None: there is none.
-
-        What its preparation raised is raised here, again and again.
-        """
+        """Wait for the next batch, or raise what its preparation raised; it stays the next one until `taken`."""
         if self._closed:
             raise RuntimeError("the loader is closed")
         return self._ahead[0].result() if self._ahead else None
@@ -150,7 +135,7 @@ class Prefetch:
         if self._upcoming and known != self._announced:
             self._announced = known
             ids = np.concatenate([self._permutations[number].result() for number in known])
-            self._upcoming(ids[batch * order.batch_size :])
+            self._upcoming(self._reader.records["shard"][ids[batch * order.batch_size :]].tolist())
         return permutation
 
     # The decoding thread

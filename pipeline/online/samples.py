@@ -35,19 +35,15 @@ class _OpenShard:
     def __init__(self, path: Path) -> None:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise DatasetError(f"{path}: missing; build it again") from error
         except OSError as error:
-            raise DatasetError(f"{path}: {error.strerror}; let it be readable") from error
+            raise DatasetError(f"{path}: {error.strerror}; let it be readable, or build it again") from error
         weakref.finalize(self, os.close, self.descriptor)
 
 
 class SampleReader(AbstractContextManager["SampleReader"]):
-    """Reads samples of one split. Threads may share it. The last `MAX_OPEN` local shards that it used stay open.
+    """Reads samples of one split, `readers` at a time. Threads may share it.
 
-    Args:
-        lease: gives the shards of a remote data set; default: those in the dataset directory.
-        readers: reads at a time; more than one where a read takes long to answer, or one core is too slow to check.
+    `lease` gives the shards of a remote data set. Of a local one, the last `MAX_OPEN` that were used stay open.
     """
 
     def __init__(self, data: Manifest, split: str, lease: Lease | None = None, readers: int = 1) -> None:
@@ -69,10 +65,8 @@ class SampleReader(AbstractContextManager["SampleReader"]):
     def read(self, ids: np.ndarray, damaged: list[int] | None = None) -> list[np.ndarray]:
         """Return the stored JPEG of each id, in the order of `ids`: views of one buffer, uint8.
 
-        Args:
-            damaged: receives the positions in `ids` whose CRC-32 differs; without it they are errors.
-        Raises:
-            DatasetError: a shard that vanished, was cut short or changed, with its name and the sample's.
+        `damaged` receives the positions in `ids` whose CRC-32 differs; without it they are errors. Raises DatasetError:
+        a shard that vanished, was cut short or changed, with its name and the sample's.
         """
         records = self.records[ids]
         ends = np.cumsum(records["size"], dtype=np.int64).tolist()
@@ -150,11 +144,8 @@ class BadSamples:
     """Samples that cannot be used in training. The next whole sample in the order of the ids replaces each.
 
     So a batch keeps its size on every rank, and the replacement is a function of the data alone. Each rank counts those
-    that it has met; a rank that has met too many ends, and the others' next exchange with it fails.
-
-    Args:
-        limit: samples that may be replaced, each counted once, by this process.
-        ids: those that were, before a run was resumed.
+    that it has met, at most `limit`; with more it ends, and the others' next exchange with it fails. `ids` are those
+    that it had met before a run was resumed.
     """
 
     def __init__(self, reader: SampleReader, limit: int, ids: Iterable[int] = ()) -> None:
@@ -164,8 +155,7 @@ class BadSamples:
     def replacement(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
         """Return the id and the JPEG of the sample that replaces a bad one.
 
-        Raises:
-            DatasetError: more samples have failed than may; it names this one and its shard.
+        Raises DatasetError where more samples have failed than may; it names this one and its shard.
         """
         reader = self._reader
         while True:
@@ -174,10 +164,8 @@ class BadSamples:
                 new = sample not in self.ids
                 self.ids = bad = self.ids | {sample}
             if len(bad) > self.limit or len(bad) == len(reader):
-                raise DatasetError(
-                    f"{where}; samples that failed: {len(bad)}, allowed: max_bad={self.limit}; "
-                    "look at the data with tools/verify_shards.py"
-                )
+                count = f"samples that failed: {len(bad)}, allowed: max_bad={self.limit}"
+                raise DatasetError(f"{where}; {count}; look at the data with tools/verify_shards.py")
             replacement = sample
             while replacement in bad:
                 replacement = (replacement + 1) % len(reader)

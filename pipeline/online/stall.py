@@ -23,13 +23,9 @@ class Wait:
     device: float | None = None  # None: no GPU; the consumer is the host
 
     @property
-    def host(self) -> float:
-        return self.reading + self.decoding + self.transfer
-
-    @property
     def seconds(self) -> float:
         """The stall: on a GPU what the device waited, else what the host did."""
-        return self.host if self.device is None else self.device
+        return self.reading + self.decoding + self.transfer if self.device is None else self.device
 
     def __add__(self, other: "Wait") -> "Wait":
         on_gpu = self.device is not None or other.device is not None
@@ -46,10 +42,10 @@ class Wait:
 
     def shares(self, wall: float) -> dict[str, float]:
         """Return the stall as a share of `wall` seconds, by cause; on a GPU by what the host waited for meanwhile."""
-        stall = self.seconds / wall if wall > 0 else 0.0
-        if self.host <= 0:
+        stall, host = self.seconds / wall if wall > 0 else 0.0, self.reading + self.decoding + self.transfer
+        if host <= 0:
             return {cause: stall * (cause == "transfer") for cause in KNOBS}
-        return {cause: stall * getattr(self, cause) / self.host for cause in KNOBS}
+        return {cause: stall * getattr(self, cause) / host for cause in KNOBS}
 
     def said(self, wall: float) -> str:
         """Return `stall 12.3 % (decoding: options to change)`; the cause only above `LIMIT`."""
