@@ -35,8 +35,7 @@ class Transform:
             each way ("paper": 32 × 32, section 4.1).
         crop_chunk: so many samples in a row of a global batch share crop and flip; the 2012 code had 32.
         view: pixels of a side of a view; from 2 on it equals Pillow's decoder and numpy bit for bit, on a CPU.
-    Raises:
-        UserError: an impossible value.
+    Raises UserError: an impossible value.
     """
 
     views: str = "random"
@@ -60,10 +59,10 @@ class Transform:
         drawn = self.views == "random" and self.lighting != "off"
         return drawn and (self.lighting_until is None or step < self.lighting_until)
 
-    def divisor(self, step: int) -> np.float32:
-        """Return the divisor of the views of this step: 1.1, or 1."""
+    def divisor(self, step: int) -> float:
+        """Return the divisor of the views of this step: 1.1 as float32 has it, or 1."""
         shrink = self.lighting == "code" if self.shrink is None else self.shrink
-        return SHRINK if shrink and self.lit(step) else np.float32(1)
+        return float(SHRINK) if shrink and self.lit(step) else 1.0
 
 
 class AlexNet(Recipe):
@@ -83,8 +82,8 @@ class AlexNet(Recipe):
             deviation = (statistics.mean_image - statistics.mean_color).astype(np.float32)
             if not self.aligned:
                 deviation = reference_view(deviation, self._middle, self._middle, False, self.view)
-            divisors = (np.float32(1), SHRINK)
-            self.mean_deviations = {float(by): np.ascontiguousarray(deviation * (1 / by)) for by in divisors}
+            factors = {1.0: np.float32(1), float(SHRINK): 1 / SHRINK}
+            self.mean_deviations = {by: np.ascontiguousarray(deviation * factor) for by, factor in factors.items()}
 
     def crops(self, step: int, epoch: int, ids: np.ndarray, owners: np.ndarray | None, sizes: np.ndarray) -> Crops:
         n, options = len(ids), self.options
@@ -95,11 +94,11 @@ class AlexNet(Recipe):
             start, flip = draws.crop, draws.flip
             if options.lit(step):
                 offset -= lighting_shift(draws.normals, self._statistics, options.lighting)
-        shape, std = np.full((n, 2), self.decoded, np.int32), np.full((n, 3), options.divisor(step))
+        shape, std = np.full((n, 2), self.decoded, np.int32), np.full((n, 3), self.divisor(step), np.float32)
         return Crops(start, shape, flip, offset, std)
 
     def divisor(self, step: int) -> float:
-        return float(self.options.divisor(step))
+        return self.options.divisor(step)
 
     def described(self) -> dict[str, Any]:
         options = {key: value for key, value in asdict(self.options).items() if key != "lighting_until"}

@@ -73,15 +73,15 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         """Wait until the shards are there; yield shard → a descriptor for `os.pread`, open until the context ends.
 
         Each lease tries anew what failed before. Raises DatasetError: a shard that the store lacks or has with wrong
-        bytes, twice; UserError: more shards than the limit permits, a full disk; StorageError; RuntimeError: closed.
+        bytes; UserError: more shards than the limit permits, a full disk; StorageError; RuntimeError: closed.
         """
         leased, descriptors = set(shards), {}
         with self._changed:
             together = leased | self._leases.keys()
             if self._bytes(together) > self._limit:
                 used = f"{len(together)} shards in use at a time, {self._bytes(together):,} bytes"
-                remedy = "raise it, or take order='shards' with a smaller window"
-                raise UserError(f"{used}: the cache limit is {self._limit:,}; {remedy}")
+                limit = f"the cache limit is {self._limit:,}"
+                raise UserError(f"{used}: {limit}; raise it, or take order='shards' with a smaller window")
             self._leases.update(leased)
             if self._upcoming.keys() & leased:
                 self._current = set()

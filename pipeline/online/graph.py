@@ -110,11 +110,6 @@ class Decoder:
             for stream in self._streams:
                 stream.synchronize()
 
-    @property
-    def oldest(self) -> Batch:
-        """The batch that `result` gives next."""
-        return self._inside[0]
-
     def result(self) -> tuple[Batch, list[Tensor]]:
         """Return the oldest batch, and its views on each device: uint8 (n, h, w, 3), or float32 (n, 3, h, w).
 
@@ -127,10 +122,9 @@ class Decoder:
         batch.jpegs = []  # the consumer may keep the batch
         return batch, parts
 
-    def undecodable(self) -> list[int]:
-        """Return the positions in the oldest batch whose samples do not decode, each tried alone; none once stopped."""
-        batch, graph = self.oldest, None
-        positions: list[int] = []
+    def undecodable(self) -> tuple[Batch, list[int]]:
+        """Return the oldest batch, and the positions of what does not decode, each tried alone; none once stopped."""
+        batch, positions, graph = self._inside[0], list[int](), None
         for i, jpeg in enumerate(batch.jpegs):
             if self._stopped:
                 break
@@ -141,7 +135,7 @@ class Decoder:
             except RuntimeError:
                 positions.append(i)
                 graph = None  # after an error DALI's pipeline is of no use
-        return positions
+        return batch, positions
 
     def restart(self) -> None:
         """Decode all batches again, with new graphs: after an error DALI's are of no use."""
@@ -181,7 +175,6 @@ def _built(options: GraphOptions, batch_size: int, device_id: int | None, flips:
             shape=shape,
             axis_names="HW",
             device="cpu" if device_id is None else "mixed",
-            output_type=types.DALIImageType.RGB,
             adjust_orientation=False,
             hw_decoder_load=None if device_id is None else options.hardware_share,
         )

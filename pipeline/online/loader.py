@@ -78,14 +78,13 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         if not samples:
             raise UserError(f"{self.manifest.root}: the split {split!r} is empty")
         self.recipe = recipe_of(self.manifest, recipe, seed, options)
-        training = self.recipe.training
-        if max_bad and not training:
-            raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
-        order, last = (order, last) if training else ("fixed", "short")
+        if not self.recipe.training:
+            order, last = "fixed", "short"
+            if max_bad:
+                raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
         self.order = Order(samples, batch_size, seed, order, last, tuple(shard.samples for shard in shards), window)
         self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
-        stored = self.manifest.recipe
-        size = (stored.size, stored.size) if stored.crop == "centre" else None
+        size = self.manifest.recipe.size if self.manifest.recipe.crop == "centre" else None
         self._sampler = Sampler(self.order, self.recipe, rank, ranks, size)
         self._cache = self._shard_cache(cache, cache_bytes) if storage.is_remote(self.manifest.root) else None
         self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
@@ -126,11 +125,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        images = {
-            device: self._normaliser.images(batch.step, tensors, device)
-            for device, tensors in zip(self._decoding, batch.tensors)
-        }
-        batch.replicas = tuple(images[device] for device in self.devices)
+        images = [self._normaliser.images(batch.step, *pair) for pair in zip(batch.tensors, self._decoding)]
+        batch.replicas = tuple(images[self._decoding.index(device)] for device in self.devices)
         self.meter.add(wait, (before, after) if before and after else None)
         self._next = batch.step + 1
         self._prefetch.taken()  # only now: after an interruption above, this batch is still the next one
@@ -197,10 +193,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         used = {"uniform": ("all shards", len(shards)), "shards": ("two windows", 2 * in_window)}
         name, count = used.get(self.order.kind, ("two shards", 2))
         if (needed := sum(sorted(shard.bytes for shard in shards)[-count:])) > limit:
-            raise UserError(
-                f"{root}: order={self.order.kind!r} has {name} in use, {needed:,} bytes, and cache_bytes={limit:,}; "
-                "raise that, or take order='shards' with a small window"
-            )
+            reason = f"order={self.order.kind!r} has {name} in use, {needed:,} bytes, and cache_bytes={limit:,}"
+            raise UserError(f"{root}: {reason}; raise that, or take order='shards' with a small window")
         return ShardCache(self.manifest, self.split, Path(folder), limit)
 
 
@@ -221,8 +215,6 @@ def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> 
     if name == "imagenet":
         return ImageNet(seed=seed, **options)
     if data.recipe.crop != "centre":
-        raise UserError(
-            f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
-            "take recipe='imagenet', or build with --crop centre"
-        )
+        reason = "built with --crop none, whole pictures for other models' augmentation"
+        raise UserError(f"{data.root}: {reason}; take recipe='imagenet', or build with --crop centre")
     return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)

@@ -75,13 +75,13 @@ class Normaliser:
     def images(self, step: int, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
         """Return, in the consumer's thread and on its stream, (n, 3, view, view) or (n, views, 3, view, view)."""
         boxes, side, aligned = self._recipe.several, self._recipe.view, self._recipe.aligned
+        pictures, *arrays = tensors
         if self._output == torch.uint8:
-            pictures = tensors[0]
             views = [_cut(pictures, box, side).permute(0, 3, 1, 2) for box in boxes]
             return torch.stack(views, dim=1) if boxes else pictures.permute(0, 3, 1, 2)
         if self.in_graph:
-            return tensors[0]
-        pictures, offset, std, start, flip = tensors
+            return pictures
+        offset, std, start, flip = arrays
         deviation = self._deviations.get((self._recipe.divisor(step), device))
         if boxes:
             views = []

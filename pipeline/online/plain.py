@@ -124,10 +124,8 @@ def _centre(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     small = np.flatnonzero(sizes.min(1) < VIEW_SIZE)
     if small.size:
         height, width = sizes[small[0]]
-        raise UserError(
-            f"sample {ids[small[0]]}: a picture of {width} × {height} pixels; a centre view needs {VIEW_SIZE} each "
-            "way; build with --size 256"
-        )
+        reason = f"a picture of {width} × {height} pixels; a centre view needs {VIEW_SIZE} each way"
+        raise UserError(f"sample {ids[small[0]]}: {reason}; build with --size 256")
     return np.rint((sizes - VIEW_SIZE) / 2).astype(np.int32)
 
 

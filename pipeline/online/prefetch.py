@@ -26,7 +26,7 @@ class Sampler:
     recipe: Recipe
     rank: int
     ranks: int
-    size: tuple[int, int] | None  # (height, width) of every stored picture; None: each has its own
+    size: int | None  # pixels of a side of every stored picture; None: each has its own height and width
 
     def batch(self, step: int, permutation: np.ndarray) -> Batch:
         """Return the rank's part of the batch of `step` by its ids; `permutation` is that of its epoch."""
@@ -38,7 +38,9 @@ class Sampler:
 
     def draw(self, batch: Batch) -> None:
         """Set the crops of a batch whose samples are read."""
-        sizes = np.array([self.size or jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64).reshape(-1, 2)
+        sizes = np.array(
+            [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64
+        ).reshape(-1, 2)
         batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.planned_ids, batch.crop_owner_ids, sizes)
 
 
@@ -67,9 +69,8 @@ class Prefetch:
         self._announced: list[int] = []  # the epochs that `upcoming` knows
         self._closed = False
         # Decoding waits for reading, and reading for a permutation; never the other way round.
-        names = ("decode", "read", "order")
-        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"penstock-{name}") for name in names]
-        self._decodes, self._reads, self._orders = self._pools
+        names = ("penstock-decode", "penstock-read", "penstock-order")
+        self._decodes, self._reads, self._orders = self._pools = [ThreadPoolExecutor(1, name) for name in names]
         self._fill()
 
     def next(self) -> Batch | None:
@@ -167,7 +168,8 @@ class Prefetch:
             try:
                 return self._decoder.result()
             except RuntimeError:
-                if not (positions := self._decoder.undecodable()):
+                batch, positions = self._decoder.undecodable()
+                if not positions:
                     raise
-                self._replace(self._decoder.oldest, positions, UNDECODABLE)
+                self._replace(batch, positions, UNDECODABLE)
                 self._decoder.restart()

@@ -53,7 +53,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         self._lease = lease or self._lease_local
         self._readers = readers
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="penstock-reader") if readers > 1 else None
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="penstock-reader")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,11 +75,10 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         in_disk_order = np.lexsort((records["offset"], records["shard"]))
         starts = np.flatnonzero(np.diff(records["shard"][in_disk_order], prepend=-1))[::MAX_OPEN]
         wrong: list[int] = []
-        run: Callable[..., Iterable[list[int]]] = self._pool.map if self._pool else map
         for positions in np.split(in_disk_order, starts[1:]):  # so many shards at a time
             with self._lease(np.unique(records["shard"][positions]).tolist()) as descriptors:
                 fill = partial(self._fill, jpegs, ids, descriptors)
-                wrong += chain.from_iterable(run(fill, np.array_split(positions, self._readers)))
+                wrong += chain.from_iterable(self._pool.map(fill, np.array_split(positions, self._readers)))
         if damaged is not None:
             damaged += sorted(wrong)
         elif wrong:
@@ -132,8 +131,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
 
     def close(self) -> None:
         self.stop()
-        if self._pool:
-            self._pool.shutdown()
+        self._pool.shutdown()
         self._opened.cache_clear()
 
     def __exit__(self, *_: object) -> None:
