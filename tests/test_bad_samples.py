@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_named(copy: Path, harm: str):
         message = "cut short at sample 4"
     else:
         shard.unlink()
-        message = "missing"
+        message = "No such file"
     with pytest.raises(UserError, match=message) as caught, SampleReader(built, "val") as reader:
         reader.read(np.arange(9))
     assert str(shard) in str(caught.value)

@@ -149,8 +149,8 @@ def test_in_a_container_what_is_on_no_volume_is_refused(
         (0, "13.0", ("/dev/null",), None, "libcuda.so.1 is missing; in a container, NVIDIA_DRIVER_CAPABILITIES="),
         (0, "13.0", ("/dev/null",), "", "CUDA_VISIBLE_DEVICES='' leaves none; unset it"),
         (0, "13.0", ("/dev/null",), "no", "the driver shows none to torch's CUDA 13.0; see nvidia-smi"),
-        (1, "13.0", ("/dev/null",), None, "there is 1 CUDA device here; name cuda:0, one for both columns if need be"),
-        (2, "13.0", ("/dev/null",), None, "there are 2 CUDA devices here; name cuda:0 to cuda:1"),
+        (1, "13.0", ("/dev/null",), None, "CUDA devices here: 1; name cuda:0, one for both columns if need be"),
+        (2, "13.0", ("/dev/null",), None, "CUDA devices here: 2; name cuda:0 to cuda:1"),
     ],
 )
 def test_a_gpu_that_is_not_there(

@@ -8,15 +8,12 @@ import numpy as np
 
 from pipeline import UserError
 from pipeline.manifest import Statistics
-from pipeline.online.batch import Crops, ViewBox
-from pipeline.online.philox import LIGHTING, VIEW, key_of, philox
+from pipeline.online.batch import Crops, Recipe, ViewBox, require_at_least, require_one_of
+from pipeline.online.philox import LIGHTING, VIEW, keyed_words
 
 VIEW_SIZE = 224  # pixels, unless one asks for others: the network's input is 224 × 224 (paper, section 3)
 LIGHTING_SD = 0.1  # paper, section 4.1
-VIEWS = ("random", "centre", "ten", "nine")
-MEANS = ("centre", "aligned", "colour")
-LIGHTINGS = ("code", "paper", "off")
-POSITIONS = ("code", "paper")
+SHRINK = np.float32(1 + LIGHTING_SD)
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,13 @@ class Transform:
         lighting: of random views. 0.1 · Σ zᵢ sᵢ vᵢ is added, where sᵢ are the square roots of the eigenvalues ("code"),
             or the eigenvalues themselves of pixels between 0 and 1 ("paper": the text's formula); or nothing ("off").
         lighting_until: random views have lighting in the steps below this one; None: in all.
-        shrink: whether what has lighting is divided by 1.1 afterwards; None: with the code's lighting, as the code
-            does, and not with the paper's, which does not mention it.
-        positions: where random views start: all (size − view + 1)² places ("code": 33 × 33 of 256), or one less each
-            way ("paper": 32 × 32, section 4.1).
+        shrink: divide what has lighting by 1.1 afterwards; None: with the code's lighting, as the code does, and not
+            with the paper's, which does not mention it.
+        positions: where random views start: at all (size − view + 1)² positions ("code": 33 × 33 of 256), or one less
+            each way ("paper": 32 × 32, section 4.1).
         crop_chunk: so many samples in a row of a global batch share crop and flip; the 2012 code had 32.
         view: pixels of a side of a view; from 2 on it equals Pillow's decoder and numpy bit for bit, on a CPU.
-    Raises:
-        UserError: an impossible value.
+    Raises UserError: an impossible value.
     """
 
     views: str = "random"
@@ -52,74 +48,57 @@ class Transform:
     view: int = VIEW_SIZE
 
     def __post_init__(self) -> None:
-        for name, known in (("views", VIEWS), ("mean", MEANS), ("lighting", LIGHTINGS), ("positions", POSITIONS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
-        for name in ("crop_chunk", "view"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        require_one_of(("random", "centre", "ten", "nine"), views=self.views)
+        require_one_of(("centre", "aligned", "colour"), mean=self.mean)
+        require_one_of(("code", "paper", "off"), lighting=self.lighting)
+        require_one_of(("code", "paper"), positions=self.positions)
+        require_at_least(1, crop_chunk=self.crop_chunk, view=self.view)
 
     def lit(self, step: int) -> bool:
-        """Return whether the views of this step have lighting."""
-        if self.views != "random" or self.lighting == "off":
-            return False
-        return self.lighting_until is None or step < self.lighting_until
+        """Return True where the views of this step have lighting."""
+        drawn = self.views == "random" and self.lighting != "off"
+        return drawn and (self.lighting_until is None or step < self.lighting_until)
 
-    def divisor(self, step: int) -> np.float32:
-        """Return the divisor of the views of this step: 1.1, or 1."""
+    def divisor(self, step: int) -> float:
+        """Return the divisor of the views of this step: 1.1 as float32 has it, or 1."""
         shrink = self.lighting == "code" if self.shrink is None else self.shrink
-        return np.float32(1 + LIGHTING_SD if shrink and self.lit(step) else 1)
+        return float(SHRINK) if shrink and self.lit(step) else 1.0
 
 
-class AlexNet:
-    """The recipe of 2012 for pictures of size × size pixels; see `batch.Recipe`.
-
-    Raises:
-        UserError: pictures that no view fits in.
-    """
-
-    resize = False
+class AlexNet(Recipe):
+    """The recipe of 2012 for pictures of size × size pixels. Raises UserError where no view fits in them."""
 
     def __init__(self, options: Transform, statistics: Statistics, size: int, seed: int) -> None:
         self.positions = _positions(options, size)
         self.options, self._statistics, self._seed = options, statistics, seed
-        self.training, self.aligned, self.view = options.views == "random", options.mean == "aligned", options.view
-        places = {"ten": ten_views, "nine": nine_views}.get(options.views)
-        self.several: tuple[ViewBox, ...] = tuple(places(size, self.view)) if places else ()
-        self.decoded = size if self.several else self.view
+        self.training, self.aligned = options.views == "random", options.mean == "aligned"
+        self.view, self.chunk = options.view, options.crop_chunk
+        several = {"ten": ten_views, "nine": nine_views}.get(options.views)
+        self.several = tuple(several(size, self.view)) if several else ()
+        self.decoded = size if several else self.view
         self._colour = statistics.mean_color.astype(np.float32)
-        deviation = (statistics.mean_image - statistics.mean_color).astype(np.float32)
         self._middle = (size - self.view) // 2
-        centre = reference_view(deviation, self._middle, self._middle, False, self.view)
-        inside = deviation if self.aligned else centre
-        divisors = (np.float32(1), np.float32(1 + LIGHTING_SD))
-        self.mean_deviations = (
-            {float(divisor): np.ascontiguousarray(inside * (1 / divisor)) for divisor in divisors}
-            if options.mean != "colour"
-            else {}
-        )
+        if options.mean != "colour":
+            deviation = (statistics.mean_image - statistics.mean_color).astype(np.float32)
+            if not self.aligned:
+                deviation = reference_view(deviation, self._middle, self._middle, False, self.view)
+            factors = {1.0: np.float32(1), float(SHRINK): 1 / SHRINK}
+            self.mean_deviations = {by: np.ascontiguousarray(deviation * factor) for by, factor in factors.items()}
 
     def crops(self, step: int, epoch: int, ids: np.ndarray, owners: np.ndarray | None, sizes: np.ndarray) -> Crops:
         n, options = len(ids), self.options
-        offset = np.broadcast_to(self._colour, (n, 3))
-        if options.views == "random":
+        start, flip = np.full((n, 2), 0 if self.several else self._middle, np.int32), np.zeros(n, np.int32)
+        offset = np.tile(self._colour, (n, 1))
+        if self.training:
             draws = draw(self._seed, epoch, ids, self.positions, owners)
             start, flip = draws.crop, draws.flip
             if options.lit(step):
-                offset = offset - lighting_shift(draws.normals, self._statistics, options.lighting)
-        else:
-            start = np.full((n, 2), 0 if self.several else self._middle, np.int32)
-            flip = np.zeros(n, np.int32)
-        return Crops(
-            start,
-            np.full((n, 2), self.decoded, np.int32),
-            flip,
-            np.array(offset, order="C"),
-            np.full((n, 3), options.divisor(step)),
-        )
+                offset -= lighting_shift(draws.normals, self._statistics, options.lighting)
+        shape, std = np.full((n, 2), self.decoded, np.int32), np.full((n, 3), self.divisor(step), np.float32)
+        return Crops(start, shape, flip, offset, std)
 
     def divisor(self, step: int) -> float:
-        return float(self.options.divisor(step))
+        return self.options.divisor(step)
 
     def described(self) -> dict[str, Any]:
         options = {key: value for key, value in asdict(self.options).items() if key != "lighting_until"}
@@ -141,18 +120,17 @@ def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, owners: np.ndar
     Crop positions are uniform over 0 … positions − 1 each way; half are flipped. `owners` (n,) are the samples whose
     crop and flip are taken, where several share them; default: each its own.
     """
-    low, high = _words(ids if owners is None else owners)
-    words = philox(key_of(seed), (VIEW, epoch, low, high)).astype(np.uint64)
+    words = keyed_words(seed, VIEW, epoch, ids if owners is None else owners).astype(np.uint64)
     crop = ((words[:, :2] * np.uint64(positions)) >> np.uint64(32)).astype(np.int32)  # bias below 2⁻²⁶
     flip = (words[:, 2] >> np.uint64(31)).astype(np.int32)
-    return Draws(crop, flip, _normals(philox(key_of(seed), (LIGHTING, epoch, *_words(ids))))[:, :3])
+    return Draws(crop, flip, _normals(keyed_words(seed, LIGHTING, epoch, ids))[:, :3])
 
 
 def ten_views(size: int, view: int = VIEW_SIZE) -> list[ViewBox]:
     """Return the ten views of a picture: four corners and the centre, and their mirror images (paper, section 4.1)."""
     end, middle = size - view, (size - view) // 2
-    places = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
-    return [(top, left, flip) for flip in (False, True) for top, left in places]
+    corners = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
+    return [(top, left, flip) for flip in (False, True) for top, left in corners]
 
 
 def nine_views(size: int, view: int = VIEW_SIZE) -> list[ViewBox]:
@@ -206,18 +184,11 @@ def reference(
 def _positions(options: Transform, size: int) -> int:
     """Return how many positions a random view may start at, each way, in size × size pixels."""
     spare = options.positions == "paper"
-    positions = size - options.view + 1 - spare
-    if positions < 1:
+    if size < options.view + spare:
         build = -(-options.view * 256 // VIEW_SIZE)  # as much larger than the view as in 2012
-        raise UserError(
-            f"images of {size} pixels; a view needs {options.view + spare}; build with --size {build}, "
-            f"or take view={size - spare} or less"
-        )
-    return positions
-
-
-def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids & 0xFFFFFFFF, ids >> 32
+        remedy = f"build with --size {build}, or take view={size - spare} or less"
+        raise UserError(f"images of {size} pixels; a view needs {options.view + spare}; {remedy}")
+    return size - options.view + 1 - spare
 
 
 def _normals(words: np.ndarray) -> np.ndarray:

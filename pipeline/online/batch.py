@@ -1,16 +1,18 @@
-"""Batch, the one record that the loader fills; Crops, its crop boxes and colours; Recipe, what decides them."""
+"""Batch, the one record that the loader fills; Crops, its crop boxes and colours; Recipe, which draws them."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.stall import Times
+from pipeline import UserError
 
-ViewBox = tuple[int, int, bool]  # top and left of a view in its picture, in pixels; whether the view is mirrored
+ViewBox = tuple[int, int, bool]  # top and left of a view in its picture, in pixels; True: the view is mirrored
 
 
 @dataclass(frozen=True)
@@ -27,43 +29,38 @@ class Crops:
     offset: np.ndarray  # (n, 3) float32, grey levels: the mean colour, less the lighting
     std: np.ndarray  # (n, 3) float32, grey levels
 
-    def __len__(self) -> int:
-        return len(self.flip)
-
     def __getitem__(self, positions: slice) -> "Crops":
         return Crops(*(getattr(self, name)[positions] for name in self.__dataclass_fields__))
 
 
-class Recipe(Protocol):
+class Recipe(ABC):
     """The views that a model sees: `augment.AlexNet` or `plain.ImageNet`."""
 
     view: int  # pixels of a side of a view
     decoded: int  # pixels of a side of what is decoded: the view, or the picture that several views are cut from
-    resize: bool  # whether crop boxes differ in shape and are resized to the view
     training: bool  # random views, epoch after epoch; else every sample once, in the order of the ids
-    aligned: bool  # the mean deviation is as large as the stored picture; each view has its own box of it, and its flip
-    several: tuple[ViewBox, ...]  # the views that each decoded picture is cut into; empty: it is the view
-
-    @property
-    def mean_deviations(self) -> Mapping[float, np.ndarray]:
-        """Divisor → mean image less mean colour, over the divisor, (h, w, 3) float32; empty: none is subtracted."""
-        ...
+    resize = False  # crop boxes differ in shape and are resized to the view
+    chunk = 1  # samples in a row of a global batch that share crop box and flip
+    aligned = False  # the mean deviation is as large as the stored picture; each view has its own box of it, flipped
+    several: tuple[ViewBox, ...] = ()  # the views that each decoded picture is cut into; empty: it is the view
+    # Divisor → mean image less mean colour, over the divisor, (h, w, 3) float32; empty: none is subtracted
+    mean_deviations: Mapping[float, np.ndarray] = MappingProxyType({})
 
     def divisor(self, step: int) -> float:
         """Return the key of `mean_deviations` for a step."""
-        ...
+        return 1.0
 
+    @abstractmethod
     def crops(self, step: int, epoch: int, ids: np.ndarray, owners: np.ndarray | None, sizes: np.ndarray) -> Crops:
         """Draw the crops of samples `ids` (n,) int64: a function of (seed, epoch, id); `step` is one of that epoch.
 
         `owners` (n,) int64: the samples whose crop box and flip are used, where several share them (None: each its
         own); `sizes` (n, 2) int64: height and width of the stored pictures.
         """
-        ...
 
+    @abstractmethod
     def described(self) -> dict[str, Any]:
         """Return the options that determine the views and stay the same during a run, for `Loader.state_dict`."""
-        ...
 
 
 @dataclass
@@ -85,14 +82,26 @@ class Batch:
     planned_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)  # whose crops are used
     crop_owner_ids: np.ndarray | None = field(default=None, repr=False)
     jpegs: list[np.ndarray] = field(default_factory=list, repr=False)  # (bytes,) uint8 each, until they are decoded
-    crops: Crops | None = field(default=None, repr=False)
+    crops: Crops = field(init=False, repr=False)  # set when the samples are read
     tensors: list[tuple[Tensor, ...]] = field(default_factory=list, repr=False)  # what `Normaliser.images` takes
-    times: Times = field(default_factory=Times, repr=False)
+    read_at: float = field(default=0.0, repr=False)  # by `time.perf_counter`, as is decoded_at
+    decoded_at: float = field(default=0.0, repr=False)
 
     @property
     def images(self) -> Tensor:
-        """(n, 3, view, view) on the first device: RGB grey levels less the mean, or what the recipe makes of them.
-
-        view: 224 pixels, unless the options say otherwise.
-        """
+        """(n, 3, view, view) on the first device: RGB grey levels less the mean, or what the recipe makes of them."""
         return self.replicas[0]
+
+
+def require_one_of(known: Iterable[str], **options: str) -> None:
+    """Raise UserError where an option has none of the known values."""
+    for name, value in options.items():
+        if value not in known:
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+
+
+def require_at_least(least: int, **options: int) -> None:
+    """Raise UserError where an option is smaller."""
+    for name, number in options.items():
+        if number < least:
+            raise UserError(f"{name}={number}: must be at least {least}")

@@ -19,7 +19,7 @@ from pipeline.manifest import DatasetError, FileRecord, Manifest
 from pipeline.online.samples import shard_numbers
 
 PIECE = 8 * 2**20  # bytes of one request; between two of them a fetch can be ended
-PART = ".part"  # ends the name of a shard that is not yet whole
+PART = ".part"  # ends the name of a shard that is not yet complete
 STALE = 3600  # seconds without a change, after which such a file is a dead process's
 
 
@@ -28,7 +28,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
 
     They lie in FOLDER/IDENTITY/SPLIT, also for the next run, which checks each before its first use. Processes may
     share a folder: each uses what others have fetched, and goes on reading what another deletes. `limit`, the bytes of
-    shards on disk with those being fetched, binds each process. Raises UserError: an impossible limit or folder.
+    shards on disk with those being fetched, binds each process. Raises UserError: an impossible folder.
     """
 
     def __init__(self, data: Manifest, split: str, folder: Path, limit: int, fetchers: int = 4) -> None:
@@ -37,9 +37,6 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         self._sources = {shard: str(data.root / name) for shard, name in names.items()}
         self._paths = {shard: inside / Path(name).name for shard, name in names.items()}
         self._limit, self._fetchers = limit, fetchers
-        largest = max((record.bytes for record in self._files.values()), default=0)
-        if limit < largest:
-            raise UserError(f"cache limit {limit:,} bytes: the largest shard has {largest:,}; raise the cache limit")
         try:
             inside.mkdir(parents=True, exist_ok=True)
             for part in inside.glob(f"*{PART}"):
@@ -53,22 +50,22 @@ class ShardCache(AbstractContextManager["ShardCache"]):
             lacking = f"{free:,} bytes free, a cache of up to {limit:,} needs {missing:,}"
             raise UserError(f"{folder}: {lacking}; lower the cache limit, make room, or name a folder on another disk")
         self._changed = threading.Condition()  # guards all that follows
-        self._stopped = False
-        self._disk = dict.fromkeys(there, False)  # shards on disk → whether checked
+        self._closed = False
+        self._disk = dict.fromkeys(there, False)  # shards on disk → True: checked
         self._busy: dict[int, Path] = {}  # shards that a thread checks or fetches → the file it writes
         self._errors: dict[int, BaseException] = {}  # why fetches failed, until the next lease
         self._leases: Counter[int] = Counter()
-        self._order: dict[int, int] = {}  # shards to be used → their position in the order of use
-        self._current: set[int] = set()  # those of them that leases have reached, and not yet passed
+        self._current: set[int] = set()  # shards leased since a lease last began one of those that come
+        self._upcoming: dict[int, None] = {}  # shards not yet used, in the order of their first use
 
     def ahead(self, shards: Sequence[int]) -> None:
         """Fetch these shards in this order, that of their coming first use, as far as the limit permits.
 
         The list replaces the earlier one; what is being fetched goes on. To make room, the shard goes that will be used
-        last, never a leased one. A shard will not be used again once a lease has reached others after it in the list.
+        last, never a leased one. A shard will not be used again once a lease has begun another one of the list.
         """
         with self._changed:
-            self._order, self._current = {shard: i for i, shard in enumerate(dict.fromkeys(map(int, shards)))}, set()
+            self._upcoming, self._current = dict.fromkeys(shards), set()
             self._fill()
 
     @contextmanager
@@ -76,17 +73,22 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         """Wait until the shards are there; yield shard → a descriptor for `os.pread`, open until the context ends.
 
         Each lease tries anew what failed before. Raises DatasetError: a shard that the store lacks or has with wrong
-        bytes, twice; UserError: more shards than the limit permits, a full disk; StorageError; RuntimeError: closed.
+        bytes; UserError: more shards than the limit permits, a full disk; StorageError; RuntimeError: closed.
         """
-        leased, descriptors = set(map(int, shards)), {}
+        leased, descriptors = set(shards), {}
         with self._changed:
             together = leased | self._leases.keys()
             if self._bytes(together) > self._limit:
                 used = f"{len(together)} shards in use at a time, {self._bytes(together):,} bytes"
-                remedy = "raise it, or take order='shards' with a smaller window"
-                raise UserError(f"{used}: the cache limit is {self._limit:,}; {remedy}")
+                limit = f"the cache limit is {self._limit:,}"
+                raise UserError(f"{used}: {limit}; raise it, or take order='shards' with a smaller window")
             self._leases.update(leased)
-            self._reach(leased)
+            if self._upcoming.keys() & leased:
+                self._current = set()
+            self._current |= leased
+            for shard in leased:
+                self._upcoming.pop(shard, None)
+                self._errors.pop(shard, None)
         try:
             for shard in leased:
                 descriptors[shard] = self._opened(shard)
@@ -98,16 +100,11 @@ class ShardCache(AbstractContextManager["ShardCache"]):
                 self._leases = self._leases - Counter(leased)
                 self._fill()
 
-    def stop(self) -> None:
-        """End fetches after their request; leases that wait for a shard raise RuntimeError."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
     def close(self) -> None:
-        """Stop, and delete what is half fetched; a thread amid a request ends later, and leaves nothing."""
-        self.stop()
+        """End fetches and leases that wait, and delete what is half fetched; a request under way leaves nothing."""
         with self._changed:
+            self._closed = True
+            self._changed.notify_all()
             for part in self._busy.values():
                 part.unlink(missing_ok=True)
 
@@ -118,19 +115,8 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         return sum(self._files[shard].bytes for shard in shards)
 
     def _require_open(self) -> None:
-        if self._stopped:
+        if self._closed:
             raise RuntimeError("the shard cache is closed")
-
-    def _reach(self, leased: set[int]) -> None:
-        """Note the use of shards. The lock is held."""
-        if first := (self._order.keys() & leased) - self._current:  # what was in use before is passed now
-            self._order = {shard: i for shard, i in self._order.items() if shard not in self._current}
-            self._current = first
-        for shard in leased:
-            self._errors.pop(shard, None)  # it is tried again
-            if shard not in self._order:  # it was passed too early: let it stay as long as the others
-                self._order[shard] = -1
-                self._current.add(shard)
 
     def _opened(self, shard: int) -> int:
         """Return a new descriptor of a leased shard, once it is there."""
@@ -149,8 +135,8 @@ class ShardCache(AbstractContextManager["ShardCache"]):
 
     def _fill(self) -> None:
         """Begin to fetch what leases wait for, then what comes next, while there is room. The lock is held."""
-        for shard in [*self._leases, *self._order]:
-            if self._stopped or len(self._busy) >= self._fetchers:
+        for shard in [*self._leases, *self._upcoming]:
+            if self._closed or len(self._busy) >= self._fetchers:
                 return
             if not (self._disk.get(shard) or shard in self._busy or shard in self._errors):
                 if not self._make_room(shard):
@@ -161,24 +147,24 @@ class ShardCache(AbstractContextManager["ShardCache"]):
 
     def _make_room(self, shard: int) -> bool:
         """Delete what is used later than this shard, the last first, until it has room. The lock is held."""
-        position = -inf if shard in self._leases else self._order[shard]
-        while self._bytes({shard, *self._disk, *self._busy}) > self._limit:
-            idle = [other for other in self._disk if other not in self._leases and other != shard]
-            last = max(idle, key=lambda other: self._order.get(other, inf), default=shard)
-            if last == shard or self._order.get(last, inf) <= position:
-                return False
+        in_order = dict.fromkeys([*self._leases, *self._current, *self._upcoming])
+        ranks = {other: rank for rank, other in enumerate(in_order)}
+        idle = [other for other in self._disk if other not in self._leases and other != shard]
+        for last in sorted(idle, key=lambda other: ranks.get(other, inf), reverse=True):
+            if self._fits(shard) or ranks.get(last, inf) < ranks[shard]:
+                break
             self._paths[last].unlink(missing_ok=True)
             del self._disk[last]
-        return True
+        return self._fits(shard)
+
+    def _fits(self, shard: int) -> bool:
+        return self._bytes({shard, *self._disk, *self._busy}) <= self._limit
 
     def _fetch(self, shard: int) -> None:
         """Bring a shard, and tell the leases of it, or of the error. Runs in a thread of its own."""
         with suppress(UserError, RuntimeError):  # a lease raises them; of other mistakes the thread too shows a trace
             try:
-                self._bring(shard, self._paths[shard], self._busy[shard])
-            except OSError as error:
-                reason = f"{error.filename or self._paths[shard]}: {error.strerror}"
-                raise UserError(f"{reason}; make room, or name another cache folder") from error
+                self._bring(self._sources[shard], self._files[shard], self._paths[shard], self._busy[shard])
             finally:
                 with self._changed:
                     del self._busy[shard]
@@ -189,28 +175,28 @@ class ShardCache(AbstractContextManager["ShardCache"]):
                     self._changed.notify_all()
                     self._fill()
 
-    def _bring(self, shard: int, path: Path, part: Path) -> None:
+    def _bring(self, source: str, record: FileRecord, path: Path, part: Path) -> None:
         """Put a shard in the folder, with the bytes that the manifest promises, unless it is there."""
-        source, record = self._sources[shard], self._files[shard]
-        with suppress(FileNotFoundError), open(path, "rb") as file:
-            if FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()) == record:
-                return
-            path.unlink()
         try:
+            with suppress(FileNotFoundError), open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
+                    return
+                path.unlink()
             for _ in range(2):  # where the store's bytes are others, ask once more
                 with open(part, "wb") as file:
                     hashing = HashingFile(file)
                     for at in range(0, record.bytes, PIECE):
                         self._require_open()
                         hashing.write(storage.read_range(source, at, min(PIECE, record.bytes - at)))
-                if FileRecord(hashing.bytes, hashing.sha256()) == record:
+                if hashing.sha256() == record.sha256:
                     with self._changed:
                         self._require_open()
                         return os.rename(part, path)  # without fsync: the next run checks what a crash leaves
             raise DatasetError(f"{source}: changed or damaged in the store; verify it with tools/verify_shards.py")
-        except FileNotFoundError as error:
-            if error.filename != source:
-                raise
-            raise DatasetError(f"{source}: missing in the store; build it again") from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and error.filename == source:
+                raise DatasetError(f"{source}: missing in the store; build it again") from error
+            reason = f"{error.filename or path}: {error.strerror}"
+            raise UserError(f"{reason}; make room, or name another cache folder") from error
         finally:
             part.unlink(missing_ok=True)

@@ -19,16 +19,15 @@ def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...
             device = torch.device(name)
         except RuntimeError as error:
             raise UserError(f"device={name!r}: not a device; name cpu or cuda:N") from error
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"device={name!r}: is not supported; name cpu or cuda:N")
-        if device.type == "cuda":
+        if device.type == "cpu":
+            devices.append(torch.device("cpu"))  # whatever its number: there is one
+        elif device.type == "cuda":
             count = torch.cuda.device_count()
             if (device.index or 0) >= count:
                 raise UserError(f"device={name!r}: {missing_device(count)}, or name cpu")
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            devices.append(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
         else:
-            device = torch.device("cpu")  # whatever its number: there is one
-        devices.append(device)
+            raise UserError(f"device={name!r}: is not supported; name cpu or cuda:N")
     if len({device.type for device in devices}) != 1:
         raise UserError(f"device={names}: name GPUs, or the CPU, at least one and not both")
     return tuple(devices)
@@ -38,8 +37,7 @@ def missing_device(count: int) -> str:
     """Return why torch, which sees `count` CUDA devices, does not have another one, and what to do."""
     if count:
         seen = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        many = "is 1 CUDA device" if count == 1 else f"are {count} CUDA devices"
-        return f"there {many} here; name {seen}, one for both columns if need be (cuda:0,cuda:0)"
+        return f"CUDA devices here: {count}; name {seen}, one for both columns if need be (cuda:0,cuda:0)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install its CUDA build"
     if not any(os.path.exists(driver) for driver in DRIVERS):
@@ -48,7 +46,6 @@ def missing_device(count: int) -> str:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "the driver's libcuda.so.1 is missing; in a container, NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return f"CUDA_VISIBLE_DEVICES={hidden!r} leaves none; unset it"
     return f"the driver shows none to torch's CUDA {torch.version.cuda}; see nvidia-smi, or install a newer driver"

@@ -3,16 +3,18 @@
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline import UserError, manifest, storage
 from pipeline.manifest import Manifest
 from pipeline.online.augment import AlexNet, Transform
-from pipeline.online.batch import Batch, Recipe
+from pipeline.online.batch import Batch, Recipe, require_at_least, require_one_of
 from pipeline.online.cache import ShardCache
 from pipeline.online.devices import devices_of
 from pipeline.online.graph import Decoder, GraphOptions
@@ -26,72 +28,46 @@ from pipeline.online.stall import Meter, waited
 STATE = 1  # version of `Loader.state_dict`
 
 
-class Loader:
+class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
     """Streams one split of a dataset directory to a device, from batch `step` on.
 
     Training (`views="random"`) goes on for ever; evaluation (`centre`, `ten`, `nine`) visits every sample once in the
     order of the ids, and is over then. Use it as a context manager, so that its threads and files end with it.
-
-    Args:
-        data: a dataset directory (a path or a URL), or its loaded manifest.
-        batch_size: of the global batch, all ranks' parts together.
-        recipe: "alexnet", whose `options` are those of `augment.Transform` (views, view, mean, lighting, …); or
-            "imagenet", what torchvision and timm train with: random resized crop, flip, mean and deviation; its option
-            is `views`.
-        order, last, window: see `order.Order`. Evaluation has the fixed order.
-        rank, ranks: the part of every global batch that this loader gives, of how many.
-        device: where the images go; on a CUDA device DALI decodes there too. Several get the same images each.
-        feed: with several devices, each decodes its part of the batch ("split"), or all of it ("replicate").
-        output: "float32", "bfloat16", "float16"; or "uint8", the views as they were cut, without mean and lighting.
-        threads: DALI's; default: as many as this process may use cores.
-        readers: samples read at a time.
-        depth: batches made ready ahead of use.
-        hardware_share: of the pictures, to a GPU's hardware decoder.
-        max_bad: samples that may fail in training, and are replaced (`samples.BadSamples`); past it, an error.
-        cache, cache_bytes: of a remote data set: the folder for its shards, and how much they may take there.
-    Raises:
-        UserError: a directory that is damaged or not one, an empty split, an impossible option.
+    docs/loader.md says what the options do. Raises UserError: a directory that is damaged or not one, an empty split,
+    an impossible option.
     """
 
     def __init__(
         self,
-        data: "str | os.PathLike[str] | Manifest",
+        data: "str | os.PathLike[str] | Manifest",  # a dataset directory (a path or a URL), or its loaded manifest
         split: str = "train",
         *,
-        batch_size: int = 128,
-        recipe: str = "alexnet",
-        order: str = "uniform",
+        batch_size: int = 128,  # of the global batch, all ranks' parts together
+        recipe: str = "alexnet",  # of 2012, with the options of `augment.Transform`; or "imagenet", with `views` alone
+        order: str = "uniform",  # these three: see `order.Order`; evaluation has the fixed order
         last: str = "short",
         window: int = Order.window,
         seed: int = 2012,
         step: int = 0,
-        rank: int = 0,
+        rank: int = 0,  # the part of every global batch that this loader gives, of how many:
         ranks: int = 1,
-        device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",
-        feed: str = "split",
-        output: str = "float32",
-        threads: int | None = None,
-        readers: int = 1,
-        depth: int = 2,
-        hardware_share: float = 0.9,
-        max_bad: int = 0,
-        cache: "str | os.PathLike[str] | None" = None,
-        cache_bytes: int = 200 * 10**9,
+        device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",  # each gets the same images
+        feed: str = "split",  # of several GPUs each decodes its part of the batch; or all of it: "replicate"
+        output: str = "float32",  # "bfloat16", "float16"; or "uint8", the views as cut, without mean and lighting
+        threads: int | None = None,  # DALI's; None: as many as this process may use cores
+        readers: int = 1,  # samples read at a time
+        depth: int = 2,  # batches made ready ahead of use
+        hardware_share: float = 0.9,  # of the pictures, to a GPU's hardware decoder
+        max_bad: int = 0,  # samples that may fail in training, and are replaced (`samples.BadSamples`)
+        cache: "str | os.PathLike[str] | None" = None,  # of a remote data set: the folder for its shards
+        cache_bytes: int = 200 * 10**9,  # how much they may take there
         **options: Any,
     ) -> None:
-        for name, number, least in (
-            ("batch_size", batch_size, 1),
-            ("readers", readers, 1),
-            ("depth", depth, 1),
-            ("threads", 1 if threads is None else threads, 1),
-            ("ranks", ranks, 1),
-            ("step", step, 0),
-            ("max_bad", max_bad, 0),
-        ):
-            if number < least:
-                raise UserError(f"{name}={number}: must be at least {least}")
-        _require_choice("feed", feed, ("split", "replicate"))
-        _require_choice("output", output, tuple(DTYPES))
+        threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        require_at_least(1, readers=readers, depth=depth, threads=threads, ranks=ranks)
+        require_at_least(0, step=step, max_bad=max_bad)
+        require_one_of(("split", "replicate"), feed=feed)
+        require_one_of(DTYPES, output=output)
         if not 0 <= hardware_share <= 1:
             raise UserError(f"hardware_share={hardware_share}: must be between 0 and 1")
         if not 0 <= rank < ranks:
@@ -102,28 +78,22 @@ class Loader:
         if not samples:
             raise UserError(f"{self.manifest.root}: the split {split!r} is empty")
         self.recipe = recipe_of(self.manifest, recipe, seed, options)
-        training = self.recipe.training
-        if max_bad and not training:
-            raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
-        order, last = (order, last) if training else ("fixed", "short")
+        if not self.recipe.training:
+            order, last = "fixed", "short"
+            if max_bad:
+                raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
         self.order = Order(samples, batch_size, seed, order, last, tuple(shard.samples for shard in shards), window)
         self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
-        stored = self.manifest.recipe
-        size = (stored.size, stored.size) if stored.crop == "centre" else None
-        self._sampler = Sampler(self.order, self.recipe, rank, ranks, options.get("crop_chunk", 1), size)
+        size = self.manifest.recipe.size if self.manifest.recipe.crop == "centre" else None
+        self._sampler = Sampler(self.order, self.recipe, rank, ranks, size)
         self._cache = self._shard_cache(cache, cache_bytes) if storage.is_remote(self.manifest.root) else None
-        self._reader = SampleReader(self.manifest, split, self._cache, readers)
+        self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
         self._normaliser = Normaliser(self.recipe, self._decoding, output)
-        self._graph = GraphOptions(
-            self.recipe.decoded,
-            self.recipe.resize,
-            self._normaliser.in_graph,
-            threads or len(os.sched_getaffinity(0)),
-            hardware_share,
-        )
-        self._replicate, self._depth, self._max_bad = feed == "replicate", depth, max_bad
-        self._end = None if training else self.order.steps_per_epoch
+        in_graph = self._normaliser.in_graph
+        graph = GraphOptions(self.recipe.decoded, self.recipe.resize, in_graph, threads, hardware_share)
+        self._decoder = partial(Decoder, self._decoding, graph, -(-batch_size // ranks), feed == "replicate")
+        self._depth, self._max_bad = depth, max_bad
         self.meter = Meter()
         self._begin(step, ())
 
@@ -133,17 +103,14 @@ class Loader:
         self._prefetch = Prefetch(
             self._sampler,
             self._reader,
-            Decoder(self._decoding, self._graph, self._sampler.largest_part, self._replicate),
+            self._decoder(),
             self._bad,
             self._normaliser.prepare,
             step=step,
-            end=self._end,
+            end=None if self.recipe.training else self.order.steps_per_epoch,
             depth=self._depth,
-            upcoming=self._upcoming if self._cache else None,
+            upcoming=self._cache.ahead if self._cache else None,
         )
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         """Return the next batch. An error of its preparation is raised here."""
@@ -153,16 +120,13 @@ class Loader:
         batch = self._prefetch.next()
         if batch is None:
             raise StopIteration
-        wait = waited(asked, time.perf_counter(), batch.times)
+        wait = waited(asked, batch.read_at, batch.decoded_at, time.perf_counter())
         after = _event(device)
-        for tensor in (batch.labels, *(tensor for tensors in batch.tensors for tensor in tensors)):
+        for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        images = {
-            device: self._normaliser.images(batch.step, tensors, device)
-            for device, tensors in zip(self._decoding, batch.tensors)
-        }
-        batch.replicas = tuple(images[device] for device in self.devices)
+        images = [self._normaliser.images(batch.step, *pair) for pair in zip(batch.tensors, self._decoding)]
+        batch.replicas = tuple(images[self._decoding.index(device)] for device in self.devices)
         self.meter.add(wait, (before, after) if before and after else None)
         self._next = batch.step + 1
         self._prefetch.taken()  # only now: after an interruption above, this batch is still the next one
@@ -172,29 +136,25 @@ class Loader:
     @property
     def bad(self) -> list[int]:
         """The ids of the samples that were replaced."""
-        return self._bad.ids
+        return sorted(self._bad.ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the batches that were taken: plain values. Loading it takes no longer for more steps.
+        """Return the state after the batches that were taken, for any number of ranks, devices, threads: plain values.
 
-        It holds for any number of ranks, devices, threads. `bad` may name samples of batches that are not taken yet.
+        `bad` may name samples of batches that are not taken yet.
         """
         return {**self._described(), "step": self._next, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken: the next batch is that of its step, with the same samples and pixels.
 
-        Raises:
-            UserError: it is of another data set, seed, batch size or option; the message names each.
+        Raises UserError where it is of another data set, seed, batch size or option; the message names each.
         """
         own, step = self._described(), state.get("step")
-        differing = "; ".join(
-            f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]
-        )
+        differing = [f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]]
         if differing or type(step) is not int or step < 0:
-            raise UserError(
-                f"this state is of another loader ({differing or f'step {step!r}'}); make the loader as it was"
-            )
+            reason = "; ".join(differing) or f"step {step!r}"
+            raise UserError(f"this state is of another loader ({reason}); make the loader as it was")
         self._prefetch.close()
         self._begin(step, state.get("bad", ()))
 
@@ -202,12 +162,9 @@ class Loader:
         """End the threads, close the files, free the graphs; there is no next batch after it."""
         self._reader.stop()
         if self._cache:
-            self._cache.stop()  # so that no thread waits for a shard any more
+            self._cache.close()  # so that no thread waits for a shard any more
         self._prefetch.close()
         self._reader.close()
-
-    def __enter__(self) -> "Loader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -232,55 +189,32 @@ class Loader:
         root, shards = self.manifest.root, self.manifest.split(self.split).shards
         if folder is None:
             raise UserError(f"{root}: is remote; name a folder on this machine for its shards: cache=FOLDER")
-        largest = sorted((shard.bytes for shard in shards), reverse=True)
         in_window = -(-self.order.window * len(shards) // self.order.samples) + 1
         used = {"uniform": ("all shards", len(shards)), "shards": ("two windows", 2 * in_window)}
         name, count = used.get(self.order.kind, ("two shards", 2))
-        if (needed := sum(largest[:count])) > limit:
-            raise UserError(
-                f"{root}: order={self.order.kind!r} has {name} in use, {needed:,} bytes, and cache_bytes={limit:,}; "
-                "raise that, or take order='shards' with a small window"
-            )
+        if (needed := sum(sorted(shard.bytes for shard in shards)[-count:])) > limit:
+            reason = f"order={self.order.kind!r} has {name} in use, {needed:,} bytes, and cache_bytes={limit:,}"
+            raise UserError(f"{root}: {reason}; raise that, or take order='shards' with a small window")
         return ShardCache(self.manifest, self.split, Path(folder), limit)
-
-    def _upcoming(self, ids: np.ndarray) -> None:
-        """Tell the cache which shards come, in the order of their first use."""
-        assert self._cache is not None
-        shards = self._reader.records["shard"][ids]
-        numbers, first = np.unique(shards, return_index=True)
-        self._cache.ahead(numbers[np.argsort(first)].tolist())
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
     """Record an event on the consumer's stream."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
     """Return the recipe of a name for a data set. Raises UserError where its pictures do not suit, or there is none."""
-    if name == "alexnet":
-        if data.recipe.crop != "centre":
-            raise UserError(
-                f"{data.root}: built with --crop none, whole pictures for other models' augmentation; "
-                "take recipe='imagenet', or build with --crop centre"
-            )
-        _check_known(options, Transform.__dataclass_fields__)
-        return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
-    _require_choice("recipe", name, ("alexnet", "imagenet"))
-    _check_known(options, ("views",))
-    return ImageNet(seed=seed, **options)
-
-
-def _check_known(options: dict[str, Any], known: Iterable[str]) -> None:
-    for name in options:
-        if name not in known:
-            raise UserError(f"{name}={options[name]!r}: no such option; this recipe has {', '.join(known)}")
-
-
-def _require_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    require_one_of(("alexnet", "imagenet"), recipe=name)
+    known = tuple(Transform.__dataclass_fields__) if name == "alexnet" else ("views",)
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(f"{option}={value!r}: no such option; this recipe has {', '.join(known)}")
+    if name == "imagenet":
+        return ImageNet(seed=seed, **options)
+    if data.recipe.crop != "centre":
+        reason = "built with --crop none, whole pictures for other models' augmentation"
+        raise UserError(f"{data.root}: {reason}; take recipe='imagenet', or build with --crop centre")
+    return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)

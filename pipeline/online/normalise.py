@@ -1,13 +1,13 @@
 """Views → network input, on the consumer's device: one fused kernel on a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Crops, Recipe
+from pipeline.online.batch import Batch, Crops, Recipe, ViewBox
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8")}
 
@@ -45,9 +45,7 @@ class Normaliser:
 
     On a CPU the decoding thread does all of it: the graph has subtracted and divided already (`in_graph`), and only the
     mean deviation is left. On a GPU that thread sends what is needed, and the kernel runs where the images are used.
-
-    Args:
-        output: a key of `DTYPES`; "uint8" leaves the views as they were cut.
+    `output` is a key of `DTYPES`; "uint8" leaves the views as they were cut.
     """
 
     def __init__(self, recipe: Recipe, devices: tuple[torch.device, ...], output: str) -> None:
@@ -61,62 +59,47 @@ class Normaliser:
 
     def prepare(self, batch: Batch, views: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return, in the decoding thread, what `images` needs on each device."""
+        crops = batch.crops
         if self._output == torch.uint8:
             return [(view,) for view in views]
-        assert batch.crops is not None
-        crops = batch.crops
         if self.in_graph:
             planes = self._planes.get(self._recipe.divisor(batch.step))
-            if planes is not None and len(crops):
+            if planes is not None:
                 for view in views:
                     subtract_deviation(view.numpy(), planes, crops, self._recipe.aligned)
             return [(view.to(self._output),) for view in views]
-        arrays = [crops.offset, crops.std, crops.start, crops.flip]
-        return [(view, *(_sent(array, device) for array in arrays)) for view, device in zip(views, self._devices)]
+        arrays = [torch.from_numpy(array) for array in (crops.offset, crops.std, crops.start, crops.flip)]
+        return [(view, *(array.to(device) for array in arrays)) for view, device in zip(views, self._devices)]
 
     @torch.no_grad()
     def images(self, step: int, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
         """Return, in the consumer's thread and on its stream, (n, 3, view, view) or (n, views, 3, view, view)."""
+        boxes, side, aligned = self._recipe.several, self._recipe.view, self._recipe.aligned
+        pictures, *arrays = tensors
         if self._output == torch.uint8:
-            if not self._recipe.several:
-                return tensors[0].permute(0, 3, 1, 2)
-            return torch.stack([one.permute(0, 3, 1, 2) for one, _ in cut(tensors[0], None, self._recipe)], dim=1)
+            views = [_cut(pictures, box, side).permute(0, 3, 1, 2) for box in boxes]
+            return torch.stack(views, dim=1) if boxes else pictures.permute(0, 3, 1, 2)
         if self.in_graph:
-            return tensors[0]
-        view, offset, std, start, flip = tensors
-        mean_deviation = self._deviations.get((self._recipe.divisor(step), device))
-        if self._recipe.several:
-            pairs = cut(view, mean_deviation, self._recipe)
-            return torch.stack([normalise(one, offset, std, own, self._output) for one, own in pairs], dim=1)
-        if self._recipe.aligned:
-            return _on(device, normalise_aligned)(view, offset, std, mean_deviation, self._output, start, flip)
-        return _on(device, normalise)(view, offset, std, mean_deviation, self._output)
+            return pictures
+        offset, std, start, flip = arrays
+        deviation = self._deviations.get((self._recipe.divisor(step), device))
+        if boxes:
+            views = []
+            for box in boxes:
+                own = _cut(deviation, box, side) if aligned and deviation is not None else deviation
+                views.append(normalise(_cut(pictures, box, side), offset, std, own, self._output))
+            return torch.stack(views, dim=1)
+        function: Callable[..., Tensor] = normalise_aligned if aligned else normalise
+        crop_boxes = (start, flip) if aligned else ()
+        run = fused(function) if device.type == "cuda" else function
+        return run(pictures, offset, std, deviation, self._output, *crop_boxes)
 
 
-def _on(device: torch.device, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return fused(function) if device.type == "cuda" else function
-
-
-def _sent(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.to(device)
-
-
-def cut(images: Tensor, mean_deviation: Tensor | None, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the recipe's several views of each picture of (n, size, size, 3), one after the other: (n, view, view, 3).
-
-    Each comes with its mean deviation (view, view, 3): its own box of `mean_deviation` if aligned, else all of it.
-    """
-    aligned, side = recipe.aligned, recipe.view
-    for top, left, flip in recipe.several:
-        inside = (slice(top, top + side), slice(left, left + side))
-        view, own = (
-            images[:, *inside],
-            mean_deviation[inside] if aligned and mean_deviation is not None else mean_deviation,
-        )
-        if flip:
-            view, own = view.flip(2), own.flip(1) if aligned and own is not None else own
-        yield view, own
+def _cut(images: Tensor, box: ViewBox, side: int) -> Tensor:
+    """Cut a view (…, side, side, 3) out of pictures, or of the mean deviation, (…, size, size, 3)."""
+    top, left, flip = box
+    view = images[..., top : top + side, left : left + side, :]
+    return view.flip(-2) if flip else view
 
 
 def subtract_deviation(views: np.ndarray, mean_deviation: np.ndarray, crops: Crops, aligned: bool) -> None:

@@ -13,13 +13,9 @@ _SHIFT = np.uint64(32)
 
 
 def philox(key: tuple[int, int], counter: tuple[np.ndarray | int, ...]) -> np.ndarray:
-    """Ten rounds of Philox4x32.
+    """Return (…, 4) uint32, independent uniform words, by ten rounds of Philox4x32.
 
-    Args:
-        key: two 32-bit words.
-        counter: four 32-bit words, each an integer or an array; they broadcast.
-    Returns:
-        (…, 4) uint32, independent uniform words.
+    `key` has two 32-bit words, `counter` four, each an integer or an array; they broadcast.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
     k0, k1 = key
@@ -36,8 +32,13 @@ def philox(key: tuple[int, int], counter: tuple[np.ndarray | int, ...]) -> np.nd
 
 
 def key_of(seed: int) -> tuple[int, int]:
-    """A seed of up to 64 bits → a Philox key."""
+    """Return the Philox key of a seed of up to 64 bits."""
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+
+
+def keyed_words(seed: int, use: np.ndarray | int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """Return the four words of each id in an epoch, (…, 4) uint32, for one of the uses below."""
+    return philox(key_of(seed), (use, epoch, ids & 0xFFFFFFFF, ids >> 32))
 
 
 # The first counter word of every use of a seed, so that no two uses share a draw.

@@ -1,23 +1,20 @@
 """The same shards for other models: torchvision's and timm's recipe, and plain WebDataset."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import numpy as np
 
 from pipeline import UserError, manifest, storage
-from pipeline.online.batch import Crops, ViewBox
-from pipeline.online.philox import REGION, VIEW, key_of, philox
+from pipeline.online.batch import Crops, Recipe, require_at_least, require_one_of
+from pipeline.online.philox import REGION, VIEW, keyed_words
 
 if TYPE_CHECKING:
     import webdataset as wds
 
 VIEW_SIZE = 224  # pixels
-VIEWS = ("random", "centre")
 MEAN = (255 * np.array([0.485, 0.456, 0.406])).astype(np.float32)  # grey levels: the constants of torchvision and timm
 STD = (255 * np.array([0.229, 0.224, 0.225])).astype(np.float32)
 TRIES = 10
@@ -25,26 +22,20 @@ SCALE = (0.08, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 
 
-class ImageNet:
+class ImageNet(Recipe):
     """The recipe that today's ImageNet models are trained with; see `batch.Recipe`.
 
     "random" views are torchvision's RandomResizedCrop(224), bilinear with antialiasing, and RandomHorizontalFlip;
     "centre" views its CenterCrop(224), which after a build with --size 256 is Resize(256) and CenterCrop(224). Both are
     normalised with ImageNet's customary mean and deviation. timm's defaults are the same views, before its colour
     jitter and but for its choice of filters.
-
-    Raises:
-        UserError: unknown views; from `crops`, a picture that no centre view fits in.
+    Raises UserError: unknown views; from `crops`, a picture that no centre view fits in.
     """
 
     view = decoded = VIEW_SIZE
-    aligned = False
-    several: tuple[ViewBox, ...] = ()
-    mean_deviations: Mapping[float, np.ndarray] = MappingProxyType({})
 
     def __init__(self, views: str = "random", seed: int = 2012) -> None:
-        if views not in VIEWS:
-            raise UserError(f"views={views!r}: must be one of {', '.join(VIEWS)}")
+        require_one_of(("random", "centre"), views=views)
         self.training = self.resize = views == "random"
         self._views, self._seed = views, seed
 
@@ -55,9 +46,6 @@ class ImageNet:
         else:
             start, shape, flip = _centre(ids, sizes), np.full((n, 2), VIEW_SIZE, np.int32), np.zeros(n, np.int32)
         return Crops(start, shape, flip, np.tile(MEAN, (n, 1)), np.tile(STD, (n, 1)))
-
-    def divisor(self, step: int) -> float:
-        return 1.0
 
     def described(self) -> dict[str, Any]:
         return {"recipe": "imagenet", "views": self._views}
@@ -74,12 +62,9 @@ def draw_regions(
     top = ⌊w₂ (height − its height + 1)/2³²⌋, and left from w₃ likewise, in integers. Where none fits, it is the largest
     window of a permitted ratio, in the centre. Mirrored where bit 31 of word 2 of (VIEW, epoch, …) is set, as in
     `augment.draw`. (exp may differ by 1 ulp between machines: one window in some 10¹³ by a pixel.)
-
-    Returns:
-        start (n, 2), shape (n, 2) in pixels and flip (n,), int32.
+    Returns start (n, 2), shape (n, 2) in pixels and flip (n,), int32.
     """
-    key, low, high = key_of(seed), ids & 0xFFFFFFFF, ids >> 32
-    words = philox(key, (REGION + (np.arange(TRIES)[:, None] << 8), epoch, low, high))  # (10, n, 4)
+    words = keyed_words(seed, REGION + (np.arange(TRIES)[:, None] << 8), epoch, ids)  # (10, n, 4)
     unit = words[..., :2] / 2.0**32
     area = sizes.prod(1) * (SCALE[0] + (SCALE[1] - SCALE[0]) * unit[..., 0])
     narrowest, widest = map(math.log, RATIO)
@@ -87,12 +72,14 @@ def draw_regions(
     tried = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=-1))).astype(np.int64)  # (10, n, 2)
     fits = ((tried > 0) & (tried <= sizes)).all(2)
     taken = fits.argmax(0), np.arange(len(ids))  # the first that fits
-    found = fits[taken][:, None]
-    shape = np.where(found, tried[taken], _largest(sizes))
-    places = (sizes - shape + 1).astype(np.uint64)
-    drawn = ((words[taken][:, 2:] * places) >> np.uint64(32)).astype(np.int64)  # bias below places/2³²
-    start = np.where(found, drawn, (sizes - shape) // 2)
-    flip = philox(key, (VIEW, epoch, low, high))[:, 2] >> np.uint32(31)
+    fitted = fits[taken][:, None]
+    height, width = sizes.T
+    permitted = np.rint(np.stack([width / RATIO[0], height * RATIO[1]], axis=1))
+    shape = np.where(fitted, tried[taken], np.minimum(sizes, permitted)).astype(np.int64)
+    positions = (sizes - shape + 1).astype(np.uint64)
+    drawn = ((words[taken][:, 2:] * positions) >> np.uint64(32)).astype(np.int64)  # bias below positions/2³²
+    start = np.where(fitted, drawn, (sizes - shape) // 2)
+    flip = keyed_words(seed, VIEW, epoch, ids)[:, 2] >> np.uint32(31)
     return start.astype(np.int32), shape.astype(np.int32), flip.astype(np.int32)
 
 
@@ -103,12 +90,9 @@ def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 20
     the images stay PIL's); who gets no shard gives nothing. `shuffle`: samples in webdataset's shuffle buffer, which
     starts with at most 100; the shards of each worker are shuffled too. Every pass has another order, given by `seed`,
     as long as the workers live (persistent_workers=True). 0: the order of the build.
-
-    Raises:
-        UserError: a directory that is remote, damaged or not one; an empty split; a path that webdataset cannot open.
+    Raises UserError: a directory that is remote, damaged or not one; an empty split; a path that it cannot open.
     """
-    if shuffle < 0:
-        raise UserError(f"shuffle={shuffle}: must be at least 0")
+    require_at_least(0, shuffle=shuffle)
     root = storage.location(data)
     if storage.is_remote(root):
         raise UserError(f"{data}: webdataset() reads local shards; copy the dataset directory to this machine first")
@@ -135,28 +119,13 @@ def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 20
     return dataset.decode("pil").map(_pair)
 
 
-def _largest(sizes: np.ndarray) -> np.ndarray:
-    """Return the largest height and width of a permitted ratio in pictures of `sizes`: (n, 2) → (n, 2)."""
-    height, width = sizes.T
-    ratio = width / height
-    return np.stack(
-        [
-            np.where(ratio < RATIO[0], np.rint(width / RATIO[0]), height),
-            np.where(ratio > RATIO[1], np.rint(height * RATIO[1]), width),
-        ],
-        axis=1,
-    ).astype(np.int64)
-
-
 def _centre(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return top and left of the centre views, (n, 2) int32: half the margin, halves to even, as CenterCrop has it."""
     small = np.flatnonzero(sizes.min(1) < VIEW_SIZE)
     if small.size:
         height, width = sizes[small[0]]
-        raise UserError(
-            f"sample {ids[small[0]]}: a picture of {width} × {height} pixels; a centre view needs {VIEW_SIZE} each "
-            "way; build with --size 256"
-        )
+        reason = f"a picture of {width} × {height} pixels; a centre view needs {VIEW_SIZE} each way"
+        raise UserError(f"sample {ids[small[0]]}: {reason}; build with --size 256")
     return np.rint((sizes - VIEW_SIZE) / 2).astype(np.int32)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,48 +20,32 @@ IN_GRAPH = 3  # batches that DALI has at a time: it never waits for the next
 
 @dataclass(frozen=True)
 class Sampler:
-    """Maps (step, rank) to sample ids and crops.
-
-    Args:
-        chunk: number of consecutive samples of a global batch that share crop box and flip.
-        size: (height, width) of every stored picture; None: each has its own.
-    """
+    """Maps (step, rank) to sample ids and crops."""
 
     order: Order
     recipe: Recipe
-    rank: int = 0
-    ranks: int = 1
-    chunk: int = 1
-    size: tuple[int, int] | None = None
-
-    @property
-    def largest_part(self) -> int:
-        """Samples of the rank's largest part of a batch."""
-        positions = part(self.order.batch_size, self.rank, self.ranks)
-        return positions.stop - positions.start
+    rank: int
+    ranks: int
+    size: int | None  # pixels of a side of every stored picture; None: each has its own height and width
 
     def batch(self, step: int, permutation: np.ndarray) -> Batch:
         """Return the rank's part of the batch of `step` by its ids; `permutation` is that of its epoch."""
-        ids = self.order.batch(step, permutation)
+        ids, chunk = self.order.batch(step, permutation), self.recipe.chunk
         positions = part(len(ids), self.rank, self.ranks)
-        owners = ids[np.arange(len(ids)) // self.chunk * self.chunk][positions] if self.chunk > 1 else None
+        owners = ids[np.arange(len(ids)) // chunk * chunk][positions] if chunk > 1 else None
         planned, epoch = ids[positions], step // self.order.steps_per_epoch
         return Batch(step, epoch, positions.start, len(ids), planned.copy(), planned_ids=planned, crop_owner_ids=owners)
 
     def draw(self, batch: Batch) -> None:
         """Set the crops of a batch whose samples are read."""
-        sizes = np.array([self.size or jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64).reshape(-1, 2)
+        sizes = np.array(
+            [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64
+        ).reshape(-1, 2)
         batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.planned_ids, batch.crop_owner_ids, sizes)
 
 
 class Prefetch:
-    """The batches of a sampler from `step` on, up to `end` if there is one, each ready before it is asked for.
-
-    Args:
-        prepare: turns the views of a batch on each device into `Batch.tensors`, in the decoding thread.
-        depth: batches that are made ready ahead of use.
-        upcoming: is told the ids of each epoch in their order, before its first batch is read.
-    """
+    """The batches of a sampler from `step` on, up to `end` if there is one, each ready before it is asked for."""
 
     def __init__(
         self,
@@ -69,12 +53,12 @@ class Prefetch:
         reader: SampleReader,
         decoder: Decoder,
         bad: BadSamples,
-        prepare: Callable[[Batch, list[Tensor]], list[tuple[Tensor, ...]]],
+        prepare: Callable[[Batch, list[Tensor]], list[tuple[Tensor, ...]]],  # views on each device → `Batch.tensors`
         *,
         step: int,
         end: int | None,
-        depth: int,
-        upcoming: Callable[[np.ndarray], None] | None = None,
+        depth: int,  # batches that are made ready ahead of use
+        upcoming: Callable[[list[int]], None] | None,  # is told the shards of the samples that come, in their order
     ) -> None:
         self._sampler, self._reader, self._decoder, self._bad = sampler, reader, decoder, bad
         self._prepare, self._end, self._depth, self._upcoming = prepare, end, depth, upcoming
@@ -82,19 +66,15 @@ class Prefetch:
         self._reading: dict[int, Future[Batch]] = {}  # by step, until they are submitted to the decoder
         self._ahead: deque[Future[Batch]] = deque()
         self._permutations: dict[int, Future[np.ndarray]] = {}
+        self._announced: list[int] = []  # the epochs that `upcoming` knows
         self._closed = False
-        self._announced = (-1, False)  # the latest epoch that `upcoming` knows, and whether it knows the next one, too
         # Decoding waits for reading, and reading for a permutation; never the other way round.
-        names = ("decode", "read", "order")
-        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"penstock-{name}") for name in names]
-        self._decodes, self._reads, self._orders = self._pools
+        names = ("penstock-decode", "penstock-read", "penstock-order")
+        self._decodes, self._reads, self._orders = self._pools = [ThreadPoolExecutor(1, name) for name in names]
         self._fill()
 
     def next(self) -> Batch | None:
-        """Wait for the next batch, which stays the next one until `taken`; None: there is none.
-
-        What its preparation raised is raised here, again and again.
-        """
+        """Wait for the next batch, or raise what its preparation raised; it stays the next one until `taken`."""
         if self._closed:
             raise RuntimeError("the loader is closed")
         return self._ahead[0].result() if self._ahead else None
@@ -108,10 +88,9 @@ class Prefetch:
         """End the threads, each after its current task, and free the graphs."""
         self._closed = True
         self._decoder.stop()
-        for pool in self._pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for pool in self._pools:
-            pool.shutdown(wait=True)
+        for wait in (False, True):
+            for pool in self._pools:
+                pool.shutdown(wait=wait, cancel_futures=True)
         self._ahead.clear()
         self._reading.clear()
         self._decoder.close()
@@ -127,17 +106,20 @@ class Prefetch:
     def _past_end(self, step: int) -> bool:
         return self._end is not None and step >= self._end
 
+    def _replace(self, batch: Batch, positions: Iterable[int], reason: str) -> None:
+        for i in positions:
+            batch.ids[i], batch.jpegs[i] = self._bad.replacement(int(batch.ids[i]), reason)
+        self._sampler.draw(batch)
+
     # The reading thread
 
     def _read(self, step: int) -> Batch:
         batch = self._sampler.batch(step, self._permutation(step))
         damaged: list[int] = []
         batch.jpegs = self._reader.read(batch.ids, damaged if self._bad.limit else None)
-        for i, sample in enumerate(batch.ids.tolist()):
-            if i in damaged or sample in self._bad:
-                batch.ids[i], batch.jpegs[i] = self._bad.replacement(sample, DAMAGED)
-        self._sampler.draw(batch)
-        batch.times.read = time.perf_counter()
+        known = [i for i, sample in enumerate(batch.ids.tolist()) if sample in self._bad.ids]
+        self._replace(batch, sorted({*damaged, *known}), DAMAGED)
+        batch.read_at = time.perf_counter()
         return batch
 
     def _permutation(self, step: int) -> np.ndarray:
@@ -150,11 +132,11 @@ class Prefetch:
             for number in [epoch, *following]
         }
         permutation = self._permutations[epoch].result()
-        known = [number for number in following if self._permutations[number].done()]
-        if self._upcoming and self._announced != (news := (epoch, bool(known))):
-            self._announced = news
-            rest = [permutation[batch * order.batch_size :]]
-            self._upcoming(np.concatenate(rest + [self._permutations[number].result() for number in known]))
+        known = [number for number, future in self._permutations.items() if future.done()]
+        if self._upcoming and known != self._announced:
+            self._announced = known
+            ids = np.concatenate([self._permutations[number].result() for number in known])
+            self._upcoming(self._reader.records["shard"][ids[batch * order.batch_size :]].tolist())
         return permutation
 
     # The decoding thread
@@ -164,12 +146,11 @@ class Prefetch:
         with self._decoder.streams():
             batch, views = self._views()
             assert batch.step == step
-            batch.times.decoded = time.perf_counter()
+            batch.decoded_at = time.perf_counter()
             batch.labels = torch.from_numpy(self._reader.labels(batch.ids)).to(views[0].device)
             batch.tensors = self._prepare(batch, views)
-        batch.times.ready = time.perf_counter()
         if batch.labels.device.type == "cpu":
-            batch.times.decoded = batch.times.ready  # nothing is transferred: preparing counts as decoding
+            batch.decoded_at = time.perf_counter()  # nothing is transferred: preparing counts as decoding
         return batch
 
     def _submit(self, step: int) -> None:
@@ -187,11 +168,8 @@ class Prefetch:
             try:
                 return self._decoder.result()
             except RuntimeError:
-                batch = self._decoder.oldest
-                positions = self._decoder.undecodable()
+                batch, positions = self._decoder.undecodable()
                 if not positions:
                     raise
-                for i in positions:
-                    batch.ids[i], batch.jpegs[i] = self._bad.replacement(int(batch.ids[i]), UNDECODABLE)
-                self._sampler.draw(batch)
+                self._replace(batch, positions, UNDECODABLE)
                 self._decoder.restart()

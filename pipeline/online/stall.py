@@ -5,22 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-CAUSES = ("reading", "decoding", "transfer")
-KNOBS = {
+KNOBS = {  # cause → options to change
     "reading": "more readers=, order='shards', or a faster disk",
     "decoding": "more threads=, or on a GPU another hardware_share=",
     "transfer": "a larger depth=",
 }
 LIMIT = 0.01  # share of the time; a larger stall is reported with its cause
-
-
-@dataclass
-class Times:
-    """The moments at which a batch was read, decoded and ready, by `time.perf_counter`."""
-
-    read: float = 0.0
-    decoded: float = 0.0
-    ready: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,47 +23,41 @@ class Wait:
     device: float | None = None  # None: no GPU; the consumer is the host
 
     @property
-    def host(self) -> float:
-        return self.reading + self.decoding + self.transfer
-
-    @property
     def seconds(self) -> float:
         """The stall: on a GPU what the device waited, else what the host did."""
-        return self.host if self.device is None else self.device
+        return self.reading + self.decoding + self.transfer if self.device is None else self.device
 
     def __add__(self, other: "Wait") -> "Wait":
-        return self._combined(other, 1)
-
-    def __sub__(self, other: "Wait") -> "Wait":
-        return self._combined(other, -1)
-
-    def _combined(self, other: "Wait", sign: int) -> "Wait":
         on_gpu = self.device is not None or other.device is not None
         return Wait(
-            self.reading + sign * other.reading,
-            self.decoding + sign * other.decoding,
-            self.transfer + sign * other.transfer,
-            (self.device or 0.0) + sign * (other.device or 0.0) if on_gpu else None,
+            self.reading + other.reading,
+            self.decoding + other.decoding,
+            self.transfer + other.transfer,
+            (self.device or 0.0) + (other.device or 0.0) if on_gpu else None,
         )
+
+    def __sub__(self, other: "Wait") -> "Wait":
+        device = None if other.device is None else -other.device
+        return self + Wait(-other.reading, -other.decoding, -other.transfer, device)
 
     def shares(self, wall: float) -> dict[str, float]:
         """Return the stall as a share of `wall` seconds, by cause; on a GPU by what the host waited for meanwhile."""
-        whole = self.seconds / wall if wall > 0 else 0.0
-        if self.host <= 0:
-            return {cause: whole * (cause == "transfer") for cause in CAUSES}
-        return {cause: whole * getattr(self, cause) / self.host for cause in CAUSES}
+        stall, host = self.seconds / wall if wall > 0 else 0.0, self.reading + self.decoding + self.transfer
+        if host <= 0:
+            return {cause: stall * (cause == "transfer") for cause in KNOBS}
+        return {cause: stall * getattr(self, cause) / host for cause in KNOBS}
 
     def said(self, wall: float) -> str:
         """Return `stall 12.3 % (decoding: options to change)`; the cause only above `LIMIT`."""
         shares = self.shares(wall)
-        stall, worst = sum(shares.values()), max(CAUSES, key=lambda cause: shares[cause])
+        stall, worst = sum(shares.values()), max(shares, key=lambda cause: shares[cause])
         return f"stall {100 * stall:4.1f} %" + (f" ({worst}: {KNOBS[worst]})" if stall > LIMIT else "")
 
 
-def waited(asked: float, got: float, times: Times) -> Wait:
-    """Return the waiting of a consumer who asked for a batch at `asked` and got it at `got`."""
-    read, decoded = max(asked, times.read), max(asked, times.decoded)
-    read, decoded = min(read, got), min(max(read, decoded), got)
+def waited(asked: float, read: float, decoded: float, got: float) -> Wait:
+    """Return the waiting for a batch by the moments at which it was asked for, had been read and decoded, and came."""
+    read = min(max(asked, read), got)
+    decoded = min(max(read, decoded), got)
     return Wait(read - asked, decoded - read, got - decoded)
 
 
@@ -81,25 +65,14 @@ def waited(asked: float, got: float, times: Times) -> Wait:
 class Meter:
     """Adds up the waiting of a loader's consumer; on a GPU by CUDA events, so that the host does not wait for it."""
 
-    _last: Wait = Wait()
     _total: Wait = Wait()
     _events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
-    _latest: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def add(self, wait: Wait, events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None) -> None:
         """Add the waiting for one batch; `events` stand on the consumer's stream before and after it."""
-        self._last, self._total = wait, self._total + (wait if events is None else replace(wait, device=0.0))
-        self._latest = events
+        self._total += wait if events is None else replace(wait, device=0.0)
         if events is not None:
             self._events.append(events)
-
-    @property
-    def last(self) -> Wait:
-        """The waiting for the latest batch: the host's, until the device of a GPU has come to that step."""
-        if self._latest is None or not self._latest[1].query():
-            return self._last
-        before, after = self._latest
-        return replace(self._last, device=before.elapsed_time(after) / 1e3)
 
     @property
     def total(self) -> Wait:
