@@ -18,7 +18,7 @@ from pipeline.cli import Command, Place
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
 from pipeline.offline import executors
-from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Part, Run, SkipLimit, build, merge_parts
+from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Run, ShardSlice, SkipLimit, build, merge_parts
 from pipeline.offline.lock import PLAN_FILE
 from pipeline.offline.plan import Plan, make_plan, slots
 from pipeline.offline.repair import is_finished, retry
@@ -52,11 +52,11 @@ def recipe_option(field: Field[Any]) -> click.Option:
     return click.Option([name], type=kind, default=field.default, show_default=True, help=text)
 
 
-def parse_part(text: str) -> Part:
-    """Return K/N as a `Part`."""
+def parse_part(text: str) -> ShardSlice:
+    """Return K/N as a `ShardSlice`."""
     number, slash, of = text.partition("/")
     if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10**6:
-        return Part(int(number), int(of))
+        return ShardSlice(int(number), int(of))
     raise click.BadParameter(f"{text}: not K/N with K from 1 to N, such as 3/16")
 
 

@@ -14,40 +14,27 @@ import numpy as np
 from PIL import Image
 
 from pipeline import UserError, manifest, storage
-from pipeline.files import HashingFile, write_aside, write_bytes_aside
+from pipeline.files import write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Manifest, Split, Statistics, timm_info
 from pipeline.offline import executors
 from pipeline.offline.lock import BuildError, locked
 from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan, Slot, slots
-from pipeline.offline.shards import (
-    BUILD_FOLDER,
-    Outcome,
-    ShardTask,
-    load_record,
-    load_samples,
-    record_path,
-    write_shard,
-)
+from pipeline.offline.shards import BUILD_FOLDER, Outcome, ShardTask, load_record, record_path, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location
 
 Run = Callable[[Callable[[ShardTask], Outcome], Iterable[ShardTask]], Iterator[Outcome]]
 
 SKIPPED_FILE = "skipped.jsonl"
-MEAN_FILE = "mean.png"
 
 
-class Part(NamedTuple):
+class ShardSlice(NamedTuple):
     """The shards number − 1, number − 1 + of, … of a build that several jobs share."""
 
     number: int  # 1 … of
     of: int
-
-
-class TooManySkipped(UserError):
-    """More images were skipped than the user allows."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +68,13 @@ class SkipCounter:
         self._skipped: dict[str, Counter[str]] = {split: Counter() for split in plan.splits}
 
     def add(self, shard: str, reasons: Counter[str]) -> None:
-        """Count a shard's skipped images by their reasons. Raises TooManySkipped."""
+        """Count a shard's skipped images by their reasons. Raises UserError where they are too many."""
         split = shard.partition("/")[0]
         skipped = self._skipped[split]
         skipped += reasons
         if skipped.total() > self._allowed[split]:
             listing = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-            raise TooManySkipped(
+            raise UserError(
                 f"{split}: {skipped.total():,} images skipped so far ({listing}), at most {self._allowed[split]:,} may "
                 "be; the finished shards stay. Mend RAW and run the same command with --retry-skipped, or allow more "
                 "with --max-skipped"
@@ -103,7 +90,7 @@ def build(
     run: Run | None = None,
     skip_limit: SkipLimit = SKIP_LIMIT,
     retry_skipped: bool = False,
-    part: Part | None = None,
+    part: ShardSlice | None = None,
 ) -> Manifest | None:
     """Build the dataset directory `root`, or go on with the same build where an earlier run of it stopped.
 
@@ -119,16 +106,17 @@ def build(
     Returns:
         The manifest; None for a part.
     Raises:
-        BuildError: `root` holds something else, or no training image decodes.
-        TooManySkipped, and what `write_shard` raises; what is finished stays.
+        UserError: `root` holds something else, too many images are skipped, or no training image decodes; and what
+            `write_shard` raises. What is finished stays.
     """
     with locked(plan, root, alone=part is None) as ended:
         if ended:
             return manifest.load(root)
         chosen = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
         plan = spooled(plan, root, slots(plan))  # all shards', so that the parts of a build share the copies
-        if retry_skipped:
-            _forget_skipped(root, chosen)
+        for slot in chosen if retry_skipped else ():
+            if (record := load_record(root, slot.name)) and record.skipped:
+                storage.remove(record_path(root, slot.name))
         counter = SkipCounter(skip_limit, plan)
         run = run or partial(executors.run, workers=min(workers, len(chosen)))
         for outcome in run(write_shard, shard_tasks(plan, root, chosen)):
@@ -138,12 +126,7 @@ def build(
 
 
 def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
-    """End a build whose parts were built apart.
-
-    Raises:
-        BuildError: a shard is missing.
-        TooManySkipped: of all parts together.
-    """
+    """End a build whose parts were built apart. Raises UserError: shards are missing; too many skipped in all."""
     with locked(plan, root, alone=True) as ended:
         if ended:
             return manifest.load(root)
@@ -169,10 +152,9 @@ def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
 
 def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
     """Yield one task at a time: together they hold every image of the plan."""
-    plan = spooled(plan, root, chosen)
     codecs = codec_versions()
     for slot in chosen:
-        yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)
+        yield ShardTask(root, slot.name, tuple(plan.part(slot.split, slot.start, slot.stop)), plan.recipe, codecs)
 
 
 def merge(plan: Plan, root: Location) -> Manifest:
@@ -184,7 +166,8 @@ def merge(plan: Plan, root: Location) -> Manifest:
     return write_manifest(plan, root, splits, skipped, merged["train"].sums, files)
 
 
-class MergedSplit(NamedTuple):
+@dataclass
+class MergedSplit:
     entry: Split
     files: dict[str, FileRecord]  # of its shards, and samples.npy
     skipped: list[dict[str, str]]  # lines of skipped.jsonl
@@ -193,28 +176,28 @@ class MergedSplit(NamedTuple):
 
 def merge_split(plan: Plan, root: Location, split: str) -> MergedSplit:
     """Merge the records of a split's shards, and write its samples.npy."""
-    names = [slot.name for slot in slots(plan) if slot.split == split]
-    merged = MergedSplit(Split(0, 0, ()), {}, [], Sums.zero(plan.recipe.statistics_size))
-    shards = []
-    for name in names:  # one record at a time: each holds a sum image
-        record = load_record(root, name)
+    files, skipped, sums = dict[str, FileRecord](), list[dict[str, str]](), Sums.zero(plan.recipe.statistics_size)
+    shards, samples, end = [], np.empty(len(plan.splits[split]), SAMPLE), 0
+    for slot in slots(plan):
+        if slot.split != split:
+            continue
+        record = load_record(root, slot.name)  # one at a time: each holds a sum image
         if record is None:
-            raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
-        merged.sums.merge(record.sums)
-        merged.files.update((file, FileRecord(**written)) for file, written in record.files.items())
-        merged.skipped.extend({"split": split, **line} for line in record.skipped)
+            raise BuildError(f"{root}: the record of {slot.name} is gone or damaged; run the same command again")
+        sums.merge(record.sums)
+        files |= record.files
+        skipped += [{"split": split, **line} for line in record.skipped]
+        start, end = end, end + len(record.samples)
+        samples[start:end] = record.samples
         if record.manifest_entry:
             shards.append(record.manifest_entry)
-    samples = sum(shard.samples for shard in shards)
+    files[f"{split}/samples.npy"] = write_samples(root, split, samples[:end])
+    return MergedSplit(Split(end, len(skipped), tuple(shards)), files, skipped, sums)
 
-    def write_samples(file: HashingFile) -> None:  # shard by shard: the bytes that numpy would write of all at once
-        form = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (samples,)}
-        np.lib.format.write_array_header_1_0(file, form)
-        for name in names:
-            file.write(load_samples(root, name).astype(SAMPLE).tobytes())
 
-    merged.files[f"{split}/samples.npy"] = FileRecord(**write_aside(root / split / "samples.npy", write_samples))
-    return merged._replace(entry=Split(samples, len(merged.skipped), tuple(shards)))
+def write_samples(root: Location, split: str, samples: np.ndarray) -> FileRecord:
+    """Write a split's samples.npy, (n,) of SAMPLE."""
+    return FileRecord(**write_aside(root / split / "samples.npy", partial(np.save, arr=samples)))
 
 
 def write_manifest(
@@ -227,21 +210,17 @@ def write_manifest(
 ) -> Manifest:
     """Write the summaries and the manifest of a dataset directory with these `files`.
 
-    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split.
-
-    Raises:
-        BuildError: no training image was decoded.
+    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split. Raises BuildError: they are of
+    no image.
     """
     if not total.n:
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
         raise BuildError(f"{root}: no training image could be decoded; the reasons: {reasons}")
     statistics = finish(total)
-    summaries = {
-        name: FileRecord(**write_bytes_aside(root / name, data))
-        for name, data in summary_files(statistics, skipped, splits).items()
-    }
-    parts = (plan.recipe, plan.classes, splits, statistics.summary(), {**files, **summaries}, codec_versions())
-    written = Manifest(root, *parts)
+    files = dict(files)
+    for name, data in summary_files(statistics, skipped, splits).items():
+        files[name] = FileRecord(**write_bytes_aside(root / name, data))
+    written = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
     write_bytes_aside(root / manifest.FILE_NAME, written.to_json())
     return written
 
@@ -255,14 +234,7 @@ def summary_files(
     Image.fromarray(np.rint(statistics.mean_image).astype(np.uint8)).save(mean, "PNG")
     return {
         STATISTICS_FILE: arrays.getvalue(),
-        MEAN_FILE: mean.getvalue(),
+        "mean.png": mean.getvalue(),
         SKIPPED_FILE: "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode(),
         INFO_FILE: timm_info(splits),
     }
-
-
-def _forget_skipped(root: Location, chosen: Sequence[Slot]) -> None:
-    for slot in chosen:
-        record = load_record(root, slot.name)
-        if record and record.skipped:
-            storage.remove(record_path(root, slot.name))

@@ -67,18 +67,15 @@ class Plan:
     keys: Keys
     splits: dict[str, np.ndarray]  # (n,) uint32: indices into `images`, by sample id, skipped images included
 
-    def part(self, split: str, start: int, stop: int) -> tuple[PlannedImage, ...]:
-        """Return the images start … stop − 1 of a split."""
-        return tuple(self._planned(split, start, stop))
-
-    def slot_keys(self, slot: Slot) -> list[str]:
-        return [self.keys[i] for i in self.splits[slot.split][slot.start : slot.stop].tolist()]
-
-    def _planned(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
+    def part(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
+        """Yield the images start … stop − 1 of a split."""
         labels = {record.wnid: record.label for record in self.classes}
         for i in self.splits[split][start:stop].tolist():
             raw = self.images[i]
             yield PlannedImage(self.keys[i], -1 if raw.wnid is None else labels[raw.wnid], raw)
+
+    def slot_keys(self, slot: Slot) -> list[str]:
+        return [self.keys[i] for i in self.splits[slot.split][slot.start : slot.stop].tolist()]
 
     def fingerprint(self) -> bytes:
         """Return as JSON all that must be equal for a build to be resumed: recipe, codecs, classes, names of images.
@@ -87,7 +84,7 @@ class Plan:
         """
         digest = hashlib.sha256()
         for split, indices in self.splits.items():
-            for image in self._planned(split, 0, len(indices)):
+            for image in self.part(split, 0, len(indices)):
                 digest.update(os.fsencode(f"{split}\t{image.key}\t{image.label}\t{image.raw.path}\n"))
         return canonical_json(
             {
