@@ -85,7 +85,9 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata that we do not read
-            if packed.startswith(b"\x1f\x8b"):  # as some of ILSVRC2010's pictures; one level
+            if (
+                packed.startswith(b"\x1f\x8b") and len(packed) <= max_bytes
+            ):  # as some of ILSVRC2010's pictures; one level
                 data = _inflated(packed, max_bytes)
             if not data:
                 raise ImageError("empty")

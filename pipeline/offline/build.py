@@ -18,7 +18,7 @@ from pipeline.files import write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Manifest, Split, Statistics, timm_info
 from pipeline.offline import executors
-from pipeline.offline.lock import BuildError, locked
+from pipeline.offline.lock import locked
 from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan, Slot, slots
 from pipeline.offline.shards import BUILD_FOLDER, Outcome, ShardTask, load_record, record_path, write_shard
@@ -137,7 +137,7 @@ def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) 
             else:
                 missing.append(slot.name)
         if missing:
-            raise BuildError(
+            raise UserError(
                 f"{root}: {len(missing):,} of {len(slots(plan)):,} shards are not built yet, such as "
                 f"{', '.join(missing[:3])}; build all parts first (--part), or all that is missing (without --merge)"
             )
@@ -183,7 +183,7 @@ def merge_split(plan: Plan, root: Location, split: str) -> MergedSplit:
             continue
         record = load_record(root, slot.name)  # one at a time: each holds a sum image
         if record is None:
-            raise BuildError(f"{root}: the record of {slot.name} is gone or damaged; run the same command again")
+            raise UserError(f"{root}: the record of {slot.name} is gone or damaged; run the same command again")
         sums.merge(record.sums)
         files |= record.files
         skipped += [{"split": split, **line} for line in record.skipped]
@@ -210,12 +210,12 @@ def write_manifest(
 ) -> Manifest:
     """Write the summaries and the manifest of a dataset directory with these `files`.
 
-    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split. Raises BuildError: they are of
+    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split. Raises UserError: they are of
     no image.
     """
     if not total.n:
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
-        raise BuildError(f"{root}: no training image could be decoded; the reasons: {reasons}")
+        raise UserError(f"{root}: no training image could be decoded; the reasons: {reasons}")
     statistics = finish(total)
     files = dict(files)
     for name, data in summary_files(statistics, skipped, splits).items():

@@ -14,16 +14,7 @@ from pipeline.decode import ImageError
 from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions, rescaled
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse
-from pipeline.offline import executors
-from pipeline.offline.build import (
-    SKIPPED_FILE,
-    merge_split,
-    shard_tasks,
-    spooled,
-    summary_files,
-    write_manifest,
-    write_samples,
-)
+from pipeline.offline import build, executors
 from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan, Slot, differences, slots
 from pipeline.offline.shards import BUILD_FOLDER, Record, load_record, write_shard
@@ -32,19 +23,13 @@ from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
 from pipeline.storage import Location
 
 
-class RepairError(UserError):
-    """A dataset directory that RAW cannot mend."""
-
-
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
     """Rebuild the files `failing` of a dataset directory, and put them into place once all of them fit.
 
     `plan` is that of the raw images and the build recipe of `dataset`. Every rebuilt byte must be what the manifest
     promises, else nothing is changed. No other file is touched.
 
-    Raises:
-        RepairError: the raw images, or the codecs here, give other bytes.
-        OSError: as the file system says; what is in place by then is whole.
+    Raises UserError where the raw images, or the codecs here, give other bytes.
     """
     _require_local(dataset, "--repair")
     aside = dataset.root / REPAIR_FOLDER
@@ -63,7 +48,7 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
     """Build what is needed for `failing` in the folder `aside`; of shards, only failing files stay there."""
     # The records of all shards of a split are needed for its samples.npy, those of all splits for skipped.jsonl. The
     # mean image alone follows from statistics.npz.
-    complete = {split for split in plan.splits if f"{split}/samples.npy" in failing or SKIPPED_FILE in failing}
+    complete = {split for split in plan.splits if f"{split}/samples.npy" in failing or build.SKIPPED_FILE in failing}
     complete |= {"train"} if STATISTICS_FILE in failing else set()
     chosen = [
         slot for slot in slots(plan) if slot.split in complete or failing & {f"{slot.name}.tar", f"{slot.name}.idx"}
@@ -75,13 +60,13 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
         rebuilt |= record.files
         for name in record.files.keys() - failing:
             (aside / name).unlink()
-    merged = {split: merge_split(plan, aside, split) for split in plan.splits if split in complete}
+    merged = {split: build.merge_split(plan, aside, split) for split in plan.splits if split in complete}
     skipped = []
     for split in merged.values():
         rebuilt |= split.files
         skipped += split.skipped
     statistics = finish(merged["train"].sums) if "train" in merged else dataset.statistics()
-    for name, data in summary_files(statistics, skipped, dataset.splits).items():
+    for name, data in build.summary_files(statistics, skipped, dataset.splits).items():
         if name in failing:
             rebuilt[name] = FileRecord(**write_bytes_aside(aside / name, data))
     return rebuilt
@@ -98,10 +83,8 @@ def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     The new files are put into place once all are there, the manifest last; the same command ends that where it was
     interrupted. The result has the bytes of a build from the mended raw images.
 
-    Returns:
-        The manifest as it is now, and the number of images that were skipped and are samples now.
-    Raises:
-        RepairError: the raw images, the recipe or the codecs are not those of the build.
+    Returns the manifest as it is now, and the number of images that were skipped and are samples now. Raises UserError
+    where the raw images, the recipe or the codecs are not those of the build.
     """
     _require_local(dataset, "--retry-skipped of a finished dataset")
     aside, gained = dataset.root / RETRY_FOLDER, dict[str, str]()
@@ -128,7 +111,7 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
     if plan.classes != dataset.classes:
         differing.append("the classes")
     if differing:
-        raise RepairError(f"{dataset.root}: differs in {', '.join(differing)}; nothing was changed")
+        raise UserError(f"{dataset.root}: differs in {', '.join(differing)}; nothing was changed")
 
 
 def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums]:
@@ -142,7 +125,7 @@ def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums
     ]
     if len(again) < len(skipped):
         missing = len(skipped) - len(again)
-        raise RepairError(f"{dataset.root}: RAW no longer has {missing} of its skipped images; nothing was changed")
+        raise UserError(f"{dataset.root}: RAW no longer has {missing} of its skipped images; nothing was changed")
     gained, sums = dict[str, str](), Sums.zero(plan.recipe.statistics_size)
     indices = np.array([plan.splits[split][position] for split, position in again], np.uint32)
     with temporary_copy(plan.images, indices) as images:
@@ -160,7 +143,7 @@ def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums
 
 
 def _skipped(dataset: Manifest) -> list[dict[str, str]]:
-    return [json.loads(line) for line in dataset.read(SKIPPED_FILE).splitlines()]
+    return [json.loads(line) for line in dataset.read(build.SKIPPED_FILE).splitlines()]
 
 
 def _rebuild_with(
@@ -179,7 +162,7 @@ def _rebuild_with(
         known = [key not in gained for key in plan.slot_keys(slot) if key not in skipped]
         same = ["size", "label", "crc32", "digest"]
         if not np.array_equal(table[start:stop][same], record.samples[known][same]):
-            raise RepairError(f"{slot.name}: RAW gives other samples than it has; nothing was changed")
+            raise UserError(f"{slot.name}: RAW gives other samples than it has; nothing was changed")
         tables[slot.split] = np.concatenate([table[:start], record.samples, table[stop:]])
         entry = record.manifest_entry
         assert entry is not None  # a gained image is in it
@@ -187,19 +170,19 @@ def _rebuild_with(
         files |= record.files
     splits = {}
     for split, table in tables.items():
-        files[f"{split}/samples.npy"] = write_samples(aside, split, table)
+        files[f"{split}/samples.npy"] = build.write_samples(aside, split, table)
         left = dataset.splits[split].skipped - list(gained.values()).count(split)
         splits[split] = Split(len(table), left, tuple(shards[split][name] for name in sorted(shards[split])))
     before = dataset.statistics()
     sums.merge(Sums(before.n, before.sum_image, before.second_moments))
     still = [line for line in _skipped(dataset) if line["key"] not in gained]
-    write_manifest(plan, aside, splits, still, sums, files)
+    build.write_manifest(plan, aside, splits, still, sums, files)
 
 
 def _require_local(dataset: Manifest, option: str) -> None:
-    """Raises RepairError: files of an object store cannot be renamed into place."""
+    """Raises UserError: files of an object store cannot be renamed into place."""
     if storage.is_remote(dataset.root):
-        raise RepairError(
+        raise UserError(
             f"{dataset.root}: {option} works on a local folder; copy DATASET, mend the copy, and copy it back"
         )
 
@@ -208,7 +191,7 @@ def _build_aside(plan: Plan, aside: Path, chosen: Sequence[Slot], workers: int) 
     """Build some shards in the folder `aside`, from nothing; yield the record of each as it is finished."""
     for folder in (BUILD_FOLDER, *plan.splits):
         shutil.rmtree(aside / folder, ignore_errors=True)
-    tasks = shard_tasks(spooled(plan, aside, chosen), aside, chosen)
+    tasks = build.shard_tasks(build.spooled(plan, aside, chosen), aside, chosen)
     for outcome in executors.run(write_shard, tasks, min(workers, len(chosen))):
         record = load_record(aside, outcome.name)
         assert record is not None, outcome.name  # it was written just now
@@ -224,7 +207,7 @@ def _put_into_place(aside: Path, root: Path, names: Iterable[str]) -> None:
     shutil.rmtree(aside)
 
 
-def _refusal(dataset: Manifest, problem: str) -> RepairError:
+def _refusal(dataset: Manifest, problem: str) -> UserError:
     codecs = ", ".join(differences(dataset.built_with, codec_versions()))
     reason = f"it was built with other codecs ({codecs})" if codecs else "RAW is not what it was built from"
-    return RepairError(f"{problem}: {reason}; nothing was changed")
+    return UserError(f"{problem}: {reason}; nothing was changed")
