@@ -227,7 +227,7 @@ def test_statistics(root: Path, name: str, change: Callable[[np.ndarray], np.nda
         (lambda body: body["splits"]["train"]["shards"][0]["sum_color"].reverse(), "statistics.npz", "colour sums"),
         (lambda body: body["splits"]["val"].update(skipped=1), "skipped.jsonl", "the manifest promises"),
         (lambda body: body["classes"].reverse(), "dataset.json", "ranks of the sorted wnids"),
-        (lambda body: body["files"].update(a={"bytes": 1, "sha256": ""}), "dataset.json", "lists 'a'"),
+        (lambda body: body["files"].update(a={"bytes": 1, "sha256": ""}), "a", "missing"),
         (lambda body: body["files"].pop("mean.png"), "mean.png", "not listed"),
         (lambda body: body.update(identity="none"), "dataset.json", "its identity"),
     ],

@@ -18,11 +18,11 @@ from pipeline.cli import Command, Place
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
 from pipeline.offline import executors
-from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Run, ShardSlice, SkipLimit, build, merge_parts
+from pipeline.offline.build import SKIP_LIMIT, Run, ShardSlice, SkipLimit, build
 from pipeline.offline.lock import PLAN_FILE
 from pipeline.offline.plan import Plan, make_plan, slots
-from pipeline.offline.repair import is_finished, retry
-from pipeline.offline.shards import BUILD_FOLDER
+from pipeline.offline.repair import retry
+from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, is_remote, location
 from tools.build_progress import BuildProgress, print_closing_table, print_estimate, print_event
@@ -162,8 +162,10 @@ def main(context: click.Context, raw: Location, dataset: Location, **values: Any
     if values["dry_run"]:
         print_estimate(plan, len(slots(plan)), values["workers"], values["as_json"])
     elif values["merge"]:
-        _finish(merge_parts(plan, dataset, limit), None, values["as_json"])
-    elif values["retry_skipped"] and is_finished(dataset):
+        built = build(plan, dataset, skip_limit=limit, parts_end=True)
+        assert built
+        _finish(built, None, values["as_json"])
+    elif values["retry_skipped"] and _is_finished(dataset):
         _retry(plan, dataset, values)
     else:
         _build(plan, dataset, limit, values, run)
@@ -252,6 +254,10 @@ def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str,
         print_event("part", number=part.number, of=part.of, shards=len(shards), **progress.figures())
     else:
         click.echo(f"part {part.number} of {part.of}: {len(shards):,} shards are built; end the build with --merge")
+
+
+def _is_finished(root: Location) -> bool:
+    return storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER)
 
 
 def _retry(plan: Plan, dataset: Location, values: Mapping[str, Any]) -> None:

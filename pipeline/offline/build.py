@@ -21,13 +21,19 @@ from pipeline.offline import executors
 from pipeline.offline.lock import locked
 from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan, Slot, slots
-from pipeline.offline.shards import BUILD_FOLDER, Outcome, ShardTask, load_record, record_path, write_shard
+from pipeline.offline.shards import (
+    BUILD_FOLDER,
+    SKIPPED_FILE,
+    Outcome,
+    ShardTask,
+    load_record,
+    record_path,
+    write_shard,
+)
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location
 
 Run = Callable[[Callable[[ShardTask], Outcome], Iterable[ShardTask]], Iterator[Outcome]]
-
-SKIPPED_FILE = "skipped.jsonl"
 
 
 class ShardSlice(NamedTuple):
@@ -56,29 +62,19 @@ class SkipLimit:
         """Return how many images may be skipped of a split of so many."""
         return max(self.count, math.floor(images * self.percent / 100))
 
-
-SKIP_LIMIT = SkipLimit()
-
-
-class SkipCounter:
-    """The reasons for which images of each split were skipped so far, against a limit."""
-
-    def __init__(self, limit: SkipLimit, plan: Plan) -> None:
-        self._allowed = {split: limit.allowed(len(indices)) for split, indices in plan.splits.items()}
-        self._skipped: dict[str, Counter[str]] = {split: Counter() for split in plan.splits}
-
-    def add(self, shard: str, reasons: Counter[str]) -> None:
-        """Count a shard's skipped images by their reasons. Raises UserError where they are too many."""
-        split = shard.partition("/")[0]
-        skipped = self._skipped[split]
-        skipped += reasons
-        if skipped.total() > self._allowed[split]:
+    def check(self, plan: Plan, split: str, skipped: Counter[str]) -> None:
+        """Raise UserError where more images of a split were skipped, here counted by reason."""
+        allowed = self.allowed(len(plan.splits[split]))
+        if skipped.total() > allowed:
             listing = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
             raise UserError(
-                f"{split}: {skipped.total():,} images skipped so far ({listing}), at most {self._allowed[split]:,} may "
-                "be; the finished shards stay. Mend RAW and run the same command with --retry-skipped, or allow more "
-                "with --max-skipped"
+                f"{split}: {skipped.total():,} images skipped so far ({listing}), at most {allowed:,} may be; the "
+                "finished shards stay. Mend RAW and run the same command with --retry-skipped, or allow more with "
+                "--max-skipped"
             )
+
+
+SKIP_LIMIT = SkipLimit()
 
 
 def build(
@@ -91,6 +87,7 @@ def build(
     skip_limit: SkipLimit = SKIP_LIMIT,
     retry_skipped: bool = False,
     part: ShardSlice | None = None,
+    parts_end: bool = False,
 ) -> Manifest | None:
     """Build the dataset directory `root`, or go on with the same build where an earlier run of it stopped.
 
@@ -99,49 +96,40 @@ def build(
 
     Args:
         run: who runs the tasks; by default a pool of `workers` processes.
-        skip_limit: how many images of a split may be skipped.
         retry_skipped: build those shards again of which an earlier run skipped images.
-        part: build only these shards, and no manifest: `merge_parts` ends such a build.
+        part: build only these shards, and no manifest.
+        parts_end: end a build whose parts are all built.
 
     Returns:
         The manifest; None for a part.
     Raises:
-        UserError: `root` holds something else, too many images are skipped, or no training image decodes; and what
-            `write_shard` raises. What is finished stays.
+        UserError: `root` holds something else, too many images are skipped, no training image decodes, or parts are
+            missing at their end; and what `write_shard` raises. What is finished stays.
     """
+    every = slots(plan)
+    chosen = every[part.number - 1 :: part.of] if part else every
     with locked(plan, root, alone=part is None) as ended:
         if ended:
             return manifest.load(root)
-        chosen = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
-        plan = spooled(plan, root, slots(plan))  # all shards', so that the parts of a build share the copies
+        missing = [slot.name for slot in every if parts_end and not load_record(root, slot.name)]
+        if missing:
+            problem = f"{len(missing):,} of {len(every):,} shards are not built yet, such as {', '.join(missing[:3])}"
+            remedy = "build all parts first (--part), or all that is missing (without --merge)"
+            raise UserError(f"{root}: {problem}; {remedy}")
+        plan = spooled(plan, root, every)  # all shards', so that the parts of a build share the copies
         for slot in chosen if retry_skipped else ():
             if (record := load_record(root, slot.name)) and record.skipped:
                 storage.remove(record_path(root, slot.name))
-        counter = SkipCounter(skip_limit, plan)
+        skipped: dict[str, Counter[str]] = {split: Counter() for split in plan.splits}
         run = run or partial(executors.run, workers=min(workers, len(chosen)))
         for outcome in run(write_shard, shard_tasks(plan, root, chosen)):
             progress(outcome)
-            counter.add(outcome.name, outcome.skipped)
-        return None if part else merge(plan, root)
-
-
-def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
-    """End a build whose parts were built apart. Raises UserError: shards are missing; too many skipped in all."""
-    with locked(plan, root, alone=True) as ended:
-        if ended:
-            return manifest.load(root)
-        counter, missing = SkipCounter(skip_limit, plan), []
-        for slot in slots(plan):
-            if record := load_record(root, slot.name):
-                counter.add(slot.name, Counter(line["reason"] for line in record.skipped))
-            else:
-                missing.append(slot.name)
-        if missing:
-            raise UserError(
-                f"{root}: {len(missing):,} of {len(slots(plan)):,} shards are not built yet, such as "
-                f"{', '.join(missing[:3])}; build all parts first (--part), or all that is missing (without --merge)"
-            )
-        return merge(plan, root)
+            split = outcome.name.partition("/")[0]
+            skipped[split] += outcome.skipped
+            skip_limit.check(plan, split, skipped[split])
+        if part:
+            return None
+        return write_manifest(plan, root, {split: merge_split(plan, root, split) for split in plan.splits})
 
 
 def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
@@ -157,18 +145,8 @@ def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[
         yield ShardTask(root, slot.name, tuple(plan.part(slot.split, slot.start, slot.stop)), plan.recipe, codecs)
 
 
-def merge(plan: Plan, root: Location) -> Manifest:
-    """Write samples.npy of each split and the summaries from the records of all shards; the manifest last."""
-    merged = {split: merge_split(plan, root, split) for split in plan.splits}
-    files = {name: record for split in merged.values() for name, record in split.files.items()}
-    skipped = [line for split in merged.values() for line in split.skipped]
-    splits = {name: split.entry for name, split in merged.items()}
-    return write_manifest(plan, root, splits, skipped, merged["train"].sums, files)
-
-
-@dataclass
-class MergedSplit:
-    entry: Split
+class MergedSplit(NamedTuple):
+    entry: Split  # in the manifest
     files: dict[str, FileRecord]  # of its shards, and samples.npy
     skipped: list[dict[str, str]]  # lines of skipped.jsonl
     sums: Sums  # over its rescaled pixels
@@ -200,24 +178,15 @@ def write_samples(root: Location, split: str, samples: np.ndarray) -> FileRecord
     return FileRecord(**write_aside(root / split / "samples.npy", partial(np.save, arr=samples)))
 
 
-def write_manifest(
-    plan: Plan,
-    root: Location,
-    splits: Mapping[str, Split],
-    skipped: Sequence[Mapping[str, str]],
-    total: Sums,
-    files: Mapping[str, FileRecord],
-) -> Manifest:
-    """Write the summaries and the manifest of a dataset directory with these `files`.
-
-    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split. Raises UserError: they are of
-    no image.
-    """
-    if not total.n:
+def write_manifest(plan: Plan, root: Location, merged: Mapping[str, MergedSplit]) -> Manifest:
+    """Write the summaries of all splits, and the manifest last. Raises UserError where no training image decoded."""
+    files = {name: record for split in merged.values() for name, record in split.files.items()}
+    skipped = [line for split in merged.values() for line in split.skipped]
+    splits = {name: split.entry for name, split in merged.items()}
+    if not splits["train"].samples:
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
         raise UserError(f"{root}: no training image could be decoded; the reasons: {reasons}")
-    statistics = finish(total)
-    files = dict(files)
+    statistics = finish(merged["train"].sums)
     for name, data in summary_files(statistics, skipped, splits).items():
         files[name] = FileRecord(**write_bytes_aside(root / name, data))
     written = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())

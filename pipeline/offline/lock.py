@@ -28,10 +28,8 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
     half-written file stays, unless another part may be writing it. Stores have no locks: there two runs of the very
     same build may meet, and write equal bytes.
 
-    Yields:
-        True if the manifest is written already and only the deletion of the build's state is left, which follows.
-    Raises:
-        UserError: one line on what is in the way, or that the disk is full.
+    Yields True if the manifest is written already and only the deletion of the build's state is left, which follows.
+    Raises UserError: one line on what is in the way, or that the disk is full.
     """
     _require_free(root)
     fingerprint, state = plan.fingerprint(), root / BUILD_FOLDER / PLAN_FILE

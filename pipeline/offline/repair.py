@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,19 +17,17 @@ from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, 
 from pipeline.offline import build, executors
 from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan, Slot, differences, slots
-from pipeline.offline.shards import BUILD_FOLDER, Record, load_record, write_shard
+from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE, Record, load_record, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
-from pipeline.storage import Location
 
 
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
     """Rebuild the files `failing` of a dataset directory, and put them into place once all of them fit.
 
     `plan` is that of the raw images and the build recipe of `dataset`. Every rebuilt byte must be what the manifest
-    promises, else nothing is changed. No other file is touched.
-
-    Raises UserError where the raw images, or the codecs here, give other bytes.
+    promises, else nothing is changed. No other file is touched. Raises UserError where RAW, or the codecs here, give
+    other bytes.
     """
     _require_local(dataset, "--repair")
     aside = dataset.root / REPAIR_FOLDER
@@ -48,11 +46,10 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
     """Build what is needed for `failing` in the folder `aside`; of shards, only failing files stay there."""
     # The records of all shards of a split are needed for its samples.npy, those of all splits for skipped.jsonl. The
     # mean image alone follows from statistics.npz.
-    complete = {split for split in plan.splits if f"{split}/samples.npy" in failing or build.SKIPPED_FILE in failing}
+    complete = {split for split in plan.splits if f"{split}/samples.npy" in failing or SKIPPED_FILE in failing}
     complete |= {"train"} if STATISTICS_FILE in failing else set()
-    chosen = [
-        slot for slot in slots(plan) if slot.split in complete or failing & {f"{slot.name}.tar", f"{slot.name}.idx"}
-    ]
+    shards = {name.rpartition(".")[0] for name in failing}
+    chosen = [slot for slot in slots(plan) if slot.split in complete or slot.name in shards]
     rebuilt: dict[str, FileRecord] = {}
     for record in _build_aside(plan, aside, chosen, workers):
         if any(dataset.files.get(name) != file for name, file in record.files.items()):
@@ -72,11 +69,6 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
     return rebuilt
 
 
-def is_finished(root: Location) -> bool:
-    """Return whether `root` is a dataset directory, and no unfinished build."""
-    return storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER)
-
-
 def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     """Decode the skipped images again; build the shards anew in which one now has a place.
 
@@ -87,7 +79,7 @@ def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     where the raw images, the recipe or the codecs are not those of the build.
     """
     _require_local(dataset, "--retry-skipped of a finished dataset")
-    aside, gained = dataset.root / RETRY_FOLDER, dict[str, str]()
+    aside, gained = dataset.root / RETRY_FOLDER, set[str]()
     if not (aside / FILE_NAME).exists():
         try:
             _require_same(dataset, plan)
@@ -114,8 +106,8 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
         raise UserError(f"{dataset.root}: differs in {', '.join(differing)}; nothing was changed")
 
 
-def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums]:
-    """Return key → split of each skipped image that decodes by now, and the sums over those of the training split."""
+def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[set[str], Sums]:
+    """Return the keys of skipped images that decode by now, and the sums over those of the training split."""
     skipped = {line["key"] for line in _skipped(dataset)}
     again = [  # split, position in it
         (slot.split, position)
@@ -126,7 +118,7 @@ def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums
     if len(again) < len(skipped):
         missing = len(skipped) - len(again)
         raise UserError(f"{dataset.root}: RAW no longer has {missing} of its skipped images; nothing was changed")
-    gained, sums = dict[str, str](), Sums.zero(plan.recipe.statistics_size)
+    gained, sums = set[str](), Sums.zero(plan.recipe.statistics_size)
     indices = np.array([plan.splits[split][position] for split, position in again], np.uint32)
     with temporary_copy(plan.images, indices) as images:
         plan = replace(plan, images=images)
@@ -136,24 +128,22 @@ def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums
                 pixels = rescaled(image.raw.read(), plan.recipe)
             except ImageError:
                 continue
-            gained[image.key] = split
+            gained.add(image.key)
             if split == "train":
                 sums.add(pixels)
     return gained, sums
 
 
 def _skipped(dataset: Manifest) -> list[dict[str, str]]:
-    return [json.loads(line) for line in dataset.read(build.SKIPPED_FILE).splitlines()]
+    return [json.loads(line) for line in dataset.read(SKIPPED_FILE).splitlines()]
 
 
-def _rebuild_with(
-    dataset: Manifest, plan: Plan, gained: Mapping[str, str], sums: Sums, aside: Path, workers: int
-) -> None:
+def _rebuild_with(dataset: Manifest, plan: Plan, gained: set[str], sums: Sums, aside: Path, workers: int) -> None:
     """Build everything that changes by the images `gained` in the folder `aside`, the manifest last."""
-    chosen = {slot.name: slot for slot in slots(plan) if not gained.keys().isdisjoint(plan.slot_keys(slot))}
+    chosen = {slot.name: slot for slot in slots(plan) if not gained.isdisjoint(plan.slot_keys(slot))}
     files = {name: file for name, file in dataset.files.items() if name.endswith((".tar", ".idx"))}
     tables = {split: dataset.samples(split) for split in plan.splits}
-    shards = {split: {shard.name: shard for shard in dataset.splits[split].shards} for split in plan.splits}
+    shards = {shard.name: shard for split in dataset.splits.values() for shard in split.shards}
     for record in _build_aside(plan, aside, [*chosen.values()], workers):
         slot = chosen[record.name]
         table = tables[slot.split]
@@ -166,21 +156,21 @@ def _rebuild_with(
         tables[slot.split] = np.concatenate([table[:start], record.samples, table[stop:]])
         entry = record.manifest_entry
         assert entry is not None  # a gained image is in it
-        shards[slot.split][entry.name] = entry
+        shards[entry.name] = entry
         files |= record.files
-    splits = {}
-    for split, table in tables.items():
-        files[f"{split}/samples.npy"] = build.write_samples(aside, split, table)
-        left = dataset.splits[split].skipped - list(gained.values()).count(split)
-        splits[split] = Split(len(table), left, tuple(shards[split][name] for name in sorted(shards[split])))
     before = dataset.statistics()
     sums.merge(Sums(before.n, before.sum_image, before.second_moments))
-    still = [line for line in _skipped(dataset) if line["key"] not in gained]
-    build.write_manifest(plan, aside, splits, still, sums, files)
+    merged = {}
+    for split, table in tables.items():
+        own = {name: file for name, file in files.items() if name.startswith(f"{split}/")}
+        own[f"{split}/samples.npy"] = build.write_samples(aside, split, table)
+        left = [line for line in _skipped(dataset) if line["split"] == split and line["key"] not in gained]
+        entries = tuple(shards[name] for name in sorted(shards) if name in own)
+        merged[split] = build.MergedSplit(Split(len(table), len(left), entries), own, left, sums)
+    build.write_manifest(plan, aside, merged)
 
 
-def _require_local(dataset: Manifest, option: str) -> None:
-    """Raises UserError: files of an object store cannot be renamed into place."""
+def _require_local(dataset: Manifest, option: str) -> None:  # files of a store cannot be renamed into place
     if storage.is_remote(dataset.root):
         raise UserError(
             f"{dataset.root}: {option} works on a local folder; copy DATASET, mend the copy, and copy it back"

@@ -22,11 +22,11 @@ from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside, write_bytes_aside
 from pipeline.image import codec_versions, encode, rescaled
 from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, ShardRecord, canonical_json
-from pipeline.offline.plan import PlannedImage
+from pipeline.offline.plan import PlannedImage, differences
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
 
-BUILD_FOLDER = ".build"
+BUILD_FOLDER, SKIPPED_FILE = ".build", "skipped.jsonl"
 SECONDS = 60.0  # that one image may take
 
 
@@ -78,21 +78,14 @@ class Record:
 def write_shard(task: ShardTask) -> Outcome:
     """Build one shard, unless its record says that it is done already.
 
-    A pure function of the task, but for the place where it puts its files. A kill at any moment leaves either the
-    whole shard with its record, or files that the next run overwrites. An image that takes longer than `SECONDS` ends
-    the process.
-
-    Raises:
-        UserError: the codecs here are not those that the build began with; the raw images are not those of the record.
-        OSError: as the file system says. In every case nothing of the shard counts as done.
+    A kill at any moment leaves either the whole shard with its record, or files that the next run overwrites. An image
+    that takes longer than `SECONDS` ends the process. Raises UserError where the codecs here are not those that the
+    build began with, or the raw images not those of the record, and OSError: then nothing of the shard counts as done.
     """
-    here = codec_versions()
-    if here != task.codecs:
-        pairs = {name: (task.codecs.get(name), here.get(name)) for name in sorted(here.keys() | task.codecs.keys())}
-        wrong = "; ".join(f"{name} {began}, here {now}" for name, (began, now) in pairs.items() if began != now)
+    if wrong := differences(task.codecs, codec_versions()):
         raise UserError(
-            f"{task.name}: a worker on {os.uname().nodename} has other codecs than the build began with ({wrong}); "
-            "install the same environment there"
+            f"{task.name}: a worker on {os.uname().nodename} has other codecs than the build began with "
+            f"({'; '.join(wrong)}); install the same environment there"
         )
     raw = hashlib.sha256()  # of where the raw images lie, and of their sizes
     for image in task.images:
@@ -194,8 +187,7 @@ def _watch(shard: _Shard, ended: threading.Event) -> None:
     """End the process when one image takes longer than `SECONDS`. A time never skips it: times differ between machines.
 
     This thread counts its looks, and not the time between them, so that a process that was stopped (Ctrl-Z, a suspended
-    job) may go on; faulthandler's timer would end it then, and could not name the image. No decoder that we use keeps
-    threads from running for longer than 0.05 s. In one that did, the kernel's timer of CPU time would end the process.
+    job) may go on. Where a decoder keeps threads from running, the kernel's timer of CPU time ends the process.
     """
     pause = min(0.5, SECONDS / 4)  # seconds between two looks
     image, looks = None, 0
@@ -205,11 +197,9 @@ def _watch(shard: _Shard, ended: threading.Event) -> None:
         image = shard.current
         if image and looks * pause > SECONDS:
             show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
-            message = (
-                f"{show_cursor}Error: {image.raw.path}: still decoding after {SECONDS:g} s, which fails the build (a "
-                "time never skips an image); remove the file, or run the same command again on a faster machine"
-            )
-            print(message, file=sys.stderr, flush=True)
+            remedy = "remove the file, or run the same command again on a faster machine"
+            problem = f"still decoding after {SECONDS:g} s, which fails the build (a time never skips an image)"
+            print(f"{show_cursor}Error: {image.raw.path}: {problem}; {remedy}", file=sys.stderr, flush=True)
             os._exit(2)  # a decoder in C hears no exception
     signal.setitimer(signal.ITIMER_PROF, 0)
 

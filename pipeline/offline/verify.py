@@ -17,9 +17,9 @@ import numpy as np
 from pipeline import manifest, storage
 from pipeline.decode import ImageError, decode
 from pipeline.image import pixels_of
-from pipeline.manifest import FILE_NAME, INFO_FILE, SAMPLE, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord
+from pipeline.manifest import FILE_NAME, SAMPLE, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord
 from pipeline.offline import executors
-from pipeline.offline.shards import BUILD_FOLDER
+from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location, StorageError
 
@@ -98,7 +98,7 @@ def check(
             failures += checked[shard.name].failures
         with failures.of(f"{name}/samples.npy"):
             _check_samples(dataset, name, checked)
-    with failures.of("skipped.jsonl"):
+    with failures.of(SKIPPED_FILE):
         _check_skipped(dataset)
     with failures.of(STATISTICS_FILE):
         statistics = _check_statistics(dataset)
@@ -108,18 +108,12 @@ def check(
             for result in train:
                 stored.merge(result.sums)
             _check_drift(dataset.recipe, statistics, finish(stored))
-    for name in ("mean.png", *({INFO_FILE} & dataset.files.keys())):  # older data sets have no _info.json
+    tables = {f"{split}/samples.npy" for split in dataset.splits}
+    others = {"mean.png", *dataset.files} - {*checked, *map(_index_of, checked), *tables, SKIPPED_FILE, STATISTICS_FILE}
+    for name in sorted(others):
         with failures.of(name), opened(dataset, name):
             pass  # its SHA-256 is right, and all that is in it follows from what was checked above
     return failures
-
-
-def expected_files(dataset: Manifest) -> set[str]:
-    """Return the files that a dataset directory must hold besides its manifest."""
-    tars = [shard.name for split in dataset.splits.values() for shard in split.shards]
-    tables = [f"{split}/samples.npy" for split in dataset.splits]
-    info = {INFO_FILE} & dataset.files.keys()
-    return {*tars, *map(_index_of, tars), *tables, STATISTICS_FILE, "mean.png", "skipped.jsonl", *info}
 
 
 def _index_of(tar: str) -> str:
@@ -127,13 +121,14 @@ def _index_of(tar: str) -> str:
 
 
 def _unlisted(dataset: Manifest) -> Iterator[Failure]:
-    known = expected_files(dataset) | dataset.files.keys() | {FILE_NAME}
     for folder, entries in storage.walk(dataset.root):
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if path in LEFT_OVER:
                 yield Failure(path, LEFT_OVER[path])
-            elif path not in known and (not entry.is_dir or entry.name.startswith(".")):  # `walk` enters other folders
+            elif path in dataset.files or path == FILE_NAME:
+                continue
+            elif not entry.is_dir or entry.name.startswith("."):  # `walk` enters other folders
                 yield Failure(path, f"not listed in {FILE_NAME}")
 
 
@@ -146,8 +141,6 @@ def _manifest_violations(dataset: Manifest) -> Iterator[str]:
     for name, split in dataset.splits.items():
         if split.samples != sum(shard.samples for shard in split.shards):
             yield f"the shards of {name} do not add up to its {split.samples} samples"
-    for name in sorted(dataset.files.keys() - expected_files(dataset)):
-        yield f"lists {name!a}, which is no part of a dataset directory"
 
 
 def check_shard(task: tuple[Manifest, ShardRecord, bool]) -> CheckedShard:
@@ -216,11 +209,10 @@ def _stored_pixels(name: str, data: bytes, recipe: BuildRecipe) -> np.ndarray:
         image = decode(data, max_bytes=len(data), max_pixels=64 * 10**6, max_scans=100)  # as many as a raw one may have
     except ImageError as error:
         raise Violation(f"{name}: {error}") from error
-    square = recipe.crop == "centre"
-    fits = image.size == (recipe.size, recipe.size) if square else min(image.size) == recipe.size
-    if image.format != "JPEG" or not fits:  # an image that was converted to RGB has no format
-        actual, longer = f"{image.width}×{image.height} {image.format or 'not RGB'}", "" if square else " or longer"
-        raise Violation(f"{name}: {actual}, not an RGB JPEG of {recipe.size}×{recipe.size}{longer}")
+    longest = recipe.size if recipe.crop == "centre" else max(image.size)
+    if image.format != "JPEG" or (min(image.size), max(image.size)) != (recipe.size, longest):
+        actual = f"{image.width}×{image.height} {image.format or 'not RGB'}"  # one that was converted has no format
+        raise Violation(f"{name}: {actual}, not an RGB JPEG of {recipe.size}×{recipe.size}, or longer with --crop none")
     return pixels_of(image)
 
 
@@ -243,7 +235,7 @@ def _check_samples(dataset: Manifest, split: str, checked: Mapping[str, CheckedS
 
 
 def _check_skipped(dataset: Manifest) -> None:
-    with opened(dataset, "skipped.jsonl") as file:
+    with opened(dataset, SKIPPED_FILE) as file:
         count = Counter(json.loads(line)["split"] for line in file)
     promised = {name: split.skipped for name, split in dataset.splits.items() if split.skipped}
     if count != promised:
