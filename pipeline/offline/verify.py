@@ -121,14 +121,13 @@ def _index_of(tar: str) -> str:
 
 
 def _unlisted(dataset: Manifest) -> Iterator[Failure]:
+    listed = {FILE_NAME, *dataset.files}
     for folder, entries in storage.walk(dataset.root):
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if path in LEFT_OVER:
                 yield Failure(path, LEFT_OVER[path])
-            elif path in dataset.files or path == FILE_NAME:
-                continue
-            elif not entry.is_dir or entry.name.startswith("."):  # `walk` enters other folders
+            elif path not in listed and (not entry.is_dir or entry.name.startswith(".")):  # `walk` enters other folders
                 yield Failure(path, f"not listed in {FILE_NAME}")
 
 
@@ -160,11 +159,7 @@ def check_shard(task: tuple[Manifest, ShardRecord, bool]) -> CheckedShard:
 
 @contextmanager
 def opened(dataset: Manifest, name: str) -> Iterator[BinaryIO]:
-    """Open a file of the dataset directory, once its size and SHA-256 are those of the manifest.
-
-    Raises:
-        Violation: it is damaged. OSError: it is missing or unreadable.
-    """
+    """Open a file of the dataset directory whose size and SHA-256 are those of the manifest, else raise Violation."""
     path, promised = dataset.root / name, dataset.files.get(name)
     if promised is None:
         raise Violation(f"not listed in {FILE_NAME}")
