@@ -7,10 +7,10 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -41,9 +41,8 @@ _DECODER_ERRORS = (
 # Bytes that a picture may take at its peak, with its file's bytes: a baseline JPEG of 64 million pixels and 26 MiB.
 # The interpreter and its libraries take 60 MB beside it.
 HELD_BYTES = 284_000_000
-# Bytes per pixel, and per byte of the file beside the file, at the peak, as measured: Pillow's picture (4, colour or
-# not) and the RGB one that it is converted to (4); WebP's decoder keeps two canvases and a frame as well (12), TIFF's a
-# strip or tile (8).
+# Measured bytes per pixel, and per byte of the file beside the file: Pillow's picture (4, colour or not) and the RGB
+# one (4); WebP's decoder keeps two canvases and a frame as well (12), TIFF's a strip or tile (8).
 _HELD = {"PNG": (8, 1), "GIF": (8, 1), "BMP": (8, 0), "WEBP": (20, 2), "TIFF": (16, 0)}
 
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
@@ -60,52 +59,56 @@ class ImageError(UserError):
         self.code = code
 
 
-@dataclass(frozen=True)
-class _Jpeg:
+class _Jpeg(NamedTuple):
     """The segments of a JPEG; `header` 0 stands for another format."""
 
     header: int = 0  # bytes before the first scan's data
     frame: int = 0  # the SOF marker; 0: none
     scans: int = 0  # of the first picture in the file
     coefficients: float = 0.0  # bytes per pixel that libjpeg keeps until the last scan; 0 with one scan
-    tags: tuple[bytes, ...] = ()  # TIFF directories that Pillow parses: Exif, and the index of multi-picture files
+    tags: Sequence[bytes | bytearray] = ()  # TIFF directories that Pillow parses: Exif; indexes of multi-picture files
 
 
 def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif: str = "ignore") -> Image.Image:
-    """Decode the first frame of a picture in any of `FORMATS`, gzipped or not, whatever its file name says.
+    """Decode the first frame of a picture in any of `FORMATS`, gzipped or not, as mode RGB.
 
     CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. Colour
     profiles are ignored, and so is the EXIF orientation, as torchvision and the original do, unless `exif` is "apply".
-    Limits are counts, so that the verdict is the same on every machine. Besides those given there is one on memory,
-    `HELD_BYTES`: bytes per pixel of the kind × pixels, and bytes of the file.
+    Limits are counts, so that the verdict is the same on every machine; so is the one on memory, `HELD_BYTES`. The
+    verdict is Pillow's: it reads the header, and each picture that libjpeg-turbo does not decode without a warning.
 
-    The verdict is Pillow's: it reads the header, and each picture that libjpeg-turbo does not decode without a warning.
-
-    Returns:
-        An image of mode RGB.
     Raises:
         ImageError: with the reason's code. No other exception, whatever the bytes.
     """
-    packed, data = data, _unpacked(data, max_bytes)
     _silence_libraries()
-    image = None
+    packed, image = data, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of metadata that we do not read
+            if (
+                packed.startswith(b"\x1f\x8b") and len(packed) <= max_bytes
+            ):  # as some of ILSVRC2010's pictures; one level
+                data = _inflated(packed, max_bytes)
+            if not data:
+                raise ImageError("empty")
+            if max(len(packed), len(data)) > max_bytes:
+                raise ImageError("too_many_bytes")
             jpeg = _read_jpeg(data, max_scans) if data.startswith(b"\xff\xd8") else _Jpeg()
             tags = sum(_tag_memory(directory) for directory in jpeg.tags or (data,))
             if tags > HELD_BYTES // 4:
                 raise ImageError("too_many_bytes")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise ImageError("too_many_pixels")
             if jpeg.scans > max_scans:
                 raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
-            held = _held(image, data, jpeg) + len(data) + (len(packed) if packed is not data else 0) + tags
-            if held + (4 * image.width * image.height if exif == "apply" else 0) > HELD_BYTES:  # the turned picture
+            held = _held(image, data, jpeg) + len(data) + len(packed) * (packed is not data) + tags
+            if held + 4 * pixels * (exif == "apply") > HELD_BYTES:  # 4: the turned picture
                 raise ImageError("too_many_pixels")
             rgb = _load(image, data, jpeg, held)
-            return _upright(rgb, image) if exif == "apply" else rgb
+            turn = _TURNS.get(image.getexif().get(0x0112, 1)) if exif == "apply" else None
+            return rgb if turn is None else rgb.transpose(Image.Transpose(turn))
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -128,25 +131,12 @@ def _silence_libraries() -> None:
             getattr(symbols, name)(None)
 
 
-def _unpacked(data: bytes, max_bytes: int) -> bytes:
-    """Return the file, or the content of its gzip member (some of ILSVRC2010's pictures are gzipped); one level."""
-    if not data:
-        raise ImageError("empty")
-    if len(data) > max_bytes:
-        raise ImageError("too_many_bytes")
-    if not data.startswith(b"\x1f\x8b"):
-        return data
+def _inflated(packed: bytes, max_bytes: int) -> bytes:
+    """Return the content of a gzip member, at most one byte more than `max_bytes`."""
     inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)  # 16: gzip's own header and checksum
-    try:
-        data = inflate.decompress(data, max_bytes + 1)
-    except zlib.error as error:
-        raise ImageError("corrupt") from error
-    if len(data) > max_bytes:
-        raise ImageError("too_many_bytes")
-    if not inflate.eof:
+    data = inflate.decompress(packed, max_bytes + 1)
+    if not inflate.eof and len(data) <= max_bytes:
         raise ImageError("truncated")
-    if not data:
-        raise ImageError("empty")
     return data
 
 
@@ -157,7 +147,7 @@ def _unpacked(data: bytes, max_bytes: int) -> bytes:
 def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
     """Walk the segments, as libjpeg does, to the end of the image, or until there are more scans than `max_scans`."""
     position, header, frame, scans, one_scan, components = 2, 0, 0, 0, False, b""
-    exif, indexes = list[bytes](), list[bytes]()
+    exif, indexes = bytearray(), list[bytes]()
     while not one_scan and scans <= max_scans and (match := _MARKER.search(jpeg, position)):
         marker, position = match.group()[-1], match.end()
         if marker == 0xD9:  # end of image; what follows is another picture, or no picture
@@ -175,20 +165,19 @@ def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame, components = marker, body[5:]  # a number, then id, sampling factors and table of each
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            exif.append(body[6:])  # Pillow joins them
+            exif += body[6:]  # Pillow joins them
         elif marker == 0xE2 and body.startswith(b"MPF\0"):
             indexes.append(body[4:])
     factors = [(factor >> 4, factor & 15) for factor in components[2::3]] or [(0, 0)]
     area = max(1, max(across for across, _ in factors) * max(down for _, down in factors))
     kept = 2 * sum(across * down for across, down in factors) / area if header and not one_scan else 0.0
-    return _Jpeg(header or len(jpeg), frame, scans, kept, (b"".join(exif), *indexes))
+    return _Jpeg(header or len(jpeg), frame, scans, kept, (exif, *indexes))
 
 
-def _tag_memory(tiff: bytes) -> int:
+def _tag_memory(tiff: bytes | bytearray) -> int:
     """Return the bytes that Pillow may hold for the tags of the first directory of `tiff`, a file or Exif.
 
-    0 where it is no TIFF, or damaged: Pillow says what is wrong. The length of the file is no bound: ten thousand tags
-    may point at the same bytes, and each gets a copy of them.
+    0 where it is no TIFF, or damaged. The file's length is no bound: many tags may have copies of the same bytes.
     """
     if tiff[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return 0
@@ -251,20 +240,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     rows = max(1, 2**18 // image.width)
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        rgb.paste(_band_to_rgb(band), (0, top))
+        if band.mode.startswith("I"):  # 16 bits
+            levels = np.clip(np.asarray(band), 0, 65535).astype(np.int32)
+            band = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+        if band.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in band.info:
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band.convert("RGBA"))
+        rgb.paste(band.convert("RGB"), (0, top))
     return rgb
-
-
-def _band_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        levels = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
-        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
-    turn = _TURNS.get(source.getexif().get(0x0112, 1))
-    return rgb if turn is None else rgb.transpose(Image.Transpose(turn))

@@ -14,17 +14,14 @@ from PIL import Image, features
 from pipeline.decode import ImageError, as_image, decode
 from pipeline.manifest import BuildRecipe
 
-CROPS = ("centre", "none")
 MAX_ASPECT = 16  # of a whole picture: its rescaled longer side is at most so many times the shorter one
 MAX_SIDE = 65_500  # pixels: libjpeg's
+_ONE = 2**14  # the sum of the weights of one pixel
+_PART = 8  # rescaled rows, or columns, at a time: their weights and raw pixels take little memory
 
 
 def rescaled(data: bytes, recipe: BuildRecipe) -> np.ndarray:
-    """Return the pixels that `recipe` stores of a raw picture, RGBX: `decode`, then `rescale`.
-
-    Raises:
-        ImageError: with the reason's code.
-    """
+    """Return the pixels that `recipe` stores of a raw picture, RGBX. Raises ImageError with the reason's code."""
     limits = {name: getattr(recipe, name) for name in ("max_bytes", "max_pixels", "max_scans", "exif")}
     return rescale(decode(data, **limits), recipe.size, recipe.filter, recipe.crop)
 
@@ -35,11 +32,8 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     The grid is that of the two steps: the longer side becomes int(size·long/short) and the square starts at
     int(round((that − size)/2)), as in torchvision's Resize and CenterCrop; only the pixels of the square are computed.
     `crop` "none" keeps the whole picture on that grid. `kernel` is "bicubic" (antialiased), or "area": the mean over
-    each pixel's share of the raw picture, as in cuda-convnet2, where that is larger; smaller pictures are enlarged
-    bicubically.
+    each pixel's share of a larger raw picture, as in cuda-convnet2; smaller pictures are enlarged bicubically.
 
-    Args:
-        image: mode RGB.
     Returns:
         (size, size, 4) uint8, RGBX; (height, width, 4) of a whole picture.
     Raises:
@@ -91,18 +85,11 @@ def _area(image: Image.Image, box: tuple[float, float, float, float], shape: tup
     return pixels
 
 
-_ONE = 2**14  # the sum of the weights of one pixel
-_PART = 8  # rescaled rows, or columns, at a time: their weights and raw pixels take little memory
-
-
 def _weights(low: float, high: float, size: int, first: int, raw: int) -> tuple[int, np.ndarray]:
     """Return the shares of raw pixels in at most `_PART` rescaled pixels, from the pixel `first` on.
 
-    Args:
-        low, high, size: that part of the raw side is divided into `size` equal pixels.
-        raw: raw pixels of the side.
-    Returns:
-        The first raw pixel with a share; (rescaled pixels, raw pixels) float64 integers.
+    Of the `raw` pixels of a side, the part from `low` to `high` is divided into `size` equal pixels. Returns the first
+    raw pixel with a share, and (rescaled pixels, raw pixels) float64 integers.
     """
     edges = low + (high - low) / size * np.arange(first, min(first + _PART, size) + 1)
     start, stop = int(edges[0]), min(raw, math.ceil(edges[-1]))

@@ -81,7 +81,7 @@ def test_a_worker_with_other_codecs_is_refused(pictures: Path, head: Any, tmp_pa
     assert code == 2, errors
     (line,) = errors.splitlines()
     assert f"a worker on {os.uname().nodename} has other codecs than the build began with" in line
-    assert f"(simplejpeg 0.0.1, here {codec_versions()['simplejpeg']})" in line
+    assert f"(simplejpeg 0.0.1 → {codec_versions()['simplejpeg']})" in line
     assert line.endswith("install the same environment there")
     assert not list((tmp_path / "dataset").rglob("*.tar"))
 

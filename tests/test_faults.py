@@ -44,7 +44,8 @@ from pathlib import Path
 from tools import build_shards
 real = build_shards.build
 def build(plan, *more, **options):
-    victim = Path(plan.part("train", len(plan.splits["train"]) - 1, len(plan.splits["train"]))[0].raw.file)
+    (last,) = plan.part("train", len(plan.splits["train"]) - 1, len(plan.splits["train"]))
+    victim = Path(last.raw.file)
     print(victim, file=sys.stderr)
     {meddle}
     return real(plan, *more, **options)

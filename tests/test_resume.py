@@ -108,7 +108,7 @@ def test_other_codecs_are_refused(half: tuple[Path, Path], tmp_path: Path, worke
         failed = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
         assert failed.returncode == 2
         assert len(failed.stderr.splitlines()) == 1
-        assert "other codecs than the build began with (jpeg 9.9.9, here" in failed.stderr
+        assert "other codecs than the build began with (jpeg 9.9.9 → " in failed.stderr
         assert not list((tmp_path / "new").rglob("*.tar"))
 
 

@@ -78,17 +78,6 @@ def test_whole_pictures_count_by_their_pixels():
     np.testing.assert_allclose(found.covariance, np.cov(pixels.T, bias=True), rtol=1e-9)
 
 
-def test_the_same_colours_pixel_by_pixel():
-    pictures = images(4, 32)
-    few, whole = summed(pictures).per_pixel(), Sums.zero(1)
-    for picture in pictures:
-        whole.add(padded(picture))
-    assert few.n == whole.n == 4 * 32 * 32
-    assert few.sum_image.shape == (1, 1, 3)
-    assert (few.sum_image == whole.sum_image).all()
-    assert (few.second_moments == whole.second_moments).all()
-
-
 def test_order_and_grouping_do_not_matter():
     pictures = images(9, 32)
     whole = summed(pictures)

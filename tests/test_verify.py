@@ -122,20 +122,32 @@ def test_duplicates_are_information(raw: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "file", "words"),
     [
-        (lambda m: [m[0], (m[1][0], b"3"), *m[2:]], "holds b'3', not a label from 0 to 2"),
-        (lambda m: [m[0], *m[2:]], "has no label beside it"),
-        (lambda m: [m[0], m[3], m[2], m[1], *m[4:]], "only KEY.jpg, and behind it its KEY.cls, belong here"),
-        (lambda m: [*m, ("a.txt", b"")], "a.txt: only KEY.jpg, and behind it its KEY.cls, belong here"),
-        (lambda m: m[2:], "holds 14 samples, the manifest promises 15"),
-        (lambda m: [(m[2][0], m[0][1]), (m[3][0], m[1][1]), *m[2:]], f"stands in {SHARD}.tar"),
+        (lambda m: [m[0], (m[1][0], b"3"), *m[2:]], f"{SHARD}.tar", "neither a KEY.jpg nor a label from 0 to 2"),
+        (lambda m: [*m, ("a.txt", b"")], f"{SHARD}.tar", "a.txt: neither a KEY.jpg nor a label"),
+        (lambda m: m[2:], f"{SHARD}.tar", "holds 14 samples, the manifest promises 15"),
+        (lambda m: [m[0], *m[2:]], "train/samples.npy", "sample 0: label "),
+        (
+            lambda m: [m[0], (m[1][0], b"%d" % ((int(m[1][1]) + 1) % 3)), *m[2:]],
+            "train/samples.npy",
+            "sample 0: label ",
+        ),
     ],
 )
-def test_tar_violations(root: Path, change: Callable[[Members], Members], words: str):
+def test_tar_violations(root: Path, change: Callable[[Members], Members], file: str, words: str):
     rewrite(root, change(members_of(root)))
     remake(root)
-    assert_one_failure(root, f"{SHARD}.tar", words)
+    assert_one_failure(root, file, words)
+
+
+def test_a_training_picture_without_a_label_is_found(root: Path):
+    rewrite(root, [member for i, member in enumerate(members_of(root)) if i != 1])
+    samples = np.load(root / "train/samples.npy")
+    samples["label"][0] = -1
+    np.save(root / "train/samples.npy", samples)
+    remake(root)
+    assert_one_failure(root, "train/samples.npy", "sample 0 has no label")
 
 
 @pytest.mark.parametrize(
@@ -173,9 +185,8 @@ def test_stored_pictures(
     [
         (f"{SHARD}.idx", lambda text: text.replace(b"jpg 512 ", b"jpg 513 "), "not the index"),
         ("train/samples.npy", lambda data: data[:-40], "does not load"),
-        ("train/samples.npy", lambda data: data[:-80] + data[-40:] + data[-80:-40], "sample 39 ("),
+        ("train/samples.npy", lambda data: data[:-80] + data[-40:] + data[-80:-40], "sample 39: "),
         ("skipped.jsonl", lambda text: text * 2, "lists {'train': 2}"),
-        ("skipped.jsonl", lambda text: text.replace(b"_0003", b"_0004"), "stands in"),
         ("skipped.jsonl", lambda text: b"[" + text, "does not load"),
     ],
 )
@@ -191,7 +202,7 @@ def test_every_field_of_the_sample_records(root: Path, field: str, value: int):
     samples[field][7] = value
     np.save(root / "train/samples.npy", samples)
     remake(root)
-    assert_one_failure(root, "train/samples.npy", f"): {field} {value}, but ")
+    assert_one_failure(root, "train/samples.npy", f"sample 7: {field} {value}, but ")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +227,7 @@ def test_statistics(root: Path, name: str, change: Callable[[np.ndarray], np.nda
         (lambda body: body["splits"]["train"]["shards"][0]["sum_color"].reverse(), "statistics.npz", "colour sums"),
         (lambda body: body["splits"]["val"].update(skipped=1), "skipped.jsonl", "the manifest promises"),
         (lambda body: body["classes"].reverse(), "dataset.json", "ranks of the sorted wnids"),
-        (lambda body: body["files"].update(a={"bytes": 1, "sha256": ""}), "dataset.json", "lists 'a'"),
+        (lambda body: body["files"].update(a={"bytes": 1, "sha256": ""}), "a", "missing"),
         (lambda body: body["files"].pop("mean.png"), "mean.png", "not listed"),
         (lambda body: body.update(identity="none"), "dataset.json", "its identity"),
     ],

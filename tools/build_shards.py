@@ -17,11 +17,11 @@ from pipeline.cli import Command, progress_bars
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
 from pipeline.offline import executors
-from pipeline.offline.build import SKIP_LIMIT, SKIPPED_FILE, Part, Run, SkipLimit, build, merge_parts
+from pipeline.offline.build import SKIP_LIMIT, Run, ShardSlice, SkipLimit, build
 from pipeline.offline.lock import PLAN_FILE
 from pipeline.offline.plan import Plan, make_plan, slots
-from pipeline.offline.repair import is_finished, retry
-from pipeline.offline.shards import BUILD_FOLDER
+from pipeline.offline.repair import retry
+from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, is_remote, location
 from tools.build_progress import BuildProgress, print_closing_table, print_estimate, print_event
@@ -51,11 +51,11 @@ def recipe_option(field: Field[Any]) -> click.Option:
     return click.Option([name], type=kind, default=field.default, show_default=True, help=text)
 
 
-def parse_part(text: str) -> Part:
-    """Return K/N as a `Part`."""
+def parse_part(text: str) -> ShardSlice:
+    """Return K/N as a `ShardSlice`."""
     number, slash, of = text.partition("/")
     if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= 10**6:
-        return Part(int(number), int(of))
+        return ShardSlice(int(number), int(of))
     raise click.BadParameter(f"{text}: not K/N with K from 1 to N, such as 3/16")
 
 
@@ -158,8 +158,10 @@ def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
     if values["dry_run"]:
         print_estimate(plan, len(slots(plan)), values["workers"], as_json)
     elif values["merge"]:
-        _print_result(merge_parts(plan, root, limit), {}, as_json)
-    elif values["retry_skipped"] and is_finished(root):
+        built = build(plan, root, skip_limit=limit, parts_end=True)
+        assert built
+        _print_result(built, {}, as_json)
+    elif values["retry_skipped"] and storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER):
         built, gained = retry(parse(storage.read_bytes(root / FILE_NAME), root), plan, values["workers"])
         if not as_json:
             skipped = sum(split.skipped for split in built.splits.values())

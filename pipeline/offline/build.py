@@ -14,19 +14,19 @@ import numpy as np
 from PIL import Image
 
 from pipeline import UserError, manifest, storage
-from pipeline.files import HashingFile, write_aside, write_bytes_aside
+from pipeline.files import write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import INFO_FILE, SAMPLE, STATISTICS_FILE, FileRecord, Manifest, Split, Statistics, timm_info
 from pipeline.offline import executors
-from pipeline.offline.lock import BuildError, locked
+from pipeline.offline.lock import locked
 from pipeline.offline.parquet import spool
 from pipeline.offline.plan import Plan, Slot, slots
 from pipeline.offline.shards import (
     BUILD_FOLDER,
+    SKIPPED_FILE,
     Outcome,
     ShardTask,
     load_record,
-    load_samples,
     record_path,
     write_shard,
 )
@@ -35,19 +35,12 @@ from pipeline.storage import Location
 
 Run = Callable[[Callable[[ShardTask], Outcome], Iterable[ShardTask]], Iterator[Outcome]]
 
-SKIPPED_FILE = "skipped.jsonl"
-MEAN_FILE = "mean.png"
 
-
-class Part(NamedTuple):
+class ShardSlice(NamedTuple):
     """The shards number − 1, number − 1 + of, … of a build that several jobs share."""
 
     number: int  # 1 … of
     of: int
-
-
-class TooManySkipped(UserError):
-    """More images were skipped than the user allows."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +62,19 @@ class SkipLimit:
         """Return how many images may be skipped of a split of so many."""
         return max(self.count, math.floor(images * self.percent / 100))
 
+    def check(self, plan: Plan, split: str, skipped: Counter[str]) -> None:
+        """Raise UserError where more images of a split were skipped, here counted by reason."""
+        allowed = self.allowed(len(plan.splits[split]))
+        if skipped.total() > allowed:
+            listing = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+            raise UserError(
+                f"{split}: {skipped.total():,} images skipped so far ({listing}), at most {allowed:,} may be; the "
+                "finished shards stay. Mend RAW and run the same command with --retry-skipped, or allow more with "
+                "--max-skipped"
+            )
+
 
 SKIP_LIMIT = SkipLimit()
-
-
-class SkipCounter:
-    """The reasons for which images of each split were skipped so far, against a limit."""
-
-    def __init__(self, limit: SkipLimit, plan: Plan) -> None:
-        self._allowed = {split: limit.allowed(len(indices)) for split, indices in plan.splits.items()}
-        self._skipped: dict[str, Counter[str]] = {split: Counter() for split in plan.splits}
-
-    def add(self, shard: str, reasons: Counter[str]) -> None:
-        """Count a shard's skipped images by their reasons. Raises TooManySkipped."""
-        split = shard.partition("/")[0]
-        skipped = self._skipped[split]
-        skipped += reasons
-        if skipped.total() > self._allowed[split]:
-            listing = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-            raise TooManySkipped(
-                f"{split}: {skipped.total():,} images skipped so far ({listing}), at most {self._allowed[split]:,} may "
-                "be; the finished shards stay. Mend RAW and run the same command with --retry-skipped, or allow more "
-                "with --max-skipped"
-            )
 
 
 def build(
@@ -103,7 +86,8 @@ def build(
     run: Run | None = None,
     skip_limit: SkipLimit = SKIP_LIMIT,
     retry_skipped: bool = False,
-    part: Part | None = None,
+    part: ShardSlice | None = None,
+    parts_end: bool = False,
 ) -> Manifest | None:
     """Build the dataset directory `root`, or go on with the same build where an earlier run of it stopped.
 
@@ -112,53 +96,40 @@ def build(
 
     Args:
         run: who runs the tasks; by default a pool of `workers` processes.
-        skip_limit: how many images of a split may be skipped.
         retry_skipped: build those shards again of which an earlier run skipped images.
-        part: build only these shards, and no manifest: `merge_parts` ends such a build.
+        part: build only these shards, and no manifest.
+        parts_end: end a build whose parts are all built.
 
     Returns:
         The manifest; None for a part.
     Raises:
-        BuildError: `root` holds something else, or no training image decodes.
-        TooManySkipped, and what `write_shard` raises; what is finished stays.
+        UserError: `root` holds something else, too many images are skipped, no training image decodes, or parts are
+            missing at their end; and what `write_shard` raises. What is finished stays.
     """
+    every = slots(plan)
+    chosen = every[part.number - 1 :: part.of] if part else every
     with locked(plan, root, alone=part is None) as ended:
         if ended:
             return manifest.load(root)
-        chosen = slots(plan)[part.number - 1 :: part.of] if part else slots(plan)
-        plan = spooled(plan, root, slots(plan))  # all shards', so that the parts of a build share the copies
-        if retry_skipped:
-            _forget_skipped(root, chosen)
-        counter = SkipCounter(skip_limit, plan)
+        missing = [slot.name for slot in every if parts_end and not load_record(root, slot.name)]
+        if missing:
+            problem = f"{len(missing):,} of {len(every):,} shards are not built yet, such as {', '.join(missing[:3])}"
+            remedy = "build all parts first (--part), or all that is missing (without --merge)"
+            raise UserError(f"{root}: {problem}; {remedy}")
+        plan = spooled(plan, root, every)  # all shards', so that the parts of a build share the copies
+        for slot in chosen if retry_skipped else ():
+            if (record := load_record(root, slot.name)) and record.skipped:
+                storage.remove(record_path(root, slot.name))
+        skipped: dict[str, Counter[str]] = {split: Counter() for split in plan.splits}
         run = run or partial(executors.run, workers=min(workers, len(chosen)))
         for outcome in run(write_shard, shard_tasks(plan, root, chosen)):
             progress(outcome)
-            counter.add(outcome.name, outcome.skipped)
-        return None if part else merge(plan, root)
-
-
-def merge_parts(plan: Plan, root: Location, skip_limit: SkipLimit = SKIP_LIMIT) -> Manifest:
-    """End a build whose parts were built apart.
-
-    Raises:
-        BuildError: a shard is missing.
-        TooManySkipped: of all parts together.
-    """
-    with locked(plan, root, alone=True) as ended:
-        if ended:
-            return manifest.load(root)
-        counter, missing = SkipCounter(skip_limit, plan), []
-        for slot in slots(plan):
-            if record := load_record(root, slot.name):
-                counter.add(slot.name, Counter(line["reason"] for line in record.skipped))
-            else:
-                missing.append(slot.name)
-        if missing:
-            raise BuildError(
-                f"{root}: {len(missing):,} of {len(slots(plan)):,} shards are not built yet, such as "
-                f"{', '.join(missing[:3])}; build all parts first (--part), or all that is missing (without --merge)"
-            )
-        return merge(plan, root)
+            split = outcome.name.partition("/")[0]
+            skipped[split] += outcome.skipped
+            skip_limit.check(plan, split, skipped[split])
+        if part:
+            return None
+        return write_manifest(plan, root, {split: merge_split(plan, root, split) for split in plan.splits})
 
 
 def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
@@ -169,23 +140,13 @@ def spooled(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Plan:
 
 def shard_tasks(plan: Plan, root: Location, chosen: Sequence[Slot]) -> Iterator[ShardTask]:
     """Yield one task at a time: together they hold every image of the plan."""
-    plan = spooled(plan, root, chosen)
     codecs = codec_versions()
     for slot in chosen:
-        yield ShardTask(root, slot.name, plan.part(slot.split, slot.start, slot.stop), plan.recipe, codecs)
-
-
-def merge(plan: Plan, root: Location) -> Manifest:
-    """Write samples.npy of each split and the summaries from the records of all shards; the manifest last."""
-    merged = {split: merge_split(plan, root, split) for split in plan.splits}
-    files = {name: record for split in merged.values() for name, record in split.files.items()}
-    skipped = [line for split in merged.values() for line in split.skipped]
-    splits = {name: split.entry for name, split in merged.items()}
-    return write_manifest(plan, root, splits, skipped, merged["train"].sums, files)
+        yield ShardTask(root, slot.name, tuple(plan.part(slot.split, slot.start, slot.stop)), plan.recipe, codecs)
 
 
 class MergedSplit(NamedTuple):
-    entry: Split
+    entry: Split  # in the manifest
     files: dict[str, FileRecord]  # of its shards, and samples.npy
     skipped: list[dict[str, str]]  # lines of skipped.jsonl
     sums: Sums  # over its rescaled pixels
@@ -193,55 +154,42 @@ class MergedSplit(NamedTuple):
 
 def merge_split(plan: Plan, root: Location, split: str) -> MergedSplit:
     """Merge the records of a split's shards, and write its samples.npy."""
-    names = [slot.name for slot in slots(plan) if slot.split == split]
-    merged = MergedSplit(Split(0, 0, ()), {}, [], Sums.zero(plan.recipe.statistics_size))
-    shards = []
-    for name in names:  # one record at a time: each holds a sum image
-        record = load_record(root, name)
+    files, skipped, sums = dict[str, FileRecord](), list[dict[str, str]](), Sums.zero(plan.recipe.statistics_size)
+    shards, samples, end = [], np.empty(len(plan.splits[split]), SAMPLE), 0
+    for slot in slots(plan):
+        if slot.split != split:
+            continue
+        record = load_record(root, slot.name)  # one at a time: each holds a sum image
         if record is None:
-            raise BuildError(f"{root}: the record of {name} is gone or damaged; run the same command again")
-        merged.sums.merge(record.sums)
-        merged.files.update((file, FileRecord(**written)) for file, written in record.files.items())
-        merged.skipped.extend({"split": split, **line} for line in record.skipped)
+            raise UserError(f"{root}: the record of {slot.name} is gone or damaged; run the same command again")
+        sums.merge(record.sums)
+        files |= record.files
+        skipped += [{"split": split, **line} for line in record.skipped]
+        start, end = end, end + len(record.samples)
+        samples[start:end] = record.samples
         if record.manifest_entry:
             shards.append(record.manifest_entry)
-    samples = sum(shard.samples for shard in shards)
-
-    def write_samples(file: HashingFile) -> None:  # shard by shard: the bytes that numpy would write of all at once
-        form = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (samples,)}
-        np.lib.format.write_array_header_1_0(file, form)
-        for name in names:
-            file.write(load_samples(root, name).astype(SAMPLE).tobytes())
-
-    merged.files[f"{split}/samples.npy"] = FileRecord(**write_aside(root / split / "samples.npy", write_samples))
-    return merged._replace(entry=Split(samples, len(merged.skipped), tuple(shards)))
+    files[f"{split}/samples.npy"] = write_samples(root, split, samples[:end])
+    return MergedSplit(Split(end, len(skipped), tuple(shards)), files, skipped, sums)
 
 
-def write_manifest(
-    plan: Plan,
-    root: Location,
-    splits: Mapping[str, Split],
-    skipped: Sequence[Mapping[str, str]],
-    total: Sums,
-    files: Mapping[str, FileRecord],
-) -> Manifest:
-    """Write the summaries and the manifest of a dataset directory with these `files`.
+def write_samples(root: Location, split: str, samples: np.ndarray) -> FileRecord:
+    """Write a split's samples.npy, (n,) of SAMPLE."""
+    return FileRecord(**write_aside(root / split / "samples.npy", partial(np.save, arr=samples)))
 
-    `skipped` are the lines of skipped.jsonl, `total` the sums over the training split.
 
-    Raises:
-        BuildError: no training image was decoded.
-    """
-    if not total.n:
+def write_manifest(plan: Plan, root: Location, merged: Mapping[str, MergedSplit]) -> Manifest:
+    """Write the summaries of all splits, and the manifest last. Raises UserError where no training image decoded."""
+    files = {name: record for split in merged.values() for name, record in split.files.items()}
+    skipped = [line for split in merged.values() for line in split.skipped]
+    splits = {name: split.entry for name, split in merged.items()}
+    if not splits["train"].samples:
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
-        raise BuildError(f"{root}: no training image could be decoded; the reasons: {reasons}")
-    statistics = finish(total)
-    summaries = {
-        name: FileRecord(**write_bytes_aside(root / name, data))
-        for name, data in summary_files(statistics, skipped, splits).items()
-    }
-    parts = (plan.recipe, plan.classes, splits, statistics.summary(), {**files, **summaries}, codec_versions())
-    written = Manifest(root, *parts)
+        raise UserError(f"{root}: no training image could be decoded; the reasons: {reasons}")
+    statistics = finish(merged["train"].sums)
+    for name, data in summary_files(statistics, skipped, splits).items():
+        files[name] = FileRecord(**write_bytes_aside(root / name, data))
+    written = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())
     write_bytes_aside(root / manifest.FILE_NAME, written.to_json())
     return written
 
@@ -255,14 +203,7 @@ def summary_files(
     Image.fromarray(np.rint(statistics.mean_image).astype(np.uint8)).save(mean, "PNG")
     return {
         STATISTICS_FILE: arrays.getvalue(),
-        MEAN_FILE: mean.getvalue(),
+        "mean.png": mean.getvalue(),
         SKIPPED_FILE: "".join(json.dumps(line, sort_keys=True) + "\n" for line in skipped).encode(),
         INFO_FILE: timm_info(splits),
     }
-
-
-def _forget_skipped(root: Location, chosen: Sequence[Slot]) -> None:
-    for slot in chosen:
-        record = load_record(root, slot.name)
-        if record and record.skipped:
-            storage.remove(record_path(root, slot.name))

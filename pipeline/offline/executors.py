@@ -1,9 +1,4 @@
-"""Run the tasks of a build: in this process, in a pool of processes, or on a Ray cluster.
-
-Nodes of a Ray cluster may come and go: tasks of one that is lost run again elsewhere. One that is only cut off may go
-on for a minute, and write a shard that its successor writes too: the same bytes, aside, and renamed. Credentials of an
-object store are those of the environment in which `ray start` was called.
-"""
+"""Run the tasks of a build: in this process, in a pool of processes, or on a Ray cluster."""
 
 import ctypes
 import logging
@@ -39,9 +34,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
     """Yield the result of each task as it is finished, in any order; two tasks a worker are made ahead.
 
     Where the caller stops, or a task raises, the workers are killed: what they write appears whole or not at all.
-
-    Raises:
-        UserError: a worker was killed; what is finished stays.
+    Raises UserError where a worker was killed, and whatever a task raises.
     """
     if workers <= 1:
         yield from map(function, tasks)
@@ -49,14 +42,13 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
-    waiting, running, ended = iter(tasks), set[Future[Result]](), False
+    waiting, running = iter(tasks), set[Future[Result]]()
     try:
         while True:
             for task in islice(waiting, 2 * workers - len(running)):
                 with _signals_held():  # both would strike a worker that is half begun
                     running.add(pool.submit(function, task))
             if not running:
-                ended = True
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -67,9 +59,8 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
             "for lack of memory; what is finished stays, and the same command goes on (fewer --workers: less memory)"
         ) from error
     finally:
-        if not ended:
-            for worker in set(multiprocessing.active_children()) - before:
-                worker.kill()
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -111,9 +102,9 @@ def run_on_ray(
 ) -> Iterator[Result]:
     """Yield the result of each task as it is finished, in any order, as `run` does. A task has one core.
 
-    Where the caller stops, or a task raises, this process leaves the cluster, and Ray ends its workers: what they
-    write appears whole or not at all. (`ray.cancel` would be gentler, but Ray 2.60 aborts this process where a task
-    ends in the same moment.)
+    Where the caller stops, or a task raises, this process leaves the cluster, and Ray ends its workers. (`ray.cancel`
+    would be gentler, but Ray 2.60 aborts this process where a task ends in the same moment.) Tasks of a lost node run
+    again elsewhere. One that is only cut off may write a shard that its successor writes too: the same bytes, aside.
 
     Args:
         address: HOST:PORT of the cluster's head; "auto" or None: RAY_ADDRESS, else the cluster of this machine.
@@ -144,14 +135,10 @@ def _connected(address: str | None) -> Iterator[ModuleType]:
     """Join the cluster, and yield the package ray."""
     if not address or address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
-    # Ray reads its environment when it is imported. Without the middle two it prints each retry on stdout, between
-    # the lines of --json; the last says how often it waits for 40 s where something answers that is not Ray.
-    os.environ |= {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "1",
-        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-        "RAY_NUM_REDIS_GET_RETRIES": "1",
-    }
+    # Ray reads its environment when it is imported. RETRIES: how often it waits for 40 s where something else answers;
+    # DEDUP_LOGS: else it prints each retry on stdout, between the lines of --json.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    os.environ |= {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
     try:
         import ray
     except ImportError as error:

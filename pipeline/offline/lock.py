@@ -20,10 +20,6 @@ PLAN_FILE = "plan.json"
 PATIENCE = 5.0  # seconds for which a part waits until another one has deleted temporary files
 
 
-class BuildError(UserError):
-    """A build that cannot begin, or cannot end."""
-
-
 @contextmanager
 def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
     """Reserve `root` for this plan; and for this process if `alone`, else for the parts of a build in several jobs.
@@ -32,15 +28,14 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
     half-written file stays, unless another part may be writing it. Stores have no locks: there two runs of the very
     same build may meet, and write equal bytes.
 
-    Yields:
-        True if the manifest is written already and only the deletion of the build's state is left, which follows.
-    Raises:
-        BuildError: one line on what is in the way, or that the disk is full.
+    Yields True if the manifest is written already and only the deletion of the build's state is left, which follows.
+    Raises UserError: one line on what is in the way, or that the disk is full.
     """
     _require_free(root)
-    fingerprint = plan.fingerprint()
-    with _file_lock(plan, root, alone) if isinstance(root, Path) else nullcontext():
-        _require_equal(_put_plan(root, fingerprint), fingerprint, root)
+    fingerprint, state = plan.fingerprint(), root / BUILD_FOLDER / PLAN_FILE
+    with _file_lock(plan, root, fingerprint, alone) if isinstance(root, Path) else nullcontext():
+        before = state.read_bytes() if isinstance(state, Path) else storage.put_if_absent(state, fingerprint)
+        _require_equal(before, fingerprint, root)
         if alone and not isinstance(root, Path):
             sweep(root)  # uploads without an end are invisible, and are paid for
         yield storage.exists(root / FILE_NAME)
@@ -49,51 +44,72 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
 
 
 @contextmanager
-def _file_lock(plan: Plan, root: Path, alone: bool) -> Iterator[None]:
-    (root / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(root / BUILD_FOLDER / "lock", "w") as lock:
-        _acquire(lock, root, alone)
+def _file_lock(plan: Plan, root: Path, fingerprint: bytes, alone: bool) -> Iterator[None]:
+    state = root / BUILD_FOLDER / PLAN_FILE
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with open(state.with_name("lock"), "w") as lock:
+        # whoever is alone for a moment writes the plan; a part then lets others in, which find it there
+        kind = _acquire(lock, root, (fcntl.LOCK_EX,) if alone else (fcntl.LOCK_EX, fcntl.LOCK_SH))
         _require_free(root)  # again: a build that ended since then took its lock file with it
         try:
-            _sweep_if_alone(lock, plan, root)
-            _acquire(lock, root, alone)
+            if kind == fcntl.LOCK_EX:
+                _sweep(plan, root)
+                if not state.exists():
+                    write_bytes_aside(state, fingerprint)
+                if not alone:
+                    _acquire(lock, root, (fcntl.LOCK_SH,))
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             remedy = "what is finished stays; make room, and the same command goes on"
-            raise BuildError(f"{root}: {error.strerror}; {remedy}") from error
+            raise UserError(f"{root}: {error.strerror}; {remedy}") from error
         finally:
-            _sweep_if_alone(lock, plan, root)
+            with suppress(BlockingIOError):  # else other parts are at work
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _sweep(plan, root)
 
 
-def _put_plan(root: Location, fingerprint: bytes) -> bytes:
-    """Write the plan unless another process has done so; return the plan that is there."""
-    state = root / BUILD_FOLDER / PLAN_FILE
-    if not isinstance(state, Path):
-        return storage.put_if_absent(state, fingerprint)
-    with open(state.with_name("beginning"), "w") as beginning:
-        fcntl.flock(beginning, fcntl.LOCK_EX)  # of parts that begin at the same moment, one writes the plan
-        if not state.exists():
-            write_bytes_aside(state, fingerprint)
-    return state.read_bytes()
+def _acquire(lock: IO[str], root: Path, kinds: tuple[int, ...]) -> int:
+    """Take the first kind of lock that others allow; return it. Where one may be shared, wait for it a little."""
+    deadline = time.monotonic() + (PATIENCE if fcntl.LOCK_SH in kinds else 0.0)
+    while True:
+        for kind in kinds:
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                return kind
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise UserError(f"{lock.name}: cannot be locked ({error.strerror}); name another DATASET") from error
+        if time.monotonic() >= deadline:
+            raise UserError(f"{root}: another build is writing there; wait for it, or stop it")
+        time.sleep(0.05)
+
+
+def _sweep(plan: Plan, root: Path) -> None:
+    """Delete what killed writers left half-written."""
+    patterns = ["*.tmp", *(f"{split}/*.tmp" for split in plan.splits)]
+    patterns += [f"{BUILD_FOLDER}/{name}*.tmp" for name in ("*.npz", "*.tar", PLAN_FILE)]  # a listing may be on its way
+    for path in (path for pattern in patterns for path in root.glob(pattern)):
+        path.unlink(missing_ok=True)
 
 
 def _require_free(root: Location) -> None:
-    """Raises BuildError where `root` holds anything but an unfinished build."""
+    """Raise UserError where `root` holds anything but an unfinished build."""
     try:
         names = {entry.name for entry in storage.scan(root)}
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
-        raise BuildError(f"{root}: is a file, not a folder; name another DATASET") from error
+        raise UserError(f"{root}: is a file, not a folder; name another DATASET") from error
     if storage.exists(root / BUILD_FOLDER / PLAN_FILE):
         return
     if FILE_NAME in names:
         _remove_state(root / BUILD_FOLDER)  # of a build that was killed in the moment after its end
-        raise BuildError(f"{root}: a finished dataset is there already; delete it or name another DATASET")
+        raise UserError(f"{root}: a finished dataset is there already; delete it or name another DATASET")
     if names - {BUILD_FOLDER}:
-        raise BuildError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
+        raise UserError(f"{root}: exists and is not an unfinished build; delete it or name another DATASET")
 
 
 def _remove_state(folder: Location) -> None:
@@ -105,48 +121,20 @@ def _remove_state(folder: Location) -> None:
         storage.remove_tree(folder)
 
 
-def _acquire(lock: IO[str], root: Path, alone: bool) -> None:
-    """Take the lock, shared with other parts unless `alone`; a part waits while another one has it for itself."""
-    deadline = time.monotonic() + (0.0 if alone else PATIENCE)
-    while True:
-        try:
-            return fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                raise BuildError(f"{root}: another build is writing there; wait for it, or stop it") from error
-        except OSError as error:
-            raise BuildError(f"{lock.name}: cannot be locked ({error.strerror}); name a DATASET elsewhere") from error
-        time.sleep(0.05)
-
-
-def _sweep_if_alone(lock: IO[str], plan: Plan, root: Path) -> None:
-    """Delete what killed writers left half-written, unless other parts are at work. A shared lock is lost."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    ours = ["*.tmp", *(f"{split}/*.tmp" for split in plan.splits)]
-    ours += [f"{BUILD_FOLDER}/{name}*.tmp" for name in ("*.npz", "*.tar", PLAN_FILE)]
-    for path in (path for pattern in ours for path in root.glob(pattern)):
-        path.unlink(missing_ok=True)
-
-
 def _require_equal(before: bytes, now: bytes, root: Location) -> None:
-    """Raises BuildError, which names the difference, where two fingerprints of plans are not of one build."""
+    """Raise UserError, which names the difference, where two fingerprints of plans are not of one build."""
     try:
         old, new = _by_words(before), _by_words(now)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise BuildError(f"{root / BUILD_FOLDER / PLAN_FILE}: damaged ({error}); delete {root}; build again") from error
-    differing = differences(old, new)
-    if old["format"] != new["format"]:
-        text, remedy = "of another version of Penstock", "end it with that version"
-    elif differing or before != now:
-        more = f" and {len(differing) - 4:,} more" * (len(differing) > 4)
-        text = f"that differs in {', '.join(differing[:4]) or 'the names of its raw images'}{more}"
-        remedy = "run that one again"
-    else:
+        raise UserError(f"{root / BUILD_FOLDER / PLAN_FILE}: damaged ({error}); delete {root}; build again") from error
+    if before == now:
         return
-    raise BuildError(f"{root}: holds an unfinished build {text}; {remedy}, or delete {root} and build again")
+    text, remedy = "of another version of Penstock", "end it with that version"
+    if old["format"] == new["format"]:
+        differing = differences(old, new) or ["the names of its raw images"]
+        more = f" and {len(differing) - 4:,} more" * (len(differing) > 4)
+        text, remedy = f"that differs in {', '.join(differing[:4])}{more}", "run that one again"
+    raise UserError(f"{root}: holds an unfinished build {text}; {remedy}, or delete {root} and build again")
 
 
 def _by_words(fingerprint: bytes) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Slot:
 
 
 class Keys(Sequence[str]):
-    """The key of each path: one byte an image says how the key is spelled; the key is made when it is asked for."""
+    """The key of each path, made when it is asked for: one byte an image says how it is spelled."""
 
     def __init__(self, paths: Sequence[str], spelling: np.ndarray, numbered: dict[int, str]) -> None:
         self._paths = paths
@@ -67,27 +67,21 @@ class Plan:
     keys: Keys
     splits: dict[str, np.ndarray]  # (n,) uint32: indices into `images`, by sample id, skipped images included
 
-    def part(self, split: str, start: int, stop: int) -> tuple[PlannedImage, ...]:
-        """Return the images start … stop − 1 of a split."""
-        return tuple(self._planned(split, start, stop))
-
-    def slot_keys(self, slot: Slot) -> list[str]:
-        return [self.keys[i] for i in self.splits[slot.split][slot.start : slot.stop].tolist()]
-
-    def _planned(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
+    def part(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
+        """Yield the images start … stop − 1 of a split."""
         labels = {record.wnid: record.label for record in self.classes}
         for i in self.splits[split][start:stop].tolist():
             raw = self.images[i]
             yield PlannedImage(self.keys[i], -1 if raw.wnid is None else labels[raw.wnid], raw)
 
-    def fingerprint(self) -> bytes:
-        """Return as JSON all that must be equal for a build to be resumed: recipe, codecs, classes, names of images.
+    def slot_keys(self, slot: Slot) -> list[str]:
+        return [self.keys[i] for i in self.splits[slot.split][slot.start : slot.stop].tolist()]
 
-        Positions and sizes of the raw images are checked shard by shard (`shards.raw_digest`).
-        """
+    def fingerprint(self) -> bytes:
+        """Return as JSON all that must be equal for a build to be resumed; `write_shard` compares places of images."""
         digest = hashlib.sha256()
         for split, indices in self.splits.items():
-            for image in self._planned(split, 0, len(indices)):
+            for image in self.part(split, 0, len(indices)):
                 digest.update(os.fsencode(f"{split}\t{image.key}\t{image.label}\t{image.raw.path}\n"))
         return canonical_json(
             {
@@ -169,23 +163,20 @@ def assign_keys(paths: Sequence[str]) -> Keys:
 
 def _numbered(paths: Sequence[str], rest: list[int], taken: np.ndarray) -> dict[int, str]:
     """Return keys for paths that are alike in every spelling, such as a_b/c.x beside a/b_c.x, in sorted path order."""
-    numbered: dict[int, str] = {}
-    used: set[str] = set()
+    keys: dict[str, int] = {}
     for i in sorted(rest, key=lambda i: os.fsencode(paths[i])):
-        key, number = (stem := _spell(paths[i], 2)), 1
-        while key in used or _among(_hashes("key", [key], 1), taken)[0]:
+        stem = key = _spell(paths[i], SPELLINGS - 1)
+        number = 1
+        while key in keys or _among(_hashes("key", [key], 1), taken)[0]:
             number += 1
-            suffix = f"-{number}"
-            key = stem[: MAX_KEY - len(suffix)] + suffix
-        numbered[i] = key
-        used.add(key)
-    return numbered
+            key = stem[: MAX_KEY - len(f"-{number}")] + f"-{number}"
+        keys[key] = i
+    return {i: key for key, i in keys.items()}
 
 
 def _spell(path: str, spelling: int) -> str:
     """Return the stem (spelling 0), the path without its extension (1) or with it (2), escaped."""
-    if spelling < 2:
-        path = os.path.splitext(path)[0]
+    path = path if spelling == 2 else os.path.splitext(path)[0]
     return _escape(path.rpartition("/")[2] if spelling == 0 else path.replace("/", "_"))
 
 

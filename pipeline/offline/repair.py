@@ -3,41 +3,31 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline import UserError, storage
 from pipeline.decode import ImageError
-from pipeline.files import write_aside, write_bytes_aside
+from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions, rescaled
 from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse
-from pipeline.offline import executors
-from pipeline.offline.build import SKIPPED_FILE, merge_split, shard_tasks, summary_files, write_manifest
+from pipeline.offline import build, executors
 from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan, Slot, differences, slots
-from pipeline.offline.shards import BUILD_FOLDER, Record, load_record, load_samples, write_shard
+from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE, Record, load_record, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
-from pipeline.storage import Location
-
-
-class RepairError(UserError):
-    """A dataset directory that RAW cannot mend."""
 
 
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
     """Rebuild the files `failing` of a dataset directory, and put them into place once all of them fit.
 
     `plan` is that of the raw images and the build recipe of `dataset`. Every rebuilt byte must be what the manifest
-    promises, else nothing is changed. No other file is touched.
-
-    Raises:
-        RepairError: the raw images, or the codecs here, give other bytes.
-        OSError: as the file system says; what is in place by then is whole.
+    promises, else nothing is changed. No other file is touched. Raises UserError where RAW, or the codecs here, give
+    other bytes.
     """
     _require_local(dataset, "--repair")
     aside = dataset.root / REPAIR_FOLDER
@@ -58,29 +48,25 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
     # mean image alone follows from statistics.npz.
     complete = {split for split in plan.splits if f"{split}/samples.npy" in failing or SKIPPED_FILE in failing}
     complete |= {"train"} if STATISTICS_FILE in failing else set()
-    chosen = [slot for slot in slots(plan) if slot.split in complete or not failing.isdisjoint(_files(slot.name))]
+    shards = {name.rpartition(".")[0] for name in failing}
+    chosen = [slot for slot in slots(plan) if slot.split in complete or slot.name in shards]
     rebuilt: dict[str, FileRecord] = {}
     for record in _build_aside(plan, aside, chosen, workers):
-        built = {name: FileRecord(**file) for name, file in record.files.items()}
-        if built != {name: dataset.files[name] for name in _files(record.name) if name in dataset.files}:
+        if any(dataset.files.get(name) != file for name, file in record.files.items()):
             raise _refusal(dataset, f"{record.name}.tar: RAW gives other bytes than the manifest promises")
-        rebuilt |= built
-        for name in built.keys() - failing:
+        rebuilt |= record.files
+        for name in record.files.keys() - failing:
             (aside / name).unlink()
-    merged = {split: merge_split(plan, aside, split) for split in plan.splits if split in complete}
+    merged = {split: build.merge_split(plan, aside, split) for split in plan.splits if split in complete}
+    skipped = []
     for split in merged.values():
         rebuilt |= split.files
-    skipped = [line for split in merged.values() for line in split.skipped]
+        skipped += split.skipped
     statistics = finish(merged["train"].sums) if "train" in merged else dataset.statistics()
-    for name, data in summary_files(statistics, skipped, dataset.splits).items():
+    for name, data in build.summary_files(statistics, skipped, dataset.splits).items():
         if name in failing:
             rebuilt[name] = FileRecord(**write_bytes_aside(aside / name, data))
     return rebuilt
-
-
-def is_finished(root: Location) -> bool:
-    """Return whether `root` is a dataset directory, and no unfinished build."""
-    return storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER)
 
 
 def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
@@ -89,13 +75,11 @@ def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     The new files are put into place once all are there, the manifest last; the same command ends that where it was
     interrupted. The result has the bytes of a build from the mended raw images.
 
-    Returns:
-        The manifest as it is now, and the number of images that were skipped and are samples now.
-    Raises:
-        RepairError: the raw images, the recipe or the codecs are not those of the build.
+    Returns the manifest as it is now, and the number of images that were skipped and are samples now. Raises UserError
+    where the raw images, the recipe or the codecs are not those of the build.
     """
     _require_local(dataset, "--retry-skipped of a finished dataset")
-    aside, gained = dataset.root / RETRY_FOLDER, dict[str, str]()
+    aside, gained = dataset.root / RETRY_FOLDER, set[str]()
     if not (aside / FILE_NAME).exists():
         try:
             _require_same(dataset, plan)
@@ -115,37 +99,36 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
     samples = {name: split.samples + split.skipped for name, split in dataset.splits.items()}
     images = {split: len(indices) for split, indices in plan.splits.items()}
     before = {**asdict(dataset.recipe), **dataset.built_with, "raw images": samples}
-    now = {**asdict(plan.recipe), **codec_versions(), "raw images": images}
-    differing = differences(before, now)
+    differing = differences(before, {**asdict(plan.recipe), **codec_versions(), "raw images": images})
     if plan.classes != dataset.classes:
         differing.append("the classes")
     if differing:
-        raise RepairError(f"{dataset.root}: differs in {', '.join(differing)}; nothing was changed")
+        raise UserError(f"{dataset.root}: differs in {', '.join(differing)}; nothing was changed")
 
 
-def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[dict[str, str], Sums]:
-    """Return key → split of each skipped image that decodes by now, and the sums over those of the training split."""
+def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[set[str], Sums]:
+    """Return the keys of skipped images that decode by now, and the sums over those of the training split."""
     skipped = {line["key"] for line in _skipped(dataset)}
-    again = [  # split, position in it, key
-        (slot.split, position, key)
+    again = [  # split, position in it
+        (slot.split, position)
         for slot in slots(plan)
         for position, key in enumerate(plan.slot_keys(slot), slot.start)
         if key in skipped
     ]
-    if gone := skipped - {key for *_, key in again}:
-        raise RepairError(f"{dataset.root}: RAW no longer has the skipped image {min(gone)}; nothing was changed")
-    gained: dict[str, str] = {}
-    sums = Sums.zero(plan.recipe.statistics_size)
-    indices = np.array([plan.splits[split][position] for split, position, _ in again], np.uint32)
+    if len(again) < len(skipped):
+        missing = len(skipped) - len(again)
+        raise UserError(f"{dataset.root}: RAW no longer has {missing} of its skipped images; nothing was changed")
+    gained, sums = set[str](), Sums.zero(plan.recipe.statistics_size)
+    indices = np.array([plan.splits[split][position] for split, position in again], np.uint32)
     with temporary_copy(plan.images, indices) as images:
         plan = replace(plan, images=images)
-        for split, position, key in again:
+        for split, position in again:
             (image,) = plan.part(split, position, position + 1)
             try:
                 pixels = rescaled(image.raw.read(), plan.recipe)
             except ImageError:
                 continue
-            gained[key] = split
+            gained.add(image.key)
             if split == "train":
                 sums.add(pixels)
     return gained, sums
@@ -155,50 +138,41 @@ def _skipped(dataset: Manifest) -> list[dict[str, str]]:
     return [json.loads(line) for line in dataset.read(SKIPPED_FILE).splitlines()]
 
 
-def _rebuild_with(
-    dataset: Manifest, plan: Plan, gained: Mapping[str, str], sums: Sums, aside: Path, workers: int
-) -> None:
+def _rebuild_with(dataset: Manifest, plan: Plan, gained: set[str], sums: Sums, aside: Path, workers: int) -> None:
     """Build everything that changes by the images `gained` in the folder `aside`, the manifest last."""
-    chosen = [slot for slot in slots(plan) if not gained.keys().isdisjoint(plan.slot_keys(slot))]
-    records = {record.name: record for record in _build_aside(plan, aside, chosen, workers)}
+    chosen = {slot.name: slot for slot in slots(plan) if not gained.isdisjoint(plan.slot_keys(slot))}
     files = {name: file for name, file in dataset.files.items() if name.endswith((".tar", ".idx"))}
-    files |= {name: FileRecord(**file) for record in records.values() for name, file in record.files.items()}
-    splits = dict(dataset.splits)
-    for split in plan.splits:
-        samples = dataset.samples(split)
-        tables = [samples[samples["shard"] == slot.number] for slot in slots(plan) if slot.split == split]
-        shards = {shard.name: shard for shard in dataset.splits[split].shards}
-        for slot in (slot for slot in chosen if slot.split == split):
-            record, before = records[slot.name], tables[slot.number]
-            tables[slot.number] = load_samples(aside, slot.name)
-            skipped = {line["key"] for line in record.skipped}
-            known = [key not in gained for key in plan.slot_keys(slot) if key not in skipped]
-            if _without_offsets(before) != _without_offsets(tables[slot.number][known]):
-                raise RepairError(f"{slot.name}: RAW gives other samples than it has; nothing was changed")
-            entry = record.manifest_entry
-            assert entry is not None  # a gained image is in it
-            shards[entry.name] = entry
-        table, left = np.concatenate(tables), dataset.splits[split].skipped - list(gained.values()).count(split)
-        splits[split] = Split(len(table), left, tuple(shards[name] for name in sorted(shards)))
-        name = f"{split}/samples.npy"
-        files[name] = FileRecord(**write_aside(aside / name, partial(np.save, arr=table)))
-    before_sums = dataset.statistics()
-    total = Sums(before_sums.n, before_sums.sum_image, before_sums.second_moments)
-    total.merge(sums)
-    still = [line for line in _skipped(dataset) if line["key"] not in gained]
-    write_manifest(plan, aside, splits, still, total, files)
+    tables = {split: dataset.samples(split) for split in plan.splits}
+    shards = {shard.name: shard for split in dataset.splits.values() for shard in split.shards}
+    for record in _build_aside(plan, aside, [*chosen.values()], workers):
+        slot = chosen[record.name]
+        table = tables[slot.split]
+        start, stop = np.searchsorted(table["shard"], [slot.number, slot.number + 1])
+        skipped = {line["key"] for line in record.skipped}
+        known = [key not in gained for key in plan.slot_keys(slot) if key not in skipped]
+        same = ["size", "label", "crc32", "digest"]
+        if not np.array_equal(table[start:stop][same], record.samples[known][same]):
+            raise UserError(f"{slot.name}: RAW gives other samples than it has; nothing was changed")
+        tables[slot.split] = np.concatenate([table[:start], record.samples, table[stop:]])
+        entry = record.manifest_entry
+        assert entry is not None  # a gained image is in it
+        shards[entry.name] = entry
+        files |= record.files
+    before = dataset.statistics()
+    sums.merge(Sums(before.n, before.sum_image, before.second_moments))
+    merged = {}
+    for split, table in tables.items():
+        own = {name: file for name, file in files.items() if name.startswith(f"{split}/")}
+        own[f"{split}/samples.npy"] = build.write_samples(aside, split, table)
+        left = [line for line in _skipped(dataset) if line["split"] == split and line["key"] not in gained]
+        entries = tuple(shards[name] for name in sorted(shards) if name in own)
+        merged[split] = build.MergedSplit(Split(len(table), len(left), entries), own, left, sums)
+    build.write_manifest(plan, aside, merged)
 
 
-def _without_offsets(samples: np.ndarray) -> bytes:
-    samples = samples.copy()
-    samples["offset"] = 0
-    return samples.tobytes()
-
-
-def _require_local(dataset: Manifest, option: str) -> None:
-    """Raises RepairError: files of an object store cannot be renamed into place."""
+def _require_local(dataset: Manifest, option: str) -> None:  # files of a store cannot be renamed into place
     if storage.is_remote(dataset.root):
-        raise RepairError(
+        raise UserError(
             f"{dataset.root}: {option} works on a local folder; copy DATASET, mend the copy, and copy it back"
         )
 
@@ -207,7 +181,8 @@ def _build_aside(plan: Plan, aside: Path, chosen: Sequence[Slot], workers: int) 
     """Build some shards in the folder `aside`, from nothing; yield the record of each as it is finished."""
     for folder in (BUILD_FOLDER, *plan.splits):
         shutil.rmtree(aside / folder, ignore_errors=True)
-    for outcome in executors.run(write_shard, shard_tasks(plan, aside, chosen), min(workers, len(chosen))):
+    tasks = build.shard_tasks(build.spooled(plan, aside, chosen), aside, chosen)
+    for outcome in executors.run(write_shard, tasks, min(workers, len(chosen))):
         record = load_record(aside, outcome.name)
         assert record is not None, outcome.name  # it was written just now
         yield record
@@ -222,11 +197,7 @@ def _put_into_place(aside: Path, root: Path, names: Iterable[str]) -> None:
     shutil.rmtree(aside)
 
 
-def _files(shard: str) -> tuple[str, str]:
-    return f"{shard}.tar", f"{shard}.idx"
-
-
-def _refusal(dataset: Manifest, problem: str) -> RepairError:
+def _refusal(dataset: Manifest, problem: str) -> UserError:
     codecs = ", ".join(differences(dataset.built_with, codec_versions()))
     reason = f"it was built with other codecs ({codecs})" if codecs else "RAW is not what it was built from"
-    return RepairError(f"{problem}: {reason}; nothing was changed")
+    return UserError(f"{problem}: {reason}; nothing was changed")

@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ from pipeline import SourceError, UserError, storage
 from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside, write_bytes_aside
 from pipeline.image import codec_versions, encode, rescaled
-from pipeline.manifest import SAMPLE, BuildRecipe, ShardRecord, canonical_json
-from pipeline.offline.plan import PlannedImage
+from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, ShardRecord, canonical_json
+from pipeline.offline.plan import PlannedImage, differences
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
 
-BUILD_FOLDER = ".build"
+BUILD_FOLDER, SKIPPED_FILE = ".build", "skipped.jsonl"
 SECONDS = 60.0  # that one image may take
 
 
@@ -57,11 +57,11 @@ class Record:
     """A finished shard, as the manifest needs it. One whose images were all skipped has no files."""
 
     name: str  # SPLIT/SPLIT-NNNNNN
-    samples: int
     skipped: list[dict[str, str]]  # key, source, reason
-    files: dict[str, dict[str, Any]]  # path below the root → bytes, sha256
+    files: dict[str, FileRecord]  # by their paths below the root
     raw: str  # digest of where its raw images lay, and of their sizes
     raw_bytes: int
+    samples: np.ndarray  # (n,) of manifest.SAMPLE
     sums: Sums
 
     @property
@@ -72,76 +72,55 @@ class Record:
         red, green, blue = (int(value) for value in self.sums.sum_image.sum(axis=(0, 1)))
         moments: Any = tuple(tuple(row) for row in self.sums.second_moments.tolist())
         tar = f"{self.name}.tar"
-        return ShardRecord(tar, self.samples, self.files[tar]["bytes"], (red, green, blue), moments)
+        return ShardRecord(tar, len(self.samples), self.files[tar].bytes, (red, green, blue), moments)
 
 
 def write_shard(task: ShardTask) -> Outcome:
     """Build one shard, unless its record says that it is done already.
 
-    A pure function of the task, but for the place where it puts its files. A kill at any moment leaves either the
-    whole shard with its record, or files that the next run overwrites. An image that takes longer than `SECONDS` ends
-    the process.
-
-    Raises:
-        UserError: the codecs here are not those that the build began with; the raw images are not those of the record.
-        OSError: as the file system says. In every case nothing of the shard counts as done.
+    A kill at any moment leaves either the whole shard with its record, or files that the next run overwrites. An image
+    that takes longer than `SECONDS` ends the process. Raises UserError where the codecs here are not those that the
+    build began with, or the raw images not those of the record, and OSError: then nothing of the shard counts as done.
     """
-    _require_codecs(task)
-    finished = _finished(task)
-    record = finished or _write(task)
-    reasons = Counter(line["reason"] for line in record.skipped)
-    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, finished is not None)
-
-
-def raw_digest(images: tuple[PlannedImage, ...]) -> str:
-    """Return the SHA-256 (hex) of where the raw images lie, and of their sizes."""
-    digest = hashlib.sha256()
-    for image in images:
-        raw = image.raw
-        digest.update(os.fsencode(f"{raw.path}\t{raw.offset}\t{raw.size}\n"))
-    return digest.hexdigest()
-
-
-def _require_codecs(task: ShardTask) -> None:
-    here = codec_versions()
-    pairs = {name: (task.codecs.get(name, "none"), here.get(name, "none")) for name in here.keys() | task.codecs.keys()}
-    if wrong := [f"{name} {began}, here {now}" for name, (began, now) in sorted(pairs.items()) if began != now]:
+    if wrong := differences(task.codecs, codec_versions()):
         raise UserError(
             f"{task.name}: a worker on {os.uname().nodename} has other codecs than the build began with "
             f"({'; '.join(wrong)}); install the same environment there"
         )
-
-
-def _finished(task: ShardTask) -> Record | None:
-    """Return the record of an earlier run, if the shard's files are there."""
+    raw = hashlib.sha256()  # of where the raw images lie, and of their sizes
+    for image in task.images:
+        raw.update(os.fsencode(f"{image.raw.path}\t{image.raw.offset}\t{image.raw.size}\n"))
     record = load_record(task.root, task.name)
-    if record is None:
-        return None
-    for name, file in record.files.items():
-        path = task.root / name
-        if not storage.is_file(path) or storage.stamp(path)[0] != file["bytes"]:
-            return None
-    if record.raw != raw_digest(task.images):
+    resumed = record is not None and all(_has_size(task.root / name, file) for name, file in record.files.items())
+    if record is None or not resumed:
+        record = _write(task, raw.hexdigest())
+    elif record.raw != raw.hexdigest():
         raise SourceError(
             f"{task.name}: built by an earlier run when its raw images ({task.images[0].raw.path} and so on) had other "
             "sizes or other places in their archive; restore RAW, or delete DATASET and start again"
         )
-    return record
+    reasons = Counter(line["reason"] for line in record.skipped)
+    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, resumed)
 
 
-def _write(task: ShardTask) -> Record:
+def _has_size(path: Location, file: FileRecord) -> bool:
+    return storage.is_file(path) and storage.stamp(path)[0] == file.bytes
+
+
+def _write(task: ShardTask, raw: str) -> Record:
     shard = _Shard(task)
     tar, idx = f"{task.name}.tar", f"{task.name}.idx"
-    files = {tar: write_aside(task.root / tar, shard.write_tar)}
-    text = f"v1.2 {len(shard.index)}\n" + "".join(line + "\n" for line in shard.index)
-    files[idx] = write_bytes_aside(task.root / idx, text.encode())
+    written = {tar: write_aside(task.root / tar, shard.write_tar)}
+    text = "".join(f"{line}\n" for line in (f"v1.2 {len(shard.index)}", *shard.index))
+    written[idx] = write_bytes_aside(task.root / idx, text.encode())
     if not shard.samples:
-        for name in files:
+        for name in written:
             storage.remove(task.root / name)
-        files = {}
-    raw = raw_digest(task.images)
-    record = Record(task.name, len(shard.samples), shard.skipped, files, raw, shard.raw_bytes, shard.sums)
-    save_record(task.root, record, np.array(shard.samples, SAMPLE))
+        written = {}
+    files = {name: FileRecord(**file) for name, file in written.items()}
+    samples = np.array(shard.samples, SAMPLE)
+    record = Record(task.name, shard.skipped, files, raw, shard.raw_bytes, samples, shard.sums)
+    _save_record(task.root, record)
     return record
 
 
@@ -208,8 +187,7 @@ def _watch(shard: _Shard, ended: threading.Event) -> None:
     """End the process when one image takes longer than `SECONDS`. A time never skips it: times differ between machines.
 
     This thread counts its looks, and not the time between them, so that a process that was stopped (Ctrl-Z, a suspended
-    job) may go on; faulthandler's timer would end it then, and could not name the image. No decoder that we use keeps
-    threads from running for longer than 0.05 s. In one that did, the kernel's timer of CPU time would end the process.
+    job) may go on. Where a decoder keeps threads from running, the kernel's timer of CPU time ends the process.
     """
     pause = min(0.5, SECONDS / 4)  # seconds between two looks
     image, looks = None, 0
@@ -219,11 +197,9 @@ def _watch(shard: _Shard, ended: threading.Event) -> None:
         image = shard.current
         if image and looks * pause > SECONDS:
             show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
-            message = (
-                f"{show_cursor}Error: {image.raw.path}: still decoding after {SECONDS:g} s, which fails the build (a "
-                "time never skips an image); remove the file, or run the same command again on a faster machine"
-            )
-            print(message, file=sys.stderr, flush=True)
+            remedy = "remove the file, or run the same command again on a faster machine"
+            problem = f"still decoding after {SECONDS:g} s, which fails the build (a time never skips an image)"
+            print(f"{show_cursor}Error: {image.raw.path}: {problem}; {remedy}", file=sys.stderr, flush=True)
             os._exit(2)  # a decoder in C hears no exception
     signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -232,15 +208,15 @@ def record_path(root: Location, name: str) -> Location:
     return root / BUILD_FOLDER / f"{name.partition('/')[2]}.npz"
 
 
-def save_record(root: Location, record: Record, samples: np.ndarray) -> None:
-    """Write a record, with the shard's sample records, (n,) of manifest.SAMPLE."""
-    meta = {key: getattr(record, key) for key in ("name", "samples", "skipped", "files", "raw", "raw_bytes")}
+def _save_record(root: Location, record: Record) -> None:
+    meta = {key: getattr(record, key) for key in ("name", "skipped", "raw", "raw_bytes")}
+    meta["files"] = {name: asdict(file) for name, file in record.files.items()}
     small = record.sums.sum_image.max() < 2**32  # 255 · samples_per_shard is, the sum over all pixels is not
     buffer = io.BytesIO()
     np.savez(
         buffer,
         meta=np.frombuffer(canonical_json(meta), np.uint8),
-        samples=samples,
+        samples=record.samples,
         n=record.sums.n,
         sum_image=record.sums.sum_image.astype(np.uint32 if small else np.int64),
         second_moments=record.sums.second_moments,
@@ -251,19 +227,10 @@ def save_record(root: Location, record: Record, samples: np.ndarray) -> None:
 def load_record(root: Location, name: str) -> Record | None:
     """Return the record of a shard; None where there is none, or none that can be read: then it is built again."""
     try:
-        with _open_record(root, name) as arrays:
+        with np.load(io.BytesIO(storage.read_bytes(record_path(root, name))), allow_pickle=False) as arrays:
             meta = json.loads(arrays["meta"].tobytes())
+            files = {file: FileRecord(**written) for file, written in meta.pop("files").items()}
             sums = Sums(int(arrays["n"]), arrays["sum_image"].astype(np.int64), arrays["second_moments"])
-            return Record(**meta, sums=sums)
+            return Record(**meta, files=files, samples=arrays["samples"], sums=sums)
     except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError):
         return None
-
-
-def load_samples(root: Location, name: str) -> np.ndarray:
-    """Return the sample records of a shard whose record loads: (n,) of manifest.SAMPLE."""
-    with _open_record(root, name) as arrays:
-        return np.asarray(arrays["samples"])
-
-
-def _open_record(root: Location, name: str) -> Any:
-    return np.load(io.BytesIO(storage.read_bytes(record_path(root, name))), allow_pickle=False)

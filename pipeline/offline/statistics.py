@@ -67,11 +67,6 @@ class Sums:
         self._sum_image += other.sum_image
         self.second_moments += other.second_moments
 
-    def per_pixel(self) -> "Sums":
-        """Return the sums of the same colours as images of one pixel: a few numbers, whatever the size."""
-        height, width, _ = self.sum_image.shape
-        return Sums(self.n * height * width, self.sum_image.sum(axis=(0, 1), keepdims=True), self.second_moments)
-
 
 def _moments(words: np.ndarray, images: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the exact sums (3,) and sums of x·xᵀ (3, 3), int64, of (n,) uint32 RGBX pixels.
@@ -100,30 +95,19 @@ def _moments(words: np.ndarray, images: np.ndarray | None = None) -> tuple[np.nd
 
 
 def finish(sums: Sums) -> Statistics:
-    """Round once from the exact sums.
+    """Round once from the exact sums of at least one image.
 
     Covariance over all pixels of all images: E[x·xᵀ] − E[x]·E[x]ᵀ, as a fraction of Python integers, whose division
     rounds correctly.
-
-    Raises:
-        ZeroDivisionError: without any image.
     """
     pixels = sums.n * sums.sum_image.shape[0] * sums.sum_image.shape[1]
     first = [int(value) for value in sums.sum_image.sum(axis=(0, 1))]
     second = sums.second_moments.tolist()
     centred = [[pixels * second[i][j] - first[i] * first[j] for j in range(3)] for i in range(3)]
     covariance = np.array([[value / pixels**2 for value in row] for row in centred])
-    eigenvalues, eigenvectors = jacobi_eigen(covariance)
-    return Statistics(
-        n=sums.n,
-        sum_image=sums.sum_image,
-        second_moments=sums.second_moments,
-        mean_image=sums.sum_image / sums.n,
-        mean_color=np.array([value / pixels for value in first]),
-        covariance=covariance,
-        eigenvalues=eigenvalues,
-        eigenvectors=eigenvectors,
-    )
+    exact = (sums.n, sums.sum_image, sums.second_moments)
+    mean_color = np.array([value / pixels for value in first])
+    return Statistics(*exact, sums.sum_image / sums.n, mean_color, covariance, *jacobi_eigen(covariance))
 
 
 def jacobi_eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
