@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, Member, members
+from pipeline.cli import printable
 from pipeline.offline.raw import (
     SPLIT_FOLDERS,
     Folder,
@@ -18,7 +19,6 @@ from pipeline.offline.raw import (
     kind_of,
     pictures,
     ranked,
-    shown,
 )
 from pipeline.storage import Location
 
@@ -49,7 +49,7 @@ def recognise_classes(folder: Folder) -> bool:
         )
     if len(named) == 1:
         raise SourceError(
-            f"{folder.path}: only one folder with pictures, {shown(named[0])}, hence one class; "
+            f"{folder.path}: only one folder with pictures, {printable(named[0], 120)}, hence one class; "
             f"is RAW one level too high? {hint}"
         )
     return bool(named)
@@ -194,7 +194,7 @@ def archive_pictures(
 ) -> Iterator[RawImage]:
     """Yield every picture of one archive, without a label; `below` is the archive's folder in RAW."""
     file, path = str(folder.path / name), f"{below}/{name}" if below else name
-    for member, offset, size, _ in listings.listing(folder.path / name, left_out.add, nested):
+    for member, offset, size, _ in listings.members(folder.path / name, left_out.add, nested):
         if is_picture(member):
             yield RawImage(split, f"{path}/{member}", None, file, offset, size)
         else:

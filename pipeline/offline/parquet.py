@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline import SourceError, UserError, storage
 from pipeline.archives import ListingCache
+from pipeline.cli import printable
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside
 from pipeline.offline.raw import (
     SPLIT_FOLDERS,
@@ -33,9 +34,8 @@ from pipeline.offline.raw import (
     is_picture,
     pictures,
     ranked,
-    shown,
 )
-from pipeline.offline.webdataset import MAX_LABEL, files_by_split, ignore_unused, split_of
+from pipeline.offline.webdataset import MAX_LABEL, files_by_split, split_of
 from pipeline.storage import Location, Read
 
 IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
@@ -78,7 +78,7 @@ def read(folder: Folder, listings: ListingCache) -> Sources:
     for path, split in files.items():
         with _opened(folder.path / path) as file:
             _add_file(sources, file, path, split, classes)
-    ignore_unused(folder, files, sources.ignored)
+    folder.ignore(sources.ignored, files)
     classes.name(sources)
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
     sources.notes.append(f"{note}: up to {sources.images.sizes.sum() / 1e6:,.0f} MB")
@@ -183,7 +183,7 @@ def _opened(path: Location) -> Iterator["_File"]:
         except (ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the operating system's; those of pyarrow have no number
-            reason = shown(str(error).partition("\n")[0])
+            reason = printable(str(error).partition("\n")[0], 120)
             raise SourceError(f"{path}: damaged, or of an unsupported kind ({reason}); fetch it again") from error
 
 
@@ -325,7 +325,7 @@ class _Classes:
         if self.text or not all(named.values()) or not 0 < len(self.wnids) == len(set(named.values())):
             named = {label: label.zfill(width) for label in labels}
         sources.images.rename_classes(named.__getitem__)
-        words = {named[str(n)]: shown(name) for n, name in enumerate(self.names) if str(n) in named and name}
+        words = {named[str(n)]: printable(name, 120) for n, name in enumerate(self.names) if str(n) in named and name}
         sources.classes = ranked(named.values(), words, {})
 
 

@@ -226,7 +226,7 @@ def _by_name(images: RawTable, indices: np.ndarray) -> np.ndarray:
     """Return the (n,) uint32 indices ordered by the bytes of the file names, then of the folders."""
 
     def name_and_folder(i: int) -> tuple[bytes, bytes]:
-        folder, slash, name = os.fsencode(images.path(i)).rpartition(b"/")
+        folder, slash, name = os.fsencode(images.paths[i]).rpartition(b"/")
         return name, folder + slash
 
     return np.array(sorted(indices.tolist(), key=name_and_folder), np.uint32)

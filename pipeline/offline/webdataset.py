@@ -54,7 +54,7 @@ def read(folder: Folder, listings: ListingCache) -> Sources:
     for path, split in tars.items():
         _add_shard(sources, folder, path, split, listings)
     lists = [name for name in (FILE_NAME, CLASSES) if name in folder.files]
-    ignore_unused(folder, [*tars, *lists], sources.ignored)
+    folder.ignore(sources.ignored, [*tars, *lists])
     _name_classes(sources, folder.path, lists)
     return sources
 
@@ -102,7 +102,7 @@ def split_of(name: str) -> str:
 
 def _add_shard(sources: Sources, folder: Folder, path: str, split: str, listings: ListingCache) -> None:
     file = folder.path / path
-    samples = _samples(listings.listing(file, sources.ignored.add), path, sources.ignored)
+    samples = _samples(listings.members(file, sources.ignored.add), path, sources.ignored)
     with storage.opened(file) as (read, _):
         for sample in samples.values():
             if picture := sample.get("picture"):
