@@ -157,7 +157,7 @@ class ListingCache:
         index = [[key, len(listing)] for key, listing in self._used.items()]
         file.write(json.dumps({"format": FORMAT, "index": index}).encode() + b"\n")
         for listing in self._used.values():
-            file.write(listing)
+            file.write(memoryview(listing))
         file.write(bytes.fromhex(file.sha256()))
 
 
