@@ -189,10 +189,7 @@ def _listing(archive: Location, nested: bool) -> bytearray:
 
 def _load(path: Location) -> dict[tuple[object, ...], bytes | bytearray]:
     """Return the listings of an earlier run; none where the file is missing, damaged or of another format."""
-    try:
-        data = storage.read_bytes(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    data = storage.read_bytes(path) if storage.is_file(path) else b""
     if hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
         return {}
     body = io.BytesIO(data)

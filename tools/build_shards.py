@@ -190,7 +190,7 @@ def _require_apart(raw: Location, dataset: Location) -> None:
 
 def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
     counts = {split: len(images) for split, images in plan.splits.items()}
-    numbers = set(plan.images.class_numbers[plan.splits["train"]].tolist())
+    numbers = {plan.images.class_numbers[i] for i in plan.splits["train"].tolist()}
     trained = {plan.images.wnids[number] for number in numbers if number >= 0}
     without = [record.wnid for record in plan.classes if record.wnid not in trained]
     if as_json:

@@ -141,7 +141,9 @@ def read_flat(folder: Folder, listings: ListingCache, forced: bool) -> Sources |
 def read_synsets(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return ImageNet Fall 2011: RAW holds nXXXXXXXX.tar, or tars of those; classes are the wnids."""
     packed = any(WNID_TAR.fullmatch(name) for name in folder.files)
-    outer = [] if packed else [tar for tar in folder.tars if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
+    outer = (
+        [] if packed else [tar for tar in folder.ending(".tar") if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
+    )
     if not (packed or outer or forced):
         return None
     sources = Sources(f"one tar of synset tars ({', '.join(outer)})" if outer else "ImageNet's synset tars")

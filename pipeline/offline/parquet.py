@@ -66,12 +66,12 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
     else:
         name_classes(sources, _named(wnids, names), kinds[kind, names])
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
-    sources.notes.append(f"{note}: up to {sources.images.sizes.sum() / 1e6:,.0f} MB")
+    sources.notes.append(f"{note}: up to {sum(sources.images.sizes) / 1e6:,.0f} MB")
     return sources
 
 
 def _parquets(folder: Folder) -> list[str]:
-    return [name for name in folder.files if name.lower().endswith(".parquet")]
+    return folder.ending(".parquet")
 
 
 def _recognised(folder: Folder) -> bool:
@@ -136,7 +136,9 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
     copies = [_Copy(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
     missing = [copy for copy in copies if not storage.is_file(copy.tar)]
     if missing and isinstance(folder, Path):
-        needed = sum(int(images.sizes[copy.indices].sum()) + 2 * TAR_BLOCK * len(copy.rows) for copy in missing)
+        needed = sum(
+            int(np.asarray(images.sizes)[copy.indices].sum()) + 2 * TAR_BLOCK * len(copy.rows) for copy in missing
+        )
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -154,7 +156,10 @@ class _Copy:
 
     def __init__(self, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> None:
         self.source = storage.location(file)
-        self.indices, self.rows = indices, images.offsets[indices]  # (n,) in the table; (n,) uint64, ascending
+        self.indices, self.rows = (
+            indices,
+            np.asarray(images.offsets)[indices],
+        )  # (n,) in the table; (n,) uint64, ascending
         # the name has all that the bytes depend on, so that the copy of a file that has changed since is not used
         version = repr((str(self.source.absolute()), storage.stamp(self.source), self.rows.tobytes()))
         self.tar = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar"
@@ -230,7 +235,7 @@ class _File:
         if self.image is None:
             raise self.missing("the bytes of one image", IMAGE)
         labels = [c for c in self._named(LABEL, "ClassLabel") if "." not in c.path and not c.max_repetition_level]
-        self.label = next((c for c in labels if c.physical_type in ("INT32", "INT64") or _is_bytes(c)), None)
+        self.label: Any = next((c for c in labels if c.physical_type in ("INT32", "INT64") or _is_bytes(c)), None)
         number = [column.path for column in self._columns].index(self.image.path)
         for group in range(reader.num_row_groups):
             # raises what is wrong with a column's description, at which column() would end the process

@@ -132,7 +132,8 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
     chosen = np.arange(len(images), dtype=np.uint32)
     if recipe.limit and recipe.limit < len(images):
         chosen = np.sort(_shuffled("limit", keys, chosen)[: recipe.limit])
-    splits = {split: chosen[images.split_numbers[chosen] == number] for number, split in enumerate(SPLITS)}
+    numbers = np.asarray(images.split_numbers)[chosen]
+    splits = {split: chosen[numbers == number] for number, split in enumerate(SPLITS)}
     if recipe.holdout and not images.has("val"):
         train_keys = (keys[i] for i in splits["train"].tolist())
         held_out = _hashes("holdout", train_keys, len(splits["train"])) < np.uint64(recipe.holdout * 2.0**64)

@@ -39,12 +39,7 @@ class RawImage:
         return self.path.rpartition("/")[2]
 
     def read(self) -> bytes:
-        """Return the raw bytes, by one positioned read.
-
-        Raises:
-            SourceError: the file has become shorter since the plan.
-            OSError: as the file system says.
-        """
+        """Return the raw bytes, by one positioned read. Raises SourceError if the file has become shorter; OSError."""
         data = storage.read_range(self.file, self.offset, self.size)
         if len(data) != self.size:
             raise SourceError(f"{self.file}: changed since the build began; delete DATASET and start again")
@@ -75,84 +70,64 @@ class RawTable(Sequence[RawImage]):
 
     def __init__(self) -> None:
         self.paths = Paths()
-        self.wnids: list[str] = []  # by class number
+        self.offsets = array("Q")  # of each image in its file; the number of a parquet row until it is copied
+        self.sizes = array("Q")  # bytes of each image; about, of a parquet row until it is copied
+        self.split_numbers = array("B")  # indices in SPLITS
+        self.class_numbers = array("i")  # indices in `wnids`; −1: no label
+        self.wnids: list[str] = []
         self._class_of: dict[str | None, int] = {None: -1}
         self._files: list[str] = []  # "" and what ends with a slash: the folder to which the path is to be appended
         self._file_of: dict[str, int] = {}
         self._file = array("i")  # index in _files
-        self._offset = array("Q")
-        self._size = array("Q")
-        self._class = array("i")  # −1: no label
-        self._split = array("B")
 
     def append(self, image: RawImage, wnid: str | None = None) -> None:
         """Append an image; `wnid` is its class, where `image` has none yet."""
         self.paths.append(image.path)
         # A file of its own has no name in _files: the names of 14 million files would be as long as the paths again.
         self._file.append(_index(self._file_of, self._files, image.file.removesuffix(image.path)))
-        self._offset.append(image.offset)
-        self._size.append(image.size)
+        self.offsets.append(image.offset)
+        self.sizes.append(image.size)
         wnid = wnid or image.wnid
-        self._class.append(-1 if wnid is None else _index(self._class_of, self.wnids, wnid))
-        self._split.append(SPLITS.index(image.split))
+        self.class_numbers.append(-1 if wnid is None else _index(self._class_of, self.wnids, wnid))
+        self.split_numbers.append(SPLITS.index(image.split))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> RawImage:  # type: ignore[override]  # no slices
-        path, file, label = self.paths[i], self._files[self._file[i]], self._class[i]
+        path, file, label = self.paths[i], self._files[self._file[i]], self.class_numbers[i]
         file += path if file[-1:] in ("", "/") else ""
         wnid = self.wnids[label] if label >= 0 else None
-        return RawImage(SPLITS[self._split[i]], path, wnid, file, self._offset[i], self._size[i])
+        return RawImage(SPLITS[self.split_numbers[i]], path, wnid, file, self.offsets[i], self.sizes[i])
 
     def __iter__(self) -> Iterator[RawImage]:
         return (self[i] for i in range(len(self)))
 
-    @property
-    def split_numbers(self) -> np.ndarray:
-        """(n,) uint8: indices in SPLITS. A view: nothing can be appended while it lives."""
-        return np.asarray(self._split)
-
-    @property
-    def class_numbers(self) -> np.ndarray:
-        """(n,) int32: indices in `wnids`, −1 without a label. A view, as above."""
-        return np.asarray(self._class)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(n,) uint64: where each image begins in its file; the number of a parquet row until it is copied. A view."""
-        return np.asarray(self._offset)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(n,) uint64: bytes of each image; about, of a parquet row until it is copied. A view, as above."""
-        return np.asarray(self._size)
-
     def per_class(self, split: str) -> Counter[str | None]:
         """Return the number of images of a split by class; None: without a label."""
-        classes = self.class_numbers[self.split_numbers == SPLITS.index(split)]
+        classes = np.asarray(self.class_numbers)[np.asarray(self.split_numbers) == SPLITS.index(split)]
         counts = np.bincount(classes.astype(np.int64) + 1, minlength=1)
         names: list[str | None] = [None, *self.wnids]
         return Counter({names[i]: int(counts[i]) for i in np.flatnonzero(counts)})
 
     def has(self, split: str) -> bool:
-        return SPLITS.index(split) in self._split
+        return SPLITS.index(split) in self.split_numbers
 
     def by_file(self, indices: np.ndarray, suffix: str) -> dict[str, np.ndarray]:
         """Return the indices of the images in each file with this suffix, (n,), in the order of their offsets."""
-        files = {number: file for number, file in enumerate(self._files) if file.endswith(suffix)}
-        numbers = np.asarray(self._file)[indices if files else indices[:0]]
+        files = {number: file for number, file in enumerate(self._files) if file.lower().endswith(suffix)}
+        numbers, offsets = np.asarray(self._file)[indices if files else indices[:0]], np.asarray(self.offsets)
         groups = {file: indices[numbers == number] for number, file in files.items()}
-        return {file: group[np.argsort(self.offsets[group])] for file, group in groups.items() if len(group)}
+        return {file: group[np.argsort(offsets[group])] for file, group in groups.items() if len(group)}
 
     def moved(self, extents: Iterable[tuple[np.ndarray, str, np.ndarray, np.ndarray]]) -> "RawTable":
         """Return this table with images elsewhere: their indices, file, offsets and sizes. The paths are shared."""
         table = copy.copy(self)
         table._files, table._file_of = [*self._files], {**self._file_of}
-        table._file, table._offset, table._size = self._file[:], self._offset[:], self._size[:]
+        table._file, table.offsets, table.sizes = self._file[:], self.offsets[:], self.sizes[:]
         for indices, file, offsets, sizes in extents:
             np.asarray(table._file)[indices] = _index(table._file_of, table._files, file)
-            np.asarray(table._offset)[indices], np.asarray(table._size)[indices] = offsets, sizes
+            np.asarray(table.offsets)[indices], np.asarray(table.sizes)[indices] = offsets, sizes
         return table
 
     def rename_classes(self, rename: Callable[[str], str]) -> None:
@@ -161,7 +136,7 @@ class RawTable(Sequence[RawImage]):
         self.wnids = list(dict.fromkeys(names))
         self._class_of = {None: -1} | {wnid: number for number, wnid in enumerate(self.wnids)}
         renumbered = np.array([self._class_of[name] for name in names] + [-1], np.int32)  # the last: no label
-        classes = np.asarray(self._class)
+        classes = np.asarray(self.class_numbers)
         classes[:] = renumbered[classes]
 
 
@@ -238,12 +213,9 @@ class Folder:
         folders = tuple(entry.name for entry in entries if entry.is_dir)
         return cls(path, files, folders, tuple(e.name for e in entries if not (e.is_file or e.is_dir)))
 
-    @property
-    def tars(self) -> list[str]:
-        return [name for name in self.files if name.lower().endswith(".tar")]
-
-    def misfit(self, layout: str, missing: str) -> SourceError:
-        return SourceError(f"{self.path}: not the layout {layout}: {missing}")
+    def ending(self, suffix: str) -> list[str]:
+        """Return the names of the files with this suffix, in small letters or capitals."""
+        return [name for name in self.files if name.lower().endswith(suffix)]
 
     def ignore(self, left_out: LeftOut, used: Iterable[str]) -> None:
         """Count and name what lies beside the files and folders `used`, paths below this folder."""

@@ -51,7 +51,7 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
 
 
 def _shards(folder: Folder) -> list[str]:
-    return [name for name in folder.tars if not WNID_TAR.fullmatch(name)]
+    return [name for name in folder.ending(".tar") if not WNID_TAR.fullmatch(name)]
 
 
 def are_alone(folder: Folder, select: Select) -> bool:
