@@ -29,7 +29,7 @@ DATA_AFTER_END = "data after the end of an archive"
 NO_END = "archive without an end mark, perhaps cut short"
 
 CACHE_FILE, FORMAT = "listings", 4
-RECORD = re.compile(rb"(\d+) (\d+) ([^\t]*)\t([^\0]*)\0")  # offset, size, reason and name of a member
+RECORD = re.compile(rb"(?P<offset>\d+) (?P<size>\d+) (?P<reason>[^\t]*)\t(?P<name>[^\0]*)\0")  # of a member
 DIGEST_BYTES = 32  # SHA-256 of everything before it ends the file
 
 
@@ -114,8 +114,7 @@ class _Headers:
 class ListingCache:
     """Listings of archives. Those that an earlier run left in `folder` hold while path, size and mtime are the same.
 
-    A listing is a RECORD for each member, of some 20 bytes and its name. The file is a line of JSON, the listings, and
-    the SHA-256 of all that.
+    A listing has a RECORD for each member. The file is a line of JSON, the listings, and the SHA-256 of all that.
     """
 
     def __init__(self, folder: Location | None) -> None:
@@ -123,26 +122,21 @@ class ListingCache:
         self._known = _load(self._path) if self._path else {}
         self._used: dict[tuple[object, ...], bytes | bytearray] = {}
 
-    def members(
-        self, archive: Location, leave_out: Callable[[str, str], None], nested: bool = False
-    ) -> Iterator[Member]:
-        """Yield the regular members of an archive; if `nested`, those of the tars in it, named TAR/NAME.
+    def members(self, archive: Location, leave_out: Callable[[str, str], None]) -> Iterator[Member]:
+        """Yield the regular members of an archive; for a tar in it, the tar's own, named TAR/NAME.
 
-        `leave_out` is called with the reason and the name of every other.
-
-        Raises:
-            SourceError: the archive is damaged.
+        `leave_out` is called with the reason and the name of every other. Raises SourceError: damage.
         """
         path = str(archive) if storage.is_remote(archive) else os.path.abspath(archive)
-        key = (path, *storage.stamp(archive), nested)
+        key = (path, *storage.stamp(archive))
         if key not in self._used:
-            self._used[key] = self._known.get(key) or _listing(archive, nested)
-        for offset, size, reason, name in (match.groups() for match in RECORD.finditer(self._used[key])):
-            text = name.decode("utf-8", "surrogateescape")
+            self._used[key] = self._known.get(key) or _listing(archive)
+        for match in RECORD.finditer(self._used[key]):
+            name, reason = match["name"].decode("utf-8", "surrogateescape"), match["reason"].decode()
             if reason:
-                leave_out(reason.decode(), text.rstrip("/"))
+                leave_out(reason, name.rstrip("/"))
             else:
-                yield Member(text, int(offset), int(size))
+                yield Member(name, int(match["offset"]), int(match["size"]))
 
     def save(self) -> None:
         """Write the listings of this run, unless all were known or DATASET holds what is no build of ours."""
@@ -161,9 +155,18 @@ class ListingCache:
         file.write(bytes.fromhex(file.sha256()))
 
 
-def _listing(archive: Location, nested: bool) -> bytearray:
-    """Return a RECORD for each member of an archive and, if `nested`, of the tars in it."""
-    listing, tars = bytearray(), []
+def _load(path: Location) -> dict[tuple[object, ...], bytes | bytearray]:
+    """Return the listings of an earlier run; none where the file is missing, damaged or of another format."""
+    data = storage.read_bytes(path) if storage.is_file(path) else b""
+    if hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+        return {}
+    body = io.BytesIO(data)
+    head = json.loads(body.readline())
+    return {tuple(key): body.read(size) for key, size in head["index"]} if head["format"] == FORMAT else {}
+
+
+def _listing(archive: Location) -> bytearray:
+    """Return a RECORD for each member of an archive and of the tars in it. Raises SourceError where one is damaged."""
 
     def inside(tar: Member) -> list[Member]:
         with storage.opened(archive) as (read, _):
@@ -173,9 +176,10 @@ def _listing(archive: Location, nested: bool) -> bytearray:
         record = f"{member.offset} {member.size} {member.reason}\t{folder}{member.name}\0"
         listing.extend(record.encode("utf-8", "surrogateescape"))
 
+    listing, tars = bytearray(), []
     with storage.opened(archive) as (read, size):
         for member in members(read, 0, size, str(archive)):
-            if nested and not member.reason and member.name.endswith(".tar"):
+            if not member.reason and member.name.endswith(".tar"):
                 tars.append(member)
             else:
                 add(member, f"{archive.name}/" if member.reason else "")
@@ -185,13 +189,3 @@ def _listing(archive: Location, nested: bool) -> bytearray:
             for member in inner:
                 add(member, f"{tar.name}/")
     return listing
-
-
-def _load(path: Location) -> dict[tuple[object, ...], bytes | bytearray]:
-    """Return the listings of an earlier run; none where the file is missing, damaged or of another format."""
-    data = storage.read_bytes(path) if storage.is_file(path) else b""
-    if hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
-        return {}
-    body = io.BytesIO(data)
-    head = json.loads(body.readline())
-    return {tuple(key): body.read(size) for key, size in head["index"]} if head["format"] == FORMAT else {}

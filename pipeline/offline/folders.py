@@ -41,28 +41,20 @@ KAGGLE_CLASSES = 1000
 
 def read_classes(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return the pictures of one folder per class, all for training. Raises SourceError if RAW seems one level off."""
-    if not (forced or _are_classes(folder)):
+    if any(is_picture(name) for name in folder.files) and not forced:
         return None
     sources = Sources("one folder per class")
     for name in folder.folders:
         for image in pictures(folder.path / name, name, sources.ignored):
             sources.images.append(image, name)
-    return _with_words(sources, folder, [*folder.folders]) if sources.images else None
-
-
-def _are_classes(folder: Folder) -> bool:
-    """Return True if folders hold pictures, and no file is one."""
-    if any(is_picture(name) for name in folder.files):
-        return False
-    named = [name for name in folder.folders if has_pictures(folder.path / name)]
-    hint = "(--layout class-folders takes the folders as classes all the same)"
-    if splits := [name for name in named if name.casefold() in SPLIT_FOLDERS]:
+    names, hint = sources.images.wnids, "(--layout class-folders takes the folders as classes all the same)"
+    if (splits := [name for name in names if name.casefold() in SPLIT_FOLDERS]) and not forced:
         problem = f"{', '.join(splits)}: named as a split, not as a class, and there is no train/"
         raise SourceError(f"{folder.path}: {problem}; rename or name another RAW {hint}")
-    if len(named) == 1:
-        problem = f"only one folder with pictures, {printable(named[0], 120)}, hence one class"
+    if len(names) == 1 and not forced:
+        problem = f"only one folder with pictures, {printable(names[0], 120)}, hence one class"
         raise SourceError(f"{folder.path}: {problem}; is RAW one level too high? {hint}")
-    return bool(named)
+    return _with_words(sources, folder, [*folder.folders]) if names else None
 
 
 def read_splits(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
@@ -165,13 +157,13 @@ def _first_name(archive: Location) -> str:
 
 
 def part_pictures(
-    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str, nested: bool = False
+    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
 ) -> Iterator[RawImage]:
     """Yield every picture of the archive or folder `name`, which is `path` below RAW, without a label."""
     if name not in folder.files:
         yield from pictures(folder.path / name, path, left_out, split)
         return
-    for member, offset, size, _ in listings.members(folder.path / name, left_out.add, nested):
+    for member, offset, size, _ in listings.members(folder.path / name, left_out.add):
         if is_picture(member):
             yield RawImage(split, f"{path}/{member}", None, str(folder.path / name), offset, size)
         else:
@@ -180,7 +172,7 @@ def part_pictures(
 
 def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings: ListingCache) -> None:
     """Add the training pictures of a tar of synset tars. What lies in no synset tar is left out."""
-    for image in part_pictures(folder, name, name, listings, sources.ignored, "train", nested=True):
+    for image in part_pictures(folder, name, name, listings, sources.ignored):
         wnid = image.path.removeprefix(f"{name}/").partition(".tar/")[0].rpartition("/")[2]
         if WNID.fullmatch(wnid):
             sources.images.append(image, wnid)
@@ -199,7 +191,7 @@ def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingC
         if f"{name}.tar" in paths:
             sources.ignored.add("folder beside its synset tar", path)
             continue
-        for image in part_pictures(folder, name, path, listings, sources.ignored, "train"):
+        for image in part_pictures(folder, name, path, listings, sources.ignored):
             sources.images.append(image, name.removesuffix(".tar"))
     return [*paths.values()]
 

@@ -156,7 +156,7 @@ def _add_numbered(
 
 def _patch(sources: Sources, folder: Folder, listings: ListingCache) -> None:
     """Replace the blank pictures by the corrected ones, by split and file name."""
-    corrected = part_pictures(folder, PATCHES, PATCHES, listings, sources.ignored, "train")
+    corrected = part_pictures(folder, PATCHES, PATCHES, listings, sources.ignored)
     patches = {tuple(image.path.split("/")[-2:]): image for image in corrected}
     images = RawTable()
     for image in sources.images:

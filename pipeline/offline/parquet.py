@@ -23,13 +23,14 @@ from pipeline import SourceError, UserError, storage
 from pipeline.archives import MAX_NAME, ListingCache
 from pipeline.cli import printable
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside
-from pipeline.offline.raw import SPLIT_FOLDERS, Folder, RawImage, RawTable, Sources, is_picture, ranked
-from pipeline.offline.webdataset import ClassName, are_alone, files_by_split, name_classes, split_of, usable_label
+from pipeline.offline.raw import Folder, RawImage, RawTable, Sources
+from pipeline.offline.webdataset import ClassName, are_alone, files_by_split, name_classes, usable_label
 from pipeline.storage import Location, Read
 
 IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
 LABEL = ("label", "labels", "fine_label", "class")
 NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
+HUB = "data"  # the folder of the files in a repository of Hugging Face
 LABELS, IMAGES = 1024, 32  # rows in memory at a time
 # 1 MiB is read at a time, and not a row group's whole column; checksums are verified where a file has some
 OPTIONS = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
@@ -45,7 +46,7 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
     Raises:
         SourceError: a damaged file, one of an unsupported kind, or labels that contradict its names.
     """
-    files = files_by_split(folder, _parquets, "data") if forced or _recognised(folder) else {}
+    files = files_by_split(folder, ".parquet", HUB) if forced or are_alone(folder, ".parquet", HUB) else {}
     if not files:
         return None
     sources = Sources(f"{len(files)} parquet files")
@@ -61,27 +62,11 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
         others = " and ".join(kinds.values())
         raise SourceError(f"{others}: have labels of two kinds, or other names of classes; RAW must hold one data set")
     kind, names = max(kinds, default=("text", ()))
-    if kind == "text":
-        sources.classes = ranked(sources.images.wnids, {}, {})
-    else:
-        name_classes(sources, _named(wnids, names), kinds[kind, names])
+    named = _named(wnids, names) if kind == "number" else {}
+    name_classes(sources, named, kinds.get((kind, names), ""), numbers=kind == "number")
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
     sources.notes.append(f"{note}: up to {sum(sources.images.sizes) / 1e6:,.0f} MB")
     return sources
-
-
-def _parquets(folder: Folder) -> list[str]:
-    return folder.ending(".parquet")
-
-
-def _recognised(folder: Folder) -> bool:
-    """Return True if files are alone; or, without a train/, if data/ holds some, or some in RAW tell their splits."""
-    if are_alone(folder, _parquets):
-        return True
-    if any(SPLIT_FOLDERS.get(name) == "train" for name in folder.folders):
-        return False
-    inner = _parquets(Folder.of(folder.path / "data")) if "data" in folder.folders else []
-    return bool(inner) or (any(map(split_of, _parquets(folder))) and not any(map(is_picture, folder.files)))
 
 
 def _add_file(sources: Sources, file: "_File", path: str, split: str, wnids: dict[str, set[str]]) -> None:
@@ -89,8 +74,7 @@ def _add_file(sources: Sources, file: "_File", path: str, split: str, wnids: dic
         raise file.missing("one number or text", LABEL)
     labels = file.values(file.label, LABELS) if file.label else repeat(None)
     for row, (null, value, name) in enumerate(zip(file.nulls(), labels, file.names())):
-        text = _text(value) if isinstance(value, bytes) else str(-1 if value is None else max(value, -1))
-        label = usable_label(text)
+        label = usable_label(_text(value))
         if null or (label is None and split != "test"):
             sources.ignored.add(NO_IMAGE if null else NO_LABEL, f"{path}/{name}")
             continue
@@ -99,10 +83,14 @@ def _add_file(sources: Sources, file: "_File", path: str, split: str, wnids: dic
         sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, file.mean_bytes))
 
 
-def _text(value: bytes | None) -> str:
-    """Return UTF-8 text; empty if it is too long, not printable, or no text."""
-    text = (value or b"").decode("utf-8", "surrogateescape")
-    return text if text.isprintable() and len(text) <= MAX_NAME else ""  # as surrogates are not
+def _text(value: Any) -> str:
+    """Return a text, or a number from −1 on, as printable text; empty if it is neither, or too long."""
+    if isinstance(value, int):
+        return str(max(value, -1))
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    return (
+        text if isinstance(text, str) and text.isprintable() and len(text) <= MAX_NAME else ""
+    )  # as surrogates are not
 
 
 def _named(wnids: dict[str, set[str]], names: tuple[str, ...]) -> dict[int, ClassName]:
@@ -136,11 +124,8 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
     copies = [_Copy(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
     missing = [copy for copy in copies if not storage.is_file(copy.tar)]
     if missing and isinstance(folder, Path):
-        needed = sum(
-            int(np.asarray(images.sizes)[copy.indices].sum()) + 2 * TAR_BLOCK * len(copy.rows) for copy in missing
-        )
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        needed, free = sum(copy.bytes for copy in missing), shutil.disk_usage(folder).free
         if needed > free:
             figures = f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
             raise UserError(f"{folder}: a copy of RAW's pictures takes {figures}; make room or name another DATASET")
@@ -156,10 +141,9 @@ class _Copy:
 
     def __init__(self, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> None:
         self.source = storage.location(file)
-        self.indices, self.rows = (
-            indices,
-            np.asarray(images.offsets)[indices],
-        )  # (n,) in the table; (n,) uint64, ascending
+        self.indices = indices  # (n,) in the table
+        self.rows = np.asarray(images.offsets)[indices]  # (n,) uint64, ascending
+        self.bytes = int(np.asarray(images.sizes)[indices].sum()) + 2 * TAR_BLOCK * len(indices)  # about
         # the name has all that the bytes depend on, so that the copy of a file that has changed since is not used
         version = repr((str(self.source.absolute()), storage.stamp(self.source), self.rows.tobytes()))
         self.tar = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar"
@@ -296,16 +280,14 @@ class _File:
             first += chunk.num_values
 
     def values(self, column: Any, rows: int, group: int | None = None) -> Iterator[Any]:
-        """Yield a column's value in each row of the file or of one row group: a number, bytes, or None for null."""
-        kind = "large_binary" if _is_bytes(column) else "int64"
+        """Yield a column's value in each row of the file or of one row group, None for null; so many are in memory."""
         groups, count = None if group is None else [group], 0
         for batch in self._reader.iter_batches(rows, groups, [column.path], use_threads=False):
-            values = batch.column(0)
-            while values.type.num_fields:  # of the structs around it, this field alone is read
-                values = values.flatten()[0]
-            values = values.dictionary_decode() if hasattr(values, "dictionary_decode") else values
-            yield from values.cast(kind, safe=False).to_pylist()
-            count += len(values)
+            for row in batch.to_pylist():  # {"image": {"bytes": …}} or {"label": …}
+                for name in column.path.split("."):
+                    row = row and row[name]
+                yield row
+            count += len(batch)
         if count != (self.rows if group is None else self._chunks[group].num_values):
             raise SourceError(f"{self.name}: {column.path[:60]!a} ends after {count:,} rows; fetch it again")
 

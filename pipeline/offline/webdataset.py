@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, Member
 from pipeline.manifest import FILE_NAME
-from pipeline.offline.folders import WNID_LINE, WNID_TAR, has_pictures, read_text, split_folders
+from pipeline.offline.folders import WNID_LINE, has_pictures, read_text, split_folders
 from pipeline.offline.raw import SPLIT_FOLDERS, SUFFIXES, Folder, RawImage, Sources, is_picture, ranked
 from pipeline.storage import Location, Read
 
@@ -16,8 +16,6 @@ CLASSES = "classes.txt"
 MAX_LABEL = 200  # characters
 MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
 NUMBER = re.compile(r"[0-9]{1,9}")
-
-Select = Callable[[Folder], list[str]]  # the names of a folder's files that are of a layout
 
 
 class ClassName(NamedTuple):
@@ -34,47 +32,48 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
     Raises:
         SourceError: a damaged shard, or a label that the list of classes does not reach.
     """
-    tars = files_by_split(folder, _shards) if forced or are_alone(folder, _shards) else {}
+    tars = files_by_split(folder, ".tar") if forced or are_alone(folder, ".tar") else {}
     if not tars:
         return None
     sources = Sources(f"{len(tars)} WebDataset shards")
     for path, split in tars.items():
         _add_shard(sources, folder, path, split, listings)
-    lists = [name for name in (FILE_NAME, CLASSES) if name in folder.files]
-    folder.ignore(sources.ignored, [*tars, *lists])
-    named = _read_class_list(folder.path / lists[0]) if lists else {}
-    if all(NUMBER.fullmatch(label) for label in sources.images.wnids):
-        name_classes(sources, named, str(folder.path / lists[0]) if lists else "")
-    else:
-        sources.classes = ranked(sources.images.wnids, {name: words for name, words, _ in named.values()}, {})
+    folder.ignore(sources.ignored, [*tars, FILE_NAME, CLASSES])
+    lists = [folder.path / name for name in (FILE_NAME, CLASSES) if name in folder.files]
+    named = _read_class_list(lists[0]) if lists else {}
+    name_classes(
+        sources, named, str(lists[0]) if lists else "", all(NUMBER.fullmatch(label) for label in sources.images.wnids)
+    )
     return sources
 
 
-def _shards(folder: Folder) -> list[str]:
-    return [name for name in folder.ending(".tar") if not WNID_TAR.fullmatch(name)]
+def are_alone(folder: Folder, suffix: str, hub: str = "") -> bool:
+    """Return True if train/ holds files with this suffix and no folders; without train/, if RAW does and no pictures.
 
-
-def are_alone(folder: Folder, select: Select) -> bool:
-    """Return True if train/ holds selected files and no folders; without train/, if RAW does and has no pictures."""
+    In a repository of Hugging Face the files lie in the folder `hub`, or beside pictures where they tell their splits.
+    """
     trains = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
     if trains:
-        return any(select(train) and not train.folders for train in trains)
-    if not select(folder) or any(map(is_picture, folder.files)):
+        return any(train.ending(suffix) and not train.folders for train in trains)
+    if hub in folder.folders and Folder.of(folder.path / hub).ending(suffix):
+        return True
+    loose = folder.ending(suffix)
+    if not loose or any(map(is_picture, folder.files)):
         return False
-    return not any(has_pictures(folder.path / name) for name in folder.folders)
+    return bool(hub and any(map(split_of, loose))) or not any(has_pictures(folder.path / x) for x in folder.folders)
 
 
-def files_by_split(folder: Folder, select: Select, inner: str = "") -> dict[str, str]:
-    """Return the path below RAW and the split of each selected file: of its folder, or told by its name, or train.
+def files_by_split(folder: Folder, suffix: str, hub: str = "") -> dict[str, str]:
+    """Return the path below RAW and the split of each file with this suffix: of its folder, or told by its name.
 
-    Files lie in train/ and the like; else in RAW itself or its folder `inner`.
+    Files lie in train/ and the like; else in RAW itself or its folder `hub`, for training if no name tells a split.
     """
     inside = [(f"{name}/", split) for name, split in split_folders(folder).items()]
-    splits = {above + name: split for above, split in inside for name in select(Folder.of(folder.path / above))}
+    splits = {above + name: split for above, split in inside for name in Folder.of(folder.path / above).ending(suffix)}
     if not splits:
-        splits = {name: split_of(name) for name in select(folder)}
-        if inner in folder.folders:
-            splits |= {f"{inner}/{name}": split_of(name) for name in select(Folder.of(folder.path / inner))}
+        splits = {name: split_of(name) for name in folder.ending(suffix)}
+        if hub in folder.folders:
+            splits |= {f"{hub}/{name}": split_of(name) for name in Folder.of(folder.path / hub).ending(suffix)}
     return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
 
 
@@ -132,16 +131,22 @@ def usable_label(text: str) -> str | None:
     return text if text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1" else None
 
 
-def name_classes(sources: Sources, named: Mapping[int, ClassName], file: str) -> None:
-    """Give the classes, so far named by numbers, the names that `file` has for them; else numbers of one width."""
-    numbers = {label: int(label) for label in sources.images.wnids}
-    if named and (beyond := sorted(set(numbers.values()) - named.keys())):
+def name_classes(sources: Sources, named: Mapping[int, ClassName], file: str, numbers: bool) -> None:
+    """Give the classes, so far named by their labels, the names that `file` has for them; else numbers of one width.
+
+    Labels that are not all numbers stay the names.
+    """
+    words = {name: text for name, text, _ in named.values()}
+    if not numbers:
+        sources.classes = ranked(sources.images.wnids, words, {})
+        return
+    number_of = {label: int(label) for label in sources.images.wnids}
+    if named and (beyond := sorted(set(number_of.values()) - named.keys())):
         reach = f"names the classes 0 to {max(named)}, but an image has the label {beyond[0]}"
         raise SourceError(f"{file}: {reach}; correct that list or remove it")
-    width = len(str(max(numbers.values(), default=0)))
-    names = {label: named[n].name if named else f"{n:0{width}d}" for label, n in numbers.items()}
+    width = len(str(max(number_of.values(), default=0)))
+    names = {label: named[n].name if named else f"{n:0{width}d}" for label, n in number_of.items()}
     sources.images.rename_classes(names.__getitem__)
-    words = {name: text for name, text, _ in named.values()}
     ids = {name: number for name, _, number in named.values() if number is not None}
     sources.classes = ranked(words or names.values(), words, ids)
 
