@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -19,7 +20,7 @@ from pipeline.offline.folders import (
     part_pictures,
     read_small,
 )
-from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, ranked
+from pipeline.offline.raw import SPLITS, Folder, Promise, RawImage, RawTable, Sources, ranked
 from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -33,31 +34,28 @@ MAX_BYTES = 64 * 2**20  # of the kit unpacked; the real one has 6 MB
 
 @dataclass(frozen=True)
 class Challenge:
-    """One year: the names of its parts, the preferred one first, and the published numbers of images."""
+    """One year: the names of each of its parts, the preferred one first, and the published numbers of images."""
 
     year: int
-    train: tuple[str, ...]
-    val: tuple[str, ...]
-    test: tuple[str, ...]
-    devkit: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
     images: dict[str, int]
 
 
 ILSVRC2012 = Challenge(
-    year=2012,
-    train=(TRAIN_TAR, "ILSVRC2012_img_train", "train"),
-    val=(VAL_TAR, "ILSVRC2012_img_val", "val", "validation"),
-    test=("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_test*", "test"),
-    devkit=(DEVKIT_TAR, "ILSVRC2012_devkit_t12"),
-    images={"train": 1_281_167, "val": 50_000, "test": 100_000},  # the devkit's readme
+    2012,
+    {
+        "train": (TRAIN_TAR, "ILSVRC2012_img_train", "train"),
+        "val": (VAL_TAR, "ILSVRC2012_img_val", "val", "validation"),
+        "test": ("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_test*", "test"),
+        "devkit": (DEVKIT_TAR, "ILSVRC2012_devkit_t12"),
+    },
+    {"train": 1_281_167, "val": 50_000, "test": 100_000},  # the devkit's readme
 )
 ILSVRC2010 = Challenge(
-    year=2010,
-    train=("ILSVRC2010_images_train.tar", "ILSVRC2010_images_train", "train"),
-    val=("ILSVRC2010_images_val.tar", "ILSVRC2010_images_val", "val"),
-    test=("ILSVRC2010_images_test.tar", "ILSVRC2010_images_test", "test"),
-    devkit=("ILSVRC2010_devkit-1.0.tar.gz", "ILSVRC2010_devkit-1.0", "devkit-1.0"),
-    images={"train": 1_261_406, "val": 50_000, "test": 150_000},
+    2010,
+    {split: (f"ILSVRC2010_images_{split}.tar", f"ILSVRC2010_images_{split}", split) for split in SPLITS}
+    | {"devkit": ("ILSVRC2010_devkit-1.0.tar.gz", "ILSVRC2010_devkit-1.0", "devkit-1.0")},
+    {"train": 1_261_406, "val": 50_000, "test": 150_000},
 )
 PATCHES = "patch_images.tar"  # 2010's corrections of blank pictures: …/SPLIT/NAME takes the place of NAME
 
@@ -72,7 +70,9 @@ def read(challenge: Challenge, folder: Folder, listings: ListingCache, forced: b
     kit_name = parts.pop("devkit", "")
     official = [name for name in parts.values() if name.startswith(f"ILSVRC{year}")]
     if official and "train" not in parts:
-        raise SourceError(f"{folder.path}: has {', '.join(official)}, but no {challenge.train[0]} or train/; fetch it")
+        raise SourceError(
+            f"{folder.path}: has {', '.join(official)}, but no {challenge.parts['train'][0]} or train/; fetch it"
+        )
     if "train" not in parts or not (forced or official or kit_name or _is_official(folder, parts, year)):
         return None
     kit = read_devkit(folder.path / kit_name, year) if kit_name else Devkit({}, {}, [])
@@ -113,8 +113,8 @@ def _is_official(folder: Folder, parts: dict[str, str], year: int) -> bool:
 def _parts(folder: Folder, challenge: Challenge) -> dict[str, str]:
     """Return split (or "devkit") → the name in RAW that it is read from: the first that is there."""
     parts = {}
-    for part in ("train", "val", "test", "devkit"):
-        for pattern in getattr(challenge, part):
+    for part, patterns in challenge.parts.items():
+        for pattern in patterns:
             entries = folder.files if pattern.endswith((".tar", ".gz")) else folder.folders
             if names := [name for name in entries if fnmatchcase(name, pattern)]:
                 parts[part] = names[-1]  # of two test archives the newer
@@ -145,8 +145,8 @@ def _add_numbered(
             sources.images.append(image, truth[number - 1])
         elif match and split == "val":
             raise SourceError(
-                f"{folder.path / name}: its labels are in {challenge.devkit[0]}, which is missing beside it; fetch it "
-                "(of Kaggle's files, RAW is the folder that holds ILSVRC/)"
+                f"{folder.path / name}: its labels are in {challenge.parts['devkit'][0]}, which is missing beside it; "
+                "fetch it (of Kaggle's files, RAW is the folder that holds ILSVRC/)"
             )
         elif split == "val" or truth:
             sources.ignored.add(f"{split} picture without a number in its name", image.path)

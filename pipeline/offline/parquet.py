@@ -23,8 +23,9 @@ from pipeline import SourceError, UserError, storage
 from pipeline.archives import MAX_NAME, ListingCache
 from pipeline.cli import printable
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside
+from pipeline.manifest import ClassRecord
 from pipeline.offline.raw import Folder, RawImage, RawTable, Sources
-from pipeline.offline.webdataset import ClassName, are_alone, files_by_split, name_classes, usable_label
+from pipeline.offline.webdataset import are_alone, files_by_split, name_classes, usable_label
 from pipeline.storage import Location, Read
 
 IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
@@ -62,8 +63,7 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
         others = " and ".join(kinds.values())
         raise SourceError(f"{others}: have labels of two kinds, or other names of classes; RAW must hold one data set")
     kind, names = max(kinds, default=("text", ()))
-    named = _named(wnids, names) if kind == "number" else {}
-    name_classes(sources, named, kinds.get((kind, names), ""), numbers=kind == "number")
+    name_classes(sources, _named(wnids, names) if kind == "number" else None, kinds.get((kind, names), ""))
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
     sources.notes.append(f"{note}: up to {sum(sources.images.sizes) / 1e6:,.0f} MB")
     return sources
@@ -88,19 +88,18 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return str(max(value, -1))
     text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-    return (
-        text if isinstance(text, str) and text.isprintable() and len(text) <= MAX_NAME else ""
-    )  # as surrogates are not
+    usable = isinstance(text, str) and text.isprintable() and len(text) <= MAX_NAME  # surrogates are not printable
+    return text if usable else ""
 
 
-def _named(wnids: dict[str, set[str]], names: tuple[str, ...]) -> dict[int, ClassName]:
+def _named(wnids: dict[str, set[str]], names: tuple[str, ...]) -> dict[int, ClassRecord]:
     """Return the WNID of each number if each has one of its own; else the numbers of `names`."""
     own = {int(label): min(inside) for label, inside in wnids.items() if len(inside) == 1}
     if not (all(own.values()) and 0 < len(wnids) == len(set(own.values()))):
         own = {number: f"{number:0{len(str(len(names) - 1))}d}" for number in range(len(names))}
     words = dict(enumerate(printable(name, 120) for name in names))
     inside = {number: name for number, name in own.items() if not names or number < len(names)}
-    return {number: ClassName(name, words.get(number) or name) for number, name in inside.items()}
+    return {number: ClassRecord(number, name, words.get(number) or name, None) for number, name in inside.items()}
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, Member
-from pipeline.manifest import FILE_NAME
+from pipeline.manifest import FILE_NAME, ClassRecord
 from pipeline.offline.folders import WNID_LINE, has_pictures, read_text, split_folders
 from pipeline.offline.raw import SPLIT_FOLDERS, SUFFIXES, Folder, RawImage, Sources, is_picture, ranked
 from pipeline.storage import Location, Read
@@ -16,12 +15,6 @@ CLASSES = "classes.txt"
 MAX_LABEL = 200  # characters
 MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
 NUMBER = re.compile(r"[0-9]{1,9}")
-
-
-class ClassName(NamedTuple):
-    name: str
-    words: str
-    devkit_id: int | None = None
 
 
 def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
@@ -41,9 +34,7 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
     folder.ignore(sources.ignored, [*tars, FILE_NAME, CLASSES])
     lists = [folder.path / name for name in (FILE_NAME, CLASSES) if name in folder.files]
     named = _read_class_list(lists[0]) if lists else {}
-    name_classes(
-        sources, named, str(lists[0]) if lists else "", all(NUMBER.fullmatch(label) for label in sources.images.wnids)
-    )
+    name_classes(sources, named, str(lists[0]) if lists else "")
     return sources
 
 
@@ -131,27 +122,28 @@ def usable_label(text: str) -> str | None:
     return text if text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1" else None
 
 
-def name_classes(sources: Sources, named: Mapping[int, ClassName], file: str, numbers: bool) -> None:
-    """Give the classes, so far named by their labels, the names that `file` has for them; else numbers of one width.
+def name_classes(sources: Sources, named: Mapping[int, ClassRecord] | None, file: str) -> None:
+    """Give classes that are named by numbers the names that `file` has for them; without it, numbers of one width.
 
-    Labels that are not all numbers stay the names.
+    Where not all are numbers, or `named` is None, the labels stay as they are.
     """
-    words = {name: text for name, text, _ in named.values()}
-    if not numbers:
-        sources.classes = ranked(sources.images.wnids, words, {})
+    labels, known = sources.images.wnids, (named or {}).values()
+    words = {record.wnid: record.words for record in known}
+    if named is None or not all(map(NUMBER.fullmatch, labels)):
+        sources.classes = ranked(labels, words, {})
         return
-    number_of = {label: int(label) for label in sources.images.wnids}
-    if named and (beyond := sorted(set(number_of.values()) - named.keys())):
+    numbers = [int(label) for label in labels]
+    if named and (beyond := sorted(set(numbers) - named.keys())):
         reach = f"names the classes 0 to {max(named)}, but an image has the label {beyond[0]}"
         raise SourceError(f"{file}: {reach}; correct that list or remove it")
-    width = len(str(max(number_of.values(), default=0)))
-    names = {label: named[n].name if named else f"{n:0{width}d}" for label, n in number_of.items()}
+    width = len(str(max(numbers, default=0)))
+    names = {label: named[n].wnid if named else f"{n:0{width}d}" for label, n in zip(labels, numbers)}
     sources.images.rename_classes(names.__getitem__)
-    ids = {name: number for name, _, number in named.values() if number is not None}
+    ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
     sources.classes = ranked(words or names.values(), words, ids)
 
 
-def _read_class_list(file: Location) -> dict[int, ClassName]:
+def _read_class_list(file: Location) -> dict[int, ClassRecord]:
     """Return the classes of dataset.json (a dataset directory of ours) or of classes.txt, by number.
 
     In classes.txt, line i names class i − 1: a wnid, with words or without; else the words are the name. Where two
@@ -160,18 +152,18 @@ def _read_class_list(file: Location) -> dict[int, ClassName]:
     if file.name == FILE_NAME:
         try:
             records = json.loads(read_text(file))["classes"]
-            return {int(r["label"]): ClassName(str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records}
+            classes = [ClassRecord(int(r["label"]), str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records]
+            return {record.label: record for record in classes}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
     lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if "" in lines:
         raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
-    classes: dict[int, ClassName] = {}
+    named: dict[int, ClassRecord] = {}
     for number, line in enumerate(lines):
-        if match := WNID_LINE.fullmatch(line):
-            classes[number] = ClassName(match[1], match[2] or match[1])
-        else:
-            classes[number] = ClassName(f"{line} ({number})" if lines.count(line) > 1 else line, line)
-    if len({named.name for named in classes.values()}) != len(classes):
+        match = WNID_LINE.fullmatch(line)
+        name = match[1] if match else f"{line} ({number})" if lines.count(line) > 1 else line
+        named[number] = ClassRecord(number, name, match[2] or match[1] if match else line, None)
+    if len({record.wnid for record in named.values()}) != len(named):
         raise SourceError(f"{file}: names one wnid twice; each line must name a class of its own")
-    return classes
+    return named
