@@ -46,8 +46,9 @@ def split(
 
 
 def listed(raw: Path) -> Sources:
-    assert parquet.recognise(Folder.of(raw))
-    return parquet.read(Folder.of(raw), ListingCache(None))
+    sources = parquet.read(Folder.of(raw), ListingCache(None), False)
+    assert sources is not None
+    return sources
 
 
 def seen(sources: Sources, folder: Path) -> list[tuple[str, str, str | None, bytes]]:
@@ -121,7 +122,8 @@ def test_missing_labels_and_images_are_left_out_with_a_reason(tmp_path: Path):
     assert len(listed(tmp_path).images) == 3
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "train.parquet")
     with pytest.raises(
-        SourceError, match=r"train.parquet: no column of labels: none is called label, labels, .* 'image'"
+        SourceError,
+        match=r"train.parquet: no column named label, labels, .* has one number or text a row; it has 'image'",
     ):
         listed(tmp_path)
 
@@ -136,7 +138,7 @@ def test_text_labels_are_the_classes(tmp_path: Path):
     assert [c.wnid for c in sources.classes] == ["10", "9", "crane", "señal"]
     assert sources.ignored == {parquet.NO_LABEL: 5}
     pq.write_table(pa.table({"img": [b"1"], "class": [1]}), tmp_path / "b.parquet")
-    with pytest.raises(SourceError, match=r"b.parquet: its labels are numbers, those of other files text"):
+    with pytest.raises(SourceError, match=r"a.parquet and .*b.parquet: have labels of two kinds"):
         listed(tmp_path)
 
 
@@ -153,11 +155,13 @@ def test_names_are_plain_and_unlike_one_another(tmp_path: Path):
 
 def test_files_that_contradict_one_another(tmp_path: Path):
     split(tmp_path / "train.parquet", [(b"", "a", 2)], ["tench", "crane"])
-    with pytest.raises(SourceError, match=r"train.parquet: row 0 has the label 2, but .* names the classes 0 to 1"):
+    with pytest.raises(SourceError, match=r"train.parquet: names the classes 0 to 1, but an image has the label 2"):
         listed(tmp_path)
     split(tmp_path / "train.parquet", [(b"", "a", 1)], ["tench", "crane"])
     split(tmp_path / "val.parquet", [(b"", "a", 1)], ["crane", "tench"])
-    with pytest.raises(SourceError, match=r"val.parquet: names other classes than .*train.parquet; RAW must hold one"):
+    with pytest.raises(
+        SourceError, match=r"train.parquet and .*val.parquet: .* other names of classes; RAW must hold one"
+    ):
         listed(tmp_path)
 
 
@@ -172,9 +176,8 @@ def test_what_is_another_layout(tmp_path: Path):
         (tmp_path / "classes" / name / "1.jpg").write_bytes(b"")
     (tmp_path / "none").mkdir()
     for name in ("flat", "splits", "classes", "none"):
-        assert not parquet.recognise(Folder.of(tmp_path / name)), name
-    with pytest.raises(SourceError, match=r"not the layout parquet: no \.parquet is in it"):
-        parquet.read(Folder.of(tmp_path / "none"), ListingCache(None))
+        assert parquet.read(Folder.of(tmp_path / name), ListingCache(None), False) is None, name
+    assert parquet.read(Folder.of(tmp_path / "none"), ListingCache(None), True) is None
 
 
 @pytest.mark.parametrize(
@@ -182,25 +185,25 @@ def test_what_is_another_layout(tmp_path: Path):
     [
         (
             {"image": pa.array([[b"a"], [b"b", b"c"]])},
-            "the column 'image.list.element' is a list; only one image a row",
+            "image, .* the bytes of one image a row; .* 'image.list.element'",
         ),
-        ({"image": ["a.jpg", "b.jpg"]}, "no column of image bytes: none is called image, img, .* it has 'image'"),
-        ({"pixels": [b"a", b"b"]}, "no column of image bytes: none is called image, img, .* it has 'pixels'"),
-        ({"image": [b"a", b"b"], "label": [0.5, 1.5]}, "the column 'label' has not one number or text a row"),
-        ({"image": [b"a", b"b"], "label": [[1], [2]]}, "'label.list.element' has not one number or text a row"),
+        ({"image": ["a.jpg", "b.jpg"]}, "no column named image, img, .* the bytes of one image a row; it has 'image'"),
+        ({"pixels": [b"a", b"b"]}, "no column named image, img, .* the bytes of one image a row; it has 'pixels'"),
+        ({"image": [b"a", b"b"], "label": [0.5, 1.5]}, "label, .* one number or text a row; it has 'image, label'"),
+        ({"image": [b"a", b"b"], "label": [[1], [2]]}, "label, .* one number or text a row; .*, label.list.element'"),
     ],
 )
 def test_columns_that_cannot_be_used(tmp_path: Path, column: dict[str, pa.Array], message: str):
     pq.write_table(pa.table(column), tmp_path / "train.parquet")
     with pytest.raises(SourceError, match=message):
-        parquet.read(Folder.of(tmp_path), ListingCache(None))
+        parquet.read(Folder.of(tmp_path), ListingCache(None), True)
 
 
 def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(SourceError, match=r"pip install 'penstock-imagenet\[parquet\]'"):
-        parquet.read(Folder.of(tmp_path), ListingCache(None))
+        parquet.read(Folder.of(tmp_path), ListingCache(None), True)
 
 
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
@@ -431,7 +434,7 @@ def read_or_refused(file: Path, bad: bytes) -> str:
     """Read a folder with this file: a refusal is one line that names it."""
     file.write_bytes(bad)
     try:
-        seen(parquet.read(Folder.of(file.parent), ListingCache(None)), file.parent / "copies")
+        seen(parquet.read(Folder.of(file.parent), ListingCache(None), True), file.parent / "copies")
     except SourceError as error:
         assert str(error).startswith(f"{file.parent}")
         assert "\n" not in str(error)

@@ -80,7 +80,7 @@ def test_a_table_gives_back_what_it_was_given():
     assert list(table) == images
     for i in np.random.default_rng(1).permutation(3000).tolist():
         assert table[i] == images[i]
-        assert table.paths[i] == table.path(i) == images[i].path
+        assert table.paths[i] == images[i].path
     assert table.sizes.tolist() == [image.size for image in images]
     assert [SPLITS[number] for number in table.split_numbers] == [image.split for image in images]
     assert [None if c < 0 else table.wnids[c] for c in table.class_numbers.tolist()] == [i.wnid for i in images]

@@ -41,7 +41,7 @@ def test_webdataset_with_numbers(tmp_path: Path, shape: str):
     assert [c.label for c in named.classes] == list(range(101))
     assert {c.words for c in named.classes} == {"crane"}
     tree(tmp_path, {"classes.txt": b"tench\ncrane\ncrane\nshark\n"})
-    with pytest.raises(UserError, match=r"classes.txt: names the classes 0 to 3, but a shard has the label 11"):
+    with pytest.raises(UserError, match=r"classes.txt: names the classes 0 to 3, but an image has the label 11"):
         find_sources(tmp_path)
 
 

@@ -199,7 +199,7 @@ def _executor(shared: tuple[Location, ...], values: Mapping[str, Any], context: 
 
 def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
     counts = {split: len(images) for split, images in plan.splits.items()}
-    numbers = set(plan.images.class_numbers[plan.splits["train"]].tolist())
+    numbers = {plan.images.class_numbers[i] for i in plan.splits["train"].tolist()}
     trained = {plan.images.wnids[number] for number in numbers if number >= 0}
     without = [record.wnid for record in plan.classes if record.wnid not in trained]
     if as_json:

@@ -1,12 +1,16 @@
-"""Layouts of folders: classes, splits with classes, flat files, Kaggle's CLS-LOC; and tars and folders of synsets."""
+"""Layouts of folders: classes, splits with classes, flat files, Kaggle's CLS-LOC; and tars and folders of synsets.
+
+A layout's function returns None where RAW has another; `forced`: the user names this one, whatever RAW looks like.
+"""
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from pipeline import SourceError, storage
-from pipeline.archives import ListingCache, Member, members
+from pipeline.archives import ListingCache, members
+from pipeline.cli import printable
 from pipeline.offline.raw import (
     SPLIT_FOLDERS,
     Folder,
@@ -18,7 +22,6 @@ from pipeline.offline.raw import (
     kind_of,
     pictures,
     ranked,
-    shown,
 )
 from pipeline.storage import Location
 
@@ -36,51 +39,33 @@ KAGGLE_CLASSES = 1000
 # ---- one folder per class, with or without train/, val/ and test/
 
 
-def recognise_classes(folder: Folder) -> bool:
-    """Return whether folders hold pictures, and no file is one. Raises SourceError where RAW seems one level off."""
-    if any(is_picture(name) for name in folder.files):
-        return False
-    named = [name for name in folder.folders if has_pictures(folder.path / name)]
-    hint = "(--layout class-folders takes the folders as classes all the same)"
-    if splits := [name for name in named if name.casefold() in SPLIT_FOLDERS]:
-        raise SourceError(
-            f"{folder.path}: {', '.join(splits)}: named as a split, not as a class, and there is no train/; "
-            f"rename or name another RAW {hint}"
-        )
-    if len(named) == 1:
-        raise SourceError(
-            f"{folder.path}: only one folder with pictures, {shown(named[0])}, hence one class; "
-            f"is RAW one level too high? {hint}"
-        )
-    return bool(named)
-
-
-def read_classes(folder: Folder, listings: ListingCache) -> Sources:
-    """Return the pictures of one folder per class, all for training."""
+def read_classes(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
+    """Return the pictures of one folder per class, all for training. Raises SourceError if RAW seems one level off."""
+    if any(is_picture(name) for name in folder.files) and not forced:
+        return None
     sources = Sources("one folder per class")
     for name in folder.folders:
         for image in pictures(folder.path / name, name, sources.ignored):
             sources.images.append(image, name)
-    if not sources.images:
-        raise folder.misfit("class-folders", f"no picture is in its {len(folder.folders)} folders")
-    return _with_words(sources, folder, folder.folders)
+    names, hint = sources.images.wnids, "(--layout class-folders takes the folders as classes all the same)"
+    if (splits := [name for name in names if name.casefold() in SPLIT_FOLDERS]) and not forced:
+        problem = f"{', '.join(splits)}: named as a split, not as a class, and there is no train/"
+        raise SourceError(f"{folder.path}: {problem}; rename or name another RAW {hint}")
+    if len(names) == 1 and not forced:
+        problem = f"only one folder with pictures, {printable(names[0], 120)}, hence one class"
+        raise SourceError(f"{folder.path}: {problem}; is RAW one level too high? {hint}")
+    return _with_words(sources, folder, [*folder.folders]) if names else None
 
 
-def recognise_splits(folder: Folder) -> bool:
-    return any(SPLIT_FOLDERS.get(name) == "train" for name in folder.folders)
-
-
-def read_splits(folder: Folder, listings: ListingCache) -> Sources:
+def read_splits(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return those of train/, val/ and test/ with one folder per class; pictures directly in test/ have no label."""
+    if all(SPLIT_FOLDERS.get(name) != "train" for name in folder.folders):
+        return None
     splits = split_folders(folder)
-    if "train" not in splits.values():
-        raise folder.misfit("split-folders", "it has no train/")
     sources = Sources(" and ".join(f"{name}/" for name in splits) + " with one folder per class")
     for name, split in splits.items():
         _add_split(sources, folder.path / name, name, split)
-    if not sources.images.has("train"):
-        raise SourceError("no training pictures: train/ has no class folder with pictures in it")
-    return _with_words(sources, folder, splits)
+    return _with_words(sources, folder, [*splits])
 
 
 def _add_split(sources: Sources, folder: Location, below: str, split: str, labels: Location | None = None) -> None:
@@ -103,7 +88,7 @@ def _add_split(sources: Sources, folder: Location, below: str, split: str, label
         sources.images.append(image, wnid)
 
 
-def _with_words(sources: Sources, folder: Folder, used: Iterable[str]) -> Sources:
+def _with_words(sources: Sources, folder: Folder, used: list[str]) -> Sources:
     folder.ignore(sources.ignored, [*used, MAPPING])
     sources.classes = ranked(sources.images.wnids, read_mapping(folder.path / MAPPING), {})
     return sources
@@ -124,23 +109,19 @@ def has_pictures(folder: Location) -> bool:
 # ---- flat files named WNID_….JPEG
 
 
-def recognise_flat(folder: Folder) -> bool:
-    names = [name for name in folder.files if is_picture(name)]
-    return bool(names) and all(FLAT_NAME.fullmatch(name) for name in names)
-
-
-def read_flat(folder: Folder, listings: ListingCache) -> Sources:
+def read_flat(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return the files named WNID_…; a rest that is words (n01440764_tench.JPEG) and no number names the class."""
+    names = {name: FLAT_NAME.fullmatch(name) for name in folder.files if is_picture(name)}
+    used = {name: match for name, match in names.items() if match}
+    if not used or (len(used) < len(names) and not forced):
+        return None
     sources = Sources("one flat folder of WNID_… files")
     words: dict[str, str] = {}
-    used = {name: match for name in folder.files if is_picture(name) and (match := FLAT_NAME.fullmatch(name))}
     sizes = storage.sizes(folder.path, used)
     for name, match in used.items():
         wnid, rest = match.groups()
         sources.images.append(RawImage("train", name, wnid, str(folder.path / name), 0, sizes[name]))
         words.setdefault(wnid, wnid if rest[0].isdigit() else rest.replace("_", " "))
-    if not used:
-        raise folder.misfit("flat", "no file in it is named WNID_….JPEG, such as n01440764_10026.JPEG")
     folder.ignore(sources.ignored, [*used, MAPPING])
     sources.classes = ranked(words, words | read_mapping(folder.path / MAPPING), {})
     return sources
@@ -149,61 +130,49 @@ def read_flat(folder: Folder, listings: ListingCache) -> Sources:
 # ---- synset tars, each of one class; ImageNet Fall 2011 is nothing else
 
 
-def recognise_synsets(folder: Folder) -> bool:
-    return has_synset_tars(folder) or bool(_tars_of_synset_tars(folder))
-
-
-def read_synsets(folder: Folder, listings: ListingCache) -> Sources:
+def read_synsets(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return ImageNet Fall 2011: RAW holds nXXXXXXXX.tar, or tars of those; classes are the wnids."""
-    sources = Sources("ImageNet's synset tars")
-    outer = [] if has_synset_tars(folder) else _tars_of_synset_tars(folder)
-    synsets = [name for name in (*folder.files, *folder.folders) if WNID.fullmatch(name.removesuffix(".tar"))]
+    packed = any(WNID_TAR.fullmatch(name) for name in folder.files)
+    outer = (
+        [] if packed else [tar for tar in folder.ending(".tar") if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
+    )
+    if not (packed or outer or forced):
+        return None
+    sources = Sources(f"one tar of synset tars ({', '.join(outer)})" if outer else "ImageNet's synset tars")
     for name in outer:
         add_tar_of_synset_tars(sources, folder, name, listings)
-    if outer:
-        sources.layout = f"one tar of synset tars ({', '.join(outer)})"
-    elif synsets:
-        add_synsets(sources, folder, "", listings)
-    else:
-        raise folder.misfit("fall2011", "it holds no nXXXXXXXX.tar and no tar of those")
-    folder.ignore(sources.ignored, outer or synsets)
+    synsets = outer or add_synsets(sources, folder, "", listings)
+    folder.ignore(sources.ignored, synsets)
     sources.classes = ranked(sources.images.wnids, {}, {})
-    return sources
-
-
-def has_synset_tars(folder: Folder) -> bool:
-    return any(WNID_TAR.fullmatch(name) for name in folder.files)
-
-
-def _tars_of_synset_tars(folder: Folder) -> list[str]:
-    return [name for name in folder.tars if WNID_TAR.fullmatch(_first_name(folder.path / name))]
+    return sources if synsets else None
 
 
 def _first_name(archive: Location) -> str:
     """Return the name of an archive's first regular file; empty where it has none, or is damaged."""
     try:
         with storage.opened(archive) as (read, size):
-            regular = (member for member in members(read, 0, size, str(archive)) if not member.reason)
-            return next(regular, Member("", 0, 0)).name
+            return next((x.name for x in members(read, 0, size, str(archive)) if not x.reason), "")
     except SourceError:
         return ""
 
 
-def archive_pictures(
-    folder: Folder, name: str, below: str, listings: ListingCache, left_out: LeftOut, split: str, nested: bool = False
+def part_pictures(
+    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
 ) -> Iterator[RawImage]:
-    """Yield every picture of one archive, without a label; `below` is the archive's folder in RAW."""
-    file, path = str(folder.path / name), f"{below}/{name}" if below else name
-    for member, offset, size, _ in listings.listing(folder.path / name, left_out.add, nested):
+    """Yield every picture of the archive or folder `name`, which is `path` below RAW, without a label."""
+    if name not in folder.files:
+        yield from pictures(folder.path / name, path, left_out, split)
+        return
+    for member, offset, size, _ in listings.members(folder.path / name, left_out.add):
         if is_picture(member):
-            yield RawImage(split, f"{path}/{member}", None, file, offset, size)
+            yield RawImage(split, f"{path}/{member}", None, str(folder.path / name), offset, size)
         else:
-            left_out.add(kind_of(member), f"{name}/{member}")
+            left_out.add(kind_of(member), f"{path}/{member}")
 
 
 def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings: ListingCache) -> None:
     """Add the training pictures of a tar of synset tars. What lies in no synset tar is left out."""
-    for image in archive_pictures(folder, name, "", listings, sources.ignored, "train", nested=True):
+    for image in part_pictures(folder, name, name, listings, sources.ignored):
         wnid = image.path.removeprefix(f"{name}/").partition(".tar/")[0].rpartition("/")[2]
         if WNID.fullmatch(wnid):
             sources.images.append(image, wnid)
@@ -211,66 +180,53 @@ def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings
             sources.ignored.add("member outside the synset tars", image.path)
 
 
-def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingCache) -> None:
+def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingCache) -> list[str]:
     """Add the training pictures of the synset tars and synset folders in `folder`, which is `below` in RAW.
 
-    Of a tar and a folder of one synset, the tar is taken.
+    Of a tar and a folder of one synset, the tar is taken. Returns the paths of both below RAW.
     """
-    tars = {name.removesuffix(".tar"): name for name in folder.files if WNID_TAR.fullmatch(name)}
-    folders = [name for name in folder.folders if WNID.fullmatch(name)]
-    for wnid, name in tars.items():
-        for image in archive_pictures(folder, name, below, listings, sources.ignored, "train"):
-            sources.images.append(image, wnid)
-    for wnid in folders:
-        path = f"{below}/{wnid}" if below else wnid
-        if wnid in tars:
+    names = [name for name in (*folder.files, *folder.folders) if WNID.fullmatch(name.removesuffix(".tar"))]
+    paths = {name: f"{below}/{name}".strip("/") for name in names}
+    for name, path in paths.items():
+        if f"{name}.tar" in paths:
             sources.ignored.add("folder beside its synset tar", path)
             continue
-        for image in pictures(folder.path / wnid, path, sources.ignored):
-            sources.images.append(image, wnid)
-    if below:
-        folder.ignore(sources.ignored, [*tars.values(), *folders])
+        for image in part_pictures(folder, name, path, listings, sources.ignored):
+            sources.images.append(image, name.removesuffix(".tar"))
+    return [*paths.values()]
 
 
 # ---- Kaggle: ILSVRC/Data/CLS-LOC with flat val/ and test/, its labels and words in LOC_ files
 
 
-def recognise_kaggle(folder: Folder) -> bool:
-    return _kaggle_folder(folder.path) is not None
-
-
-def read_kaggle(folder: Folder, listings: ListingCache) -> Sources:
+def read_kaggle(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return train/ by synset folders, val/ by LOC_val_solution.csv, test/ without labels.
 
+    RAW is the folder ILSVRC, or the one above it.
+
     Raises:
-        SourceError: no CLS-LOC, or validation images without LOC_val_solution.csv.
+        SourceError: validation images without LOC_val_solution.csv, or words of other synsets.
     """
-    base = _kaggle_folder(folder.path)
-    if base is None:
-        raise folder.misfit("kaggle", f"neither ILSVRC/{KAGGLE_DATA}/train nor {KAGGLE_DATA}/train is in it")
-    data, below = base / KAGGLE_DATA, KAGGLE_DATA if base == folder.path else f"ILSVRC/{KAGGLE_DATA}"
+    below = next((x for x in (f"ILSVRC/{KAGGLE_DATA}", KAGGLE_DATA) if storage.is_dir(folder.path / x / "train")), None)
+    if below is None:
+        return None
     # The LOC_ files lie beside ILSVRC/ in Kaggle's download; in it, for some.
-    beside = {
-        name: base / name if storage.is_file(base / name) else base.absolute().parent / name
+    base = folder.path / "ILSVRC" if below.startswith("ILSVRC") else folder.path
+    mapping, labels = (
+        base / name if storage.is_file(base / name) else base.absolute().parent / name
         for name in (MAPPING, KAGGLE_LABELS)
-    }
-    sources = Sources("Kaggle's CLS-LOC")
-    splits = [split for split in ("train", "val", "test") if storage.is_dir(data / split)]
+    )
+    sources, words = Sources("Kaggle's CLS-LOC"), read_mapping(mapping)
+    splits = [split for split in ("train", "val", "test") if storage.is_dir(folder.path / below / split)]
     for split in splits:
-        _add_split(sources, data / split, f"{below}/{split}", split, beside[KAGGLE_LABELS])
-    words = read_mapping(beside[MAPPING])
+        _add_split(sources, folder.path / below / split, f"{below}/{split}", split, labels)
+        if len(words) == KAGGLE_CLASSES and split in KAGGLE_IMAGES:
+            sources.promises.append(Promise(split, f"{below}/{split}", KAGGLE_IMAGES[split], "ILSVRC2012 promises"))
+            sources.promised_classes = KAGGLE_CLASSES
     if unknown := sorted(set(sources.images.wnids) - words.keys()) if words else []:
-        raise SourceError(f"{beside[MAPPING]}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
+        raise SourceError(f"{mapping}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
     sources.classes = ranked(words or sources.images.wnids, words, {})
-    if len(words) == KAGGLE_CLASSES:
-        sources.promised_classes = KAGGLE_CLASSES
-        for split in splits:
-            if images := KAGGLE_IMAGES.get(split):
-                sources.promises.append(Promise(split, f"{below}/{split}", images, "ILSVRC2012 promises"))
-    folder.ignore(sources.ignored, ["ILSVRC", "Data", *beside])
-    Folder.of(data).ignore(sources.ignored, ["train", "val", "test"])
-    if base != folder.path:
-        Folder.of(base).ignore(sources.ignored, ["Data"])
+    folder.ignore(sources.ignored, [MAPPING, KAGGLE_LABELS, *(f"{below}/{split}" for split in splits)])
     return sources
 
 
@@ -287,11 +243,6 @@ def _read_kaggle_labels(path: Location) -> dict[str, str]:
     if not truth:
         raise SourceError(f"{path}: no row in it; fetch it again")
     return truth
-
-
-def _kaggle_folder(path: Location) -> Location | None:
-    """Return the folder ILSVRC: in RAW, or RAW itself."""
-    return next((base for base in (path / "ILSVRC", path) if storage.is_dir(base / KAGGLE_DATA / "train")), None)
 
 
 # ---- small text files, and the words of classes in them

@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -13,128 +14,112 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, members
 from pipeline.offline.folders import (
     WNID,
+    WNID_TAR,
     add_synsets,
     add_tar_of_synset_tars,
-    archive_pictures,
-    has_synset_tars,
+    part_pictures,
     read_small,
 )
-from pipeline.offline.raw import Folder, Promise, RawImage, RawTable, Sources, pictures, ranked
+from pipeline.offline.raw import SPLITS, Folder, Promise, RawImage, RawTable, Sources, ranked
 from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
 CLASSES = 1000  # of either year
-DAMAGE = (  # raised by scipy on damaged bytes
-    NotImplementedError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, OSError, EOFError,
-)  # fmt: skip
+# raised by scipy on damaged bytes
+DAMAGE = (LookupError, ValueError, TypeError, OverflowError, MemoryError, NotImplementedError, OSError, EOFError)
 MAX_BYTES = 64 * 2**20  # of the kit unpacked; the real one has 6 MB
 
 
 @dataclass(frozen=True)
 class Challenge:
-    """One year: the names of its parts, the preferred one first, and the published numbers of images."""
+    """One year: the names of each of its parts, the preferred one first, and the published numbers of images."""
 
     year: int
-    train: tuple[str, ...]
-    val: tuple[str, ...]
-    test: tuple[str, ...]
-    devkit: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
     images: dict[str, int]
-
-    @property
-    def name(self) -> str:
-        return f"ilsvrc{self.year}"
 
 
 ILSVRC2012 = Challenge(
-    year=2012,
-    train=(TRAIN_TAR, "ILSVRC2012_img_train", "train"),
-    val=(VAL_TAR, "ILSVRC2012_img_val", "val", "validation"),
-    test=("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_test*", "test"),
-    devkit=(DEVKIT_TAR, "ILSVRC2012_devkit_t12"),
-    images={"train": 1_281_167, "val": 50_000, "test": 100_000},  # the devkit's readme
+    2012,
+    {
+        "train": (TRAIN_TAR, "ILSVRC2012_img_train", "train"),
+        "val": (VAL_TAR, "ILSVRC2012_img_val", "val", "validation"),
+        "test": ("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_test*", "test"),
+        "devkit": (DEVKIT_TAR, "ILSVRC2012_devkit_t12"),
+    },
+    {"train": 1_281_167, "val": 50_000, "test": 100_000},  # the devkit's readme
 )
 ILSVRC2010 = Challenge(
-    year=2010,
-    train=("ILSVRC2010_images_train.tar", "ILSVRC2010_images_train", "train"),
-    val=("ILSVRC2010_images_val.tar", "ILSVRC2010_images_val", "val"),
-    test=("ILSVRC2010_images_test.tar", "ILSVRC2010_images_test", "test"),
-    devkit=("ILSVRC2010_devkit-1.0.tar.gz", "ILSVRC2010_devkit-1.0", "devkit-1.0"),
-    images={"train": 1_261_406, "val": 50_000, "test": 150_000},
+    2010,
+    {split: (f"ILSVRC2010_images_{split}.tar", f"ILSVRC2010_images_{split}", split) for split in SPLITS}
+    | {"devkit": ("ILSVRC2010_devkit-1.0.tar.gz", "ILSVRC2010_devkit-1.0", "devkit-1.0")},
+    {"train": 1_261_406, "val": 50_000, "test": 150_000},
 )
 PATCHES = "patch_images.tar"  # 2010's corrections of blank pictures: …/SPLIT/NAME takes the place of NAME
 
 
-def recognise(challenge: Challenge, folder: Folder) -> bool:
-    """Return whether a part has the official name, or train/ a devkit or flat val/ beside it, or synset tars in it."""
-    parts = _parts(folder, challenge)
-    if any(name.startswith(f"ILSVRC{challenge.year}") for split, name in parts.items() if split != "devkit"):
-        return True
-    if "train" not in parts:
-        return False
-    flat = "val" in parts and _is_flat(folder.path / parts["val"], challenge.year)
-    return flat or "devkit" in parts or (challenge.year == 2012 and has_synset_tars(Folder.of(folder.path / "train")))
-
-
-def read(challenge: Challenge, folder: Folder, listings: ListingCache) -> Sources:
-    """Return the images of all parts that are there.
+def read(challenge: Challenge, folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
+    """Return the images of all parts that are there; None where RAW has another layout, unless `forced`.
 
     Raises:
-        SourceError: no training images, flat validation images without a devkit, or parts of different years.
+        SourceError: flat validation images without a devkit, or parts of different years.
     """
     year, parts = challenge.year, _parts(folder, challenge)
     kit_name = parts.pop("devkit", "")
-    if "train" not in parts:
-        raise folder.misfit(challenge.name, f"it has no {', '.join(challenge.train[:2])} or train/ with the synsets")
+    official = [name for name in parts.values() if name.startswith(f"ILSVRC{year}")]
+    if official and "train" not in parts:
+        raise SourceError(
+            f"{folder.path}: has {', '.join(official)}, but no {challenge.parts['train'][0]} or train/; fetch it"
+        )
+    if "train" not in parts or not (forced or official or kit_name or _is_official(folder, parts, year)):
+        return None
     kit = read_devkit(folder.path / kit_name, year) if kit_name else Devkit({}, {}, [])
     sources = Sources(f"the official ILSVRC{year} archives")
     if any(name in folder.folders for name in parts.values()):
         sources.layout = f"ILSVRC{year} in {', '.join(filter(None, [*parts.values(), kit_name]))}"
+    used, truth = [*parts.values(), kit_name], f"ILSVRC{year}_test_ground_truth.txt"
     for split, name in parts.items():
         if split != "train":
             _add_numbered(sources, folder, name, split, kit, listings, challenge)
         elif name in folder.files:
             add_tar_of_synset_tars(sources, folder, name, listings)
         else:
-            add_synsets(sources, Folder.of(folder.path / name), name, listings)
-    used = [*parts.values(), kit_name]
+            used += add_synsets(sources, Folder.of(folder.path / name), name, listings)
     if year == 2010 and PATCHES in folder.files:
         _patch(sources, folder, listings)
         used.append(PATCHES)
     if kit.test:
-        used.append(f"ILSVRC{year}_test_ground_truth.txt")
+        used.append(truth)
     elif year == 2010 and "test" in parts:
-        sources.notes.append(
-            f"{parts['test']}: without labels, because ILSVRC2010_test_ground_truth.txt is not beside it"
-        )
+        sources.notes.append(f"{parts['test']}: without labels, because {truth} is not beside it")
     folder.ignore(sources.ignored, used)
-    wnids = sources.images.wnids
-    if unknown := sorted(set(wnids) - kit.ids.keys()) if kit.ids else []:
-        raise SourceError(
-            f"{folder.path / parts['train']}: synsets that the devkit lacks: {', '.join(unknown[:5])}; "
-            "archive and devkit are of different years"
-        )
-    sources.classes = ranked(kit.ids or wnids, kit.words, kit.ids)
+    if unknown := sorted(set(sources.images.wnids) - kit.ids.keys()) if kit.ids else []:
+        problem = f"synsets that the devkit lacks: {', '.join(unknown[:5])}"
+        raise SourceError(f"{folder.path / parts['train']}: {problem}; archive and devkit are of different years")
+    sources.classes = ranked(kit.ids or sources.images.wnids, kit.words, kit.ids)
     _promise(sources, parts, kit, challenge)
     return sources
+
+
+def _is_official(folder: Folder, parts: dict[str, str], year: int) -> bool:
+    """Return True if val/ holds numbered files or, for 2012, train/ synset tars."""
+    inner = {split: Folder.of(folder.path / parts[split]).files for split in ("train", "val") if split in parts}
+    flat = any(name.startswith(f"ILSVRC{year}_val_") for name in inner.get("val", ()))
+    return flat or (year == 2012 and any(WNID_TAR.fullmatch(name) for name in inner["train"]))
 
 
 def _parts(folder: Folder, challenge: Challenge) -> dict[str, str]:
     """Return split (or "devkit") → the name in RAW that it is read from: the first that is there."""
     parts = {}
-    for part in ("train", "val", "test", "devkit"):
-        for pattern in getattr(challenge, part):
+    for part, patterns in challenge.parts.items():
+        for pattern in patterns:
             entries = folder.files if pattern.endswith((".tar", ".gz")) else folder.folders
             if names := [name for name in entries if fnmatchcase(name, pattern)]:
                 parts[part] = names[-1]  # of two test archives the newer
                 break
     return parts
-
-
-def _is_flat(path: Location, year: int) -> bool:
-    return storage.is_dir(path) and any(entry.startswith(f"ILSVRC{year}_val_") for entry in Folder.of(path).files)
 
 
 def _add_numbered(
@@ -147,37 +132,31 @@ def _add_numbered(
     """
     truth = kit.validation if split == "val" else kit.test
     numbered = re.compile(rf"ILSVRC{challenge.year}_{split}_([0-9]{{1,9}})\.\w+")
-    if name in folder.files:
-        images = archive_pictures(folder, name, "", listings, sources.ignored, split)
-    else:
-        images = pictures(folder.path / name, name, sources.ignored, split)
-    for image in images:
+    for image in part_pictures(folder, name, name, listings, sources.ignored, split):
         above, last = image.path.split("/")[-2:]
         match = numbered.fullmatch(last)
-        wnid: str | None = None
+        number = int(match[1]) if match else 0
         if WNID.fullmatch(above):
-            wnid = above
-        elif truth and match:
-            if not 1 <= int(match[1]) <= len(truth):
-                raise SourceError(
-                    f"{folder.path / image.path}: number {int(match[1])}, but the devkit has {len(truth)} labels; "
-                    "archive and devkit are of different years"
-                )
-            wnid = truth[int(match[1]) - 1]
-        elif split == "val" and match:
+            sources.images.append(image, above)
+        elif match and truth:
+            if not 1 <= number <= len(truth):
+                problem = f"number {number}, but the devkit has {len(truth)} labels"
+                raise SourceError(f"{folder.path / image.path}: {problem}; archive and devkit are of different years")
+            sources.images.append(image, truth[number - 1])
+        elif match and split == "val":
             raise SourceError(
-                f"{folder.path / name}: its labels are in {challenge.devkit[0]}, which is missing beside it; fetch it "
-                "(of Kaggle's files, RAW is the folder that holds ILSVRC/)"
+                f"{folder.path / name}: its labels are in {challenge.parts['devkit'][0]}, which is missing beside it; "
+                "fetch it (of Kaggle's files, RAW is the folder that holds ILSVRC/)"
             )
         elif split == "val" or truth:
             sources.ignored.add(f"{split} picture without a number in its name", image.path)
-            continue
-        sources.images.append(image, wnid)
+        else:
+            sources.images.append(image)
 
 
 def _patch(sources: Sources, folder: Folder, listings: ListingCache) -> None:
     """Replace the blank pictures by the corrected ones, by split and file name."""
-    corrected = archive_pictures(folder, PATCHES, "", listings, sources.ignored, "train")
+    corrected = part_pictures(folder, PATCHES, PATCHES, listings, sources.ignored)
     patches = {tuple(image.path.split("/")[-2:]): image for image in corrected}
     images = RawTable()
     for image in sources.images:
@@ -221,16 +200,27 @@ def read_devkit(path: Location, year: int = 2012) -> Devkit:
         SourceError: a damaged archive, a missing member, or a ground truth that names unknown ids.
     """
     meta, truth, test = ("meta.mat", *(f"ILSVRC{year}_{split}_ground_truth.txt" for split in ("validation", "test")))
-    files = {test: read_small(path.parent / test, MAX_BYTES)} if storage.is_file(path.parent / test) else {}
-    if storage.is_dir(path):
-        inside = [path / "data" / name for name in (meta, truth, test)]
-        files |= {file.name: read_small(file, MAX_BYTES) for file in inside if storage.is_file(file)}
-    else:
+    inside = [path / "data" / name for name in (meta, truth, test)] if storage.is_dir(path) else []
+    files = {file.name: read_small(file, MAX_BYTES) for file in (path.parent / test, *inside) if storage.is_file(file)}
+    if not inside:
         files |= _unpacked(path, (meta, truth, test))
     for name in (meta, truth):
         if name not in files:
             raise SourceError(f"{path}: has no …/data/{name}; this is not the ILSVRC{year} devkit")
     return parse_devkit(files[meta], files[truth], str(path), year, files.get(test, b""))
+
+
+def _unpacked(path: Location, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the wanted files of the archive, by name."""
+    try:
+        with gzip.open(io.BytesIO(read_small(path, MAX_BYTES))) as file:
+            data = file.read(MAX_BYTES + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: damaged ({error}); fetch it again") from error
+    if len(data) > MAX_BYTES:
+        raise SourceError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
+    regular = (x for x in members(lambda size, at: data[at : at + size], 0, len(data), str(path)) if not x.reason)
+    return {x.name.split("/")[-1]: data[x.offset :][: x.size] for x in regular if x.name.split("data/")[-1] in wanted}
 
 
 def parse_devkit(meta: bytes, truth: bytes, where: str, year: int = 2012, test: bytes = b"") -> Devkit:
@@ -257,19 +247,3 @@ def parse_devkit(meta: bytes, truth: bytes, where: str, year: int = 2012, test: 
     if len(wnids) != len(leaves) or len(ids) != len(leaves):
         raise SourceError(f"{where}: meta.mat has one wnid or one id twice; fetch it again")
     return Devkit(words, ids, [wnids[n] for n in numbers], [wnids[n] for n in test_numbers], train)
-
-
-def _unpacked(path: Location, wanted: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the wanted files of the archive, by name."""
-    try:
-        with gzip.open(io.BytesIO(read_small(path, MAX_BYTES))) as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise SourceError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes; this is no ILSVRC devkit")
-        return {
-            name.rpartition("/")[2]: data[offset : offset + size]
-            for name, offset, size, reason in members(lambda size, at: data[at : at + size], 0, len(data), str(path))
-            if not reason and name.endswith(tuple(f"data/{file}" for file in wanted))
-        }
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise SourceError(f"{path}: damaged ({error}); fetch it again") from error

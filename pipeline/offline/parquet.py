@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,68 +20,86 @@ from typing import Any
 import numpy as np
 
 from pipeline import SourceError, UserError, storage
-from pipeline.archives import ListingCache
+from pipeline.archives import MAX_NAME, ListingCache
+from pipeline.cli import printable
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside
-from pipeline.offline.raw import (
-    SPLIT_FOLDERS,
-    Folder,
-    LeftOut,
-    RawImage,
-    RawTable,
-    Sources,
-    is_picture,
-    pictures,
-    ranked,
-    shown,
-)
-from pipeline.offline.webdataset import MAX_LABEL, files_by_split, ignore_unused, split_of
+from pipeline.manifest import ClassRecord
+from pipeline.offline.raw import Folder, RawImage, RawTable, Sources
+from pipeline.offline.webdataset import are_alone, files_by_split, name_classes, usable_label
 from pipeline.storage import Location, Read
 
 IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
 LABEL = ("label", "labels", "fine_label", "class")
 NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
-MAX_NAME = 4096  # bytes, as PATH_MAX
+HUB = "data"  # the folder of the files in a repository of Hugging Face
 LABELS, IMAGES = 1024, 32  # rows in memory at a time
 # 1 MiB is read at a time, and not a row group's whole column; checksums are verified where a file has some
 OPTIONS = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
 _WNID = re.compile(r"(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])")
 
 
-def recognise(folder: Folder) -> bool:
-    """Return True if train/ holds parquet files and no folders; or data/ holds some; or RAW does, and no pictures."""
-    inner = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
-    if inner:
-        return any(_parquets(train) and not train.folders for train in inner)
-    if "data" in folder.folders and _parquets(Folder.of(folder.path / "data")):  # as in a Hugging Face repository
-        return True
-    loose = _parquets(folder)
-    if not loose or any(map(is_picture, folder.files)):
-        return False
-    beside = (next(pictures(folder.path / name, "", LeftOut()), None) for name in folder.folders)
-    return any(map(split_of, loose)) or not any(beside)
-
-
-def read(folder: Folder, listings: ListingCache) -> Sources:
+def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """List every labelled image of the files; in a test split, also those without a label.
 
     Numbered classes are named by the WNID in the names of their images if all images of each class share one of its
     own; else by the number. Their words are those of Hugging Face's ClassLabel. Text labels are the class names.
 
     Raises:
-        SourceError: no parquet file, a damaged one, one of an unsupported kind, or labels that contradict its names.
+        SourceError: a damaged file, one of an unsupported kind, or labels that contradict its names.
     """
-    files = files_by_split(folder, _parquets, "data")
+    files = files_by_split(folder, ".parquet", HUB) if forced or are_alone(folder, ".parquet", HUB) else {}
     if not files:
-        raise folder.misfit("parquet", "no .parquet is in it, nor in data/, train/, val/ or test/")
-    sources, classes = Sources(f"{len(files)} parquet files"), _Classes()
+        return None
+    sources = Sources(f"{len(files)} parquet files")
+    kinds: dict[tuple[str, tuple[str, ...]], str] = {}  # kind of label and names of classes → the first file with them
+    wnids: dict[str, set[str]] = {}  # label → those in its images' names; "" for none in one
     for path, split in files.items():
         with _opened(folder.path / path) as file:
-            _add_file(sources, file, path, split, classes)
-    ignore_unused(folder, files, sources.ignored)
-    classes.name(sources)
+            _add_file(sources, file, path, split, wnids)
+            if file.label:
+                kinds.setdefault(("text" if _is_bytes(file.label) else "number", file.class_names()), file.name)
+    folder.ignore(sources.ignored, files)
+    if len({kind for kind, _ in kinds}) > 1 or len({names for _, names in kinds if names}) > 1:
+        others = " and ".join(kinds.values())
+        raise SourceError(f"{others}: have labels of two kinds, or other names of classes; RAW must hold one data set")
+    kind, names = max(kinds, default=("text", ()))
+    name_classes(sources, _named(wnids, names) if kind == "number" else None, kinds.get((kind, names), ""))
     note = "a build first copies the pictures of the parquet files to DATASET/.build, and deletes the copy at its end"
-    sources.notes.append(f"{note}: up to {sources.images.sizes.sum() / 1e6:,.0f} MB")
+    sources.notes.append(f"{note}: up to {sum(sources.images.sizes) / 1e6:,.0f} MB")
     return sources
+
+
+def _add_file(sources: Sources, file: "_File", path: str, split: str, wnids: dict[str, set[str]]) -> None:
+    if not file.label and split != "test":
+        raise file.missing("one number or text", LABEL)
+    labels = file.values(file.label, LABELS) if file.label else repeat(None)
+    for row, (null, value, name) in enumerate(zip(file.nulls(), labels, file.names())):
+        label = usable_label(_text(value))
+        if null or (label is None and split != "test"):
+            sources.ignored.add(NO_IMAGE if null else NO_LABEL, f"{path}/{name}")
+            continue
+        if label is not None:
+            wnids.setdefault(label, set()).update(_WNID.findall(name.rpartition("/")[2]) or [""])
+        sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, file.mean_bytes))
+
+
+def _text(value: Any) -> str:
+    """Return a text, or a number from −1 on, as printable text; empty if it is neither, or too long."""
+    if isinstance(value, int):
+        return str(max(value, -1))
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    usable = isinstance(text, str) and text.isprintable() and len(text) <= MAX_NAME  # surrogates are not printable
+    return text if usable else ""
+
+
+def _named(wnids: dict[str, set[str]], names: tuple[str, ...]) -> dict[int, ClassRecord]:
+    """Return the WNID of each number if each has one of its own; else the numbers of `names`."""
+    own = {int(label): min(inside) for label, inside in wnids.items() if len(inside) == 1}
+    if not (all(own.values()) and 0 < len(wnids) == len(set(own.values()))):
+        own = {number: f"{number:0{len(str(len(names) - 1))}d}" for number in range(len(names))}
+    words = dict(enumerate(printable(name, 120) for name in names))
+    inside = {number: name for number, name in own.items() if not names or number < len(names)}
+    return {number: ClassRecord(number, name, words.get(number) or name, None) for number, name in inside.items()}
 
 
 @contextmanager
@@ -106,9 +123,8 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
     copies = [_Copy(images, file, chosen, folder) for file, chosen in images.by_file(indices, ".parquet").items()]
     missing = [copy for copy in copies if not storage.is_file(copy.tar)]
     if missing and isinstance(folder, Path):
-        needed = sum(int(images.sizes[copy.indices].sum()) + 2 * TAR_BLOCK * len(copy.rows) for copy in missing)
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        needed, free = sum(copy.bytes for copy in missing), shutil.disk_usage(folder).free
         if needed > free:
             figures = f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
             raise UserError(f"{folder}: a copy of RAW's pictures takes {figures}; make room or name another DATASET")
@@ -124,7 +140,9 @@ class _Copy:
 
     def __init__(self, images: RawTable, file: str, indices: np.ndarray, folder: Location) -> None:
         self.source = storage.location(file)
-        self.indices, self.rows = indices, images.offsets[indices]  # (n,) in the table; (n,) uint64, ascending
+        self.indices = indices  # (n,) in the table
+        self.rows = np.asarray(images.offsets)[indices]  # (n,) uint64, ascending
+        self.bytes = int(np.asarray(images.sizes)[indices].sum()) + 2 * TAR_BLOCK * len(indices)  # about
         # the name has all that the bytes depend on, so that the copy of a file that has changed since is not used
         version = repr((str(self.source.absolute()), storage.stamp(self.source), self.rows.tobytes()))
         self.tar = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar"
@@ -165,9 +183,6 @@ class _Stream(io.RawIOBase):
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
 
 @contextmanager
 def _opened(path: Location) -> Iterator["_File"]:
@@ -183,12 +198,12 @@ def _opened(path: Location) -> Iterator["_File"]:
         except (ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the operating system's; those of pyarrow have no number
-            reason = shown(str(error).partition("\n")[0])
+            reason = printable(str(error).partition("\n")[0], 120)
             raise SourceError(f"{path}: damaged, or of an unsupported kind ({reason}); fetch it again") from error
 
 
 class _File:
-    """An open parquet file: its columns, and their values."""
+    """An open parquet file: its columns of images and labels, and their values."""
 
     def __init__(self, name: str, size: int, reader: Any) -> None:
         self.name, self._reader, self.rows = name, reader, reader.metadata.num_rows
@@ -197,8 +212,13 @@ class _File:
             features = json.loads(reader.metadata.metadata[b"huggingface"])["info"]["features"].items()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             features = ()  # not written by Hugging Face's library
-        self.features = {name: about for name, about in features if isinstance(about, dict)}
-        self.image, self.label = self._image(), self._label()
+        self._features = {name: about for name, about in features if isinstance(about, dict)}
+        images = [c for c in self._named(IMAGE, "Image") if _is_bytes(c) and c.logical_type.type != "STRING"]
+        self.image: Any = next((c for c in images if c.path.partition(".")[2] in ("", "bytes")), None)
+        if self.image is None:
+            raise self.missing("the bytes of one image", IMAGE)
+        labels = [c for c in self._named(LABEL, "ClassLabel") if "." not in c.path and not c.max_repetition_level]
+        self.label: Any = next((c for c in labels if c.physical_type in ("INT32", "INT64") or _is_bytes(c)), None)
         number = [column.path for column in self._columns].index(self.image.path)
         for group in range(reader.num_row_groups):
             # raises what is wrong with a column's description, at which column() would end the process
@@ -211,32 +231,17 @@ class _File:
 
     def _named(self, names: Iterable[str], feature: str) -> list[Any]:
         """Return the columns with these names, and those that are described as such a feature."""
-        described = [name for name, about in self.features.items() if about.get("_type") == feature]
+        described = [name for name, about in self._features.items() if about.get("_type") == feature]
         return [c for name in (*names, *described) for c in self._columns if c.path.partition(".")[0] == name]
 
-    def _image(self) -> Any:
-        """Return the column of image bytes. Raises SourceError if there is none, or a list of images."""
-        columns = self._named(IMAGE, "Image")
-        for column in columns:
-            bytes_alone = _is_bytes(column) and column.logical_type.type != "STRING"
-            if bytes_alone and column.path.partition(".")[2] in ("", "bytes"):
-                return column
-        if lists := [column.path[:60] for column in columns if column.max_repetition_level]:
-            raise SourceError(f"{self.name}: the column {lists[0]!a} is a list; only one image a row is supported")
-        raise self.missing("image bytes", IMAGE)
-
-    def _label(self) -> Any:
-        """Return the column of labels, None if there is none. Raises SourceError if it has neither numbers nor text."""
-        for column in self._named(LABEL, "ClassLabel")[:1]:
-            number = column.physical_type in ("INT32", "INT64") and not column.max_repetition_level
-            if "." in column.path or not (number or _is_bytes(column)):
-                raise SourceError(f"{self.name}: the column {column.path[:60]!a} has not one number or text a row")
-            return column
-        return None
-
     def missing(self, content: str, names: Iterable[str]) -> SourceError:
-        found = ", ".join(column.path for column in self._columns[:50])[:200]
-        return SourceError(f"{self.name}: no column of {content}: none is called {', '.join(names)}; it has {found!a}")
+        columns = ", ".join(column.path for column in self._columns[:50])[:200]
+        return SourceError(f"{self.name}: no column named {', '.join(names)} has {content} a row; it has {columns!a}")
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes 0, 1, …, if the file has them and its labels are numbers."""
+        names = self._features.get(self.label.path, {}).get("names")
+        return tuple(map(str, names)) if isinstance(names, list) and not _is_bytes(self.label) else ()
 
     def names(self) -> Iterator[str]:
         """Yield a name for each row, unlike all before: the path beside its image, if plain, or its number."""
@@ -245,7 +250,7 @@ class _File:
         width = len(str(max(self.rows - 1, 0)))
         seen: set[str] = set()
         for row, value in zip(range(self.rows), self.values(beside, LABELS) if beside else repeat(None)):
-            name = _text(value or b"", MAX_NAME)
+            name = _text(value)
             if any(part in ("", ".", "..") for part in name.split("/")):
                 name = f"{row:0{width}d}.jpg"
             while name in seen:
@@ -255,7 +260,7 @@ class _File:
             yield name
 
     def nulls(self) -> Iterator[bool]:
-        """Yield for each row whether its image is null. Reads only row groups that have nulls, as the file says."""
+        """Yield for each row True if its image is null. Reads only row groups that have nulls, as the file says."""
         for group, chunk in enumerate(self._chunks):
             # statistics of another type would end the process; the file is refused when the column is read
             has_nulls = chunk.physical_type == "BYTE_ARRAY" and chunk.statistics and chunk.statistics.null_count
@@ -274,94 +279,17 @@ class _File:
             first += chunk.num_values
 
     def values(self, column: Any, rows: int, group: int | None = None) -> Iterator[Any]:
-        """Yield a column's value in each row of the file or of one row group: a number, bytes, or None for null."""
-        kind = "large_binary" if _is_bytes(column) else "int64"
+        """Yield a column's value in each row of the file or of one row group, None for null; so many are in memory."""
         groups, count = None if group is None else [group], 0
         for batch in self._reader.iter_batches(rows, groups, [column.path], use_threads=False):
-            values = batch.column(0)
-            while values.type.num_fields:  # of the structs around it, this field alone is read
-                values = values.flatten()[0]
-            values = values.dictionary_decode() if hasattr(values, "dictionary_decode") else values
-            yield from values.cast(kind, safe=False).to_pylist()
-            count += len(values)
+            for row in batch.to_pylist():  # {"image": {"bytes": …}} or {"label": …}
+                for name in column.path.split("."):
+                    row = row and row[name]
+                yield row
+            count += len(batch)
         if count != (self.rows if group is None else self._chunks[group].num_values):
             raise SourceError(f"{self.name}: {column.path[:60]!a} ends after {count:,} rows; fetch it again")
 
 
-@dataclass
-class _Classes:
-    """The classes of all files."""
-
-    text: bool | None = None  # True: labels are text; None: not known yet
-    names: tuple[str, ...] = ()  # of class 0, 1, …
-    named_by: str = ""  # the file that has the names
-    wnids: dict[str, set[str]] = field(default_factory=dict)  # label → those in its images' names; "" for none in one
-
-    def add_file(self, file: _File) -> None:
-        """Note the kind and the names of its labels. Raises SourceError if another file has others."""
-        text, described = _is_bytes(file.label), file.features.get(file.label.path, {}).get("names")
-        names = tuple(map(str, described)) if isinstance(described, list) and not text else ()
-        if self.text not in (None, text):
-            kinds = ("text", "numbers") if text else ("numbers", "text")
-            raise SourceError(f"{file.name}: its labels are {kinds[0]}, those of other files {kinds[1]}")
-        if names and self.names and names != self.names:
-            raise SourceError(f"{file.name}: names other classes than {self.named_by}; RAW must hold one data set")
-        self.text = text
-        if not self.names:
-            self.names, self.named_by = names, file.name
-
-    def add_image(self, label: str, name: str, where: str) -> None:
-        """Note the WNID in an image's name. Raises SourceError if the label has no name, though others have."""
-        if self.names and int(label) >= len(self.names):
-            reach = f"{self.named_by} names the classes 0 to {len(self.names) - 1}"
-            raise SourceError(f"{where} has the label {label}, but {reach}; fetch both again")
-        self.wnids.setdefault(label, set()).update(_WNID.findall(name.rpartition("/")[2]) or [""])
-
-    def name(self, sources: Sources) -> None:
-        """Turn labels into class names: text as it stands, numbers into WNIDs, or into numbers of one width."""
-        labels = {str(number) for number in range(len(self.names))} | self.wnids.keys()
-        width = 0 if self.text else max(map(len, labels), default=1)
-        named = {label: min(wnids) for label, wnids in self.wnids.items() if len(wnids) == 1}
-        if self.text or not all(named.values()) or not 0 < len(self.wnids) == len(set(named.values())):
-            named = {label: label.zfill(width) for label in labels}
-        sources.images.rename_classes(named.__getitem__)
-        words = {named[str(n)]: shown(name) for n, name in enumerate(self.names) if str(n) in named and name}
-        sources.classes = ranked(named.values(), words, {})
-
-
-def _parquets(folder: Folder) -> list[str]:
-    return [name for name in folder.files if name.lower().endswith(".parquet")]
-
-
-def _add_file(sources: Sources, file: _File, path: str, split: str, classes: _Classes) -> None:
-    if file.label:
-        classes.add_file(file)
-    elif split != "test":
-        raise file.missing("labels", LABEL)
-    labels = file.values(file.label, LABELS) if file.label else repeat(None)
-    for row, (null, value, name) in enumerate(zip(file.nulls(), labels, file.names())):
-        label = _label_text(value)
-        if null or (label is None and split != "test"):
-            sources.ignored.add(NO_IMAGE if null else NO_LABEL, f"{path}/{name}")
-            continue
-        if label is not None:
-            classes.add_image(label, name, f"{file.name}: row {row}")
-        sources.images.append(RawImage(split, f"{path}/{name}", label, file.name, row, file.mean_bytes))
-
-
-def _label_text(value: int | bytes | None) -> str | None:
-    """Return a label as text; None if it is of no use (−1 is Hugging Face's word for none)."""
-    if isinstance(value, int):
-        return str(value) if value >= 0 else None
-    text = _text(value or b"", 4 * MAX_LABEL).strip()
-    return text if 0 < len(text) <= MAX_LABEL and text != "-1" else None
-
-
 def _is_bytes(column: Any) -> bool:
     return column.physical_type == "BYTE_ARRAY" and not column.max_repetition_level
-
-
-def _text(value: bytes, limit: int) -> str:
-    """Return UTF-8 text; empty if it has more than `limit` bytes, is not printable, or is no text."""
-    text = value.decode("utf-8", "surrogateescape") if len(value) <= limit else ""
-    return text if text.isprintable() else ""  # as surrogates are not

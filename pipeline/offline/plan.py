@@ -126,7 +126,8 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
     chosen = np.arange(len(images), dtype=np.uint32)
     if recipe.limit and recipe.limit < len(images):
         chosen = np.sort(_shuffled("limit", keys, chosen)[: recipe.limit])
-    splits = {split: chosen[images.split_numbers[chosen] == number] for number, split in enumerate(SPLITS)}
+    numbers = np.asarray(images.split_numbers)[chosen]
+    splits = {split: chosen[numbers == number] for number, split in enumerate(SPLITS)}
     if recipe.holdout and not images.has("val"):
         train_keys = (keys[i] for i in splits["train"].tolist())
         held_out = _hashes("holdout", train_keys, len(splits["train"])) < np.uint64(recipe.holdout * 2.0**64)
@@ -217,7 +218,7 @@ def _by_name(images: RawTable, indices: np.ndarray) -> np.ndarray:
     """Return the (n,) uint32 indices ordered by the bytes of the file names, then of the folders."""
 
     def name_and_folder(i: int) -> tuple[bytes, bytes]:
-        folder, slash, name = os.fsencode(images.path(i)).rpartition(b"/")
+        folder, slash, name = os.fsencode(images.paths[i]).rpartition(b"/")
         return name, folder + slash
 
     return np.array(sorted(indices.tolist(), key=name_and_folder), np.uint32)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import SourceError, storage
+from pipeline.cli import printable
 from pipeline.manifest import ClassRecord
-from pipeline.storage import Location
+from pipeline.storage import Entry, Location
 
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
@@ -38,117 +39,95 @@ class RawImage:
         return self.path.rpartition("/")[2]
 
     def read(self) -> bytes:
-        """Return the raw bytes, by one positioned read.
-
-        Raises:
-            SourceError: the file has become shorter since the plan.
-            OSError: as the file system says.
-        """
+        """Return the raw bytes, by one positioned read. Raises SourceError if the file has become shorter; OSError."""
         data = storage.read_range(self.file, self.offset, self.size)
         if len(data) != self.size:
             raise SourceError(f"{self.file}: changed since the build began; delete DATASET and start again")
         return data
 
 
-class RawTable(Sequence[RawImage]):
-    """Raw images in the order in which they were appended: 34 bytes each and the path. ImageNet has 14.2 million."""
+class Paths(Sequence[str]):
+    """Paths in one buffer, each made when asked for."""
 
     def __init__(self) -> None:
-        self.wnids: list[str] = []  # by class number
-        self._class_of: dict[str | None, int] = {None: -1}
-        self._paths = bytearray()
-        self._ends = array("Q")  # of each path in _paths
-        self._files: list[str] = []
-        self._file_of: dict[str, int] = {}
-        self._file = array("i")  # index in _files
-        self._loose = bytearray()  # 1: the path is to be appended to that file name, which is a folder's then
-        self._offset = array("Q")
-        self._size = array("Q")
-        self._class = array("i")  # −1: no label
-        self._split = array("B")
+        self._bytes = bytearray()
+        self._ends = array("Q")
 
-    def append(self, image: RawImage, wnid: str | None = None) -> None:
-        """Append an image; `wnid` is its class, where `image` has none yet."""
-        self._paths += os.fsencode(image.path)
-        self._ends.append(len(self._paths))
-        # A file of its own has no name in _files: the names of 14 million files would be as long as the paths again.
-        loose = image.file.endswith(image.path)
-        self._loose.append(loose)
-        self._file.append(_index(self._file_of, self._files, image.file.removesuffix(image.path)))
-        self._offset.append(image.offset)
-        self._size.append(image.size)
-        wnid = wnid or image.wnid
-        self._class.append(-1 if wnid is None else _index(self._class_of, self.wnids, wnid))
-        self._split.append(SPLITS.index(image.split))
+    def append(self, path: str) -> None:
+        self._bytes += os.fsencode(path)
+        self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
+        start = self._ends[i - 1] if i else 0
+        return os.fsdecode(bytes(self._bytes[start : self._ends[i]]))
+
+
+class RawTable(Sequence[RawImage]):
+    """Raw images in the order in which they were appended: 33 bytes each and the path. ImageNet has 14.2 million."""
+
+    def __init__(self) -> None:
+        self.paths = Paths()
+        self.offsets = array("Q")  # of each image in its file; the number of a parquet row until it is copied
+        self.sizes = array("Q")  # bytes of each image; about, of a parquet row until it is copied
+        self.split_numbers = array("B")  # indices in SPLITS
+        self.class_numbers = array("i")  # indices in `wnids`; −1: no label
+        self.wnids: list[str] = []
+        self._class_of: dict[str | None, int] = {None: -1}
+        self._files: list[str] = []  # "" and what ends with a slash: the folder to which the path is to be appended
+        self._file_of: dict[str, int] = {}
+        self._file = array("i")  # index in _files
+
+    def append(self, image: RawImage, wnid: str | None = None) -> None:
+        """Append an image; `wnid` is its class, where `image` has none yet."""
+        self.paths.append(image.path)
+        # A file of its own has no name in _files: the names of 14 million files would be as long as the paths again.
+        self._file.append(_index(self._file_of, self._files, image.file.removesuffix(image.path)))
+        self.offsets.append(image.offset)
+        self.sizes.append(image.size)
+        wnid = wnid or image.wnid
+        self.class_numbers.append(-1 if wnid is None else _index(self._class_of, self.wnids, wnid))
+        self.split_numbers.append(SPLITS.index(image.split))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def __getitem__(self, i: int) -> RawImage:  # type: ignore[override]  # no slices
-        path, label = self.path(i), self._class[i]
-        file = self._files[self._file[i]] + (path if self._loose[i] else "")
+        path, file, label = self.paths[i], self._files[self._file[i]], self.class_numbers[i]
+        file += path if file[-1:] in ("", "/") else ""
         wnid = self.wnids[label] if label >= 0 else None
-        return RawImage(SPLITS[self._split[i]], path, wnid, file, self._offset[i], self._size[i])
+        return RawImage(SPLITS[self.split_numbers[i]], path, wnid, file, self.offsets[i], self.sizes[i])
 
     def __iter__(self) -> Iterator[RawImage]:
         return (self[i] for i in range(len(self)))
 
-    def path(self, i: int) -> str:
-        start = self._ends[i - 1] if i else 0
-        return os.fsdecode(bytes(self._paths[start : self._ends[i]]))
-
-    @property
-    def paths(self) -> "Paths":
-        return Paths(self)
-
-    @property
-    def split_numbers(self) -> np.ndarray:
-        """(n,) uint8: indices in SPLITS. A view: nothing can be appended while it lives."""
-        return np.asarray(self._split)
-
-    @property
-    def class_numbers(self) -> np.ndarray:
-        """(n,) int32: indices in `wnids`, −1 without a label. A view, as above."""
-        return np.asarray(self._class)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(n,) uint64: where each image begins in its file; the number of a parquet row until it is copied. A view."""
-        return np.asarray(self._offset)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(n,) uint64: bytes of each image; about, of a parquet row until it is copied. A view, as above."""
-        return np.asarray(self._size)
-
     def per_class(self, split: str) -> Counter[str | None]:
         """Return the number of images of a split by class; None: without a label."""
-        classes = self.class_numbers[self.split_numbers == SPLITS.index(split)]
+        classes = np.asarray(self.class_numbers)[np.asarray(self.split_numbers) == SPLITS.index(split)]
         counts = np.bincount(classes.astype(np.int64) + 1, minlength=1)
         names: list[str | None] = [None, *self.wnids]
         return Counter({names[i]: int(counts[i]) for i in np.flatnonzero(counts)})
 
     def has(self, split: str) -> bool:
-        return SPLITS.index(split) in self._split
+        return SPLITS.index(split) in self.split_numbers
 
     def by_file(self, indices: np.ndarray, suffix: str) -> dict[str, np.ndarray]:
         """Return the indices of the images in each file with this suffix, (n,), in the order of their offsets."""
-        if not any(file.endswith(suffix) for file in self._files):
-            return {}
-        numbers = np.asarray(self._file)[indices]
-        order = np.lexsort((self.offsets[indices], numbers))
-        groups = np.split(indices[order], np.flatnonzero(np.diff(numbers[order])) + 1)
-        files = {self._files[self._file[int(group[0])]]: group for group in groups if len(group)}
-        return {file: group for file, group in files.items() if file.endswith(suffix)}
+        files = {number: file for number, file in enumerate(self._files) if file.lower().endswith(suffix)}
+        numbers, offsets = np.asarray(self._file)[indices if files else indices[:0]], np.asarray(self.offsets)
+        groups = {file: indices[numbers == number] for number, file in files.items()}
+        return {file: group[np.argsort(offsets[group])] for file, group in groups.items() if len(group)}
 
     def moved(self, extents: Iterable[tuple[np.ndarray, str, np.ndarray, np.ndarray]]) -> "RawTable":
         """Return this table with images elsewhere: their indices, file, offsets and sizes. The paths are shared."""
         table = copy.copy(self)
         table._files, table._file_of = [*self._files], {**self._file_of}
-        table._file, table._offset, table._size = self._file[:], self._offset[:], self._size[:]
+        table._file, table.offsets, table.sizes = self._file[:], self.offsets[:], self.sizes[:]
         for indices, file, offsets, sizes in extents:
             np.asarray(table._file)[indices] = _index(table._file_of, table._files, file)
-            np.asarray(table._offset)[indices], np.asarray(table._size)[indices] = offsets, sizes
+            np.asarray(table.offsets)[indices], np.asarray(table.sizes)[indices] = offsets, sizes
         return table
 
     def rename_classes(self, rename: Callable[[str], str]) -> None:
@@ -157,7 +136,7 @@ class RawTable(Sequence[RawImage]):
         self.wnids = list(dict.fromkeys(names))
         self._class_of = {None: -1} | {wnid: number for number, wnid in enumerate(self.wnids)}
         renumbered = np.array([self._class_of[name] for name in names] + [-1], np.int32)  # the last: no label
-        classes = np.asarray(self._class)
+        classes = np.asarray(self.class_numbers)
         classes[:] = renumbered[classes]
 
 
@@ -169,20 +148,7 @@ def _index(index_of: dict, names: list[str], name: str) -> int:
     return index
 
 
-class Paths(Sequence[str]):
-    """The paths of a table, each made when asked for."""
-
-    def __init__(self, table: RawTable) -> None:
-        self._table = table
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
-        return self._table.path(i)
-
-
-class LeftOut(dict[str, int]):
+class LeftOut(Counter[str]):
     """Number of files, folders and members that are left out by reason, with the first names of each."""
 
     def __init__(self) -> None:
@@ -192,17 +158,16 @@ class LeftOut(dict[str, int]):
     def add(self, reason: str, name: str) -> None:
         if reason not in self and len(self) >= REASONS_KEPT:
             reason = "something else"
-        self[reason] = self.get(reason, 0) + 1
+        self[reason] += 1
         if self[reason] <= NAMES_KEPT:
-            self._names.setdefault(reason, []).append(shown(name))
+            self._names.setdefault(reason, []).append(printable(name, 120))
 
     def lines(self) -> list[str]:
         """Return `12 × .txt: a.txt, b.txt, c.txt, d.txt, e.txt and 7 more`, one line a reason."""
         lines = []
         for reason, count in sorted(self.items()):
-            names = self._names[reason]
-            more = f" and {count - len(names):,} more" if count > len(names) else ""
-            lines.append(f"{count:,} × {reason}: {', '.join(names)}{more}")
+            more = f" and {count - NAMES_KEPT:,} more" if count > NAMES_KEPT else ""
+            lines.append(f"{count:,} × {reason}: {', '.join(self._names[reason])}{more}")
         return lines
 
 
@@ -248,43 +213,46 @@ class Folder:
         folders = tuple(entry.name for entry in entries if entry.is_dir)
         return cls(path, files, folders, tuple(e.name for e in entries if not (e.is_file or e.is_dir)))
 
-    @property
-    def tars(self) -> list[str]:
-        return [name for name in self.files if name.lower().endswith(".tar")]
-
-    def misfit(self, layout: str, missing: str) -> SourceError:
-        return SourceError(f"{self.path}: not the layout {layout}: {missing}")
+    def ending(self, suffix: str) -> list[str]:
+        """Return the names of the files with this suffix, in small letters or capitals."""
+        return [name for name in self.files if name.lower().endswith(suffix)]
 
     def ignore(self, left_out: LeftOut, used: Iterable[str]) -> None:
-        """Count and name what lies beside the parts of a layout, so that the user is told of it."""
-        parts = set(used)
+        """Count and name what lies beside the files and folders `used`, paths below this folder."""
+        inside: dict[str, list[str]] = {}
+        for path in used:
+            name, slash, rest = path.partition("/")
+            inside.setdefault(name, []).extend([rest] if slash else [])
+        for name, parts in inside.items():
+            if parts:
+                Folder.of(self.path / name).ignore(left_out, parts)
         beside = [(kind_of(name), name) for name in self.files] + [("folder", name) for name in self.folders]
-        for kind, name in [(kind, name) for kind, name in beside if name not in parts]:
+        for kind, name in [(kind, name) for kind, name in beside if name not in inside]:
             left_out.add(kind, name)
         for name in self.others:
             left_out.add(NO_FILE, name)
 
 
 def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "train") -> Iterator[RawImage]:
-    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW.
+    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW."""
+    for directory, prefix, entries in _folders(folder, below, left_out):
+        for entry in entries:
+            path = f"{prefix}/{entry.name}" if prefix else entry.name
+            if is_picture(entry.name) and entry.is_file:
+                yield RawImage(split, path, None, f"{directory}/{entry.name}", 0, entry.size)
+            elif not entry.is_dir:
+                left_out.add(NO_FILE if is_picture(entry.name) else kind_of(entry.name), path)
+
+
+def _folders(folder: Location, below: str, left_out: LeftOut) -> Iterator[tuple[str, str, list[Entry]]]:
+    """Yield `folder` and each folder in it, unless hidden: its path, its path below RAW, and its entries.
 
     Links to folders are followed, each folder once, and never back to where they came from.
     """
-    return (_remote_pictures if storage.is_remote(folder) else _local_pictures)(folder, below, left_out, split)
-
-
-def _remote_pictures(folder: Location, below: str, left_out: LeftOut, split: str) -> Iterator[RawImage]:
-    for inside, entries in storage.walk(folder):
-        for entry in entries:
-            inner = f"{inside}/{entry.name}" if inside else entry.name
-            path = f"{below}/{inner}" if below else inner
-            if entry.is_file and is_picture(entry.name):
-                yield RawImage(split, path, None, f"{folder}/{inner}", 0, entry.size)
-            elif entry.is_file:
-                left_out.add(kind_of(entry.name), path)
-
-
-def _local_pictures(folder: Location, below: str, left_out: LeftOut, split: str) -> Iterator[RawImage]:
+    if storage.is_remote(folder):
+        for inside, entries in storage.walk(folder):
+            yield f"{folder}/{inside}".rstrip("/"), f"{below}/{inside}".strip("/"), entries
+        return
     seen: set[tuple[int, int]] = set()
     stack = [(str(folder), below)]
     while stack:
@@ -294,26 +262,15 @@ def _local_pictures(folder: Location, below: str, left_out: LeftOut, split: str)
             left_out.add("second link to one folder", prefix)
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(directory) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
-        for entry in inside:
-            path = f"{prefix}/{entry.name}" if prefix else entry.name
-            if entry.is_dir():
-                if entry.is_symlink() and _leads_back(entry.path, directory):
-                    left_out.add("link that leads back", path)
-                elif not entry.name.startswith("."):
-                    stack.append((entry.path, path))
-            elif not is_picture(entry.name):
-                left_out.add(kind_of(entry.name), path)
-            elif not entry.is_file():
-                left_out.add(NO_FILE, path)
+        entries = storage.scan(Path(directory))
+        yield directory, prefix, entries
+        for name in [entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]:
+            link, path = os.path.join(directory, name), f"{prefix}/{name}".strip("/")
+            target = os.path.realpath(link)
+            if os.path.islink(link) and os.path.commonpath([target, os.path.realpath(directory)]) == target:
+                left_out.add("link that leads back", path)
             else:
-                yield RawImage(split, path, None, entry.path, 0, entry.stat().st_size)
-
-
-def _leads_back(link: str, directory: str) -> bool:
-    target = os.path.realpath(link)
-    return os.path.commonpath([target, os.path.realpath(directory)]) == target
+                stack.append((link, path))
 
 
 def ranked(wnids: Iterable[str], words: Mapping[str, str], ids: Mapping[str, int]) -> tuple[ClassRecord, ...]:
@@ -328,10 +285,4 @@ def is_picture(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    return shown(Path(name).suffix[:20] or name.rpartition("/")[2][:20])
-
-
-def shown(name: str) -> str:
-    """Return a name fit to be printed: no control characters, at most 120 characters."""
-    plain = name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
-    return plain if len(plain) <= 120 else plain[:117] + "..."
+    return printable(Path(name).suffix[:20] or name.rpartition("/")[2][:20])

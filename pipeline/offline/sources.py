@@ -1,16 +1,16 @@
 """The layouts of raw data that Penstock knows, which of them RAW has, and whether RAW is complete.
 
-To add a layout, write a module with two functions and enter them in LAYOUTS, before every layout that would take its
-folders too. `recognise(folder)` returns whether RAW has the layout, at the cost of some listed folders.
-`read(folder, listings)` returns its images and classes; it raises `folder.misfit` where RAW has another layout, for
---layout demands one whatever RAW looks like.
+To add a layout, write a function `read(folder, listings, forced)` and enter it in LAYOUTS, before every layout that
+would take its folders too. It returns the images and classes, or None where RAW has another layout; at the cost of some
+listed folders, if not `forced`: then the user names this layout, whatever RAW looks like.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from pipeline import SourceError, UserError, storage, volumes
 from pipeline.archives import ListingCache
@@ -23,42 +23,23 @@ from pipeline.storage import Location
 NAMED = 5  # classes in a message; the rest is counted
 
 
-@dataclass(frozen=True)
-class Layout:
-    name: str  # as --layout takes it
+class Layout(NamedTuple):
     looks_for: str
-    recognise: Callable[[Folder], bool]
-    read: Callable[[Folder, ListingCache], Sources]
+    read: Callable[[Folder, ListingCache, bool], Sources | None]
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (  # in the order in which they are tried
-        Layout(
-            "ilsvrc2012",
-            f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked",
-            partial(ilsvrc.recognise, ILSVRC2012),
-            partial(ilsvrc.read, ILSVRC2012),
-        ),
-        Layout(
-            "ilsvrc2010",
-            "ILSVRC2010_images_train.tar and the like",
-            partial(ilsvrc.recognise, ILSVRC2010),
-            partial(ilsvrc.read, ILSVRC2010),
-        ),
-        Layout("kaggle", "Kaggle's ILSVRC/Data/CLS-LOC", folders.recognise_kaggle, folders.read_kaggle),
-        Layout("fall2011", "nXXXXXXXX.tar, or one tar of those", folders.recognise_synsets, folders.read_synsets),
-        Layout("parquet", "Hugging Face's parquet files", parquet.recognise, parquet.read),
-        Layout("webdataset", "WebDataset tars", webdataset.recognise, webdataset.read),
-        Layout(
-            "split-folders",
-            "train/ and val/ with one folder per class",
-            folders.recognise_splits,
-            folders.read_splits,
-        ),
-        Layout("flat", "files named WNID_….JPEG", folders.recognise_flat, folders.read_flat),
-        Layout("class-folders", "one folder per class", folders.recognise_classes, folders.read_classes),
-    )
+LAYOUTS = {  # as --layout takes them, in the order in which they are tried
+    "ilsvrc2012": Layout(
+        f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked", partial(ilsvrc.read, ILSVRC2012)
+    ),
+    "ilsvrc2010": Layout("ILSVRC2010_images_train.tar and the like", partial(ilsvrc.read, ILSVRC2010)),
+    "kaggle": Layout("Kaggle's ILSVRC/Data/CLS-LOC", folders.read_kaggle),
+    "fall2011": Layout("nXXXXXXXX.tar, or one tar of those", folders.read_synsets),
+    "parquet": Layout("Hugging Face's parquet files", parquet.read),
+    "webdataset": Layout("WebDataset tars", webdataset.read),
+    "split-folders": Layout("train/ and val/ with one folder per class", folders.read_splits),
+    "flat": Layout("files named WNID_….JPEG", folders.read_flat),
+    "class-folders": Layout("one folder per class", folders.read_classes),
 }
 
 
@@ -83,15 +64,12 @@ def find_sources(
         SourceError: RAW does not exist, is empty or damaged, has no layout that we know or not the one named, or has
             not the images that its layout promises.
     """
-    folder = _folder(raw)
-    chosen = _choose(folder, layout)
-    listings = ListingCache(cache)
+    folder, listings = _folder(raw), ListingCache(cache)
     try:
-        sources = chosen.read(folder, listings)
+        sources = _read(folder, listings, layout)
     finally:
         listings.save()
     del listings  # they hold every name a second time
-    sources.name = chosen.name
     if classes:
         _keep_classes(sources, classes)
     _check_promises(sources, allow_incomplete, chosen=classes is not None)
@@ -111,22 +89,17 @@ def _folder(raw: Location) -> Folder:
     )
 
 
-def _choose(folder: Folder, name: str | None) -> Layout:
-    if name is not None:
-        if name not in LAYOUTS:
-            raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
-        return LAYOUTS[name]
-    for layout in LAYOUTS.values():
-        if layout.recognise(folder):
-            return layout
-    if hint := volumes.hint(folder.path):
-        raise SourceError(f"{folder.path}: no raw images{hint}")
-    content = f"{len(folder.folders)} folders and {len(folder.files)} files"
-    raise SourceError(
-        f"{folder.path}: no layout that Penstock knows. Looked for "
-        f"{'; '.join(layout.looks_for for layout in LAYOUTS.values())}. "
-        f"Found {content if folder.folders or folder.files else 'nothing'}."
-    )
+def _read(folder: Folder, listings: ListingCache, name: str | None) -> Sources:
+    if name is not None and name not in LAYOUTS:
+        raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
+    for layout in (name,) if name else LAYOUTS:
+        if sources := LAYOUTS[layout].read(folder, listings, name is not None):
+            sources.name = layout
+            return sources
+    wanted = "; ".join(LAYOUTS[layout].looks_for for layout in ((name,) if name else LAYOUTS))
+    problem = f"not the layout {name}: it lacks" if name else "no layout that Penstock knows. Looked for"
+    content = f"{len(folder.folders)} folders and {len(folder.files)} files{volumes.hint(folder.path)}"
+    raise SourceError(f"{folder.path}: {problem} {wanted}. Found {content}")
 
 
 def _keep_classes(sources: Sources, file: Location) -> None:

@@ -2,22 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, Member
-from pipeline.manifest import FILE_NAME
-from pipeline.offline.folders import WNID_LINE, WNID_TAR, read_text, recognise_classes, split_folders
-from pipeline.offline.raw import (
-    SPLIT_FOLDERS,
-    SUFFIXES,
-    Folder,
-    LeftOut,
-    RawImage,
-    Sources,
-    is_picture,
-    ranked,
-)
+from pipeline.manifest import FILE_NAME, ClassRecord
+from pipeline.offline.folders import WNID_LINE, has_pictures, read_text, split_folders
+from pipeline.offline.raw import SPLIT_FOLDERS, SUFFIXES, Folder, RawImage, Sources, is_picture, ranked
 from pipeline.storage import Location, Read
 
 CLASSES = "classes.txt"
@@ -25,72 +16,56 @@ MAX_LABEL = 200  # characters
 MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
 NUMBER = re.compile(r"[0-9]{1,9}")
 
-Named = tuple[str, str, int | None]  # a class's name, words, devkit id
 
-
-_Sample = dict[str, Member]  # the members of one KEY: "picture", "cls" and "json"
-
-
-def recognise(folder: Folder) -> bool:
-    """Return whether train/ and the like hold tars and no folders; or RAW tars, and no pictures or class folders."""
-    inner = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
-    if inner:
-        return any(_shards(train) and not train.folders for train in inner)
-    return bool(_shards(folder)) and not any(map(is_picture, folder.files)) and not recognise_classes(folder)
-
-
-def read(folder: Folder, listings: ListingCache) -> Sources:
+def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return every labelled picture of the shards; in a test split, those without a label too.
 
     Where all labels are numbers, dataset.json or classes.txt in RAW names the classes, else the number itself does.
 
     Raises:
-        SourceError: no shards, a damaged one, or a label that the list of classes does not reach.
+        SourceError: a damaged shard, or a label that the list of classes does not reach.
     """
-    tars = files_by_split(folder, _shards)
+    tars = files_by_split(folder, ".tar") if forced or are_alone(folder, ".tar") else {}
     if not tars:
-        raise folder.misfit("webdataset", "no .tar is in it, nor in train/, val/ or test/")
+        return None
     sources = Sources(f"{len(tars)} WebDataset shards")
     for path, split in tars.items():
         _add_shard(sources, folder, path, split, listings)
-    lists = [name for name in (FILE_NAME, CLASSES) if name in folder.files]
-    ignore_unused(folder, [*tars, *lists], sources.ignored)
-    _name_classes(sources, folder.path, lists)
+    folder.ignore(sources.ignored, [*tars, FILE_NAME, CLASSES])
+    lists = [folder.path / name for name in (FILE_NAME, CLASSES) if name in folder.files]
+    named = _read_class_list(lists[0]) if lists else {}
+    name_classes(sources, named, str(lists[0]) if lists else "")
     return sources
 
 
-def _shards(folder: Folder) -> list[str]:
-    return [name for name in folder.tars if not WNID_TAR.fullmatch(name)]
+def are_alone(folder: Folder, suffix: str, hub: str = "") -> bool:
+    """Return True if train/ holds files with this suffix and no folders; without train/, if RAW does and no pictures.
 
-
-def files_by_split(folder: Folder, select: Callable[[Folder], list[str]], inner: str = "") -> dict[str, str]:
-    """Return the path below RAW and the split of each selected file: of its folder, or told by its name, or train.
-
-    Files lie in train/ and the like; else in RAW itself or its folder `inner`.
+    In a repository of Hugging Face the files lie in the folder `hub`, or beside pictures where they tell their splits.
     """
-    splits = {
-        f"{name}/{file}": split
-        for name, split in split_folders(folder).items()
-        for file in select(Folder.of(folder.path / name))
-    }
-    if splits:
-        return splits
-    splits = {name: split_of(name) for name in select(folder)}
-    if inner in folder.folders:
-        splits |= {f"{inner}/{name}": split_of(name) for name in select(Folder.of(folder.path / inner))}
+    trains = [Folder.of(folder.path / name) for name in folder.folders if SPLIT_FOLDERS.get(name) == "train"]
+    if trains:
+        return any(train.ending(suffix) and not train.folders for train in trains)
+    if hub in folder.folders and Folder.of(folder.path / hub).ending(suffix):
+        return True
+    loose = folder.ending(suffix)
+    if not loose or any(map(is_picture, folder.files)):
+        return False
+    return bool(hub and any(map(split_of, loose))) or not any(has_pictures(folder.path / x) for x in folder.folders)
+
+
+def files_by_split(folder: Folder, suffix: str, hub: str = "") -> dict[str, str]:
+    """Return the path below RAW and the split of each file with this suffix: of its folder, or told by its name.
+
+    Files lie in train/ and the like; else in RAW itself or its folder `hub`, for training if no name tells a split.
+    """
+    inside = [(f"{name}/", split) for name, split in split_folders(folder).items()]
+    splits = {above + name: split for above, split in inside for name in Folder.of(folder.path / above).ending(suffix)}
+    if not splits:
+        splits = {name: split_of(name) for name in folder.ending(suffix)}
+        if hub in folder.folders:
+            splits |= {f"{hub}/{name}": split_of(name) for name in Folder.of(folder.path / hub).ending(suffix)}
     return {path: split for path, split in splits.items() if split} or dict.fromkeys(splits, "train")
-
-
-def ignore_unused(folder: Folder, files: Iterable[str], left_out: LeftOut) -> None:
-    """Count and name what lies beside these files, paths below RAW, in RAW and in the folders that hold them."""
-    inside: dict[str, list[str]] = {}
-    for path in files:
-        name, _, rest = path.partition("/")
-        inside.setdefault(name, []).extend([rest] if rest else [])
-    for name, used in sorted(inside.items()):
-        if used:
-            Folder.of(folder.path / name).ignore(left_out, used)
-    folder.ignore(left_out, inside)
 
 
 def split_of(name: str) -> str:
@@ -101,27 +76,14 @@ def split_of(name: str) -> str:
 
 
 def _add_shard(sources: Sources, folder: Folder, path: str, split: str, listings: ListingCache) -> None:
-    file = folder.path / path
-    samples = _samples(listings.listing(file, sources.ignored.add), path, sources.ignored)
-    with storage.opened(file) as (read, _):
-        for sample in samples.values():
-            if picture := sample.get("picture"):
-                name = f"{path}/{picture.name}"
-                label = _label(sample, read)
-                if label is None and split != "test":
-                    sources.ignored.add("picture without a label in .cls or .json", name)
-                else:
-                    sources.images.append(RawImage(split, name, label, str(file), picture.offset, picture.size))
-
-
-def _samples(members: Iterable[Member], path: str, left_out: LeftOut) -> dict[str, _Sample]:
-    """Return the samples by KEY: the name up to the first dot of its last part, as WebDataset has it."""
-    samples: dict[str, _Sample] = {}
-    for member in members:
-        above, slash, last = member.name.rpartition("/")
+    """Add the pictures of a shard. A sample's KEY is the name up to the first dot of its last part."""
+    file, left_out = folder.path / path, sources.ignored
+    samples: dict[tuple[str, str], dict[str, Member]] = {}  # KEY → its "picture", "cls" and "json"
+    for member in listings.members(file, left_out.add):
+        above, _, last = member.name.rpartition("/")
         stem, _, extension = last.partition(".")
         extension = extension.lower()
-        sample = samples.setdefault(above + slash + stem, {})
+        sample = samples.setdefault((above, stem), {})
         if member.size <= MAX_SIZES.get(extension, -1):
             sample[extension] = member
         elif f".{extension}" not in SUFFIXES or not stem:
@@ -130,49 +92,58 @@ def _samples(members: Iterable[Member], path: str, left_out: LeftOut) -> dict[st
             left_out.add("second picture of one sample", f"{path}/{member.name}")
         else:
             sample["picture"] = member
-    return samples
+    with storage.opened(file) as (read, _):
+        for sample in samples.values():
+            if picture := sample.get("picture"):
+                label = _label(sample, read)
+                if label is None and split != "test":
+                    left_out.add("picture without a label in .cls or .json", f"{path}/{picture.name}")
+                else:
+                    name = f"{path}/{picture.name}"
+                    sources.images.append(RawImage(split, name, label, str(file), picture.offset, picture.size))
 
 
-def _label(sample: _Sample, read: Read) -> str | None:
-    """Return the label as text; None where there is none that can be used (−1 is WebDataset's word for none)."""
+def _label(sample: dict[str, Member], read: Read) -> str | None:
+    """Return the label as text; None where there is none that can be used."""
     member = sample.get("cls") or sample.get("json")
     if member is None:
         return None
+    data = read(member.size, member.offset)
     try:
-        data = read(member.size, member.offset)
-        if "cls" in sample:
-            text = data.decode("utf-8").strip()
-        else:
-            body = json.loads(data)
-            label = body.get("label") if isinstance(body, dict) else None
-            text = str(label).strip() if isinstance(label, (int, str)) and not isinstance(label, bool) else ""
-    except (ValueError, RecursionError):
+        label = data.decode() if "cls" in sample else json.loads(data).get("label")
+    except (ValueError, RecursionError, AttributeError):
         return None
-    usable = text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1"
-    return text if usable else None
+    return usable_label(str(label)) if isinstance(label, (int, str)) and not isinstance(label, bool) else None
 
 
-def _name_classes(sources: Sources, raw: Location, lists: list[str]) -> None:
-    """Give the classes, so far named by the labels as they stand, the names that a file in RAW has for them."""
-    labels, named = sources.images.wnids, _read_class_list(raw / lists[0]) if lists else {}
-    words = {name: text for name, text, _ in named.values()}
-    ids = {name: number for name, _, number in named.values() if number is not None}
-    if not all(NUMBER.fullmatch(label) for label in labels):
+def usable_label(text: str) -> str | None:
+    """Return a label, None where it is no printable text of at most MAX_LABEL characters, or −1, which means none."""
+    text = text.strip()
+    return text if text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1" else None
+
+
+def name_classes(sources: Sources, named: Mapping[int, ClassRecord] | None, file: str) -> None:
+    """Give classes that are named by numbers the names that `file` has for them; without it, numbers of one width.
+
+    Where not all are numbers, or `named` is None, the labels stay as they are.
+    """
+    labels, known = sources.images.wnids, (named or {}).values()
+    words = {record.wnid: record.words for record in known}
+    if named is None or not all(map(NUMBER.fullmatch, labels)):
         sources.classes = ranked(labels, words, {})
         return
-    numbers = {label: int(label) for label in labels}
-    if named and (beyond := sorted(set(numbers.values()) - named.keys())):
-        raise SourceError(
-            f"{raw / lists[0]}: names the classes 0 to {max(named)}, but a shard has the label {beyond[0]}; "
-            f"correct {lists[0]} or remove it"
-        )
-    width = len(str(max(numbers.values(), default=0)))
-    names = {label: named[n][0] if named else f"{n:0{width}d}" for label, n in numbers.items()}
+    numbers = [int(label) for label in labels]
+    if named and (beyond := sorted(set(numbers) - named.keys())):
+        reach = f"names the classes 0 to {max(named)}, but an image has the label {beyond[0]}"
+        raise SourceError(f"{file}: {reach}; correct that list or remove it")
+    width = len(str(max(numbers, default=0)))
+    names = {label: named[n].wnid if named else f"{n:0{width}d}" for label, n in zip(labels, numbers)}
     sources.images.rename_classes(names.__getitem__)
+    ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
     sources.classes = ranked(words or names.values(), words, ids)
 
 
-def _read_class_list(file: Location) -> dict[int, Named]:
+def _read_class_list(file: Location) -> dict[int, ClassRecord]:
     """Return the classes of dataset.json (a dataset directory of ours) or of classes.txt, by number.
 
     In classes.txt, line i names class i − 1: a wnid, with words or without; else the words are the name. Where two
@@ -181,18 +152,18 @@ def _read_class_list(file: Location) -> dict[int, Named]:
     if file.name == FILE_NAME:
         try:
             records = json.loads(read_text(file))["classes"]
-            return {int(r["label"]): (str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records}
+            classes = [ClassRecord(int(r["label"]), str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records]
+            return {record.label: record for record in classes}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
     lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if "" in lines:
         raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
-    classes: dict[int, Named] = {}
+    named: dict[int, ClassRecord] = {}
     for number, line in enumerate(lines):
-        if match := WNID_LINE.fullmatch(line):
-            classes[number] = (match[1], match[2] or match[1], None)
-        else:
-            classes[number] = (f"{line} ({number})" if lines.count(line) > 1 else line, line, None)
-    if len({name for name, *_ in classes.values()}) != len(classes):
+        match = WNID_LINE.fullmatch(line)
+        name = match[1] if match else f"{line} ({number})" if lines.count(line) > 1 else line
+        named[number] = ClassRecord(number, name, match[2] or match[1] if match else line, None)
+    if len({record.wnid for record in named.values()}) != len(named):
         raise SourceError(f"{file}: names one wnid twice; each line must name a class of its own")
-    return classes
+    return named
