@@ -13,7 +13,6 @@ from pipeline.cli import Command
 from pipeline.offline.sources import find_sources
 from tools.bench import common
 from tools.bench.common import CORES, COUNT, Figures, Row
-from tools.bench.peers_build import FUNCTIONS
 
 CEILING, OURS = "decode-encode", ["penstock"]
 ROWS = (
@@ -57,8 +56,8 @@ def build(
     chosen = common.with_baseline([row for row in ROWS if not only or row.name in only], baseline)
     rows = [row.fresh(workers=count) for row in chosen for count in sorted(set(workers))]
     per_shard = max(1, min(1000, images // (4 * max(workers))))
-    with common.scratch_folder() as scratch:
-        source = scratch / "pictures"
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
+        source = Path(scratch, "pictures")
         pictures = prepare(raw, source, images)
 
         def run(row: Row) -> Figures:
@@ -75,7 +74,7 @@ def build(
         for row in rows
         if row.function == "penstock" and row.runs
     ]
-    notes = common.baseline_lines(rows) + whole + common.notes_of(rows, FUNCTIONS)
+    notes = common.baseline_lines(rows) + whole
     common.publish(common.HEADER, table, rows, facts, notes, **report)
 
 

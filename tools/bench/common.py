@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -46,7 +46,7 @@ class Row:
 
     name: str  # for --only and in the record
     title: str
-    function: str = ""  # of the script that measures it, whose docstring is the note below the table
+    function: str = ""  # of the script that measures it
     options: Figures = field(default_factory=dict)  # of the function
     environment: str = ""  # of ENVIRONMENTS; none: our own Python
     against: list[str] = field(default_factory=list)  # rows that it is compared with
@@ -66,7 +66,7 @@ class Row:
     def fail(self, reason: str) -> None:
         """Keep the reason of a failure; the figures so far do not count."""
         self.runs, self.failed = [], reason
-        log(f"{self.name}, workers {self.workers}: not run: {reason}")
+        click.echo(f"{self.name}, workers {self.workers}: not run: {reason}", err=True)
 
 
 def interleave(rows: Sequence[Row], run: Callable[[Row], Figures], repetitions: int, images: int | None = None) -> None:
@@ -87,12 +87,8 @@ def interleave(rows: Sequence[Row], run: Callable[[Row], Figures], repetitions: 
                 row.fail(f"gave {figures['images']:,} of {images:,} pictures")
                 continue
             row.runs.append(figures)
-            log(f"{repetition + 1}/{repetitions} {row.name}, workers {row.workers}: {number(row.rates()[-1])}/s")
-
-
-def log(line: str) -> None:
-    """Write a line of progress to stderr."""
-    click.echo(line, err=True)
+            rate = number(row.rates()[-1])
+            click.echo(f"{repetition + 1}/{repetitions} {row.name}, workers {row.workers}: {rate}/s", err=True)
 
 
 def find_row(rows: Sequence[Row], name: str, workers: int = CORES) -> Row | None:
@@ -131,13 +127,6 @@ def cells(rows: Sequence[Row], row: Row, ceiling: str) -> tuple[str, ...]:
     compared = ratio_text(ours.rates(), row.rates()) if ours else ""
     memory = f"{max(run['rss'] for run in row.runs) / 2**20:,.0f} MiB"
     return row.title, detail, spread(row.rates()), share, compared, memory
-
-
-def notes_of(rows: Sequence[Row], functions: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """Return a line for each function: the title of its first row, and its docstring."""
-    titles = {row.function: row.title for row in reversed(rows)}
-    notes = {title: functions[function].__doc__ or "" for function, title in reversed(titles.items())}
-    return [f"{title}: {' '.join(text.split())}" for title, text in notes.items()]
 
 
 def publish(
@@ -198,13 +187,13 @@ baseline_option = click.option(
 
 
 def with_baseline(rows: Sequence[Row], baseline: Path | None) -> list[Row]:
-    """Return the rows, and before each row of our own code the same one for another checkout."""
+    """Return the rows, and after each row of our own code the same one for another checkout."""
     result = []
     for row in rows:
+        result.append(row)
         if baseline and "checkout" in row.options:
             options = row.options | {"checkout": str(baseline.resolve())}
             result.append(row.fresh(name=f"{row.name}-baseline", title=f"{row.title}, of {baseline}", options=options))
-        result.append(row)
     return result
 
 
@@ -216,14 +205,6 @@ def baseline_lines(rows: Sequence[Row]) -> list[str]:
         for row, other in pairs
         if other
     ]
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Yield a folder in the user's cache; it is deleted afterwards."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="run-", dir=cache_folder()) as folder:
-        yield Path(folder)
 
 
 def run_job(script: str, row: Row, job: Figures) -> Figures:
@@ -250,7 +231,7 @@ def run_job(script: str, row: Row, job: Figures) -> Figures:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        log(errors[-4000:])  # the table has the last line only
+        click.echo(errors[-4000:], err=True)  # the table has the last line only
         raise UserError(f"failed ({process.returncode}): {(errors.strip() or 'nothing on stderr').splitlines()[-1]}")
     try:
         figures: Figures = json.loads(out.splitlines()[-1])
@@ -259,22 +240,17 @@ def run_job(script: str, row: Row, job: Figures) -> Figures:
     return figures
 
 
-def cache_folder() -> Path:
-    """Return the folder of environments and scratch files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock" / "bench"
-
-
-def requirements(environment: str) -> str:
-    """Return the content of the file READY of an environment."""
-    return "\n".join((f"python {sys.version}", *ENVIRONMENTS[environment], ""))
+def environment_folder(name: str) -> Path:
+    """Return the folder of a peer's virtual environment, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock" / "bench" / name
 
 
 def python_of(environment: str) -> Path:
     """Return the Python of an environment. Raises UserError where it is not installed, or with other versions."""
     if not environment:
         return Path(sys.executable)
-    folder = cache_folder() / environment
-    if not (folder / READY).is_file() or (folder / READY).read_text() != requirements(environment):
+    folder = environment_folder(environment)
+    if not (folder / READY).is_file() or (folder / READY).read_text().split() != list(ENVIRONMENTS[environment]):
         raise UserError(f"not installed; python tools/bench peers {environment}")
     return folder / "bin" / "python"
 
@@ -290,14 +266,21 @@ def peers(names: tuple[str, ...]) -> None:
     """
     failed = []
     for name in names or ENVIRONMENTS:
-        log(f"{name}: installing {', '.join(ENVIRONMENTS[name])}")
-        folder = cache_folder() / name
-        pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, *ENVIRONMENTS[name]]):
-            if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
-                failed.append(f"{name} ({ADVICE[name]})" if name in ADVICE else name)
-                break
+        folder, packages = environment_folder(name), ENVIRONMENTS[name]
+        click.echo(f"{name}: installing {', '.join(packages)}", err=True)
+        venv = [sys.executable, "-m", "venv", "--clear", str(folder)]
+        pip = [
+            str(folder / "bin" / "python"),
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "--quiet",
+            *packages,
+        ]
+        if any(subprocess.run(command, check=False, stdout=sys.stderr).returncode for command in (venv, pip)):
+            failed.append(f"{name} ({ADVICE[name]})" if name in ADVICE else name)
         else:
-            (folder / READY).write_text(requirements(name))
+            (folder / READY).write_text("\n".join(packages))
     if failed:
         raise UserError(f"not installed: {', '.join(failed)}; `build` and `load` report their rows as not run")

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.manifest import FileRecord, Manifest, Split
 from tools.bench import common
 from tools.bench.common import CORES, COUNT, ROOT, Figures, Row
 from tools.bench.peers_build import SIDE, Job
-from tools.bench.peers_load import FUNCTIONS, images_of, stored_jpegs
+from tools.bench.peers_load import images_of, stored_jpegs
 
 TRAIN, CEILING, UINT8, COLOUR = "train", "decode", ["penstock-uint8"], ["penstock-colour"]
 OURS = {"checkout": str(ROOT)}
@@ -57,7 +58,8 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
       python tools/bench load /data/imagenet-256 --only penstock-uint8 --baseline ../before
     """
     rows = common.with_baseline([row.fresh() for row in ROWS if not only or row.name in only], baseline)
-    with common.scratch_folder() as scratch:
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
+        scratch = Path(name)
         source, pictures = scratch / "dataset", scratch / "pictures"
         sizes: Figures = {"batch": batch, "batches": batches}
         taken = images_of(Job("", "", "", CORES, **sizes))
@@ -66,7 +68,7 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
         def run(row: Row) -> Figures:
             job = {"source": str(source), "out": str(scratch / row.name), **sizes}
             if row.function in OWN_FORMAT and not (scratch / row.name).exists():
-                common.log(f"{row.name}: writing its own format, untimed")
+                click.echo(f"{row.name}: writing its own format, untimed", err=True)
                 if not pictures.exists():
                     write_pictures(Job("", str(source), "", CORES), taken, pictures / "all")
                 built = {"source": str(pictures), "per_shard": max(1, min(1000, taken // (4 * CORES)))}
@@ -79,8 +81,7 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
         f"{SIDE} × {SIDE}, {stored['size'].mean() / 1e3:.1f} kB on average; {CORES} threads or processes each"
     ]
     header, table = ("row", "gives", *common.HEADER[2:]), [common.cells(rows, row, CEILING) for row in rows]
-    notes = common.baseline_lines(rows) + common.notes_of(rows, FUNCTIONS)
-    common.publish(header, table, rows, facts, notes, **report)
+    common.publish(header, table, rows, facts, common.baseline_lines(rows), **report)
 
 
 @click.command(cls=Command)
@@ -100,9 +101,9 @@ def first_batch(samples: int, shards: int, batch: int, **report: Any) -> None:
     if shards > samples:
         raise UserError(f"{shards:,} shards of {samples:,} samples; give as many samples as shards, or more")
     row = Row("first-batch", "Penstock, first batch", "first_batch")
-    with common.scratch_folder() as scratch:
-        of_images(drawn(scratch), samples, scratch / "dataset", shards)
-        job = {"source": str(scratch / "dataset"), "out": "", "batch": batch}
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
+        made = of_images(drawn(Path(scratch)), samples, Path(scratch, "dataset"), shards)
+        job = {"source": str(made.root), "out": "", "batch": batch}
         common.interleave([row], lambda row: common.run_job("peers_load.py", row, job), report["repetitions"], batch)
     if row.failed:
         raise UserError(row.failed)

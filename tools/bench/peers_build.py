@@ -1,7 +1,4 @@
-"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`; only functions import their peers.
-
-The docstring of a job is its note below the table.
-"""
+"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`; only functions import their peers."""
 
 import io
 import json
@@ -17,17 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 SIDE = 256  # pixels of a side of the stored square
 QUALITY = 95  # JPEG, libjpeg's scale
 Figures = dict[str, Any]
 
 
-class Picture(NamedTuple):
-    path: str
-    label: int
-    key: str
+Picture = tuple[str, int]  # path, label
 
 
 @dataclass(frozen=True)
@@ -46,19 +40,14 @@ class Job:
     def pictures(self) -> list[Picture]:
         """Return the raw pictures by class and name."""
         folders = enumerate(sorted(Path(self.source).iterdir()))
-        files = [(path, label) for label, folder in folders for path in sorted(folder.iterdir())]
-        return [Picture(str(path), label, path.stem) for path, label in files]
+        return [(str(path), label) for label, folder in folders for path in sorted(folder.iterdir())]
 
 
 def main(functions: Mapping[str, Callable[[Job], Figures]]) -> None:
-    """Run the job that the command line names, on as many cores as it has workers; print its figures as the last line.
-
-    Nobody gains from more threads.
-    """
+    """Run the job in the file that the command line names, on as many cores as workers; print its figures last."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.workers :])
-    figures = functions[job.function](job)
-    print("\n" + json.dumps(figures), flush=True)
+    print("\n" + json.dumps(functions[job.function](job)), flush=True)
 
 
 def measured(images: int, began: float, ended: float, *packages: str, **more: object) -> Figures:
@@ -70,10 +59,7 @@ def measured(images: int, began: float, ended: float, *packages: str, **more: ob
 
 
 def in_processes(job: Job, write: Callable[[list[Picture], str], object], *packages: str) -> Figures:
-    """Let every worker write shards of every `workers`-th picture: `write` has the pictures and the shard's path.
-
-    Workers are forked: what was imported is there already.
-    """
+    """Let every worker, a fork, write shards of every `workers`-th picture: `write` gets pictures and a path."""
     fork, pictures = multiprocessing.get_context("fork"), job.pictures()
     times = fork.SimpleQueue()
     Path(job.out).mkdir()
@@ -96,19 +82,17 @@ def in_processes(job: Job, write: Callable[[list[Picture], str], object], *packa
 
 
 def codec(job: Job) -> Figures:
-    """Decode by libjpeg-turbo through simplejpeg, from bytes in memory, and nothing else; or encode for each picture a
-    256 × 256 one as well, prepared beforehand, at quality 95, 4:2:0."""
+    """Decode JPEGs in memory by libjpeg-turbo; or encode a prepared square for each as well, quality 95, 4:2:0."""
     import simplejpeg  # type: ignore[import-untyped,unused-ignore]
 
     prepared = {}  # by inode, before the fork: neither reading nor rescaling is timed
-    for picture in job.pictures():
-        if (inode := os.stat(picture.path).st_ino) not in prepared:
-            square = simplejpeg.decode_jpeg(pillow_jpeg(picture.path))
-            prepared[inode] = Path(picture.path).read_bytes(), square
+    for path, _ in job.pictures():
+        if (inode := os.stat(path).st_ino) not in prepared:
+            prepared[inode] = Path(path).read_bytes(), simplejpeg.decode_jpeg(pillow_jpeg(path))
 
-    def write(pictures: list[Picture], path: str) -> None:
-        for picture in pictures:
-            data, square = prepared[os.stat(picture.path).st_ino]
+    def write(pictures: list[Picture], shard: str) -> None:
+        for path, _ in pictures:
+            data, square = prepared[os.stat(path).st_ino]
             simplejpeg.decode_jpeg(data)
             if job.options["encode"]:
                 simplejpeg.encode_jpeg(square, quality=QUALITY, colorsubsampling="420")
@@ -117,8 +101,7 @@ def codec(job: Job) -> Figures:
 
 
 def penstock(job: Job) -> Figures:
-    """Do the whole job: decode, bicubic rescaling, crop, JPEG 95, mean image and covariance, tar, index, labels,
-    digests of raw pictures and of files, fsync of every file, manifest."""
+    """Do the whole job, with statistics, index, digests of raw pictures and of files, and fsync of every file."""
     checkout, started = job.options["checkout"], time.monotonic()
     command = [sys.executable, f"{checkout}/tools/build_shards.py", job.source, job.out, "--layout", "class-folders"]
     command += ["--workers", str(job.workers), "--samples-per-shard", str(job.per_shard), "--holdout", "0"]
@@ -134,7 +117,7 @@ def penstock(job: Job) -> Figures:
 
 
 def pillow_jpeg(path: str) -> bytes:
-    """Return the JPEG to store, as hand-written loops make it: Pillow, shorter side to 256, bicubic, centre crop."""
+    """Return the JPEG to store: by Pillow, shorter side to 256, bicubic, centre crop."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -151,17 +134,16 @@ def webdataset(job: Job) -> Figures:
     """Rescale by stock Pillow, bicubic; tars and labels; no statistics, index, digests or fsync."""
     from webdataset import ShardWriter
 
-    def write(pictures: list[Picture], path: str) -> None:
-        with ShardWriter(f"{path}-%06d.tar", maxcount=job.per_shard, verbose=0) as writer:
-            for picture in pictures:
-                writer.write({"__key__": picture.key, "jpg": pillow_jpeg(picture.path), "cls": picture.label})
+    def write(pictures: list[Picture], shard: str) -> None:
+        with ShardWriter(f"{shard}-%06d.tar", maxcount=job.per_shard, verbose=0) as writer:
+            for path, label in pictures:
+                writer.write({"__key__": Path(path).stem, "jpg": pillow_jpeg(path), "cls": label})
 
     return in_processes(job, write, "webdataset", "pillow")
 
 
 def opencv(job: Job) -> Figures:
-    """Rescale by OpenCV, INTER_AREA (bicubic where smaller); JPEGs and labels in a pickle per shard; turns pictures as
-    their EXIF says; no statistics, index, digests or fsync."""
+    """Rescale by OpenCV, INTER_AREA; JPEGs and labels in a pickle per shard; no statistics, index, digests or fsync."""
     import cv2  # type: ignore[import-not-found,unused-ignore]
 
     cv2.setNumThreads(1)  # a process a core, as with the others
@@ -175,16 +157,15 @@ def opencv(job: Job) -> Figures:
         square = image[top : top + SIDE, left : left + SIDE]
         return bytes(cv2.imencode(".jpg", square, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1])
 
-    def write(pictures: list[Picture], path: str) -> None:
-        content = {"data": [jpeg(picture.path) for picture in pictures], "labels": [p.label for p in pictures]}
-        Path(path).write_bytes(pickle.dumps(content))
+    def write(pictures: list[Picture], shard: str) -> None:
+        content = {"data": [jpeg(path) for path, _ in pictures], "labels": [label for _, label in pictures]}
+        Path(shard).write_bytes(pickle.dumps(content))
 
     return in_processes(job, write, "opencv-python-headless")
 
 
 def img2dataset(job: Job) -> Figures:
-    """Download nothing: fed from files; OpenCV, INTER_AREA (Lanczos where smaller); grey pictures stay grey; SHA-256 of
-    the raw bytes, JSON per picture, parquet per shard; no statistics, index or fsync."""
+    """Rescale by OpenCV, INTER_AREA, from files; SHA-256 and JSON per picture; no statistics, index or fsync."""
     import hashlib
 
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # read at the import: do not look for newer versions
@@ -197,24 +178,23 @@ def img2dataset(job: Job) -> Figures:
     schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int32()) for name in numbers])
     resizer = Resizer(SIDE, "center_crop", False, encode_quality=QUALITY)
 
-    def write(pictures: list[Picture], path: str) -> None:
-        Path(path).mkdir()
-        writer = WebDatasetSampleWriter(0, path, False, 5, schema, "jpg")
-        for picture in pictures:
-            data = Path(picture.path).read_bytes()
+    def write(pictures: list[Picture], shard: str) -> None:
+        Path(shard).mkdir()
+        writer = WebDatasetSampleWriter(0, shard, False, 5, schema, "jpg")
+        for path, label in pictures:
+            data, key = Path(path).read_bytes(), Path(path).stem
             jpeg, *sides, error = resizer(io.BytesIO(data))
             if error:
-                raise ValueError(f"{picture.path}: {error}")
-            meta = {"status": "success", "error_message": None, "sha256": hashlib.sha256(data).hexdigest()}
-            writer.write(jpeg, picture.key, None, picture._asdict() | meta | dict(zip(numbers[1:], sides)))
+                raise ValueError(f"{path}: {error}")
+            values = (key, path, "success", None, hashlib.sha256(data).hexdigest(), label, *sides)
+            writer.write(jpeg, key, None, dict(zip(schema.names, values)))
         writer.close()
 
     return in_processes(job, write, "img2dataset", "opencv-python-headless", "albumentations")
 
 
 def litdata(job: Job) -> Figures:
-    """Rescale by stock Pillow, bicubic, within its own chunk format; index of chunks; order not kept; no statistics,
-    digests or fsync."""
+    """Rescale by stock Pillow, bicubic; its own chunk format; order not kept; no statistics, digests or fsync."""
     litdata_folders(job)
     from litdata import optimize  # type: ignore[import-not-found,unused-ignore]
 
@@ -234,7 +214,7 @@ def litdata_sample(picture: Picture, starts: Path) -> dict[str, Any]:
     start = starts / str(os.getpid())
     if not start.exists():
         start.write_text(str(time.monotonic()))
-    return {"image": pillow_jpeg(picture.path), "label": picture.label}
+    return {"image": pillow_jpeg(picture[0]), "label": picture[1]}
 
 
 def litdata_folders(job: Job) -> None:
@@ -246,8 +226,7 @@ def litdata_folders(job: Job) -> None:
 
 
 def ffcv(job: Job) -> Figures:
-    """Rescale the longer side to 256 without a crop: fewer pixels are rescaled, encoded and stored; Pillow decodes,
-    OpenCV rescales (INTER_AREA) and encodes; one file; no statistics, digests or fsync."""
+    """Rescale the longer side to 256 by OpenCV, without a crop: fewer pixels; no statistics, digests or fsync."""
     os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # with TBB, the process hangs at its exit on one core
     from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found,unused-ignore]
     from ffcv.writer import DatasetWriter  # type: ignore[import-not-found,unused-ignore]
@@ -262,12 +241,12 @@ def ffcv(job: Job) -> Figures:
         def __getitem__(self, i: int) -> tuple[Any, int]:
             with began.get_lock():
                 began.value = began.value or time.monotonic()
-            with Image.open(pictures[i].path) as image:
-                return image.convert("RGB"), pictures[i].label
+            path, label = pictures[i]
+            with Image.open(path) as image:
+                return image.convert("RGB"), label
 
     Path(job.out).mkdir(parents=True)
-    mode = job.options.get("write_mode", "jpg")
-    image = RGBImageField(write_mode=mode, max_resolution=SIDE, jpeg_quality=QUALITY)
+    image = RGBImageField(job.options.get("write_mode", "jpg"), max_resolution=SIDE, jpeg_quality=QUALITY)
     fields = {"image": image, "label": IntField()}
     writer = DatasetWriter(str(Path(job.out, "pictures.beton")), fields, num_workers=job.workers)
     writer.from_indexed_dataset(Pictures(), chunksize=max(1, min(100, len(pictures) // (8 * job.workers))))

@@ -1,7 +1,4 @@
-"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`; only functions import their peers.
-
-The docstring of a job is its note below the table.
-"""
+"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`; only functions import their peers."""
 
 import io
 import json
@@ -11,10 +8,11 @@ import tarfile
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from tools.bench.peers_build import SIDE, Figures, Job, litdata_folders, main, measured
 
@@ -66,8 +64,7 @@ def take(job: Job, batches: Iterator[Any], *packages: str) -> Figures:
 
 
 def penstock(job: Job) -> Figures:
-    """Cut random windows and flips; a permutation of the whole split, positioned reads, CRC-32 of every picture; by
-    default minus the mean image, with lighting."""
+    """Cut random windows and flips of a permutation of the whole split, minus the mean image, with lighting; CRC-32."""
     sys.path.insert(0, job.options.pop("checkout"))
     from pipeline.online import Loader
 
@@ -80,35 +77,27 @@ def first_batch(job: Job) -> Figures:
     from pipeline import manifest
     from pipeline.online import Loader
 
-    times = [time.monotonic()]
+    began = time.monotonic()
     data = manifest.load(job.source)
-    times.append(time.monotonic())
+    loaded = time.monotonic()
     with Loader(data, "train", batch_size=job.batch) as loader:
-        times.append(time.monotonic())
+        constructed = time.monotonic()
         images = len(next(loader).images)
-        times.append(time.monotonic())
-    stages = dict(zip(("manifest.load", "Loader(…)", "first batch"), (b - a for a, b in pairwise(times))))
-    return measured(images, times[0], times[-1], DALI, "torch", "numpy", stages=stages)
-
-
-class DaliBatch(NamedTuple):
-    """Shape and type of a batch that stays in DALI's memory."""
-
-    shape: tuple[int, ...]
-    dtype: Any
+        ended = time.monotonic()
+    stages = {"manifest.load": loaded - began, "Loader(…)": constructed - loaded, "first batch": ended - constructed}
+    return measured(images, began, ended, DALI, "torch", "numpy", stages=stages)
 
 
 def dali_window(job: Job) -> Figures:
-    """Decode random 224 × 224 windows of JPEGs in memory; no flip, reading, shuffling or labels; nothing is copied out
-    of DALI."""
+    """Decode random windows of JPEGs in memory; no flip, reading or labels; nothing is copied out of DALI."""
     jpegs = list(islice(stored_jpegs(job), images_of(job)))
     return take(job, dali_windows(jpegs, job.batch, job.workers), DALI)
 
 
 def dali_windows(
     jpegs: list[bytes], batch: int, threads: int, device: int | None = None, hardware_share: float = 0.0
-) -> Iterator[DaliBatch]:
-    """Yield batches of windows without end, by the CPU or by a GPU, whose hardware decoder takes a share of them."""
+) -> Iterator[SimpleNamespace]:
+    """Yield shape and dtype of batches without end, by the CPU or by a GPU, whose hardware decoder takes a share."""
     import numpy as np
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
@@ -130,12 +119,11 @@ def dali_windows(
     pipeline.build()
     while True:
         (views,) = pipeline.run()
-        yield DaliBatch((len(views), *views[0].shape()), "uint8")
+        yield SimpleNamespace(shape=(len(views), *views[0].shape()), dtype="uint8")
 
 
 def dali_reader(job: Job) -> Figures:
-    """Cut random windows and flips, minus the mean colour; a shuffle buffer of 1,024 pictures, the shards mapped into
-    memory; labels left as text; copied to torch by DALIGenericIterator."""
+    """Cut random windows and flips, minus the mean colour; a shuffle buffer of 1,024; by DALIGenericIterator."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -180,8 +168,7 @@ def pillow_view(image: Any, mean: Any) -> Any:
 
 
 def webdataset(job: Job) -> Figures:
-    """Decode whole pictures by stock Pillow; random window and flip, minus the mean colour; shards drawn at random, a
-    shuffle buffer of 1,000 pictures; a process a core."""
+    """Decode whole pictures by stock Pillow; window and flip, minus the mean colour; a shuffle buffer of 1,000."""
     import torch
     from torch.utils.data import DataLoader
     from webdataset import WebDataset
@@ -194,8 +181,7 @@ def webdataset(job: Job) -> Figures:
 
 
 def litdata(job: Job) -> Figures:
-    """Decode whole pictures by stock Pillow, from chunks of JPEGs that were encoded anew; random window and flip, minus
-    the mean colour; a process a core."""
+    """Decode whole pictures by stock Pillow, from its chunks of JPEGs; window and flip, minus the mean colour."""
     litdata_folders(job)
     import torch
     from litdata import StreamingDataLoader, StreamingDataset  # type: ignore[import-not-found,unused-ignore]
@@ -214,9 +200,7 @@ def litdata_view(stored: dict[str, Any], mean: Any) -> tuple[Any, int]:
 
 
 def ffcv(job: Job) -> Figures:
-    """Decode whole pictures of its .beton (JPEGs that were encoded anew, or pixels: 192 KiB a picture, warm in memory),
-    then its own random crop, of exactly a view, and flip in numba; order RANDOM, os_cache; batches in memory that is
-    used again."""
+    """Decode whole pictures of its .beton (JPEGs encoded anew, or pixels); its own crop, exactly a view, and flip."""
     from ffcv.fields import decoders  # type: ignore[import-not-found,unused-ignore]
     from ffcv.loader import Loader, OrderOption  # type: ignore[import-not-found,unused-ignore]
     from ffcv.transforms import RandomHorizontalFlip, ToTensor  # type: ignore[import-not-found,unused-ignore]

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import UserError, manifest
-from pipeline.manifest import Manifest
 from pipeline.online import Loader
 from pipeline.online.loader import Batch
 from tools.bench import common
@@ -23,6 +23,7 @@ from tools.bench.peers_load import dali_windows, stored_jpegs
 from trainer import feed, layers, model, optim, parallel, watch
 from trainer import recipe as recipes
 from trainer.model import Masks, Weights
+from trainer.recipe import Recipe
 from trainer.step import drawn_masks, update
 
 FP32 = "fp32"  # the variant that the others are compared with
@@ -31,6 +32,9 @@ DEVIATION = 54.0  # grey levels, of a view less its mean image
 AHEAD = 6  # batches that a loader may have ready
 WARM_UP = {"cuda": 8, "cpu": 1}  # steps before the first turn; before each of the others there is one
 SIDES = {"cuda": 8192, "cpu": 1024}  # of matrices
+# Weights stay as they are but for the last bits: a batch learned by heart has gradients of denormals, slow on a CPU.
+RATES = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
+WIDTHS, UNITS = (64, 192, 384, 256, 256), 4096  # of torchvision's AlexNet
 # torch's out of memory is a RuntimeError, and so is what torch.compile cannot compile
 FAILURES = (RuntimeError, UserError, ImportError, AssertionError, OSError)
 
@@ -42,9 +46,8 @@ class Timed:
     step: Callable[[], int]
     loader: Loader | None = None
     precision: str = FP32
-    check: Callable[[], None] = lambda: None
     facts: Figures = field(default_factory=dict)
-    resident: int = 0  # bytes on a GPU
+    losses: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last step
 
 
 def settings(variant: str) -> tuple[str, ...]:
@@ -57,54 +60,59 @@ def settings(variant: str) -> tuple[str, ...]:
 
 def group(job: Job) -> Figures:
     """Set up all rows of a group, then let them take turns. A row that fails keeps the reason; the others go on."""
-    rows = [Row(**row) for row in job.options["rows"]]
-    devices, timed = job_devices(job), dict[str, Timed]()
+    rows, timed = [Row(**row) for row in job.options["rows"]], dict[str, Timed]()
+    gpus = {device for device in job_devices(job) if device.type == "cuda"}
     with ExitStack() as stack:
+
+        def set_up(row: Row) -> None:
+            held = {gpu: torch.cuda.memory_allocated(gpu) for gpu in gpus}
+            for gpu in gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            timed[row.name] = FUNCTIONS[row.function](job, row, stack)
+            for _ in range(WARM_UP[job_devices(job)[0].type]):
+                timed[row.name].step()
+            row.facts |= timed[row.name].facts
+            if gpus:
+                row.facts["peak"] = max(torch.cuda.max_memory_allocated(gpu) - held[gpu] for gpu in gpus)
+
+        def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except FAILURES as error:
+                raise UserError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
         for row in rows:
             try:
-                before = allocated(devices)
-                timed[row.name] = FUNCTIONS[row.function](job, row, stack)
-                for _ in range(WARM_UP[devices[0].type]):
-                    timed[row.name].step()
-                synchronise(devices)
-                timed[row.name].resident = allocated(devices) - before
-                row.facts |= timed[row.name].facts
-            except FAILURES as error:
+                attempt(set_up, row)
+            except UserError as error:
                 timed.pop(row.name, None)
-                row.fail(reason(error))
-
-        def turn(row: Row) -> Figures:
-            try:
-                return take_turn(timed[row.name], devices, job.options["seconds"])
-            except FAILURES as error:
-                raise UserError(reason(error)) from error
-
-        common.interleave(rows, turn, job.options["repetitions"])
+                row.fail(str(error))
+        least = job.options["seconds"]
+        common.interleave(
+            rows, lambda row: attempt(take_turn, timed[row.name], gpus, least), job.options["repetitions"]
+        )
     return {"rows": [asdict(row) for row in rows]}
 
 
-def take_turn(timed: Timed, devices: Sequence[torch.device], least: float) -> Figures:
+def take_turn(timed: Timed, gpus: set[torch.device], least: float) -> Figures:
     """Take steps for at least so many seconds, after untimed steps."""
     # While other rows run, a loader makes ready all that it may have ahead; in a run it does only if it is the faster.
     parallel.reference_precision(timed.precision)
     for _ in range(AHEAD if timed.loader else 1):
         timed.step()
-    synchronise(devices)
-    for device in devices if devices[0].type == "cuda" else ():
-        torch.cuda.reset_peak_memory_stats(device)
-    before, waited = allocated(devices), timed.loader and timed.loader.meter.total
+    synchronise(gpus)
+    waited = timed.loader and timed.loader.meter.total
     images, steps, began = 0, 0, time.perf_counter()
     while not steps or time.perf_counter() < began + least:
         images, steps = images + timed.step(), steps + 1
-    synchronise(devices)
+    synchronise(gpus)
     seconds = time.perf_counter() - began
-    timed.check()
+    if not bool(timed.losses.isfinite()):
+        raise UserError("the loss is not a finite number")
+    torch.cuda.empty_cache()  # for the next row
     figures: Figures = {"images": images, "seconds": seconds, "steps": steps}
     if timed.loader and waited:
         figures["stall"] = (timed.loader.meter.total - waited).shares(seconds)
-    if devices[0].type == "cuda":
-        figures["peak"] = allocated(devices, torch.cuda.max_memory_allocated) - before + timed.resident
-        torch.cuda.empty_cache()  # for the next row
     return figures
 
 
@@ -112,21 +120,10 @@ def job_devices(job: Job) -> list[torch.device]:
     return [torch.device(name) for name in job.options["devices"]]
 
 
-def synchronise(devices: Sequence[torch.device]) -> None:
-    """Wait for the GPUs."""
-    for device in set(devices):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
-def allocated(devices: Sequence[torch.device], memory: Callable[..., int] = torch.cuda.memory_allocated) -> int:
-    """Return torch's bytes, or the peak of them, on the GPU that has most."""
-    return max((memory(device) for device in devices if device.type == "cuda"), default=0)
-
-
-def reason(error: BaseException) -> str:
-    """Return one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def synchronise(devices: set[torch.device]) -> None:
+    """Wait for GPUs."""
+    for device in devices:
+        torch.cuda.synchronize(device)
 
 
 def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
@@ -137,7 +134,7 @@ def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
 
     def step() -> int:
         torch.mm(a, b, out=out)
-        synchronise([device])
+        synchronise({device} if device.type == "cuda" else set())
         return 2 * side**3  # operations
 
     return Timed(step, precision=precision)
@@ -167,14 +164,23 @@ def supply(job: Job, row: Row, stack: ExitStack) -> Timed:
 def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Set up a step of STEPS, fed by the loader or with one batch of random numbers."""
     data, variant = manifest.load(job.source), row.options.get("variant") or job.options["variant"]
-    made = STEPS[row.function](data, job_devices(job), job.options["recipe"], job.batch, variant)
-    timed = Timed(lambda: made.step(batch), precision=made.plan.train.precision, check=made.check)
-    timed.facts = {"operations": made.operations, "devices": len(set(made.devices))}
+    sizes = (f"train.batch_size={job.batch}", f"optim.batch_size={job.batch}")
+    plan = recipes.load(job.options["recipe"], (*RATES, *sizes, *settings(variant)))
+    parallel.reference_precision(plan.train.precision)
+    devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
+    train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
+    timed = Timed(lambda: 0, precision=plan.train.precision)
+    timed.facts = {"operations": count, "devices": len(set(devices))}
     if row.options.get("fed"):
-        loader = timed.loader = stack.enter_context(feed.training(data, made.plan, made.devices))
-        timed.step = lambda: made.step(next(loader))
-    else:
-        batch = synthetic(job.batch, made.plan.model.size, made.devices)
+        timed.loader = stack.enter_context(feed.training(data, plan, devices))
+    batches = timed.loader or repeat(synthetic(job.batch, plan.model.size, devices))
+
+    def step() -> int:
+        batch = next(batches)
+        timed.losses = train(batch)
+        return len(batch.ids)
+
+    timed.step = step
     return timed
 
 
@@ -195,46 +201,21 @@ def operations(multiply_adds: Sequence[int]) -> int:
     return 2 * (3 * sum(multiply_adds) - multiply_adds[0])
 
 
-class TrainerStep:
+Step = tuple[Callable[[Batch], Tensor], int]  # a step, which returns the losses; the operations of an image
+
+
+def penstock(network_class: Any, plan: Recipe, classes: int, devices: Sequence[torch.device]) -> Step:
     """Take a run's own step: dropout masks, forward, backward, new weights, watch; each column on its device."""
+    train = plan.train
+    network = network_class(plan.model, classes, devices, train.compile, train.channels_last)
+    network.load(model.initial_weights(plan.model, classes, train.seed))
+    optimiser, watched = optim.Momentum(network.parts(), plan.optim.momentum), watch.Watch(network)
+    rates = optim.Schedule(plan, 1).rates(0)
 
-    network_class: Any = parallel.Columns
+    def step(batch: Batch) -> Tensor:
+        return update(network, optimiser, batch, drawn_masks(network, train.seed, batch), rates, train, watched)
 
-    def __init__(self, data: Manifest, devices: Sequence[torch.device], recipe: str, batch: int, variant: str) -> None:
-        # Weights stay as they are but for the last bits: a batch learned by heart has gradients of denormals, slow on a
-        # CPU. So each step on the same batch adds the same gradient to the velocities.
-        rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
-        sizes = (f"train.batch_size={batch}", f"optim.batch_size={batch}")
-        self.plan = recipes.load(recipe, (*rates, *sizes, *settings(variant)))
-        self.devices, self.classes = tuple(devices)[: self.plan.model.columns], max(CLASSES, len(data.classes))
-        parallel.reference_precision(self.plan.train.precision)
-        self.losses = torch.zeros(())
-        self.schedule = optim.Schedule(self.plan, feed.steps_of(data, self.plan))
-        self.build()
-
-    def build(self) -> None:
-        """Make the network and its optimiser."""
-        recipe, train = self.plan.model, self.plan.train
-        self.network = self.network_class(recipe, self.classes, self.devices, train.compile, train.channels_last)
-        self.devices = self.network.devices
-        self.network.load(model.initial_weights(recipe, self.classes, train.seed))
-        self.operations = operations([layer.multiply_adds for layer in layers.plan(recipe, self.classes)])
-        self.optimiser = optim.Momentum(self.network.parts(), self.plan.optim.momentum)
-        self.watch = watch.Watch(self.network)
-
-    def step(self, batch: Batch) -> int:
-        """Train on a batch; return its images."""
-        masks, rates = drawn_masks(self.network, self.plan.train.seed, batch), self.schedule.rates(batch.step)
-        self.losses = update(self.network, self.optimiser, batch, masks, rates, self.plan.train, self.watch)
-        return len(batch.ids)
-
-    def check(self) -> None:
-        """Raise UserError where a number was not finite."""
-        self.watch.check()
-
-    def outcome(self) -> dict[str, Tensor]:
-        """Return the last step's loss, and the velocities, on the host."""
-        return {"loss": self.losses.to("cpu"), **self.network.gathered(self.optimiser.velocity)}
+    return step, operations([layer.multiply_adds for layer in layers.plan(plan.model, classes)])
 
 
 class Grouped(model.Grouped):
@@ -257,45 +238,26 @@ class Grouped(model.Grouped):
     def parts(self) -> list[Weights]:
         return [self.weights()]
 
-    def gathered(self, values: Sequence[Weights]) -> Weights:
-        return {name: value.to("cpu", copy=True) for name, value in values[0].items()}
 
+def torchvision(plan: Recipe, classes: int, devices: Sequence[torch.device]) -> Step:
+    """Train another network in plain torch: 64, 192, 384, 256, 256 maps, no LRN, no groups; torch.optim.SGD, autocast
+    for bf16."""
+    (device,), train = devices, plan.train
+    layout: Any = torch.channels_last if train.channels_last else torch.contiguous_format
+    network = alexnet(classes).to(device, memory_format=layout)  # type: ignore[call-overload]
+    sgd = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=plan.optim.momentum, weight_decay=5e-4)
+    run = model.compiled(network, train.compile)
 
-class GroupedStep(TrainerStep):
-    """Take the same step of the same network whole on the first device, with grouped convolutions and no columns."""
-
-    network_class = Grouped
-
-
-class PlainStep(TrainerStep):
-    """Train another network in plain torch, on the first device: 64, 192, 384, 256, 256 maps, no LRN, no groups;
-    nn.functional.cross_entropy, torch.optim.SGD, autocast for bf16."""
-
-    def build(self) -> None:
-        self.devices, train = self.devices[:1], self.plan.train
-        self.layout: Any = torch.channels_last if train.channels_last else torch.contiguous_format
-        network = alexnet(self.classes).to(self.devices[0], memory_format=self.layout)  # type: ignore[call-overload]
-        self.operations = alexnet_operations(self.classes)
-        momentum = self.plan.optim.momentum
-        self.sgd = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=momentum, weight_decay=5e-4)
-        self.run: Any = model.compiled(network, train.compile)
-
-    def step(self, batch: Batch) -> int:
-        images = batch.images.to(self.devices[0], memory_format=self.layout)
-        self.sgd.zero_grad()
-        with torch.autocast(self.devices[0].type, torch.bfloat16, enabled=self.plan.train.precision == "bf16"):
-            losses = F.cross_entropy(self.run(images), batch.labels)
+    def step(batch: Batch) -> Tensor:
+        images = batch.images.to(device, memory_format=layout)
+        sgd.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            losses = F.cross_entropy(run(images), batch.labels)
         losses.backward()
-        self.sgd.step()
-        self.losses = losses.detach()
-        return len(batch.ids)
+        sgd.step()
+        return losses.detach()
 
-    def check(self) -> None:
-        if not bool(self.losses.isfinite()):
-            raise UserError("the loss is not a finite number")
-
-
-WIDTHS, UNITS = (64, 192, 384, 256, 256), 4096
+    return step, alexnet_operations(classes)
 
 
 def alexnet(classes: int = CLASSES) -> nn.Sequential:
@@ -321,10 +283,10 @@ def alexnet_operations(classes: int = CLASSES) -> int:
     return counter.get_total_flops()
 
 
-STEPS = {"columns": TrainerStep, "grouped": GroupedStep, "torchvision": PlainStep}
-SUPPLIES: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
-FUNCTIONS = SUPPLIES | dict.fromkeys(STEPS, trained)
-NOTES = SUPPLIES | STEPS  # whose docstrings are the notes below the table
+NETWORKS: dict[str, Any] = {"columns": parallel.Columns, "grouped": Grouped}
+STEPS = {name: partial(penstock, network) for name, network in NETWORKS.items()} | {"torchvision": torchvision}
+FUNCTIONS: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
+FUNCTIONS |= dict.fromkeys(STEPS, trained)
 
 if __name__ == "__main__":
     main({"group": group})

@@ -1,5 +1,6 @@
 """`bench train` and `bench gpu`: groups of rows, each of one variant and batch size, and their table."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -16,7 +17,7 @@ from pipeline.cli import Command
 from tools.bench import common
 from tools.bench.common import COUNT, Figures, Row, find_row, number, ratio, ratio_text
 from tools.bench.load import drawn, of_images
-from tools.bench.steps import FP32, NOTES, settings
+from tools.bench.steps import FP32, settings
 from trainer import feed
 from trainer import recipe as recipes
 from trainer.devices import placed
@@ -167,11 +168,11 @@ def run_groups(
     for group in groups:
         group.rows = [row.fresh() for row in group.rows if not only or row.name.split()[0] in only]
     groups = [group for group in groups if group.rows]
-    with common.scratch_folder() as scratch:
-        pictures = dataset or drawn(scratch)
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
+        pictures = dataset or drawn(Path(scratch))
         for group in groups:
             if group.batch not in roots:
-                data = of_images(pictures, BATCHES * group.batch, scratch / f"of-{group.batch}")
+                data = of_images(pictures, BATCHES * group.batch, Path(scratch, f"of-{group.batch}"))
                 feed.require_pictures(data, recipes.load(recipe))
                 roots[group.batch] = str(data.root)
             options = {"recipe": recipe, "seconds": seconds, "repetitions": report["repetitions"]}
@@ -183,7 +184,7 @@ def run_groups(
     facts = [*gpus, f"torch {torch.__version__}, DALI {nvidia.dali.__version__}, {torch.get_num_threads()} threads"]
     facts += [f"recipe {recipe} on {' and on '.join(devices)}; turns of {seconds:g} s at least; the others are idle"]
     table = [cells(group, row) for group in groups for row in group.rows]
-    common.publish(HEADER, table, rows, facts, common.notes_of(rows, NOTES), **report)
+    common.publish(HEADER, table, rows, facts, [], **report)
 
 
 def run_group(group: Group, root: str, options: Figures) -> None:
@@ -199,7 +200,7 @@ def run_group(group: Group, root: str, options: Figures) -> None:
     for row in group.rows:
         row.facts |= {"group": group.title, "batch": group.batch}
         rate = f"not run: {row.failed}" if row.failed else f"{number(median(row.rates()))}/s"
-        common.log(f"{group.title}, batch {group.batch:,}, {row.name}: {rate}")
+        click.echo(f"{group.title}, batch {group.batch:,}, {row.name}: {rate}", err=True)
 
 
 def cells(group: Group, row: Row) -> tuple[str, ...]:
@@ -218,6 +219,6 @@ def cells(group: Group, row: Row) -> tuple[str, ...]:
         number(median(work) / 1e9) if any(work) else "",
         f"{100 * share:.1f} %" if share else "",
         f"{100 * median(stalls):.1f} %" if stalls else "",
-        f"{max(run['peak'] for run in row.runs) / 2**20:,.0f} MiB" if "peak" in row.runs[0] else "",
+        f"{row.facts['peak'] / 2**20:,.0f} MiB" if "peak" in row.facts else "",
         ", ".join(f"{ratio_text(rates, other.rates())} {name}" for name, other in others if other),
     )
