@@ -86,7 +86,7 @@ def test_a_table_of_peers_and_its_baseline():
     rows = [measured("decode-encode", [200.0]), measured("penstock", [50.0, 100.0, 25.0])]
     rows += [measured("penstock-baseline", [40.0, 80.0, 50.0]), Row("ffcv", "FFCV", failed="no compiler")]
     rows[0].against = rows[2].against = ["penstock"]
-    shares = [common.cells(rows, row, "decode-encode")[2:5] for row in rows]
+    shares = [common.cells(rows, row, "decode-encode", "1")[2:5] for row in rows]
     assert shares == [
         ("200 (200 to 200)", "100 %", "0.25 × (0.25 to 0.25)"),
         ("50.0 (25.0 to 100)", "25 %", ""),

@@ -67,7 +67,7 @@ def build(
                 return common.run_job("peers_build.py", row, job)
 
         common.interleave(rows, run, report["repetitions"], images)
-    table = [common.cells(rows, row, CEILING) for row in rows]
+    table = [common.cells(rows, row, CEILING, str(row.workers)) for row in rows]
     facts = [f"{pictures}; {per_shard:,} a shard; as many cores as workers"]
     whole = [
         f"{row.name}, workers {row.workers}, start to exit: {common.spread(row.rates('start_to_exit'))} images/s"

@@ -117,11 +117,10 @@ def number(rate: float) -> str:
     return f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}"
 
 
-def cells(rows: Sequence[Row], row: Row, ceiling: str) -> tuple[str, ...]:
-    """Return the row's cells below HEADER; its second column is what the row gives, if its runs say so."""
+def cells(rows: Sequence[Row], row: Row, ceiling: str, detail: str) -> tuple[str, ...]:
+    """Return the row's cells below HEADER; `detail` is that of the second column."""
     if row.failed:
-        return row.title, "", f"not run: {row.failed}", "", "", ""
-    detail = row.runs[0].get("gives", str(row.workers))
+        return row.title, detail, f"not run: {row.failed}", "", "", ""
     best, ours = find_row(rows, ceiling, row.workers), find_row(rows, "".join(row.against[:1]), row.workers)
     share = f"{100 * ratio(row.rates(), best.rates()):.0f} %" if best else ""
     compared = ratio_text(ours.rates(), row.rates()) if ours else ""

@@ -80,7 +80,8 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
         f"{batches:,} batches of {batch:,} views of 224 × 224, after a warm-up, from {len(stored):,} pictures of "
         f"{SIDE} × {SIDE}, {stored['size'].mean() / 1e3:.1f} kB on average; {CORES} threads or processes each"
     ]
-    header, table = ("row", "gives", *common.HEADER[2:]), [common.cells(rows, row, CEILING) for row in rows]
+    header = ("row", "gives", *common.HEADER[2:])
+    table = [common.cells(rows, row, CEILING, row.runs[0]["gives"] if row.runs else "") for row in rows]
     common.publish(header, table, rows, facts, common.baseline_lines(rows), **report)
 
 

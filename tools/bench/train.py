@@ -1,7 +1,7 @@
 """`bench train` and `bench gpu`: groups of rows, each of one variant and batch size, and their table."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -55,9 +55,9 @@ class Group:
     variant: str = FP32
 
 
-def seconds_option(seconds: float) -> Callable[[Any], Any]:
-    kind = click.FloatRange(min=0)
-    return click.option("--seconds", type=kind, default=seconds, show_default=True, help="Of a turn, at least.")
+seconds_option = click.option(
+    "--seconds", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Of a turn, at least."
+)
 
 
 @click.command(cls=Command)
@@ -74,7 +74,7 @@ def seconds_option(seconds: float) -> Callable[[Any], Any]:
 )
 @click.option("--batch", type=COUNT, multiple=True, help="[default: the recipe's]")
 @click.option("--devices", metavar="DEVICE,DEVICE", help="One for each column.  [default: as `trainer train`]")
-@seconds_option(1.0)
+@seconds_option
 @common.report_options(NAMES)
 def train(
     dataset: Path,
@@ -108,7 +108,7 @@ def train(
 @click.command(cls=Command)
 @click.argument("dataset", type=click.Path(path_type=Path), required=False)
 @click.option("--device", help="A GPU; or cpu, which runs the same, smaller.  [default: cuda:0]")
-@seconds_option(0.4)
+@seconds_option
 @common.report_options(["decode", "load", *NAMES, FP32])
 def gpu(dataset: Path | None, device: str | None, seconds: float, **report: Any) -> None:
     """Measure a GPU: decoding alone, our loader, the trainer's step in every variant, and both at once.
