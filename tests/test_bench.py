@@ -1,8 +1,8 @@
 """tools/bench: arithmetic against numpy, and each command at its smallest size. No times."""
 
 import json
+import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import one_line, picture
 from networks import drawn, images, narrow
 from pipeline import UserError, manifest
 from pipeline.online.samples import SampleReader
-from retrieved import UNITS, index, save_run
-from tools.bench import build, common, load, peers_load, steps, train
+from tools.bench import common, load, peers_load, steps, train
 from tools.bench.__main__ import COMMANDS, main
 from tools.bench.common import CORES, ENVIRONMENTS, Figures, Row
 from tools.bench.peers_build import SIDE, Job
@@ -31,11 +31,12 @@ RATES = {"one": [90.0, 120.0, 60.0, 75.0, 99.0], "two": [30.0, 36.0, 25.0, 15.0,
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache without any peer's environment, in which no scratch is left."""
+    """A cache without any peer's environment, and a folder for temporary files, in which none is left."""
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     yield
-    folder = tmp_path / "cache" / "penstock" / "bench"
-    assert not (folder.exists() and list(folder.iterdir()))
+    assert not list((tmp_path / "temporary").glob("penstock-*"))
 
 
 def bench(*words: object) -> str:
@@ -55,9 +56,9 @@ def test_medians_and_ratios_are_numpys():
     expected = f"{np.median(one) / np.median(two):.2f} × ({ratios.min():.2f} to {ratios.max():.2f})"
     assert common.ratio_text(RATES["one"], RATES["two"]) == expected
     assert common.spread(RATES["one"]) == f"{np.median(one):.1f} ({one.min():.1f} to {one.max():.0f})"
-    runs = [{"images": 128, "seconds": 0.5, "whole": 2.0}, {"images": 64, "seconds": 0.125, "whole": 1.0}]
+    runs = [{"images": 128, "seconds": 0.5, "other": 2.0}, {"images": 64, "seconds": 0.125, "other": 1.0}]
     row = Row("any", "Any", runs=runs)
-    assert (row.rates(), row.rates("whole")) == ([256.0, 512.0], [64.0, 64.0])
+    assert (row.rates(), row.rates("other")) == ([256.0, 512.0], [64.0, 64.0])
 
 
 def test_repetitions_are_interleaved_and_one_failure_ends_no_other_row(capsys: pytest.CaptureFixture[str]):
@@ -75,14 +76,20 @@ def test_repetitions_are_interleaved_and_one_failure_ends_no_other_row(capsys: p
     assert capsys.readouterr().err.count("not run: no luck") == 1
 
 
-def test_the_builders_table_and_its_baseline():
-    rows = [measured("decode-encode", [200.0]), measured("penstock", [50.0, 100.0, 25.0], whole=2.0)]
+def test_a_row_that_gives_another_number_of_images_fails():
+    row = Row("a", "A")
+    common.interleave([row], lambda row: {"images": 7, "seconds": 1.0}, 2, 12)
+    assert (row.runs, row.failed) == ([], "gave 7 of 12 pictures")
+
+
+def test_a_table_of_peers_and_its_baseline():
+    rows = [measured("decode-encode", [200.0]), measured("penstock", [50.0, 100.0, 25.0])]
     rows += [measured("penstock-baseline", [40.0, 80.0, 50.0]), Row("ffcv", "FFCV", failed="no compiler")]
-    shares = [(line[2], line[3], line[4]) for line in build.table(rows)]
+    rows[0].against = rows[2].against = ["penstock"]
+    shares = [common.cells(rows, row, "decode-encode", "1")[2:5] for row in rows]
     assert shares == [
         ("200 (200 to 200)", "100 %", "0.25 × (0.25 to 0.25)"),
         ("50.0 (25.0 to 100)", "25 %", ""),
-        ("25.0 (12.5 to 50.0)", "12 %", ""),
         ("50.0 (40.0 to 80.0)", "25 %", "1.00 × (0.50 to 1.25)"),
         ("not run: no compiler", "", ""),
     ]
@@ -93,12 +100,9 @@ def test_the_trainers_table():
     facts = {"operations": 10**9, "devices": 2}
     matrix, step = measured("matrix", [8e12, 4e12, 2e12]), measured("columns", [800.0, 400.0, 200.0])
     step.against, step.facts = ["grouped", "absent"], facts
-    for row in (matrix, step):
-        for run in row.runs:
-            run["host_cores"] = 1.5
     step.runs[0]["stall"] = {"reading": 0.25, "decoding": 0.5}
     rows = [matrix, step, measured("grouped", [1000.0, 500.0, 250.0]), Row("lost", "Lost", failed="out of memory")]
-    group = train.Group("bf16", 8, ["cpu"], steps.Variant("bf16"), rows)
+    group = train.Group("bf16", 8, ["cpu"], rows, "bf16")
     cells = dict(zip(train.HEADER, train.cells(group, step)))
     assert cells["images/s, median (min to max)"] == "400 (200 to 800)"
     assert (cells["GFLOP/s"], cells["of the matrix rate"]) == ("400", "5.0 %")  # of that of both devices
@@ -116,11 +120,12 @@ def test_the_trainers_table():
         ("import os; os.kill(os.getpid(), 9)", "failed (-9): nothing on stderr"),
     ],
 )
-def test_a_job_that_fails(program: str, reason: str, tmp_path: Path):
+def test_a_job_that_fails(program: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(common, "PATIENCE", 1.0)
     script = tmp_path / "job.py"
     script.write_text(program)
     with pytest.raises(UserError) as error:
-        common.run_job(str(script), Row("any", "Any"), {}, 1.0)
+        common.run_job(str(script), Row("any", "Any"), {})
     one_line(error, reason)
 
 
@@ -133,23 +138,23 @@ def test_build(tmp_path: Path):
     data = (tmp_path / "raw" / "cats" / "0.jpg").read_bytes()
     (tmp_path / "raw" / "cats" / "half.jpg").write_bytes(data[: len(data) // 2])
     picture("png", 300, 280).save(tmp_path / "raw" / "dogs" / "png.png")
-    names = ("decode-encode", "penstock-baseline", "penstock", "opencv")
+    names = ("decode-encode", "penstock", "penstock-baseline", "opencv")
     only = [word for name in names if name != "penstock-baseline" for word in ("--only", name)]
-    file, options = tmp_path / "build.json", ("--images", 12, "--repetitions", 1, "--workers", 1, "--markdown", *only)
+    file, options = tmp_path / "build.json", ("--images", 12, "--repetitions", 1, "--workers", 1, *only)
     out = bench("build", tmp_path / "raw", *options, "--baseline", common.ROOT, "--json", file)
     found = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
     assert "12 pictures (7 distinct; 2 left out: no whole JPEG)" in out
     assert tuple(found) == names
-    for name, row in found.items():
+    for row in found.values():
         if peer := row.get("environment"):
             assert row["failed"] == f"not installed; python tools/bench peers {peer}"
             assert f"not run: {row['failed']}" in out
             continue
         (run,) = row["runs"]
-        assert (run["images"], run["stored"] > 0) == (12, name.startswith("penstock"))
-        assert row["images_per_second"] == [12 / run["seconds"]]
+        assert (run["images"], run["seconds"] > 0) == (12, True)
         assert run["rss"] > 10 * 2**20
     assert "penstock, workers 1: " in out
+    assert "penstock, workers 1, start to exit: " in out
 
 
 @pytest.mark.proof
@@ -167,7 +172,6 @@ def test_load(dataset: Path, tmp_path: Path):
     assert rows.pop("ffcv-raw")["failed"] == "not installed; python tools/bench peers ffcv"
     assert {name: run["gives"] for name, row in rows.items() for run in row["runs"]} == gives
     assert {run["images"] for row in rows.values() for run in row["runs"]} == {16}
-    assert rows["penstock-uint8"]["runs"][0]["waits"]
     assert "FFCV, raw pixels" in out
 
 
@@ -179,7 +183,7 @@ def test_first_batch(tmp_path: Path):
     for run in row["runs"]:
         assert run["images"] == 8
         assert sum(run["stages"].values()) == pytest.approx(run["seconds"])
-        assert all(f"\n{stage} " in out for stage in (*run["stages"], "in all"))
+        assert all(f"\n| {stage} " in out for stage in (*run["stages"], "in all"))
 
 
 def test_more_shards_than_samples():
@@ -192,11 +196,11 @@ def test_more_shards_than_samples():
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of training in this process, torchvision's network at a sixteenth of its width."""
 
-    def run_job(script: str, row: Row, job: Figures, seconds: float) -> Figures:
-        given = Job(function="group", workers=1, options=row.options, **job)
-        rows = steps.measure_group(given, [Row(**row) for row in row.options["rows"]])
+    def run_job(script: str, row: Row, job: Figures) -> Figures:
+        options = json.loads(json.dumps(row.options))
+        figures = steps.group(Job(function="group", workers=1, options=options, **job))
         reference_precision()
-        return json.loads(json.dumps({"rows": [asdict(row) for row in rows]}))
+        return json.loads(json.dumps(figures))
 
     monkeypatch.setattr(common, "run_job", run_job)
     monkeypatch.setattr(steps, "WIDTHS", tuple(width // 16 for width in steps.WIDTHS))
@@ -212,15 +216,15 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_train(here: None, recipe: Path, dataset: Path, tmp_path: Path):
-    file, turns = tmp_path / "train.json", ("--steps", 2, "--seconds", 0, "--repetitions", 2)
+    file, turns = tmp_path / "train.json", ("--seconds", 0, "--repetitions", 2)
     out = bench("train", dataset, "--recipe", recipe, "--batch", 2, "--devices", "cpu,cpu", *turns, "--json", file)
     rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
     assert list(rows) == [row.name for row in train.ROWS]
     for name, row in rows.items():
-        assert [run["steps"] for run in row["runs"]] == [2, 2]
+        assert [run["steps"] for run in row["runs"]] == [1, 1]
         assert f"{row['title']} " in out
         if name != "matrix":
-            assert [run["images"] for run in row["runs"]] == [4, 4]
+            assert [run["images"] for run in row["runs"]] == [2, 2]
         for run in row["runs"]:
             assert ("stall" in run) == (name == "loader" or name.endswith("fed"))
             assert 0 <= sum(run.get("stall", {}).values()) <= 1
@@ -230,21 +234,21 @@ def test_train(here: None, recipe: Path, dataset: Path, tmp_path: Path):
 
 def test_gpu_runs_on_the_cpu(here: None, recipe: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The code of a GPU; one kind of row fails, and the others do not."""
-    monkeypatch.setitem(train.PLANS, "cpu", ((4,), (0,), str(recipe)))
+    monkeypatch.setitem(train.PLANS, "cpu", ((4,), (0,), str(recipe), ("fp32", "bf16")))
 
-    def fail(self: object, variant: object) -> None:
+    def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(steps.GroupedStep, "placed", fail)
+    monkeypatch.setattr(steps.Grouped, "__init__", fail)
     file = tmp_path / "gpu.json"
-    out = bench("gpu", dataset, "--device", "cpu", "--seconds", 0, "--repetitions", 1, "--markdown", "--json", file)
+    out = bench("gpu", dataset, "--device", "cpu", "--seconds", 0, "--repetitions", 1, "--json", file)
     rows = json.loads(file.read_text())["rows"]
     for row in rows:
-        assert row.get("failed", "") == ("CUDA out of memory." if row["name"] == "grouped" else "")
+        assert row.get("failed", "") == ("CUDA out of memory. Tried to allocate" if row["name"] == "grouped" else "")
     names = [(row["facts"]["group"], row["name"]) for row in rows]
     assert len(set(names)) == len(names)
-    loads = ["load uint8", "load float32", "load bfloat16", "load float32 colour", "load bfloat16 colour"]
-    assert [name for group, name in names if group in ("decode", "supply")] == ["decode 0", "decode 0", *loads]
+    loads = ["load uint8", "load float32", "load bfloat16"]
+    assert [name for group, name in names if group == "supply"] == ["decode 0", *loads]
     assert [name for group, name in names if group == "bf16"] == [*(row.name for row in train.ROWS), "fp32"]
     assert out.count("not run: CUDA out of memory.") >= 2
 
@@ -263,7 +267,8 @@ def test_a_group_is_a_process_of_its_own(dataset: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--precision", "fp64"), ("fp64", "fp32, tf32, bf16")),
+        (("--variant", "fp64"), ("fp64", "fp32, tf32, bf16")),
+        (("--variant", "bf16,segment"), ("segment", "segments, graphs")),
         (("--devices", "cpu"), ("--devices cpu", "two")),
         (("--recipe", "wide"), ("wide", "original")),
     ],
@@ -309,17 +314,18 @@ def test_a_dataset_of_so_many_images(count: int, shards: int, dataset: Path, tmp
     with SampleReader(source, "train") as every, SampleReader(built, "train") as part:
         expected = [bytes(jpeg) for jpeg in every.read(np.arange(count) % source.split("train").samples)]
         assert [bytes(jpeg) for jpeg in part.read(np.arange(count))] == expected
-    job = Job("", str(tmp_path / "part"), "", 1, {})
-    stored = list(peers_load.stored_pictures(job))
-    jpegs, labels = [picture.jpeg() for picture in stored], [picture.label for picture in stored]
+    job = Job("", str(tmp_path / "part"), "", 1)
+    jpegs = list(peers_load.stored_jpegs(job))
     assert jpegs[: len(expected)] == expected[: len(jpegs)]
-    assert labels == source.samples("train")["label"][: len(labels)].tolist()
     assert peers_load.mean_colour(job) == source.statistics().mean_color.tolist()
+    load.write_pictures(job, 50, tmp_path / "pictures" / "all")
+    files = sorted((tmp_path / "pictures" / "all").iterdir())
+    assert [file.read_bytes() for file in files] == [jpegs[i % len(jpegs)] for i in range(50)]
 
 
 def test_an_inflated_dataset(dataset: Path, tmp_path: Path):
     one = load.of_images(dataset, 15, tmp_path / "one")
-    built = load.inflated(one, 100, 7, tmp_path / "large")
+    built = load.of_images(tmp_path / "one", 100, tmp_path / "large", 7)
     assert manifest.load(tmp_path / "large") == built
     assert [shard.samples for shard in built.split("train").shards] == [15, 14, 14, 15, 14, 14, 14]
     with SampleReader(one, "train") as few, SampleReader(built, "train") as many:
@@ -333,48 +339,39 @@ def test_pictures_of_another_size(small: Path, tmp_path: Path):
     one_line(error, str(small), "size 32", "--size 256")
 
 
-def test_only_what_follows_the_warm_up_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    job, taken = Job("", "", "", 1, {}, batch=3, batches=4), list[int]()
+def test_only_what_follows_the_warm_up_is_measured():
+    job, taken = Job("", "", "", 1, batch=3, batches=4), list[int]()
 
     def batches() -> Iterator[np.ndarray]:
         while True:
             taken.append(0)
             yield np.zeros((3, 2, 5), np.uint8)
 
-    peers_load.measure(job, batches(), "numpy")
+    figures = peers_load.take(job, batches())
     assert len(taken) == peers_load.warm_up(job) + 4
     assert peers_load.images_of(job) >= 3 * len(taken)
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (figures["images"], figures["gives"]) == (12, "uint8, 2 × 5")
     with pytest.raises(ValueError, match="too many values"):  # batches of two shapes
-        peers_load.measure(job, (np.zeros((3, 2, i % 2)) for i in range(99)))
+        peers_load.take(job, (np.zeros((3, 2, i % 2)) for i in range(99)))
 
 
 def test_random_views_reach_every_edge():
-    views = np.array([peers_load.window(SIDE) for _ in range(5000)])
-    assert views[:, :2].min(axis=0).tolist() == [0, 0]
-    assert views[:, :2].max(axis=0).tolist() == [SIDE - peers_load.VIEW] * 2
-    assert 0.4 < views[:, 2].mean() < 0.6
+    """A picture whose pixels are (row, column, 0)."""
+    pixels = np.stack([*np.indices((SIDE, SIDE)), np.zeros((SIDE, SIDE))], 2).astype(np.uint8)
+    views = [peers_load.pillow_view(Image.fromarray(pixels), torch.zeros(3, 1, 1)) for _ in range(600)]
+    corners = np.array([view[:2].amin((1, 2)).tolist() for view in views])
+    assert views[0].shape == (3, peers_load.VIEW, peers_load.VIEW)
+    assert corners.min(axis=0).tolist() == [0, 0]
+    assert corners.max(axis=0).tolist() == [SIDE - peers_load.VIEW] * 2
+    assert 0.4 < np.mean([bool(view[1, 0, 0] > view[1, 0, -1]) for view in views]) < 0.6
 
 
-def test_retrieval_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_retrieval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(codes, "STEPS", 2)
     (tmp_path / "features").mkdir()
-    only = [word for name in ("codes", "exact", "exact-disk") for word in ("--only", name)]
-    out = bench("retrieval", "speed", "--rows", 300, "--folder", tmp_path / "features", "--repetitions", 2, *only)
+    out = bench("retrieval", "--rows", 300, "--folder", tmp_path / "features", "--repetitions", 2)
     assert "300 rows of 4,096 float16, 128 bits" in out
-    assert all(f"\n{title}" in out for title in ("by codes, in memory", "exact, features on the disk"))
-    assert "codes find 100 %" in out  # all 300 are candidates
+    for where in ("in memory", "features on the disk"):
+        assert f"\n| by codes, {where} " in out
+        assert f"\n| exact, {where} " in out
     assert list((tmp_path / "features").iterdir()) == []
-    missing = CliRunner().invoke(main, ["retrieval", "speed", "--folder", str(tmp_path / "none")])
-    assert (missing.exit_code, missing.output) == (2, f"Error: --folder {tmp_path / 'none'}: no such directory\n")
-
-
-def test_retrieval_recall(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(codes, "STEPS", 2)
-    save_run(tmp_path / "run", dataset)
-    assert index(tmp_path / "run", dataset).exit_code == 0
-    head, *lines = bench("retrieval", "recall", tmp_path / "run", dataset).splitlines()
-    assert head == f"41 rows of {UNITS}, 9 queries; 6 codes, 6 codes"
-    assert [line.split()[0] for line in lines] == ["32"] * 3 + ["64"] * 2 + ["128"] * 2 + ["256"] * 2
-    assert all(0 <= float(share) <= 100 for line in lines for share in line.split()[-2:])

@@ -9,20 +9,12 @@ import click
 if not __package__:  # run as a folder: Python put tools/bench in front, where our modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-# Command → its module, imported when the command is called: not every machine has every dependency.
-COMMANDS = {
-    "build": "build",
-    "load": "load",
-    "first-batch": "load",
-    "train": "train",
-    "gpu": "train",
-    "retrieval": "retrieval",
-    "peers": "common",
-}
+COMMANDS = ("build", "load", "first-batch", "train", "gpu", "retrieval", "peers")
+MODULES = {"first-batch": "load", "gpu": "train", "peers": "common"}  # else of the command's own name
 
 
 class Lazy(click.Group):
-    """Imports the module of a command only to run it or to show its help."""
+    """Imports the module of a command only to run it or to show its help: not every machine has every dependency."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -30,7 +22,7 @@ class Lazy(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"tools.bench.{COMMANDS[name]}")
+        module = importlib.import_module(f"tools.bench.{MODULES.get(name, name)}")
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
 

@@ -1,8 +1,7 @@
 """`bench build`: our builder beside JPEG decoding and encoding alone, and beside other builders."""
 
 import os
-import shutil
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,18 @@ from pipeline import UserError
 from pipeline.cli import Command
 from pipeline.offline.sources import find_sources
 from tools.bench import common
-from tools.bench.common import CORES, COUNT, Figures, Row, find_row, ratio, ratio_text
-from tools.bench.peers_build import FUNCTIONS
+from tools.bench.common import CORES, COUNT, Figures, Row
 
-CEILING, OURS = "decode-encode", "penstock"
-HEADER = ("row", "workers", "images/s, median (min to max)", "of decode + encode", "ours is", "largest process")
+CEILING, OURS = "decode-encode", ["penstock"]
 ROWS = (
-    Row("decode", "ceiling: JPEG decode alone"),
-    Row(CEILING, "ceiling: JPEG decode and encode alone", "decode_encode"),
-    Row(OURS, "Penstock, tools/build_shards.py", options={"checkout": str(common.ROOT)}),
-    Row("img2dataset", "img2dataset, Resizer and WebDatasetSampleWriter", environment="img2dataset"),
-    Row("litdata", "LitData, optimize", environment="litdata"),
-    Row("webdataset", "WebDataset, ShardWriter with stock Pillow", environment="webdataset"),
-    Row("ffcv", "FFCV, DatasetWriter", environment="ffcv"),
-    Row("opencv", "cuda-convnet2's recipe, OpenCV INTER_AREA", environment="opencv"),
+    Row("decode", "JPEG decode alone", "codec", {"encode": False}, against=OURS),
+    Row(CEILING, "ceiling: JPEG decode and encode alone", "codec", {"encode": True}, against=OURS),
+    Row("penstock", "Penstock, tools/build_shards.py", "penstock", {"checkout": str(common.ROOT)}),
+    Row("img2dataset", "img2dataset, Resizer, WebDatasetSampleWriter", "img2dataset", {}, "img2dataset", OURS),
+    Row("litdata", "LitData, optimize", "litdata", {}, "litdata", OURS),
+    Row("webdataset", "WebDataset, ShardWriter with stock Pillow", "webdataset", {}, "webdataset", OURS),
+    Row("ffcv", "FFCV, DatasetWriter", "ffcv", {}, "ffcv", OURS),
+    Row("opencv", "cuda-convnet2's recipe, OpenCV INTER_AREA", "opencv", {}, "opencv", OURS),
 )
 
 
@@ -59,26 +56,26 @@ def build(
     chosen = common.with_baseline([row for row in ROWS if not only or row.name in only], baseline)
     rows = [row.fresh(workers=count) for row in chosen for count in sorted(set(workers))]
     per_shard = max(1, min(1000, images // (4 * max(workers))))
-    with common.scratch_folder() as scratch:
-        source, out = scratch / "pictures", scratch / "out"
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
+        source = Path(scratch, "pictures")
         pictures = prepare(raw, source, images)
 
         def run(row: Row) -> Figures:
             os.sync()  # what the row before wrote is not written back during this one
-            job = {"source": str(source), "out": str(out), "per_shard": per_shard}
-            try:
-                figures = common.run_job("peers_build.py", row, job, common.limit(images, row.workers))
-                if figures["images"] != images:
-                    raise UserError(f"stored {figures['images']:,} of {images:,} pictures")
-                stored = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-                return figures | {"stored": stored}
-            finally:
-                shutil.rmtree(out, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=scratch) as out:
+                job = {"source": str(source), "out": f"{out}/built", "per_shard": per_shard}
+                return common.run_job("peers_build.py", row, job)
 
-        common.interleave(rows, run, report["repetitions"])
+        common.interleave(rows, run, report["repetitions"], images)
+    table = [common.cells(rows, row, CEILING, str(row.workers)) for row in rows]
     facts = [f"{pictures}; {per_shard:,} a shard; as many cores as workers"]
-    notes = common.baseline_lines(rows) + common.notes_of(rows, FUNCTIONS)
-    common.publish(HEADER, table(rows), rows, facts, notes, **report)
+    whole = [
+        f"{row.name}, workers {row.workers}, start to exit: {common.spread(row.rates('start_to_exit'))} images/s"
+        for row in rows
+        if row.function == "penstock" and row.runs
+    ]
+    notes = common.baseline_lines(rows) + whole
+    common.publish(common.HEADER, table, rows, facts, notes, **report)
 
 
 def prepare(raw: Path, folder: Path, images: int) -> str:
@@ -113,22 +110,3 @@ def prepare(raw: Path, folder: Path, images: int) -> str:
         f"{images:,} pictures ({len(files):,} distinct; {left_out:,} left out: no whole JPEG), {mean / 1e3:.1f} kB and "
         f"{pixels / len(files) / 1e6:.3f} megapixels on average"
     )
-
-
-def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return a line for each row, and for our builder a second one, from start to exit."""
-    lines: list[tuple[str, ...]] = []
-    for row in rows:
-        if row.failed:
-            lines.append((row.title, str(row.workers), f"not run: {row.failed}", "", "", ""))
-            continue
-        for title, seconds in ((row.title, "seconds"), (f"{row.title}, start to exit", "whole")):
-            if seconds not in row.runs[0]:
-                continue
-            rates = row.rates(seconds)
-            ceiling, ours = (find_row(rows, name, row.workers) for name in (CEILING, OURS))
-            share = f"{100 * ratio(rates, ceiling.rates()):.0f} %" if ceiling else ""
-            compared = ratio_text(ours.rates(), rates) if ours and row.name != OURS else ""
-            memory = f"{max(run['rss'] for run in row.runs) / 2**20:,.0f} MiB"
-            lines.append((title, str(row.workers), common.spread(rates), share, compared, memory))
-    return lines

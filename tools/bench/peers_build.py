@@ -1,7 +1,4 @@
-"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`; only functions import their peers.
-
-The docstring of a job is its note below the table.
-"""
+"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`; only functions import their peers."""
 
 import io
 import json
@@ -13,14 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 SIDE = 256  # pixels of a side of the stored square
 QUALITY = 95  # JPEG, libjpeg's scale
+Figures = dict[str, Any]
+
+
+Picture = tuple[str, int]  # path, label
 
 
 @dataclass(frozen=True)
@@ -31,60 +32,43 @@ class Job:
     source: str
     out: str
     workers: int
-    options: dict[str, Any]
+    options: Figures = field(default_factory=dict)
     per_shard: int = 0
     batch: int = 0
     batches: int = 0
 
-    def pictures(self) -> list["Picture"]:
+    def pictures(self) -> list[Picture]:
         """Return the raw pictures by class and name."""
-        return [
-            Picture(str(path), label, path.stem)
-            for label, folder in enumerate(sorted(Path(self.source).iterdir()))
-            for path in sorted(folder.iterdir())
-        ]
+        folders = enumerate(sorted(Path(self.source).iterdir()))
+        return [(str(path), label) for label, folder in folders for path in sorted(folder.iterdir())]
 
 
-class Picture(NamedTuple):
-    path: str
-    label: int
-    key: str
-
-
-Write = Callable[[list[Picture], Path, int], int]  # pictures, new folder, pictures per shard → pictures written
-
-
-def main(functions: Mapping[str, Callable[[Job], None]]) -> None:
-    """Run the job that the command line names, on as many cores as it has workers: nobody gains from more threads."""
+def main(functions: Mapping[str, Callable[[Job], Figures]]) -> None:
+    """Run the job in the file that the command line names, on as many cores as workers; print its figures last."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.workers :])
-    functions[job.function](job)
+    print("\n" + json.dumps(functions[job.function](job)), flush=True)
 
 
-def report(images: int, began: float, ended: float, *packages: str, **more: object) -> None:
-    """Print the figures as the last line; "rss" is the peak of the largest process, in bytes."""
-    peak = max(own_peak(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-    installed = {package: version(package) for package in packages}
-    figures = {"images": images, "seconds": ended - began, "rss": peak, "versions": installed, **more}
-    print("\n" + json.dumps(figures), flush=True)
+def measured(images: int, began: float, ended: float, *packages: str, **more: object) -> Figures:
+    """Return the figures of a job; "rss" is the peak of the largest process, in bytes."""
+    own = Path("/proc/self/status").read_text().partition("VmHWM:")[2]  # getrusage would include that of its parent
+    peak = 1024 * max(int(own.split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    versions = {package: version(package) for package in packages}
+    return {"images": images, "seconds": ended - began, "rss": peak, "versions": versions, **more}
 
 
-def own_peak() -> int:
-    """Return this process's peak of resident memory in bytes. (getrusage would include that of its parent.)"""
-    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-
-
-def in_processes(job: Job, write: Write, *packages: str) -> None:
-    """Let every worker write every `workers`-th picture. Workers are forked: what was imported is there already."""
+def in_processes(job: Job, write: Callable[[list[Picture], str], object], *packages: str) -> Figures:
+    """Let every worker, a fork, write shards of every `workers`-th picture: `write` gets pictures and a path."""
     fork, pictures = multiprocessing.get_context("fork"), job.pictures()
-    results = fork.SimpleQueue()
+    times = fork.SimpleQueue()
+    Path(job.out).mkdir()
 
     def work(worker: int) -> None:
-        out = Path(job.out) / str(worker)
-        out.mkdir(parents=True)
-        began = time.monotonic()
-        stored = write(pictures[worker :: job.workers], out, job.per_shard)
-        results.put((stored, began, time.monotonic()))
+        began, own = time.monotonic(), pictures[worker :: job.workers]
+        for start in range(0, len(own), job.per_shard):
+            write(own[start : start + job.per_shard], f"{job.out}/{worker}-{start}")
+        times.put((began, time.monotonic()))
 
     processes = [fork.Process(target=work, args=(worker,)) for worker in range(job.workers)]
     for process in processes:
@@ -93,44 +77,31 @@ def in_processes(job: Job, write: Write, *packages: str) -> None:
         process.join()
     if any(process.exitcode for process in processes):
         sys.exit(1)  # its exception is the last line on stderr
-    stored, began, ended = zip(*(results.get() for _ in processes))
-    report(sum(stored), min(began), max(ended), *packages)
+    began, ended = zip(*(times.get() for _ in processes))
+    return measured(len(pictures), min(began), max(ended), *packages)
 
 
-def decode(job: Job) -> None:
-    """Decode by libjpeg-turbo through simplejpeg, from bytes in memory; nothing is rescaled, encoded or written."""
-    turbojpeg(job, encode=False)
-
-
-def decode_encode(job: Job) -> None:
-    """Do the same, then encode one 256 × 256 picture, prepared beforehand, at quality 95, 4:2:0."""
-    turbojpeg(job, encode=True)
-
-
-def turbojpeg(job: Job, encode: bool) -> None:
-    """Decode each picture, and encode a square for it."""
+def codec(job: Job) -> Figures:
+    """Decode JPEGs in memory by libjpeg-turbo; or encode a prepared square for each as well, quality 95, 4:2:0."""
     import simplejpeg  # type: ignore[import-untyped,unused-ignore]
 
     prepared = {}  # by inode, before the fork: neither reading nor rescaling is timed
-    for picture in job.pictures():
-        if (inode := os.stat(picture.path).st_ino) not in prepared:
-            square = simplejpeg.decode_jpeg(pillow_jpeg(picture.path))
-            prepared[inode] = Path(picture.path).read_bytes(), square
+    for path, _ in job.pictures():
+        if (inode := os.stat(path).st_ino) not in prepared:
+            prepared[inode] = Path(path).read_bytes(), simplejpeg.decode_jpeg(pillow_jpeg(path))
 
-    def write(pictures: list[Picture], out: Path, per_shard: int) -> int:
-        for picture in pictures:
-            data, square = prepared[os.stat(picture.path).st_ino]
+    def write(pictures: list[Picture], shard: str) -> None:
+        for path, _ in pictures:
+            data, square = prepared[os.stat(path).st_ino]
             simplejpeg.decode_jpeg(data)
-            if encode:
+            if job.options["encode"]:
                 simplejpeg.encode_jpeg(square, quality=QUALITY, colorsubsampling="420")
-        return len(pictures)
 
-    in_processes(job, write, "simplejpeg")
+    return in_processes(job, write, "simplejpeg")
 
 
-def penstock(job: Job) -> None:
-    """Do the whole job: decode, bicubic rescaling, crop, JPEG 95, mean image and covariance, tar, index, labels,
-    digests of raw pictures and of files, fsync of every file, manifest."""
+def penstock(job: Job) -> Figures:
+    """Do the whole job, with statistics, index, digests of raw pictures and of files, and fsync of every file."""
     checkout, started = job.options["checkout"], time.monotonic()
     command = [sys.executable, f"{checkout}/tools/build_shards.py", job.source, job.out, "--layout", "class-folders"]
     command += ["--workers", str(job.workers), "--samples-per-shard", str(job.per_shard), "--holdout", "0"]
@@ -142,67 +113,59 @@ def penstock(job: Job) -> None:
     if process.returncode:
         sys.exit(process.returncode)
     images = json.loads(Path(job.out, "dataset.json").read_text())["splits"]["train"]["samples"]
-    report(images, began, ended, "pillow-simd", "simplejpeg", "numpy", whole=ended - started)
+    return measured(images, began, ended, "pillow-simd", "simplejpeg", "numpy", start_to_exit=ended - started)
 
 
 def pillow_jpeg(path: str) -> bytes:
-    """Return the JPEG to store, as hand-written loops make it: Pillow, shorter side to 256, bicubic, centre crop."""
+    """Return the JPEG to store: by Pillow, shorter side to 256, bicubic, centre crop."""
     from PIL import Image
 
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    short = min(image.size)
+    short, out = min(image.size), io.BytesIO()
     width, height = (max(SIDE, round(side * SIDE / short)) for side in image.size)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
-    out = io.BytesIO()
     image.save(out, "JPEG", quality=QUALITY)
     return out.getvalue()
 
 
-def webdataset(job: Job) -> None:
+def webdataset(job: Job) -> Figures:
     """Rescale by stock Pillow, bicubic; tars and labels; no statistics, index, digests or fsync."""
     from webdataset import ShardWriter
 
-    def write(pictures: list[Picture], out: Path, per_shard: int) -> int:
-        with ShardWriter(str(out / "%06d.tar"), maxcount=per_shard, verbose=0) as writer:
-            for picture in pictures:
-                writer.write({"__key__": picture.key, "jpg": pillow_jpeg(picture.path), "cls": picture.label})
-            return int(writer.total)
+    def write(pictures: list[Picture], shard: str) -> None:
+        with ShardWriter(f"{shard}-%06d.tar", maxcount=job.per_shard, verbose=0) as writer:
+            for path, label in pictures:
+                writer.write({"__key__": Path(path).stem, "jpg": pillow_jpeg(path), "cls": label})
 
-    in_processes(job, write, "webdataset", "pillow")
+    return in_processes(job, write, "webdataset", "pillow")
 
 
-def opencv(job: Job) -> None:
-    """Rescale by OpenCV, INTER_AREA (bicubic where smaller); JPEGs and labels in a pickle per shard; turns pictures as
-    their EXIF says; no statistics, index, digests or fsync."""
+def opencv(job: Job) -> Figures:
+    """Rescale by OpenCV, INTER_AREA; JPEGs and labels in a pickle per shard; no statistics, index, digests or fsync."""
     import cv2  # type: ignore[import-not-found,unused-ignore]
 
     cv2.setNumThreads(1)  # a process a core, as with the others
 
     def jpeg(path: str) -> bytes:
         image = cv2.imread(path, cv2.IMREAD_COLOR)
-        height, width = image.shape[:2]
-        scale = SIDE / min(height, width)
-        width, height = max(SIDE, round(scale * width)), max(SIDE, round(scale * height))
+        scale = SIDE / min(image.shape[:2])
+        height, width = (max(SIDE, round(scale * side)) for side in image.shape[:2])
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
         left, top = (width - SIDE) // 2, (height - SIDE) // 2
         square = image[top : top + SIDE, left : left + SIDE]
         return bytes(cv2.imencode(".jpg", square, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1])
 
-    def write(pictures: list[Picture], out: Path, per_shard: int) -> int:
-        for start in range(0, len(pictures), per_shard):
-            batch = pictures[start : start + per_shard]
-            content = {"data": [jpeg(picture.path) for picture in batch], "labels": [p.label for p in batch]}
-            (out / f"data_batch_{start}").write_bytes(pickle.dumps(content))
-        return len(pictures)
+    def write(pictures: list[Picture], shard: str) -> None:
+        content = {"data": [jpeg(path) for path, _ in pictures], "labels": [label for _, label in pictures]}
+        Path(shard).write_bytes(pickle.dumps(content))
 
-    in_processes(job, write, "opencv-python-headless")
+    return in_processes(job, write, "opencv-python-headless")
 
 
-def img2dataset(job: Job) -> None:
-    """Download nothing: fed from files; OpenCV, INTER_AREA (Lanczos where smaller); grey pictures stay grey; SHA-256 of
-    the raw bytes, JSON per picture, parquet per shard; no statistics, index or fsync."""
+def img2dataset(job: Job) -> Figures:
+    """Rescale by OpenCV, INTER_AREA, from files; SHA-256 and JSON per picture; no statistics, index or fsync."""
     import hashlib
 
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # read at the import: do not look for newer versions
@@ -213,36 +176,37 @@ def img2dataset(job: Job) -> None:
     texts = ("key", "path", "status", "error_message", "sha256")
     numbers = ("label", "width", "height", "original_width", "original_height")
     schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int32()) for name in numbers])
+    resizer = Resizer(SIDE, "center_crop", False, encode_quality=QUALITY)
 
-    def write(pictures: list[Picture], out: Path, per_shard: int) -> int:
-        resizer = Resizer(SIDE, "center_crop", False, encode_quality=QUALITY)
-        for shard, start in enumerate(range(0, len(pictures), per_shard)):
-            writer = WebDatasetSampleWriter(shard, str(out), False, 5, schema, "jpg")
-            for picture in pictures[start : start + per_shard]:
-                stream = io.BytesIO(Path(picture.path).read_bytes())
-                jpeg, *sides, error = resizer(stream)
-                if error:
-                    raise ValueError(f"{picture.path}: {error}")
-                meta: dict[str, Any] = picture._asdict() | {"status": "success", "error_message": None}
-                meta |= dict(zip(numbers[1:], sides))
-                meta["sha256"] = hashlib.sha256(stream.getvalue()).hexdigest()  # its default
-                writer.write(jpeg, picture.key, None, meta)
-            writer.close()
-        return len(pictures)
+    def write(pictures: list[Picture], shard: str) -> None:
+        Path(shard).mkdir()
+        writer = WebDatasetSampleWriter(0, shard, False, 5, schema, "jpg")
+        for path, label in pictures:
+            data, key = Path(path).read_bytes(), Path(path).stem
+            jpeg, *sides, error = resizer(io.BytesIO(data))
+            if error:
+                raise ValueError(f"{path}: {error}")
+            values = (key, path, "success", None, hashlib.sha256(data).hexdigest(), label, *sides)
+            writer.write(jpeg, key, None, dict(zip(schema.names, values)))
+        writer.close()
 
-    in_processes(job, write, "img2dataset", "opencv-python-headless", "albumentations")
+    return in_processes(job, write, "img2dataset", "opencv-python-headless", "albumentations")
 
 
-def litdata(job: Job) -> None:
-    """Rescale by stock Pillow, bicubic, within its own chunk format; index of chunks; order not kept; no statistics,
-    digests or fsync."""
-    starts = Path(job.out, "starts")
-    starts.mkdir(parents=True)
-    ended = litdata_chunks(job, partial(litdata_sample, starts=starts), job.pictures(), job.per_shard)
-    index = json.loads(Path(job.out, "chunks/index.json").read_text())
-    stored = sum(chunk["chunk_size"] for chunk in index["chunks"])
+def litdata(job: Job) -> Figures:
+    """Rescale by stock Pillow, bicubic; its own chunk format; order not kept; no statistics, digests or fsync."""
+    litdata_folders(job)
+    from litdata import optimize  # type: ignore[import-not-found,unused-ignore]
+
+    starts, chunks = Path(job.out, "starts"), Path(job.out, "chunks")
+    starts.mkdir()
+    sample = partial(litdata_sample, starts=starts)
+    sizes: Figures = {"chunk_size": job.per_shard, "num_workers": job.workers}
+    optimize(fn=sample, inputs=job.pictures(), output_dir=str(chunks), verbose=False, **sizes)
+    ended = time.monotonic()
+    stored = sum(chunk["chunk_size"] for chunk in json.loads((chunks / "index.json").read_text())["chunks"])
     began = min(float(start.read_text()) for start in starts.iterdir())
-    report(stored, began, ended, "litdata", "pillow", "torch")
+    return measured(stored, began, ended, "litdata", "pillow", "torch")
 
 
 def litdata_sample(picture: Picture, starts: Path) -> dict[str, Any]:
@@ -250,17 +214,7 @@ def litdata_sample(picture: Picture, starts: Path) -> dict[str, Any]:
     start = starts / str(os.getpid())
     if not start.exists():
         start.write_text(str(time.monotonic()))
-    return {"image": pillow_jpeg(picture.path), "label": picture.label}
-
-
-def litdata_chunks(job: Job, sample: Callable[[Any], dict[str, Any]], inputs: list[Any], per_chunk: int) -> float:
-    """Write LitData's chunks to `out`/chunks; return the time of the end."""
-    litdata_folders(job)
-    from litdata import optimize  # type: ignore[import-not-found,unused-ignore]
-
-    chunks = str(Path(job.out, "chunks"))
-    optimize(fn=sample, inputs=inputs, output_dir=chunks, chunk_size=per_chunk, num_workers=job.workers, verbose=False)
-    return time.monotonic()
+    return {"image": pillow_jpeg(picture[0]), "label": picture[1]}
 
 
 def litdata_folders(job: Job) -> None:
@@ -271,9 +225,8 @@ def litdata_folders(job: Job) -> None:
         os.environ[variable] = str(folder)
 
 
-def ffcv(job: Job) -> None:
-    """Rescale the longer side to 256 without a crop: fewer pixels are rescaled, encoded and stored; Pillow decodes,
-    OpenCV rescales (INTER_AREA) and encodes; one file; no statistics, digests or fsync."""
+def ffcv(job: Job) -> Figures:
+    """Rescale the longer side to 256 by OpenCV, without a crop: fewer pixels; no statistics, digests or fsync."""
     os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # with TBB, the process hangs at its exit on one core
     from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found,unused-ignore]
     from ffcv.writer import DatasetWriter  # type: ignore[import-not-found,unused-ignore]
@@ -288,18 +241,19 @@ def ffcv(job: Job) -> None:
         def __getitem__(self, i: int) -> tuple[Any, int]:
             with began.get_lock():
                 began.value = began.value or time.monotonic()
-            with Image.open(pictures[i].path) as image:
-                return image.convert("RGB"), pictures[i].label
+            path, label = pictures[i]
+            with Image.open(path) as image:
+                return image.convert("RGB"), label
 
     Path(job.out).mkdir(parents=True)
-    image = RGBImageField(write_mode="jpg", max_resolution=SIDE, jpeg_quality=QUALITY)
+    image = RGBImageField(job.options.get("write_mode", "jpg"), max_resolution=SIDE, jpeg_quality=QUALITY)
     fields = {"image": image, "label": IntField()}
     writer = DatasetWriter(str(Path(job.out, "pictures.beton")), fields, num_workers=job.workers)
     writer.from_indexed_dataset(Pictures(), chunksize=max(1, min(100, len(pictures) // (8 * job.workers))))
-    report(writer.num_samples, began.value, time.monotonic(), "ffcv", "opencv-python", "pillow", "torch")
+    return measured(writer.num_samples, began.value, time.monotonic(), "ffcv", "opencv-python", "pillow", "torch")
 
 
-FUNCTIONS = {f.__name__: f for f in (decode, decode_encode, penstock, webdataset, opencv, img2dataset, litdata, ffcv)}
+FUNCTIONS = {f.__name__: f for f in (codec, penstock, webdataset, opencv, img2dataset, litdata, ffcv)}
 
 if __name__ == "__main__":
     main(FUNCTIONS)

@@ -1,7 +1,4 @@
-"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`; only functions import their peers.
-
-The docstring of a job is its note below the table.
-"""
+"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`; only functions import their peers."""
 
 import io
 import json
@@ -9,32 +6,18 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
-from tools.bench.peers_build import SIDE, Job, litdata_chunks, litdata_folders, main, report
+from tools.bench.peers_build import SIDE, Figures, Job, litdata_folders, main, measured
 
 VIEW = 224  # pixels of a side of a view
 DALI = "nvidia-dali-cuda130"
-
-
-class Stored(NamedTuple):
-    """A stored picture: the position of its JPEG in a shard."""
-
-    shard: str
-    offset: int
-    size: int
-    label: int
-
-    def jpeg(self) -> bytes:
-        with open(self.shard, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
 
 
 def warm_up(job: Job) -> int:
@@ -51,16 +34,13 @@ def shards(job: Job) -> list[str]:
     return sorted(map(str, Path(job.source, "train").glob("*.tar")))
 
 
-def stored_pictures(job: Job) -> Iterator[Stored]:
-    """Yield every training picture in the order of the shards."""
+def stored_jpegs(job: Job) -> Iterator[bytes]:
+    """Yield the JPEG of every training picture in the order of the shards."""
     for shard in shards(job):
         with tarfile.open(shard) as archive:
-            members = iter(archive)
-            for jpeg, label in zip(members, members):  # 00.jpg, 00.cls, 01.jpg, …
-                text = archive.extractfile(label)
-                assert text is not None
-                assert (jpeg.name[-4:], label.name[-4:]) == (".jpg", ".cls")
-                yield Stored(shard, jpeg.offset_data, jpeg.size, int(text.read()))
+            for member in archive:
+                if member.name.endswith(".jpg") and (file := archive.extractfile(member)):
+                    yield file.read()
 
 
 def mean_colour(job: Job) -> list[float]:
@@ -69,8 +49,8 @@ def mean_colour(job: Job) -> list[float]:
     return colour
 
 
-def measure(job: Job, batches: Iterator[Any], *packages: str, more: Callable[[], dict[str, Any]] = dict) -> None:
-    """Take batches (anything with `shape` and `dtype`) as fast as they come; report those after the warm-up."""
+def take(job: Job, batches: Iterator[Any], *packages: str) -> Figures:
+    """Take batches (anything with `shape` and `dtype`) as fast as they come; return the figures after the warm-up."""
     images, shapes = 0, set()
     for _ in islice(batches, warm_up(job)):
         pass
@@ -80,58 +60,44 @@ def measure(job: Job, batches: Iterator[Any], *packages: str, more: Callable[[],
         shapes.add((*map(int, batch.shape[1:]), str(batch.dtype).removeprefix("torch.")))
     ended = time.monotonic()
     ((*shape, dtype),) = shapes  # batches of different shapes or types are an error
-    report(images, began, ended, *packages, gives=f"{dtype}, {' × '.join(map(str, shape))}", **more())
+    return measured(images, began, ended, *packages, gives=f"{dtype}, {' × '.join(map(str, shape))}")
 
 
-def penstock(job: Job) -> None:
-    """Cut random windows and flips; a permutation of the whole split, positioned reads, CRC-32 of every picture; by
-    default minus the mean image, with lighting."""
+def penstock(job: Job) -> Figures:
+    """Cut random windows and flips of a permutation of the whole split, minus the mean image, with lighting; CRC-32."""
     sys.path.insert(0, job.options.pop("checkout"))
     from pipeline.online import Loader
 
     with Loader(job.source, "train", batch_size=job.batch, threads=job.workers, **job.options) as loader:
-
-        def waits() -> dict[str, Any]:
-            """Return the seconds of waiting by cause, warm-up included."""
-            return {"waits": {cause: seconds for cause, seconds in vars(loader.meter.total).items() if seconds}}
-
-        measure(job, (batch.images for batch in loader), DALI, "torch", "numpy", more=waits)
+        return take(job, (batch.images for batch in loader), DALI, "torch", "numpy")
 
 
-def first_batch(job: Job) -> None:
+def first_batch(job: Job) -> Figures:
     """Load the manifest, construct the loader, take a batch; the imports are done before."""
     from pipeline import manifest
     from pipeline.online import Loader
 
-    times = [time.monotonic()]
+    began = time.monotonic()
     data = manifest.load(job.source)
-    times.append(time.monotonic())
+    loaded = time.monotonic()
     with Loader(data, "train", batch_size=job.batch) as loader:
-        times.append(time.monotonic())
+        constructed = time.monotonic()
         images = len(next(loader).images)
-        times.append(time.monotonic())
-    stages = dict(zip(("manifest.load", "Loader(…)", "first batch"), (b - a for a, b in pairwise(times))))
-    report(images, times[0], times[-1], DALI, "torch", "numpy", stages=stages)
+        ended = time.monotonic()
+    stages = {"manifest.load": loaded - began, "Loader(…)": constructed - loaded, "first batch": ended - constructed}
+    return measured(images, began, ended, DALI, "torch", "numpy", stages=stages)
 
 
-class DaliBatch(NamedTuple):
-    """Shape and type of a batch that stays in DALI's memory."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-
-def dali_window(job: Job) -> None:
-    """Decode random 224 × 224 windows of JPEGs in memory; no flip, reading, shuffling or labels; nothing is copied out
-    of DALI."""
-    jpegs = [picture.jpeg() for picture in islice(stored_pictures(job), images_of(job))]
-    measure(job, dali_windows(jpegs, job.batch, job.workers), DALI)
+def dali_window(job: Job) -> Figures:
+    """Decode random windows of JPEGs in memory; no flip, reading or labels; nothing is copied out of DALI."""
+    jpegs = list(islice(stored_jpegs(job), images_of(job)))
+    return take(job, dali_windows(jpegs, job.batch, job.workers), DALI)
 
 
 def dali_windows(
     jpegs: list[bytes], batch: int, threads: int, device: int | None = None, hardware_share: float = 0.0
-) -> Iterator[DaliBatch]:
-    """Yield batches of windows without end, by the CPU or by a GPU, whose hardware decoder takes a share of them."""
+) -> Iterator[SimpleNamespace]:
+    """Yield shape and dtype of batches without end, by the CPU or by a GPU, whose hardware decoder takes a share."""
     import numpy as np
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
@@ -153,51 +119,39 @@ def dali_windows(
     pipeline.build()
     while True:
         (views,) = pipeline.run()
-        yield DaliBatch((len(views), *views[0].shape()), "uint8")
+        yield SimpleNamespace(shape=(len(views), *views[0].shape()), dtype="uint8")
 
 
-def dali_reader(job: Job) -> None:
-    """Cut random windows and flips, minus the mean colour; a shuffle buffer of 1,024 pictures, the shards mapped into
-    memory; labels left as text; copied to torch by DALIGenericIterator."""
+def dali_reader(job: Job) -> Figures:
+    """Cut random windows and flips, minus the mean colour; a shuffle buffer of 1,024; by DALIGenericIterator."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
+    indices = [str(Path(shard).with_suffix(".idx")) for shard in shards(job)]
+    files: Any = {"paths": shards(job), "index_paths": indices, "ext": ["jpg", "cls"]}
+    colours: Any = {"mean": mean_colour(job), "std": [1.0] * 3, "dtype": types.DALIDataType.FLOAT}
     pipeline = Pipeline(batch_size=job.batch, num_threads=job.workers, device_id=None, prefetch_queue_depth=2)
     with pipeline:
-        read: Any = fn.readers.webdataset(
-            paths=shards(job),
-            index_paths=[str(Path(shard).with_suffix(".idx")) for shard in shards(job)],
-            ext=["jpg", "cls"],
-            random_shuffle=True,
-            initial_fill=1024,
-            missing_component_behavior="error",
-        )
+        read: Any = fn.readers.webdataset(**files, random_shuffle=True, initial_fill=1024)
         left, top = (fn.random.uniform(range=[0.0, 1.0]) for _ in range(2))
         crop: Any = {"crop": (VIEW, VIEW), "crop_pos_x": left, "crop_pos_y": top}
         image = fn.decoders.image_crop(read[0], device="cpu", **crop)
-        real, flip = types.DALIDataType.FLOAT, fn.random.coin_flip()
-        colours: Any = {"mean": mean_colour(job), "std": [1.0] * 3}
-        view = fn.crop_mirror_normalize(image, mirror=flip, dtype=real, output_layout="CHW", **colours)
+        view = fn.crop_mirror_normalize(image, mirror=fn.random.coin_flip(), output_layout="CHW", **colours)
         pipeline.set_outputs(view, fn.pad(read[1]))
     pipeline.build()
     iterator = DALIGenericIterator(pipeline, ["images", "labels"], size=-1)  # without end
-    measure(job, (batch["images"] for (batch,) in iterator), DALI, "torch")
+    return take(job, (batch["images"] for (batch,) in iterator), DALI, "torch")
 
 
-def synthetic(job: Job) -> None:
+def synthetic(job: Job) -> Figures:
     """Fill a new tensor with one number for each batch: what a loader without decoding would give."""
     import torch
 
     torch.set_num_threads(job.workers)
     level, shape = fmean(mean_colour(job)), (job.batch, 3, VIEW, VIEW)
     filled = (torch.empty(shape, memory_format=torch.channels_last).fill_(level) for _ in cycle([0]))
-    measure(job, filled, "torch")
-
-
-def window(side: int) -> tuple[int, int, bool]:
-    """Return (left, top, flip) of a random view of a picture of side × side pixels."""
-    return random.randint(0, side - VIEW), random.randint(0, side - VIEW), random.random() < 0.5
+    return take(job, filled, "torch")
 
 
 def pillow_view(image: Any, mean: Any) -> Any:
@@ -206,16 +160,15 @@ def pillow_view(image: Any, mean: Any) -> Any:
     import torch
     from PIL import Image
 
-    left, top, flip = window(image.width)
+    left, top = (random.randint(0, side - VIEW) for side in image.size)
     image = image.crop((left, top, left + VIEW, top + VIEW))
-    if flip:
+    if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().sub_(mean)
 
 
-def webdataset(job: Job) -> None:
-    """Decode whole pictures by stock Pillow; random window and flip, minus the mean colour; shards drawn at random, a
-    shuffle buffer of 1,000 pictures; a process a core."""
+def webdataset(job: Job) -> Figures:
+    """Decode whole pictures by stock Pillow; window and flip, minus the mean colour; a shuffle buffer of 1,000."""
     import torch
     from torch.utils.data import DataLoader
     from webdataset import WebDataset
@@ -224,12 +177,11 @@ def webdataset(job: Job) -> None:
     stream = WebDataset(shards(job), resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
     views = stream.to_tuple("jpg", "cls").map(lambda pair: (pillow_view(pair[0], mean), pair[1])).batched(job.batch)
     loader = DataLoader(views, batch_size=None, num_workers=job.workers)
-    measure(job, (images for images, _ in loader), "webdataset", "pillow", "torch")
+    return take(job, (images for images, _ in loader), "webdataset", "pillow", "torch")
 
 
-def litdata(job: Job) -> None:
-    """Decode whole pictures by stock Pillow, from chunks of the same JPEG bytes; random window and flip, minus the mean
-    colour; a process a core."""
+def litdata(job: Job) -> Figures:
+    """Decode whole pictures by stock Pillow, from its chunks of JPEGs; window and flip, minus the mean colour."""
     litdata_folders(job)
     import torch
     from litdata import StreamingDataLoader, StreamingDataset  # type: ignore[import-not-found,unused-ignore]
@@ -237,7 +189,7 @@ def litdata(job: Job) -> None:
     view = partial(litdata_view, mean=torch.tensor(mean_colour(job)).reshape(3, 1, 1))
     dataset = StreamingDataset(str(Path(job.out, "chunks")), shuffle=True, drop_last=True, transform=view)
     loader = StreamingDataLoader(dataset, batch_size=job.batch, num_workers=job.workers, drop_last=True)
-    measure(job, (images for images, _ in loader), "litdata", "pillow", "torch")
+    return take(job, (images for images, _ in loader), "litdata", "pillow", "torch")
 
 
 def litdata_view(stored: dict[str, Any], mean: Any) -> tuple[Any, int]:
@@ -247,103 +199,22 @@ def litdata_view(stored: dict[str, Any], mean: Any) -> tuple[Any, int]:
         return pillow_view(image.convert("RGB"), mean), stored["label"]
 
 
-def litdata_convert(job: Job) -> None:
-    """Write the stored JPEGs as they are in LitData's chunks, repeated where a run takes more."""
-    pictures = list(islice(cycle(stored_pictures(job)), images_of(job)))
-    litdata_chunks(job, litdata_stored, pictures, max(1, min(1000, len(pictures) // (4 * job.workers))))
-
-
-def litdata_stored(picture: Stored) -> dict[str, Any]:
-    return {"image": picture.jpeg(), "label": picture.label}
-
-
-def ffcv_convert(job: Job) -> None:
-    """Write the stored pictures to FFCV's .beton: their JPEG bytes as they are, or their pixels (option `raw`)."""
-    import numpy as np
-    from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.fields.rgb_image import IMAGE_MODES  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.writer import DatasetWriter  # type: ignore[import-not-found,unused-ignore]
-    from PIL import Image
-
-    raw, pictures = job.options["raw"], list(islice(stored_pictures(job), images_of(job)))
-
-    class StoredJpeg(RGBImageField):  # type: ignore[misc,unused-ignore]
-        """Keeps JPEG bytes, which FFCV itself would encode anew from pixels. It is read as an RGBImageField."""
-
-        def encode(self, destination: Any, image: bytes, malloc: Any) -> None:
-            destination["mode"] = IMAGE_MODES["jpg"]
-            destination["width"], destination["height"] = Image.open(io.BytesIO(image)).size
-            destination["data_ptr"], storage = malloc(len(image))
-            storage[:] = np.frombuffer(image, np.uint8)
-
-    class Pictures:
-        def __len__(self) -> int:
-            return len(pictures)
-
-        def __getitem__(self, i: int) -> tuple[Any, int]:
-            jpeg = pictures[i].jpeg()
-            return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) if raw else jpeg, pictures[i].label
-
-    Path(job.out).mkdir(parents=True)
-    fields = {"image": RGBImageField(write_mode="raw") if raw else StoredJpeg(), "label": IntField()}
-    writer = DatasetWriter(str(Path(job.out, "pictures.beton")), fields, num_workers=job.workers)
-    writer.from_indexed_dataset(Pictures(), chunksize=max(1, min(100, len(pictures) // (8 * job.workers))))
-
-
-def ffcv(job: Job) -> None:
-    """Decode whole pictures of its .beton (the JPEG bytes of the shards as they are, or pixels: 192 KiB a picture, warm
-    in memory), then random window and flip in numba; order RANDOM, os_cache; batches in memory that is used again."""
-    import numpy as np
-    from ffcv.fields import RGBImageField  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # type: ignore[import-not-found,unused-ignore]
+def ffcv(job: Job) -> Figures:
+    """Decode whole pictures of its .beton (JPEGs encoded anew, or pixels); its own crop, exactly a view, and flip."""
+    from ffcv.fields import decoders  # type: ignore[import-not-found,unused-ignore]
     from ffcv.loader import Loader, OrderOption  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.pipeline.allocation_query import AllocationQuery  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.pipeline.compiler import Compiler  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.pipeline.operation import Operation  # type: ignore[import-not-found,unused-ignore]
-    from ffcv.reader import Reader  # type: ignore[import-not-found,unused-ignore]
     from ffcv.transforms import RandomHorizontalFlip, ToTensor  # type: ignore[import-not-found,unused-ignore]
 
-    class RandomWindow(Operation):  # type: ignore[misc,unused-ignore]
-        """(n, side, side, 3) → (n, 224, 224, 3): FFCV's own random crop is one that resizes."""
-
-        def generate_code(self) -> Callable[..., Any]:
-            indices = Compiler.get_iterator()
-
-            def windows(images, out):  # type: ignore[no-untyped-def]  # for numba
-                n, side = images.shape[0], images.shape[1]
-                starts = np.random.randint(0, side - VIEW + 1, (n, 2))
-                for i in indices(n):
-                    top, left = starts[i]
-                    out[i] = images[i, top : top + VIEW, left : left + VIEW]
-                return out[:n]
-
-            windows.is_parallel = True  # type: ignore[attr-defined]
-            return windows
-
-        def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
-            shape = (VIEW, VIEW, 3)
-            return replace(previous_state, shape=shape, jit_mode=True), AllocationQuery(shape, previous_state.dtype)
-
-    beton, custom = str(Path(job.out, "pictures.beton")), {"image": RGBImageField}
-    pictures = np.arange(Reader(beton, custom).num_samples, dtype=np.uint64)
-    loader = Loader(
-        beton,
-        batch_size=job.batch,
-        num_workers=job.workers,
-        os_cache=True,
-        order=OrderOption.RANDOM,
-        indices=np.resize(pictures, images_of(job)),  # one epoch, as long as the run
-        pipelines={
-            "image": [SimpleRGBImageDecoder(), RandomWindow(), RandomHorizontalFlip(), ToTensor()],
-            "label": [IntDecoder(), ToTensor()],
-        },
-        custom_fields=custom,
-    )
-    measure(job, (images for images, _ in loader), "ffcv", "numba", "torch")
+    share = (VIEW / SIDE) ** 2  # of the area: nothing is left to resize
+    crop = decoders.RandomResizedCropRGBImageDecoder((VIEW, VIEW), scale=(share, share), ratio=(1.0, 1.0))
+    pipelines = {"image": [crop, RandomHorizontalFlip(), ToTensor()], "label": [decoders.IntDecoder(), ToTensor()]}
+    options: Any = {"batch_size": job.batch, "num_workers": job.workers, "os_cache": True, "pipelines": pipelines}
+    loader = Loader(str(Path(job.out, "pictures.beton")), order=OrderOption.RANDOM, **options)
+    return take(job, (images for images, _ in loader), "ffcv", "numba", "torch")
 
 
-JOBS = (penstock, first_batch, dali_window, dali_reader, synthetic, webdataset)
-FUNCTIONS = {job.__name__: job for job in (*JOBS, litdata, litdata_convert, ffcv, ffcv_convert)}
+JOBS = (penstock, first_batch, dali_window, dali_reader, synthetic, webdataset, litdata, ffcv)
+FUNCTIONS = {job.__name__: job for job in JOBS}
 
 if __name__ == "__main__":
     main(FUNCTIONS)

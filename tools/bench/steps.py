@@ -1,54 +1,42 @@
 """Steps of training, and what feeds them: the rows of a group take turns in one process, `PYTHON steps.py JOB.json`."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from types import SimpleNamespace
+from functools import partial
+from itertools import islice, repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import UserError, manifest
-from pipeline.manifest import Manifest
 from pipeline.online import Loader
 from pipeline.online.loader import Batch
 from tools.bench import common
 from tools.bench.common import CORES, Figures, Row
 from tools.bench.peers_build import Job, main
-from tools.bench.peers_load import dali_windows, stored_pictures
-from trainer import evaluate, feed, layers, model, optim, parallel, watch
+from tools.bench.peers_load import dali_windows, stored_jpegs
+from trainer import feed, layers, model, optim, parallel, watch
 from trainer import recipe as recipes
+from trainer.model import Masks, Weights
+from trainer.recipe import Recipe
 from trainer.step import drawn_masks, update
 
+FP32 = "fp32"  # the variant that the others are compared with
 CLASSES = 1000  # of the network, at least
 DEVIATION = 54.0  # grey levels, of a view less its mean image
 AHEAD = 6  # batches that a loader may have ready
-WARM_UP, UNTIMED = {"cuda": 8, "cpu": 1}, {"cuda": 3, "cpu": 1}  # steps before the first turn, and before each
-SIDES, PRODUCTS = {"cuda": 8192, "cpu": 1024}, {"cuda": 10, "cpu": 1}  # of matrices; before a GPU is waited for
+WARM_UP = {"cuda": 8, "cpu": 1}  # steps before the first turn; before each of the others there is one
+SIDES = {"cuda": 8192, "cpu": 1024}  # of matrices
+# Weights stay as they are but for the last bits: a batch learned by heart has gradients of denormals, slow on a CPU.
+RATES = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
+WIDTHS, UNITS = (64, 192, 384, 256, 256), 4096  # of torchvision's AlexNet
 # torch's out of memory is a RuntimeError, and so is what torch.compile cannot compile
 FAILURES = (RuntimeError, UserError, ImportError, AssertionError, OSError)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Keys of a recipe's section `train` that choose the arithmetic of a step."""
-
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: str = "no"
-
-    def __str__(self) -> str:
-        compiled = self.compile * (self.compile != "no")
-        return ", ".join(filter(None, (self.precision, "channels_last" * self.channels_last, compiled)))
-
-    def settings(self) -> tuple[str, ...]:
-        layout = str(self.channels_last).lower()
-        return f'train.precision="{self.precision}"', f"train.channels_last={layout}", f'train.compile="{self.compile}"'
 
 
 @dataclass
@@ -57,66 +45,74 @@ class Timed:
 
     step: Callable[[], int]
     loader: Loader | None = None
-    precision: str = "fp32"
-    check: Callable[[], None] = lambda: None
+    precision: str = FP32
     facts: Figures = field(default_factory=dict)
-    resident: int = 0  # bytes on a GPU
+    losses: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last step
 
 
-def group(job: Job) -> None:
-    """Measure the rows of a group; print their records."""
-    rows = measure_group(job, [Row(**row) for row in job.options["rows"]])
-    print("\n" + json.dumps({"rows": [asdict(row) for row in rows]}))
+def settings(variant: str) -> tuple[str, ...]:
+    """Return the recipe's keys that choose the arithmetic of a step: "bf16,channels_last,segments" names three."""
+    precision, *words = variant.split(",")
+    layout, compiled = str("channels_last" in words).lower(), [word for word in words if word != "channels_last"]
+    names = f'train.precision="{precision}"', f'train.compile="{",".join(compiled) or "no"}"'
+    return *names, f"train.channels_last={layout}"
 
 
-def measure_group(job: Job, rows: list[Row]) -> list[Row]:
-    """Set up all rows, then let them take turns. A row that fails keeps the reason; the others go on."""
-    devices, timed = job_devices(job), dict[str, Timed]()
+def group(job: Job) -> Figures:
+    """Set up all rows of a group, then let them take turns. A row that fails keeps the reason; the others go on."""
+    rows, timed = [Row(**row) for row in job.options["rows"]], dict[str, Timed]()
+    gpus = {device for device in job_devices(job) if device.type == "cuda"}
     with ExitStack() as stack:
+
+        def set_up(row: Row) -> None:
+            held = {gpu: torch.cuda.memory_allocated(gpu) for gpu in gpus}
+            for gpu in gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            timed[row.name] = FUNCTIONS[row.function](job, row, stack)
+            for _ in range(WARM_UP[job_devices(job)[0].type]):
+                timed[row.name].step()
+            row.facts |= timed[row.name].facts
+            if gpus:
+                row.facts["peak"] = max(torch.cuda.max_memory_allocated(gpu) - held[gpu] for gpu in gpus)
+
+        def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except FAILURES as error:
+                raise UserError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
         for row in rows:
             try:
-                before = allocated(devices)
-                timed[row.name] = made = FUNCTIONS[row.function](job, row, stack)
-                for _ in range(WARM_UP[devices[0].type]):
-                    made.step()
-                synchronise(devices)
-                made.resident, row.facts = allocated(devices) - before, row.facts | made.facts
-            except FAILURES as error:
+                attempt(set_up, row)
+            except UserError as error:
                 timed.pop(row.name, None)
-                common.fail(row, reason(error))
-
-        def turn(row: Row) -> Figures:
-            try:
-                return take_turn(job, timed[row.name], devices)
-            except FAILURES as error:
-                raise UserError(reason(error)) from error
-
-        common.interleave(rows, turn, job.options["repetitions"])
-    return rows
+                row.fail(str(error))
+        least = job.options["seconds"]
+        common.interleave(
+            rows, lambda row: attempt(take_turn, timed[row.name], gpus, least), job.options["repetitions"]
+        )
+    return {"rows": [asdict(row) for row in rows]}
 
 
-def take_turn(job: Job, timed: Timed, devices: Sequence[torch.device]) -> Figures:
-    """Take a turn of at least so many steps and seconds, after untimed steps."""
+def take_turn(timed: Timed, gpus: set[torch.device], least: float) -> Figures:
+    """Take steps for at least so many seconds, after untimed steps."""
     # While other rows run, a loader makes ready all that it may have ahead; in a run it does only if it is the faster.
     parallel.reference_precision(timed.precision)
-    for _ in range(AHEAD if timed.loader else UNTIMED[devices[0].type]):
+    for _ in range(AHEAD if timed.loader else 1):
         timed.step()
-    synchronise(devices)
-    for device in devices if devices[0].type == "cuda" else ():
-        torch.cuda.reset_peak_memory_stats(device)
-    before, waited = allocated(devices), timed.loader and timed.loader.meter.total
-    images, steps, cpu, began = 0, 0, time.process_time(), time.perf_counter()
-    while steps < job.options["steps"] or time.perf_counter() < began + job.options["seconds"]:
+    synchronise(gpus)
+    waited = timed.loader and timed.loader.meter.total
+    images, steps, began = 0, 0, time.perf_counter()
+    while not steps or time.perf_counter() < began + least:
         images, steps = images + timed.step(), steps + 1
-    synchronise(devices)
-    seconds, cores = time.perf_counter() - began, time.process_time() - cpu
-    timed.check()
-    figures: Figures = {"images": images, "seconds": seconds, "steps": steps, "host_cores": cores / seconds}
+    synchronise(gpus)
+    seconds = time.perf_counter() - began
+    if not bool(timed.losses.isfinite()):
+        raise UserError("the loss is not a finite number")
+    torch.cuda.empty_cache()  # for the next row
+    figures: Figures = {"images": images, "seconds": seconds, "steps": steps}
     if timed.loader and waited:
         figures["stall"] = (timed.loader.meter.total - waited).shares(seconds)
-    if devices[0].type == "cuda":
-        figures["peak"] = allocated(devices, torch.cuda.max_memory_allocated) - before + timed.resident
-        torch.cuda.empty_cache()  # for the next row
     return figures
 
 
@@ -124,45 +120,29 @@ def job_devices(job: Job) -> list[torch.device]:
     return [torch.device(name) for name in job.options["devices"]]
 
 
-def synchronise(devices: Sequence[torch.device]) -> None:
-    """Wait for the GPUs."""
-    for device in set(devices):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
-def allocated(devices: Sequence[torch.device], memory: Callable[..., int] = torch.cuda.memory_allocated) -> int:
-    """Return torch's bytes, or the peak of them, on the GPU that has most."""
-    return max((memory(device) for device in devices if device.type == "cuda"), default=0)
-
-
-def reason(error: BaseException) -> str:
-    """Return one line of at most 200 characters; where DALI or torch.compile wrap the cause, the cause."""
-    text = str(error)
-    for before in ("encountered:\n", "raised:\n"):
-        text = text.partition(before)[2] or text
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+def synchronise(devices: set[torch.device]) -> None:
+    """Wait for GPUs."""
+    for device in devices:
+        torch.cuda.synchronize(device)
 
 
 def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Multiply two large square matrices in that precision, on the first device; shares are of its rate on each."""
-    device, precision = job_devices(job)[0], job.options["variant"]["precision"]
-    side, count = SIDES[device.type], PRODUCTS[device.type]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    device, precision = job_devices(job)[0], job.options["variant"].partition(",")[0]
+    side, dtype = SIDES[device.type], torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, out = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(3))
 
     def step() -> int:
-        for _ in range(count):
-            torch.mm(a, b, out=out)
-        synchronise([device])
-        return 2 * side**3 * count  # operations
+        torch.mm(a, b, out=out)
+        synchronise({device} if device.type == "cuda" else set())
+        return 2 * side**3  # operations
 
     return Timed(step, precision=precision)
 
 
 def decode(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Decode random windows of JPEGs in memory by DALI alone, a share of them by a GPU's hardware decoder."""
-    jpegs = [picture.jpeg() for picture in islice(stored_pictures(job), AHEAD * job.batch)]
+    jpegs = list(islice(stored_jpegs(job), AHEAD * job.batch))
     windows = dali_windows(jpegs, job.batch, CORES, job_devices(job)[0].index, row.options["hardware_share"])
     return Timed(lambda: next(windows).shape[0])
 
@@ -182,17 +162,26 @@ def supply(job: Job, row: Row, stack: ExitStack) -> Timed:
 
 
 def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Set up a step of KINDS, fed by the loader or with one batch of random numbers."""
-    variant = Variant(**(row.options.get("variant") or job.options["variant"]))
-    data, devices = manifest.load(job.source), job_devices(job)
-    evaluate.require_labels(data, "train")  # −1 would leave a GPU unusable for the rows that follow
-    made = KINDS[row.function](data, devices, job.options["recipe"], job.batch, variant)
-    facts = {"operations": made.operations, "devices": len(set(made.devices))}
+    """Set up a step of STEPS, fed by the loader or with one batch of random numbers."""
+    data, variant = manifest.load(job.source), row.options.get("variant") or job.options["variant"]
+    sizes = (f"train.batch_size={job.batch}", f"optim.batch_size={job.batch}")
+    plan = recipes.load(job.options["recipe"], (*RATES, *sizes, *settings(variant)))
+    parallel.reference_precision(plan.train.precision)
+    devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
+    train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
+    timed = Timed(lambda: 0, precision=plan.train.precision)
+    timed.facts = {"operations": count, "devices": len(set(devices))}
     if row.options.get("fed"):
-        loader = stack.enter_context(feed.training(data, made.plan, devices))
-        return Timed(lambda: made.step(next(loader)), loader, variant.precision, made.check, facts)
-    batch = synthetic(job.batch, made.plan.model.size, made.devices)
-    return Timed(lambda: made.step(batch), None, variant.precision, made.check, facts)
+        timed.loader = stack.enter_context(feed.training(data, plan, devices))
+    batches = timed.loader or repeat(synthetic(job.batch, plan.model.size, devices))
+
+    def step() -> int:
+        batch = next(batches)
+        timed.losses = train(batch)
+        return len(batch.ids)
+
+    timed.step = step
+    return timed
 
 
 def synthetic(size: int, side: int, devices: Sequence[torch.device]) -> Batch:
@@ -212,108 +201,63 @@ def operations(multiply_adds: Sequence[int]) -> int:
     return 2 * (3 * sum(multiply_adds) - multiply_adds[0])
 
 
-class TrainerStep:
+Step = tuple[Callable[[Batch], Tensor], int]  # a step, which returns the losses; the operations of an image
+
+
+def penstock(network_class: Any, plan: Recipe, classes: int, devices: Sequence[torch.device]) -> Step:
     """Take a run's own step: dropout masks, forward, backward, new weights, watch; each column on its device."""
+    train = plan.train
+    network = network_class(plan.model, classes, devices, train.compile, train.channels_last)
+    network.load(model.initial_weights(plan.model, classes, train.seed))
+    optimiser, watched = optim.Momentum(network.parts(), plan.optim.momentum), watch.Watch(network)
+    rates = optim.Schedule(plan, 1).rates(0)
+
+    def step(batch: Batch) -> Tensor:
+        return update(network, optimiser, batch, drawn_masks(network, train.seed, batch), rates, train, watched)
+
+    return step, operations([layer.multiply_adds for layer in layers.plan(plan.model, classes)])
+
+
+class Grouped(model.Grouped):
+    """The whole network on the first device, with grouped convolutions and no columns, as `update` takes a network."""
 
     def __init__(
-        self, data: Manifest, devices: Sequence[torch.device], recipe: str, batch: int, variant: Variant
+        self, recipe: layers.ModelRecipe, classes: int, devices: Sequence[torch.device], compile: str, last: bool
     ) -> None:
-        sizes = (f"train.batch_size={batch}", f"optim.batch_size={batch}")
-        # Weights stay as they are but for the last bits: a batch learned by heart has gradients of denormals, slow on a
-        # CPU. So each step on the same batch adds the same gradient to the velocities.
-        rates = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
-        self.plan = recipes.load(recipe, (*rates, *sizes, *variant.settings()))
-        self.devices, self.classes = tuple(devices)[: self.plan.model.columns], max(CLASSES, len(data.classes))
-        parallel.reference_precision(variant.precision)
-        self.build(variant)
-        self.schedule = optim.Schedule(self.plan, feed.steps_of(data, self.plan))
-        self.losses = torch.zeros(())
+        super().__init__(recipe, classes)
+        self.classes, self.devices = classes, tuple(devices[:1])
+        self.format: Any = torch.channels_last if last else torch.contiguous_format
+        self.to(devices[0], memory_format=self.format)  # type: ignore[call-overload]
+        self.compiled = model.compiled(self.run, compile)
 
-    def build(self, variant: Variant) -> None:
-        """Make the network and its optimiser."""
-        plan, self.network = self.plan, self.placed(variant)
-        self.network.load(model.initial_weights(plan.model, self.classes, plan.train.seed))
-        self.operations = operations([layer.multiply_adds for layer in layers.plan(plan.model, self.classes)])
-        self.optimiser = optim.Momentum(self.network.parts(), plan.optim.momentum)
-        self.watch = watch.Watch(self.network)
+    def watched(self, replicas: Sequence[Tensor], masks: Sequence[Masks]) -> tuple[Tensor, list[Tensor]]:
+        images = replicas[0].to(self.devices[0], memory_format=self.format)
+        logits, sums = self.compiled(self.layers, images, [masks[0].get(layer.name) for layer in self.layers])
+        return logits, [sums]
 
-    def placed(self, variant: Variant) -> Any:
-        return parallel.Columns(self.plan.model, self.classes, self.devices, variant.compile, variant.channels_last)
-
-    def step(self, batch: Batch) -> int:
-        """Train on a batch; return its images."""
-        masks, rates = drawn_masks(self.network, self.plan.train.seed, batch), self.schedule.rates(batch.step)
-        self.losses = update(self.network, self.optimiser, batch, masks, rates, self.plan.train, self.watch)
-        return len(batch.ids)
-
-    def check(self) -> None:
-        """Raise UserError where a number was not finite."""
-        self.watch.check()
-
-    def outcome(self) -> dict[str, Tensor]:
-        """Return the last step's loss, and the velocities, on the host."""
-        return {"loss": self.losses.to("cpu"), **self.network.gathered(self.optimiser.velocity)}
+    def parts(self) -> list[Weights]:
+        return [self.weights()]
 
 
-class GroupedStep(TrainerStep):
-    """Take the same step of the same network whole on the first device, with grouped convolutions and no columns."""
+def torchvision(plan: Recipe, classes: int, devices: Sequence[torch.device]) -> Step:
+    """Train another network in plain torch: 64, 192, 384, 256, 256 maps, no LRN, no groups; torch.optim.SGD, autocast
+    for bf16."""
+    (device,), train = devices, plan.train
+    layout: Any = torch.channels_last if train.channels_last else torch.contiguous_format
+    network = alexnet(classes).to(device, memory_format=layout)  # type: ignore[call-overload]
+    sgd = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=plan.optim.momentum, weight_decay=5e-4)
+    run = model.compiled(network, train.compile)
 
-    def placed(self, variant: Variant) -> Any:
-        self.devices = self.devices[:1]
-        network, device = model.Grouped(self.plan.model, self.classes), self.devices[0]
-        layout: Any = torch.channels_last if variant.channels_last else torch.contiguous_format
-        network.to(device, memory_format=layout)  # type: ignore[call-overload]
-        run = model.compiled(network.run, variant.compile)
+    def step(batch: Batch) -> Tensor:
+        images = batch.images.to(device, memory_format=layout)
+        sgd.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            losses = F.cross_entropy(run(images), batch.labels)
+        losses.backward()
+        sgd.step()
+        return losses.detach()
 
-        def watched(replicas: Sequence[Tensor], masks: Any) -> tuple[Tensor, list[Tensor]]:
-            images = replicas[0].to(device, memory_format=layout)
-            x, sums = run(network.layers, images, [masks[0].get(layer.name) for layer in network.layers])
-            return x, [sums]
-
-        return SimpleNamespace(  # what a step uses of `parallel.Columns`
-            recipe=network.recipe,
-            classes=self.classes,
-            devices=self.devices,
-            layers=network.layers,
-            load=network.load,
-            watched=watched,
-            parts=lambda: [network.weights()],
-            gathered=lambda values: {name: value.to("cpu", copy=True) for name, value in values[0].items()},
-        )
-
-
-class PlainStep(TrainerStep):
-    """Train another network in plain torch, on the first device: 64, 192, 384, 256, 256 maps, no LRN, no groups;
-    nn.functional.cross_entropy, torch.optim.SGD, autocast for bf16."""
-
-    def build(self, variant: Variant) -> None:
-        self.devices = self.devices[:1]
-        self.layout: Any = torch.channels_last if variant.channels_last else torch.contiguous_format
-        torch.manual_seed(self.plan.train.seed)
-        network = alexnet(self.classes).to(self.devices[0], memory_format=self.layout)  # type: ignore[call-overload]
-        self.operations = alexnet_operations(self.classes)
-        momentum = self.plan.optim.momentum
-        self.sgd = torch.optim.SGD(network.parameters(), lr=1e-9, momentum=momentum, weight_decay=5e-4)
-        mode = "reduce-overhead" if variant.compile == "graphs" else None
-        self.run: Any = network if variant.compile == "no" else torch.compile(network, dynamic=False, mode=mode)
-        self.bf16 = variant.precision == "bf16"
-
-    def step(self, batch: Batch) -> int:
-        images = batch.images.to(self.devices[0], memory_format=self.layout)
-        self.sgd.zero_grad()
-        with torch.autocast(self.devices[0].type, torch.bfloat16, enabled=self.bf16):
-            loss = nn.functional.cross_entropy(self.run(images), batch.labels)
-        loss.backward()
-        self.sgd.step()
-        self.losses = loss.detach()
-        return len(batch.ids)
-
-    def check(self) -> None:
-        if not bool(self.losses.isfinite()):
-            raise UserError("the loss is not a finite number")
-
-
-WIDTHS, UNITS = (64, 192, 384, 256, 256), 4096
+    return step, alexnet_operations(classes)
 
 
 def alexnet(classes: int = CLASSES) -> nn.Sequential:
@@ -339,10 +283,10 @@ def alexnet_operations(classes: int = CLASSES) -> int:
     return counter.get_total_flops()
 
 
-KINDS: dict[str, type[TrainerStep]] = {"columns": TrainerStep, "grouped": GroupedStep, "torchvision": PlainStep}
-SUPPLIES: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
-FUNCTIONS = SUPPLIES | dict.fromkeys(KINDS, trained)
-NOTES = SUPPLIES | KINDS  # whose docstrings are the notes below the table
+NETWORKS: dict[str, Any] = {"columns": parallel.Columns, "grouped": Grouped}
+STEPS = {name: partial(penstock, network) for name, network in NETWORKS.items()} | {"torchvision": torchvision}
+FUNCTIONS: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
+FUNCTIONS |= dict.fromkeys(STEPS, trained)
 
 if __name__ == "__main__":
     main({"group": group})
