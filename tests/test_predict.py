@@ -23,7 +23,7 @@ from trainer import checkpoint as checkpoints
 from trainer.network import load_network
 from trainer.pictures import Pictures
 from trainer.predict import BATCH_SIZE, THREADS, Prediction, fits, top
-from trainer.raw.raws import Failure, Raw
+from trainer.raw import Failure, Raw
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_picture_is_seen_as_in_a_data_set(
         "folder": [world.raw / "val"],
         "tar": [tmp_path / "val-000000.tar"],
         "split": [world.data / "val"],
-        "shards": [f"{world.data}/val/val-{{000000..000002}}.tar"],
+        "shards": [f"{world.data}/val/val-00000{i}.tar" for i in range(3)],
     }[source]
     result = predict(world, *words, views=views)
     assert result.exit_code == 0, result.output
@@ -90,7 +90,7 @@ def test_from_an_object_store(world: World, s3: Store, seen: list[np.ndarray]):
     assert_predicted(world, predict(world, f"{s3.url}/raw"), keys)
     assert_predicted(world, predict(world, f"{s3.url}/raw/{world.files[keys[0]].name}"), keys[:1])
     assert_predicted(world, predict(world, f"{s3.url}/set/val"), world.keys)
-    result = predict(world, f"{s3.url}/set/val/val-{{000000..000001}}.tar")
+    result = predict(world, *(f"{s3.url}/set/val/val-00000{i}.tar" for i in range(2)))
     s3.faults(0)
     assert_predicted(world, result, world.keys[:10])
     order = [world.keys.index(key) for key in keys]
@@ -230,10 +230,6 @@ def test_mistakes_are_one_line(world: World, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("x")
     one_line(predict(world, tmp_path), f"no pictures in {tmp_path}", "left out: 1 *.txt")
     one_line(predict(world, picture, run=tmp_path), "checkpoint")
-    one_line(predict(world, f"{tmp_path}/{{0..2}}.jpg"), "0.jpg: no such file")
-    one_line(predict(world, f"{tmp_path}/{{0..2.jpg"), "{0..2.jpg: a brace")
-    one_line(predict(world, f"{tmp_path}/{{0..999999999999}}.jpg"), "more than 100,000 places")
-    one_line(predict(world, f"{tmp_path}/{{0..999}}-{{0..999}}.jpg"), "more than 100,000 places")
     literal = tmp_path / "a{1,2}.jpg"
     literal.write_bytes(GOOD)
     assert predict(world, literal).exit_code == 0

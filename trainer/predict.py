@@ -15,7 +15,7 @@ from pipeline.storage import read_ahead
 from trainer.evaluate import probabilities
 from trainer.parallel import Columns
 from trainer.pictures import Pictures
-from trainer.raw.raws import Failure, Raw, unreadable, useless
+from trainer.raw import Failure, Raw, unreadable, useless
 from trainer.watch import Diverged
 
 BATCH_SIZE = {"centre": 32, "ten": 8}  # pictures; results come a batch at a time

@@ -20,9 +20,8 @@ from trainer.network import load_network
 from trainer.pictures import Pictures
 from trainer.predict import Prediction
 from trainer.predict import predict as predicted
-from trainer.raw.places import pictures as pictures_at
-from trainer.raw.places import places
-from trainer.raw.raws import Failure, LeftOut
+from trainer.raw import Failure, LeftOut, locations
+from trainer.raw import pictures as pictures_at
 
 BAR = 12  # characters
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -44,9 +43,9 @@ def predict(where: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
     \b
     Examples:
       python -m trainer predict cat.jpg holidays/ --data /data/imagenet-256 --checkpoint runs/1
-      python -m trainer predict 's3://bucket/set/val/val-{000000..000012}.tar' --json --data … --checkpoint …
+      python -m trainer predict s3://bucket/set/val/val-000000.tar --json --data … --checkpoint …
     """
-    found = places(where)
+    found = locations(where)
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
     network = load_network(checkpoint, dataset, placed(devices, checkpoint.recipe.model.columns), run)
     pictures, left_out = Pictures(dataset, checkpoint.recipe), LeftOut()
