@@ -19,8 +19,7 @@ ViewBox = tuple[int, int, bool]  # top and left of a view in its picture, in pix
 class Crops:
     """Crop box, flip, offset and deviation of each sample of a batch.
 
-    The pixels x of a view become (x − offset) · (1/std) − mean deviation, in float32; the mean deviation is the same
-    for a whole step (`Recipe.mean_deviations`).
+    Pixels x become (x − offset) · (1/std) − mean deviation, in float32; `Recipe.mean_deviations` has the last of them.
     """
 
     start: np.ndarray  # (n, 2) int32: top and left, pixels

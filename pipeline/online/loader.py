@@ -118,8 +118,6 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         before = _event(device)
         asked = time.perf_counter()
         batch = self._prefetch.next()
-        if batch is None:
-            raise StopIteration
         wait = waited(asked, batch.read_at, batch.decoded_at, time.perf_counter())
         after = _event(device)
         for tensor in chain([batch.labels], *batch.tensors):
@@ -146,10 +144,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         return {**self._described(), "step": self._next, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken: the next batch is that of its step, with the same samples and pixels.
-
-        Raises UserError where it is of another data set, seed, batch size or option; the message names each.
-        """
+        """Go on where `state` was taken. Raises UserError where it is of another data set, seed or other option."""
         own, step = self._described(), state.get("step")
         differing = [f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]]
         if differing or type(step) is not int or step < 0:
@@ -172,7 +167,6 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
     def _described(self) -> dict[str, Any]:
         """Return all that the batches are a function of, but for the step."""
         order = self.order
-        window = {"window": order.window} if order.kind == "shards" else {}
         return {
             "version": STATE,
             "dataset": self.manifest.identity,
@@ -181,7 +175,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             "batch_size": order.batch_size,
             "order": order.kind,
             "last": order.last,
-            **window,
+            **({"window": order.window} if order.kind == "shards" else {}),
             **self.recipe.described(),
         }
 

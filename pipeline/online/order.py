@@ -43,8 +43,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        full, rest = divmod(self.samples, self.batch_size)
-        return full + (rest > 0 and self.last == "short")
+        return self.samples // self.batch_size if self.last == "drop" else -(-self.samples // self.batch_size)
 
     def permutation(self, epoch: int) -> np.ndarray:
         """Return the ids in the order of this epoch, (samples,) int64."""

@@ -73,11 +73,13 @@ class Prefetch:
         self._decodes, self._reads, self._orders = self._pools = [ThreadPoolExecutor(1, name) for name in names]
         self._fill()
 
-    def next(self) -> Batch | None:
+    def next(self) -> Batch:
         """Wait for the next batch, or raise what its preparation raised; it stays the next one until `taken`."""
         if self._closed:
             raise RuntimeError("the loader is closed")
-        return self._ahead[0].result() if self._ahead else None
+        if not self._ahead:
+            raise StopIteration
+        return self._ahead[0].result()
 
     def taken(self) -> None:
         """Give up the next batch, which the consumer has now, and prepare another."""
