@@ -164,10 +164,12 @@ def opened(dataset: Manifest, name: str) -> Iterator[BinaryIO]:
     if promised is None:
         raise Violation(f"not listed in {FILE_NAME}")
     with io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if (file.tell(), digest) != (promised.bytes, promised.sha256):
-            raise Violation(f"its {file.tell()} bytes or their SHA-256 are not those of the manifest")
+        if (size := file.seek(0, io.SEEK_END)) != promised.bytes:
+            raise Violation(f"has {size} bytes, the manifest promises {promised.bytes}")
         file.seek(0)
+        if hashlib.file_digest(file, "sha256").hexdigest() != promised.sha256:
+            raise Violation("its SHA-256 is not that of the manifest")
+        file.seek(0)  # a digest of BytesIO leaves it where it was, one of a file does not
         yield file
 
 
