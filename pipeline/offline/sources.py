@@ -96,6 +96,8 @@ def _read(folder: Folder, listings: ListingCache, name: str | None) -> Sources:
         if sources := LAYOUTS[layout].read(folder, listings, name is not None):
             sources.name = layout
             return sources
+    if not folder.files and not folder.folders:
+        raise SourceError(f"{folder.path}: no raw images{volumes.hint(folder.path)}")
     wanted = "; ".join(LAYOUTS[layout].looks_for for layout in ((name,) if name else LAYOUTS))
     problem = f"not the layout {name}: it lacks" if name else "no layout that Penstock knows. Looked for"
     content = f"{len(folder.folders)} folders and {len(folder.files)} files{volumes.hint(folder.path)}"
