@@ -45,8 +45,7 @@ class Member(NamedTuple):
 def members(read: Read, start: int, end: int, archive: str) -> Iterator[Member]:
     """Yield the members of the tar at [start, end) in order. `archive` is its name in messages.
 
-    Raises:
-        SourceError: a header that is damaged, or claims more bytes than there are.
+    Raises SourceError: a header that is damaged, or claims more bytes than there are.
     """
     if start == end:
         raise SourceError(f"{archive}: empty, not even an archive's end; fetch it again")
@@ -70,15 +69,17 @@ def members(read: Read, start: int, end: int, archive: str) -> Iterator[Member]:
             if tail.strip(b"\0"):
                 yield Member("", at, 0, DATA_AFTER_END)
             return
-        name, left = _plain(info.name), end - info.offset_data
-        reason = "" if info.isreg() else KINDS.get(info.type, "unknown kind of member in an archive")
+        name, left, reason = _plain(info.name), end - info.offset_data, ""
         if info.issparse():
             reason = "sparse file in an archive"
-        elif not reason and info.size > left:
+        elif not info.isreg():
+            reason = KINDS.get(info.type, "unknown kind of member in an archive")
+        elif info.size > left:
             sizes = f"claims {info.size:,} bytes where {left:,} are left"
             raise SourceError(f"{archive}: cut short inside {info.name[:120]!r}, which {sizes}; fetch it again")
-        reason = reason or (UNSAFE_NAME if not name else SECOND_OF_NAME if name in names else "")
-        if not reason:
+        elif not name or name in names:
+            reason = SECOND_OF_NAME if name else UNSAFE_NAME
+        else:
             names.add(name)
         yield Member(info.name if reason else name, info.offset_data, info.size, reason)
         at = tar.offset

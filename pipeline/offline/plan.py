@@ -41,20 +41,19 @@ class Slot:
         return f"{self.split}/{self.split}-{self.number:06d}"
 
 
+@dataclass(frozen=True, eq=False)
 class Keys(Sequence[str]):
     """The key of each path, made when it is asked for: one byte an image says how it is spelled."""
 
-    def __init__(self, paths: Sequence[str], spelling: np.ndarray, numbered: dict[int, str]) -> None:
-        self._paths = paths
-        self._spelling = spelling  # (n,) uint8: see `_spell`; SPELLINGS: see `numbered`
-        self._numbered = numbered
+    paths: Sequence[str]
+    spelling: np.ndarray  # (n,) uint8: see `_spell`; SPELLINGS: see `numbered`
+    numbered: dict[int, str]
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
-        spelling = int(self._spelling[i])
-        return _spell(self._paths[i], spelling) if spelling < SPELLINGS else self._numbered[i]
+        return self.numbered[i] if i in self.numbered else _spell(self.paths[i], int(self.spelling[i]))
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
     validation and test by the bytes of their file names. Where no validation split exists, the training images whose
     hashed key falls below `recipe.holdout` become one: whether an image is held out depends on its key alone.
 
-    Raises:
-        UserError: no training image is left.
+    Raises UserError: no training image is left.
     """
     images = sources.images
     keys = assign_keys(images.paths)
@@ -185,9 +183,7 @@ def _escape(text: str) -> str:
     """Keep [A-Za-z0-9_-], write any other byte as -XX; cut what is longer than 90 characters, and add its digest."""
     raw = os.fsencode(text)
     escaped = _FORBIDDEN.sub(lambda match: b"-%02X" % match.group()[0], raw).decode("ascii")
-    if len(escaped) <= MAX_KEY:
-        return escaped
-    return escaped[: MAX_KEY - 17] + "-" + hashlib.sha256(raw).hexdigest()[:16]
+    return escaped if len(escaped) <= MAX_KEY else f"{escaped[: MAX_KEY - 17]}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def _hash(purpose: str, key: str) -> int:
@@ -207,11 +203,10 @@ def _among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 def _shuffled(purpose: str, keys: Keys, indices: np.ndarray) -> np.ndarray:
     """Return the (n,) uint32 indices ordered by (hash, key)."""
     hashes = _hashes(purpose, (keys[i] for i in indices.tolist()), len(indices))
-    order = np.argsort(hashes)
-    hashes, shuffled = hashes[order], indices[order]
-    if (hashes[1:] == hashes[:-1]).any():  # of 64 bits: once in 10⁵ data sets of 14 million images
-        shuffled = np.array(sorted(shuffled.tolist(), key=lambda i: (_hash(purpose, keys[i]), keys[i])), np.uint32)
-    return shuffled
+    if len(np.unique(hashes)) == len(hashes):
+        return indices[np.argsort(hashes)]
+    # of 64 bits: once in 10⁵ data sets of 14 million images
+    return np.array(sorted(indices.tolist(), key=lambda i: (_hash(purpose, keys[i]), keys[i])), np.uint32)
 
 
 def _by_name(images: RawTable, indices: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,7 @@ def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int
     promises, else nothing is changed. No other file is touched. Raises UserError where RAW, or the codecs here, give
     other bytes.
     """
-    _require_local(dataset, "--repair")
-    aside = dataset.root / REPAIR_FOLDER
+    aside = _local(dataset, "--repair") / REPAIR_FOLDER
     try:
         if plan.classes != dataset.classes or plan.splits.keys() != dataset.splits.keys():
             raise _refusal(dataset, f"{dataset.root}: RAW has other classes or splits")
@@ -58,10 +57,9 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
         for name in record.files.keys() - failing:
             (aside / name).unlink()
     merged = {split: build.merge_split(plan, aside, split) for split in plan.splits if split in complete}
-    skipped = []
     for split in merged.values():
         rebuilt |= split.files
-        skipped += split.skipped
+    skipped = [line for split in merged.values() for line in split.skipped]
     statistics = finish(merged["train"].sums) if "train" in merged else dataset.statistics()
     for name, data in build.summary_files(statistics, skipped, dataset.splits).items():
         if name in failing:
@@ -78,8 +76,7 @@ def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     Returns the manifest as it is now, and the number of images that were skipped and are samples now. Raises UserError
     where the raw images, the recipe or the codecs are not those of the build.
     """
-    _require_local(dataset, "--retry-skipped of a finished dataset")
-    aside, gained = dataset.root / RETRY_FOLDER, set[str]()
+    aside, gained = _local(dataset, "--retry-skipped of a finished dataset") / RETRY_FOLDER, set[str]()
     if not (aside / FILE_NAME).exists():
         try:
             _require_same(dataset, plan)
@@ -109,26 +106,17 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
 def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[set[str], Sums]:
     """Return the keys of skipped images that decode by now, and the sums over those of the training split."""
     skipped = {line["key"] for line in _skipped(dataset)}
-    again = [  # split, position in it
-        (slot.split, position)
-        for slot in slots(plan)
-        for position, key in enumerate(plan.slot_keys(slot), slot.start)
-        if key in skipped
-    ]
-    if len(again) < len(skipped):
-        missing = len(skipped) - len(again)
+    again = [(split, i) for split, ids in plan.splits.items() for i in ids.tolist() if plan.keys[i] in skipped]
+    if missing := len(skipped) - len(again):
         raise UserError(f"{dataset.root}: RAW no longer has {missing} of its skipped images; nothing was changed")
     gained, sums = set[str](), Sums.zero(plan.recipe.statistics_size)
-    indices = np.array([plan.splits[split][position] for split, position in again], np.uint32)
-    with temporary_copy(plan.images, indices) as images:
-        plan = replace(plan, images=images)
-        for split, position in again:
-            (image,) = plan.part(split, position, position + 1)
+    with temporary_copy(plan.images, np.array([i for _, i in again], np.uint32)) as images:
+        for split, i in again:
             try:
-                pixels = rescaled(image.raw.read(), plan.recipe)
+                pixels = rescaled(images[i].read(), plan.recipe)
             except ImageError:
                 continue
-            gained.add(image.key)
+            gained.add(plan.keys[i])
             if split == "train":
                 sums.add(pixels)
     return gained, sums
@@ -170,11 +158,11 @@ def _rebuild_with(dataset: Manifest, plan: Plan, gained: set[str], sums: Sums, a
     build.write_manifest(plan, aside, merged)
 
 
-def _require_local(dataset: Manifest, option: str) -> None:  # files of a store cannot be renamed into place
-    if storage.is_remote(dataset.root):
-        raise UserError(
-            f"{dataset.root}: {option} works on a local folder; copy DATASET, mend the copy, and copy it back"
-        )
+def _local(dataset: Manifest, option: str) -> Path:
+    """Return the folder of a data set. Raises UserError: of a store, whose files cannot be renamed into place."""
+    if storage.is_remote(root := dataset.root):
+        raise UserError(f"{root}: {option} works on a local folder; copy DATASET, mend the copy, and copy it back")
+    return root
 
 
 def _build_aside(plan: Plan, aside: Path, chosen: Sequence[Slot], workers: int) -> Iterator[Record]:

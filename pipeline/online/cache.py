@@ -10,12 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from math import inf
 from pathlib import Path
 
 from pipeline import UserError, storage
 from pipeline.files import HashingFile
-from pipeline.manifest import DatasetError, FileRecord, Manifest
+from pipeline.manifest import DatasetError, Manifest
 from pipeline.online.samples import shard_numbers
 
 PIECE = 8 * 2**20  # bytes of one request; between two of them a fetch can be ended
@@ -47,8 +46,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
             raise UserError(f"{error.filename}: {error.strerror}; name another cache folder") from error
         missing = min(limit, self._bytes(self._files)) - self._bytes(there)
         if (free := shutil.disk_usage(folder).free) < missing:
-            lacking = f"{free:,} bytes free, a cache of up to {limit:,} needs {missing:,}"
-            raise UserError(f"{folder}: {lacking}; lower the cache limit, make room, or name a folder on another disk")
+            raise UserError(f"{folder}: {free:,} bytes free, it needs {missing:,}; lower the cache limit or make room")
         self._changed = threading.Condition()  # guards all that follows
         self._closed = False
         self._disk = dict.fromkeys(there, False)  # shards on disk → True: checked
@@ -79,13 +77,10 @@ class ShardCache(AbstractContextManager["ShardCache"]):
         with self._changed:
             together = leased | self._leases.keys()
             if self._bytes(together) > self._limit:
-                used = f"{len(together)} shards in use at a time, {self._bytes(together):,} bytes"
-                limit = f"the cache limit is {self._limit:,}"
-                raise UserError(f"{used}: {limit}; raise it, or take order='shards' with a smaller window")
+                used = f"{len(together)} shards in use, {self._bytes(together):,} bytes, and a limit of {self._limit:,}"
+                raise UserError(f"{used}; raise it, or take order='shards' with a smaller window")
             self._leases.update(leased)
-            if self._upcoming.keys() & leased:
-                self._current = set()
-            self._current |= leased
+            self._current = leased if self._upcoming.keys() & leased else self._current | leased
             for shard in leased:
                 self._upcoming.pop(shard, None)
                 self._errors.pop(shard, None)
@@ -147,24 +142,22 @@ class ShardCache(AbstractContextManager["ShardCache"]):
 
     def _make_room(self, shard: int) -> bool:
         """Delete what is used later than this shard, the last first, until it has room. The lock is held."""
-        in_order = dict.fromkeys([*self._leases, *self._current, *self._upcoming])
-        ranks = {other: rank for rank, other in enumerate(in_order)}
-        idle = [other for other in self._disk if other not in self._leases and other != shard]
-        for last in sorted(idle, key=lambda other: ranks.get(other, inf), reverse=True):
-            if self._fits(shard) or ranks.get(last, inf) < ranks[shard]:
-                break
+        in_order = list(dict.fromkeys([*self._leases, *self._current, *self._upcoming]))
+        later = [*in_order[in_order.index(shard) + 1 :], *(self._disk.keys() - in_order)]
+        idle = [other for other in later if other in self._disk and other not in self._leases]
+        while self._bytes({shard, *self._disk, *self._busy}) > self._limit:
+            if not idle:
+                return False
+            last = idle.pop()
             self._paths[last].unlink(missing_ok=True)
             del self._disk[last]
-        return self._fits(shard)
-
-    def _fits(self, shard: int) -> bool:
-        return self._bytes({shard, *self._disk, *self._busy}) <= self._limit
+        return True
 
     def _fetch(self, shard: int) -> None:
         """Bring a shard, and tell the leases of it, or of the error. Runs in a thread of its own."""
         with suppress(UserError, RuntimeError):  # a lease raises them; of other mistakes the thread too shows a trace
             try:
-                self._bring(self._sources[shard], self._files[shard], self._paths[shard], self._busy[shard])
+                self._bring(shard)
             finally:
                 with self._changed:
                     del self._busy[shard]
@@ -175,8 +168,9 @@ class ShardCache(AbstractContextManager["ShardCache"]):
                     self._changed.notify_all()
                     self._fill()
 
-    def _bring(self, source: str, record: FileRecord, path: Path, part: Path) -> None:
+    def _bring(self, shard: int) -> None:
         """Put a shard in the folder, with the bytes that the manifest promises, unless it is there."""
+        source, record, path, part = self._sources[shard], self._files[shard], self._paths[shard], self._busy[shard]
         try:
             with suppress(FileNotFoundError), open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == record.sha256:
@@ -194,7 +188,7 @@ class ShardCache(AbstractContextManager["ShardCache"]):
                         return os.rename(part, path)  # without fsync: the next run checks what a crash leaves
             raise DatasetError(f"{source}: changed or damaged in the store; verify it with tools/verify_shards.py")
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and error.filename == source:
+            if error.filename == source:
                 raise DatasetError(f"{source}: missing in the store; build it again") from error
             reason = f"{error.filename or path}: {error.strerror}"
             raise UserError(f"{reason}; make room, or name another cache folder") from error

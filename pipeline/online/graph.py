@@ -90,7 +90,8 @@ class Decoder:
         self._streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
         self._inside: deque[Batch] = deque()
         self._stopped = False
-        self._build()
+        self._graphs: list[Graph] = []
+        self.restart()
 
     def submit(self, batch: Batch) -> None:
         """Begin to decode a batch; it may be empty."""
@@ -134,13 +135,13 @@ class Decoder:
                 graph.result()
             except RuntimeError:
                 positions.append(i)
-                graph = None  # after an error DALI's pipeline is of no use
+                graph = None  # as in `restart`
         return batch, positions
 
     def restart(self) -> None:
         """Decode all batches again, with new graphs: after an error DALI's are of no use."""
         self._graphs.clear()  # before others are made: a GPU may not have room for both
-        self._build()
+        self._graphs = [Graph(self._options, self._most, device) for device in self._devices]
         batches, self._inside = self._inside, deque()
         for batch in batches:
             self.submit(batch)
@@ -153,9 +154,6 @@ class Decoder:
         """Free the graphs and their memory."""
         self._graphs.clear()
         self._inside.clear()
-
-    def _build(self) -> None:
-        self._graphs = [Graph(self._options, self._most, device) for device in self._devices]
 
 
 def _built(options: GraphOptions, batch_size: int, device_id: int | None, flips: bool) -> Pipeline:

@@ -115,8 +115,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
     def __next__(self) -> Batch:
         """Return the next batch. An error of its preparation is raised here."""
         device = self.devices[0]
-        before = _event(device)
-        asked = time.perf_counter()
+        before, asked = _event(device), time.perf_counter()
         batch = self._prefetch.next()
         wait = waited(asked, batch.read_at, batch.decoded_at, time.perf_counter())
         after = _event(device)

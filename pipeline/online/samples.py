@@ -164,16 +164,15 @@ class BadSamples:
             if len(bad) > self.limit or len(bad) == len(reader):
                 count = f"samples that failed: {len(bad)}, allowed: max_bad={self.limit}"
                 raise DatasetError(f"{where}; {count}; look at the data with tools/verify_shards.py")
-            replacement = sample
-            while replacement in bad:
-                replacement = (replacement + 1) % len(reader)
+            while sample in bad:
+                sample = (sample + 1) % len(reader)
             if new:
-                _log.warning("%s; sample %d stands in", where, replacement)
+                _log.warning("%s; sample %d stands in", where, sample)
             damaged: list[int] = []
-            (jpeg,) = reader.read(np.array([replacement]), damaged)
+            (jpeg,) = reader.read(np.array([sample]), damaged)
             if not damaged:
-                return replacement, jpeg
-            sample, reason = replacement, DAMAGED
+                return sample, jpeg
+            reason = DAMAGED
 
 
 def jpeg_size(jpeg: np.ndarray) -> tuple[int, int]:
