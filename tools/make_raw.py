@@ -88,8 +88,7 @@ def devkit_tar(seed: int, classes: int, train: int, val: int) -> bytes:
 
 def meta_mat(classes: int, train: int) -> bytes:
     """Return the devkit's meta.mat: the leaves with ids 1 … classes, then two internal synsets."""
-    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss"]
-    fields += ["num_children", "children", "wordnet_height", "num_train_images"]
+    fields = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images".split()
     none, leaves = np.zeros((1, 0), np.uint32), np.arange(1, classes + 1, dtype=np.uint32)[None]
     rows: list[tuple[object, ...]] = [(c.wnid, c.words, c.gloss, 0, none, 0, train) for c in CLASSES[:classes]]
     rows.append(("n90000017", "pattern", "forms that repeat", 1, leaves[:, -1:] + 2, 2, 0))
