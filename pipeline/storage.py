@@ -270,7 +270,8 @@ def remove_tree(folder: Location) -> None:
     with suppress(FileNotFoundError):
         if isinstance(folder, Path):
             return shutil.rmtree(folder)
-        for _ in read_ahead(scan(folder), lambda x: (remove_tree if x.is_dir else remove)(folder / x.name)):
+        entries = scan(folder)
+        for _ in read_ahead(entries, lambda entry: (remove_tree if entry.is_dir else remove)(folder / entry.name)):
             pass  # not by fs.rm: it takes [ and * in a name for a pattern
         if _protocol(str(folder)) not in S3:  # which has no folders
             retried(folder, "delete", lambda fs, path: fs.rmdir(path))
@@ -282,7 +283,8 @@ def abandon_uploads(folder: Location) -> int:
     def abandon(fs: Any, path: str) -> int:
         bucket, _, key = path.partition("/")
         answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "")
-        for item in (uploads := answer.get("Uploads", [])):
+        uploads = answer.get("Uploads", [])
+        for item in uploads:
             with suppress(FileNotFoundError):  # it was completed or deleted meanwhile
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
         return len(uploads)
@@ -327,11 +329,9 @@ def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool
     reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:240] or type(error).__name__
     reason = reason if code in reason else f"{code}: {reason}"
     endpoint = " and AWS_ENDPOINT_URL" if url.startswith("s3") else ""
-    remedy = f"correct the URL{endpoint}"
+    remedy = "correct the URL, or create the bucket" if code == "NoSuchBucket" else f"correct the URL{endpoint}"
     if passes:
         reason, remedy = f"{reason} ({tries})", f"check the network{endpoint}, then run the same command again"
     elif denied:
         reason, remedy = f"access denied ({reason})", CREDENTIALS if endpoint else "check the store's credentials"
-    elif code == "NoSuchBucket":
-        remedy = "correct the URL, or create the bucket"
     return passes, StorageError(f"{url}: cannot {doing}: {reason}; {remedy}")
