@@ -135,11 +135,10 @@ class Manifest:
 
     def samples(self, split: str) -> np.ndarray:
         """Return the records of a split in the order of the sample ids: (n,) of `SAMPLE`. Raises DatasetError."""
-        promised, name = (self.split(split).samples,), f"{split}/samples.npy"
-        samples = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
-        if (samples.shape, samples.dtype) != (promised, SAMPLE):
-            content = f"{samples.shape} of {samples.dtype}, the manifest promises {promised} of {SAMPLE}"
-            raise DatasetError(f"{self.root / name}: holds {content}")
+        promised, name = self.split(split).samples, f"{split}/samples.npy"
+        samples: np.ndarray = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
+        if samples.shape != (promised,) or samples.dtype != SAMPLE:
+            raise DatasetError(f"{self.root / name}: not the {promised} records that {FILE_NAME} promises")
         return samples
 
     def statistics(self) -> Statistics:
@@ -178,12 +177,10 @@ class Manifest:
 
 
 def load(root: str | os.PathLike[str] | Location) -> Manifest:
-    """Load the manifest of the dataset directory `root`, a path or a URL.
+    """Load the manifest of the dataset directory `root`, a path or a URL; check that all files have their sizes.
 
-    Checks the manifest's own checksum and form, and that every listed file exists with the promised size. The content
-    of the files is checked by tools/verify_shards.py and, for each sample used, by the loader (CRC-32).
-
-    Raises DatasetError: one line that names the file; UserError: the object store of `root` cannot be reached.
+    Their content is checked by tools/verify_shards.py and, for each sample used, by the loader (CRC-32).
+    Raises DatasetError, one line that names the file; UserError where the object store of `root` cannot be reached.
     """
     root = storage.location(root)
     path = root / FILE_NAME
@@ -210,30 +207,27 @@ def parse(data: bytes, root: Location) -> Manifest:
     path = root / FILE_NAME
     try:
         body = json.loads(data)
-        checksum, version = body.pop("checksum"), body["format"]
-        intact = data == canonical_json(body | {"checksum": checksum}) and checksum == sha256(canonical_json(body))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DatasetError(f"{path}: not a manifest ({error}); build it again") from error
-    if version != FORMAT:
-        raise DatasetError(f"{path}: format {version}, this version of Penstock reads format {FORMAT}; build it again")
-    if not intact:
-        raise DatasetError(f"{path}: damaged (its checksum does not fit its content); build it again")
-    try:
+        checksum = body.pop("checksum")
+        if body["format"] != FORMAT:
+            known = f"this version of Penstock reads format {FORMAT}"
+            raise DatasetError(f"{path}: format {body['format']}, {known}; build it again")
+        if data != canonical_json(body | {"checksum": checksum}) or checksum != sha256(canonical_json(body)):
+            raise DatasetError(f"{path}: damaged (its checksum does not fit its content); build it again")
+        for split in body["splits"].values():
+            split["shards"] = tuple(ShardRecord(**shard) for shard in split["shards"])
         return Manifest(
             root=root,
             recipe=BuildRecipe(**body["recipe"]),
             classes=tuple(ClassRecord(**record) for record in body["classes"]),
-            splits={name: _split(**split) for name, split in body["splits"].items()},
+            splits={name: Split(**split) for name, split in body["splits"].items()},
             statistics_summary=body["statistics"],
             files={name: FileRecord(**record) for name, record in body["files"].items()},
             built_with=body["built_with"],
         )
-    except (KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: of another version of Penstock ({error}); build it again") from error
-
-
-def _split(samples: int, skipped: int, shards: list[dict[str, Any]]) -> Split:
-    return Split(samples, skipped, tuple(ShardRecord(**shard) for shard in shards))
+    except DatasetError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DatasetError(f"{path}: not a manifest of this version of Penstock ({error}); build it again") from error
 
 
 def timm_info(splits: Mapping[str, Split]) -> bytes:

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -34,7 +33,7 @@ BLOCK = 2 * 2**20  # bytes that `opened` fetches beyond those asked for: 19 head
 THREADS = 16  # at some 20 ms a request, 800 requests a second; s3fs needs 1 ms of one core's time for each
 AHEAD_BYTES = 64 * 2**20
 TRIES, PATIENCE = 5, 60.0  # after so many tries, or seconds, no other begins
-FIRST_WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds between tries: doubled with each, and cut by up to half at random
+FIRST_WAIT = 0.2  # seconds between tries: doubled with each, and cut by up to half at random
 S3 = ("s3", "s3a")  # protocols
 # botocore tries a request 3 times, so that one bad answer does not cost a whole upload; what lasts longer, or breaks
 # amid an answer, `retried` tries again. s3fs's own 5 tries would multiply with both.
@@ -44,8 +43,7 @@ S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool
 PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
 PASSING_CODES = {"BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 LASTING = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-FAILURES = [("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError")]
-FAILURES += [("botocore.parsers", "ResponseParserError"), ("aiohttp", "ClientError")]
+CLIENTS = ("aiohttp", "botocore")  # optional packages whose exceptions count as failures of the store
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}  # botocore's
 CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (public bucket: FSSPEC_S3_ANON=true)"
 
@@ -258,24 +256,23 @@ def put_if_absent(path: Location, data: bytes) -> bytes:
     return read_bytes(path)
 
 
-def remove(path: "str | Location") -> None:
+def remove(path: Location) -> None:
     """Delete a file, if it exists."""
     if isinstance(path, Path):
-        return path.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
-        retried(path, "delete", lambda fs, name: fs.rm_file(name))
+        path.unlink(missing_ok=True)
+    else:
+        with suppress(FileNotFoundError):
+            retried(path, "delete", lambda fs, name: fs.rm_file(name))
 
 
 def remove_tree(folder: Location) -> None:
     """Delete a folder and all that is in it, if it exists."""
-    if isinstance(folder, Path):
-        return shutil.rmtree(folder) if folder.exists() else None
-
-    def delete(entry: Entry) -> None:
-        (remove_tree if entry.is_dir else remove)(folder / entry.name)
-
-    with suppress(FileNotFoundError):  # not by fs.rm: it takes [ and * in a name for a pattern
-        deque(read_ahead(scan(folder), delete), maxlen=0)
+    with suppress(FileNotFoundError):
+        if isinstance(folder, Path):
+            return shutil.rmtree(folder)
+        entries = scan(folder)
+        for _ in read_ahead(entries, lambda entry: (remove_tree if entry.is_dir else remove)(folder / entry.name)):
+            pass  # not by fs.rm: it takes [ and * in a name for a pattern
         if _protocol(str(folder)) not in S3:  # which has no folders
             retried(folder, "delete", lambda fs, path: fs.rmdir(path))
 
@@ -285,9 +282,8 @@ def abandon_uploads(folder: Location) -> int:
 
     def abandon(fs: Any, path: str) -> int:
         bucket, _, key = path.partition("/")
-        uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "").get(
-            "Uploads", []
-        )
+        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "")
+        uploads = answer.get("Uploads", [])
         for item in uploads:
             with suppress(FileNotFoundError):  # it was completed or deleted meanwhile
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
@@ -303,19 +299,19 @@ def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
     url, tries, began = str(remote), 0, time.monotonic()
     fs = filesystem(_protocol(url))
     path = fs._strip_protocol(url) + ("/" if url.endswith("/") else "")
-    # the exceptions of optional packages count where the package is imported
-    raised = [getattr(sys.modules[module], name) for module, name in FAILURES if module in sys.modules]
     while True:
         try:
             tries += 1
             fs.invalidate_cache(path)  # other machines write there too
             return action(fs, path)
-        except (OSError, ValueError, *raised) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | ValueError) and type(error).__module__.split(".")[0] not in CLIENTS:
+                raise
             seconds = time.monotonic() - began
             passes, explained = _explained(url, doing, error, f"{tries} tries in {seconds:.0f} s")
             if not passes or tries >= TRIES or seconds > PATIENCE:
                 raise explained from error
-        time.sleep(min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1))
+        time.sleep(FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.5, 1))
 
 
 def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool, Exception]:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK
@@ -99,19 +99,17 @@ def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None
     if as_json:
         counts = {"shards": shards, "tried": tried, "skipped": skipped}
         return print_event("estimate", **counts, images_per_second=rate, seconds=seconds, bytes=size)
-    duration = timedelta(seconds=round(seconds))
     click.echo(
-        f"would write {shards:,} shards, about {size / 1e9:,.1f} GB, in about {duration} with {workers} workers "
+        f"would write {shards:,} shards, about {size / 1e9:,.1f} GB, "
+        f"in about {timedelta(seconds=round(seconds))} with {workers} workers "
         f"(from {tried} images tried here: {skipped} of them would be skipped, {rate:,.0f} images/s a worker)"
     )
 
 
 def print_closing_table(built: Manifest, reasons: Mapping[str, Counter[str]], figures: Mapping[str, Any]) -> None:
     """Print the samples of each split, the reasons why images were skipped, by split, and the speed."""
-    table = Table("split", box=None, pad_edge=False)
-    for name in ("samples", "skipped", "shards", "MB"):
-        table.add_column(name, justify="right")
-    table.add_column("skipped because")
+    numbers = (Column(name, justify="right") for name in ("samples", "skipped", "shards", "MB"))
+    table = Table("split", *numbers, "skipped because", box=None, pad_edge=False)
     for name, split in built.splits.items():
         because = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons[name].items()))
         size = f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f}"

@@ -4,7 +4,7 @@ import gzip
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -51,11 +51,11 @@ def validation_order(seed: int, classes: int, val: int) -> list[tuple[int, int]]
     return [divmod(int(number), val) for number in generator(seed, "order").permutation(classes * val)]
 
 
-def tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """Return a USTAR archive of (name, data) with mtime, uid and gid 0, TarInfo's defaults."""
+def tar(members: Mapping[str, bytes]) -> bytes:
+    """Return a USTAR archive of files by name, sorted, with mtime, uid and gid 0, TarInfo's defaults."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in members:
+        for name, data in sorted(members.items()):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
@@ -63,27 +63,26 @@ def tar(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def train_tar(seed: int, classes: int, train: int) -> bytes:
-    """Return ILSVRC2012_img_train.tar: a tar of one tar per synset, all sorted by name."""
-    odd = odd_pictures(seed, classes, train)
-
-    def synset(c: int) -> bytes:
-        names = ((f"{CLASSES[c].wnid}_{n}.JPEG", i) for i, n in enumerate(training_numbers(seed, c, train)))
-        return tar((name, picture(seed, "train", c, i, odd.get((c, i)))) for name, i in sorted(names))
-
-    return tar((f"{wnid}.tar", synset(c)) for wnid, c in sorted((CLASSES[c].wnid, c) for c in range(classes)))
+    """Return ILSVRC2012_img_train.tar: a tar of one tar per synset."""
+    odd, synsets = odd_pictures(seed, classes, train), {}
+    for c in range(classes):
+        names = [f"{CLASSES[c].wnid}_{number}.JPEG" for number in training_numbers(seed, c, train)]
+        synset = {name: picture(seed, "train", c, i, odd.get((c, i))) for i, name in enumerate(names)}
+        synsets[f"{CLASSES[c].wnid}.tar"] = tar(synset)
+    return tar(synsets)
 
 
 def val_tar(seed: int, classes: int, val: int) -> bytes:
     """Return ILSVRC2012_img_val.tar: flat, the classes mixed."""
     order = enumerate(validation_order(seed, classes, val), start=1)
-    return tar((f"ILSVRC2012_val_{n:08d}.JPEG", picture(seed, "val", c, i)) for n, (c, i) in order)
+    return tar({f"ILSVRC2012_val_{n:08d}.JPEG": picture(seed, "val", c, i) for n, (c, i) in order})
 
 
 def devkit_tar(seed: int, classes: int, train: int, val: int) -> bytes:
     """Return ILSVRC2012_devkit_t12.tar.gz: meta.mat, and one ILSVRC2012_ID a line as the ground truth, by file name."""
     truth = "".join(f"{c + 1}\n" for c, _ in validation_order(seed, classes, val))
     members = {"ILSVRC2012_validation_ground_truth.txt": truth.encode(), "meta.mat": meta_mat(classes, train)}
-    return gzip.compress(tar((f"ILSVRC2012_devkit_t12/data/{name}", data) for name, data in members.items()), mtime=0)
+    return gzip.compress(tar({f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in members.items()}), mtime=0)
 
 
 def meta_mat(classes: int, train: int) -> bytes:
@@ -113,13 +112,11 @@ def main(out: Path, classes: int, train: int, val: int, seed: int) -> None:
     """Write a small ILSVRC2012 of drawn pictures into OUT, a new or empty directory."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory: give a new or empty one")
-    files = {  # all are drawn before one is written: an interruption leaves OUT empty
-        "ILSVRC2012_devkit_t12.tar.gz": devkit_tar(seed, classes, train, val),
-        "ILSVRC2012_img_val.tar": val_tar(seed, classes, val),
-        "ILSVRC2012_img_train.tar": train_tar(seed, classes, train),
-    }
-    for name, data in files.items():
-        write_bytes_aside(out / name, data)
+    devkit, validation = devkit_tar(seed, classes, train, val), val_tar(seed, classes, val)
+    training = train_tar(seed, classes, train)  # all are drawn before one is written: an interruption leaves OUT empty
+    write_bytes_aside(out / "ILSVRC2012_devkit_t12.tar.gz", devkit)
+    write_bytes_aside(out / "ILSVRC2012_img_val.tar", validation)
+    write_bytes_aside(out / "ILSVRC2012_img_train.tar", training)
     odd = odd_pictures(seed, classes, train)
     forms = Counter(file_form(seed, "val", c, i) for c in range(classes) for i in range(val))
     forms.update(odd.get((c, i)) or file_form(seed, "train", c, i) for c in range(classes) for i in range(train))

@@ -1,7 +1,6 @@
 """Pictures drawn from a seed: classes that differ in shape and texture, not in mean colour."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,6 @@ def generator(seed: int, purpose: str, split: str = "train", c: int = 0, index: 
     return np.random.default_rng([seed, purposes.index(purpose), splits.index(split), c, index])
 
 
-# The patterns map coordinates u, v (h, w), in periods, to a height (h, w) that is greatest in the figures.
-
-
 def ridge(t: Plane) -> Plane:
     """Return 0.5 minus the distance to the nearest integer: a triangle wave of period 1."""
     return np.float32(0.5) - np.abs(t - np.rint(t))
@@ -32,83 +28,66 @@ def cells(u: Plane, v: Plane, rng: np.random.Generator) -> tuple[Plane, Plane]:
     return u - np.rint(u), v - row
 
 
-def stripes(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    return ridge(u)
+def relief(pattern: str, u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
+    """Return the height (h, w) of a pattern at coordinates u, v (h, w), in periods; it is greatest in the figures."""
+    if pattern in ("dots", "triangles", "crosses", "stars"):
+        u, v = cells(u, v, rng)
+    radius, angle = np.hypot(u, v), np.arctan2(v, u)
+    match pattern:
+        case "stripes":
+            return ridge(u)
+        case "checkerboard":
+            a, b = ridge(u / 2) - np.float32(0.25), ridge(v / 2) - np.float32(0.25)
+            return np.sign(a * b) * np.minimum(np.abs(a), np.abs(b))
+        case "rings":
+            return ridge(radius + np.float32(rng.random()))
+        case "dots":
+            return -radius
+        case "triangles":
+            v = v + np.float32(0.12)  # half the inradius: the tip stays inside the cell
+            return -np.maximum(np.float32(3**0.5 / 2) * np.abs(u) + v / 2, -v)
+        case "crosses":
+            a, b = np.abs(u), np.abs(v)
+            return -np.minimum(np.maximum(3 * a, b), np.maximum(a, 3 * b))
+        case "spirals":
+            return ridge(radius + int(rng.choice([-1, 1]) * rng.integers(3, 6)) * (angle / np.float32(2 * np.pi)))
+        case "bricks":
+            row = np.rint(v)
+            along = u / 2 + row % 2 / 2
+            return np.maximum(2 * np.abs(along - np.rint(along)) - np.float32(0.5), np.abs(v - row))
+        case "waves":
+            length, height = rng.uniform(1.6, 2.4), rng.uniform(0.4, 0.55)
+            return ridge(v + np.float32(height) * np.sin(u * np.float32(2 * np.pi / length)))
+        case "stars":
+            turn = angle * np.float32(2.5 / np.pi)  # 1 from tip to tip
+            angle = np.abs(turn - np.rint(turn)) * np.float32(np.pi / 2.5)
+            return -radius * (np.cos(angle) + 2 * np.sin(angle))  # 2: valleys at half the radius of the tips
+        case "rays":
+            return ridge(angle * np.float32(rng.integers(8, 15) / (2 * np.pi)))
+    raise ValueError(pattern)
 
 
-def checkerboard(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    a, b = ridge(u / 2) - np.float32(0.25), ridge(v / 2) - np.float32(0.25)
-    return np.sign(a * b) * np.minimum(np.abs(a), np.abs(b))
-
-
-def rings(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    return ridge(np.hypot(u, v) + np.float32(rng.random()))
-
-
-def dots(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    return -np.hypot(*cells(u, v, rng))
-
-
-def triangles(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    a, b = cells(u, v, rng)
-    b = b + np.float32(0.12)  # half the inradius: the tip stays inside the cell
-    return -np.maximum(np.float32(3**0.5 / 2) * np.abs(a) + b / 2, -b)
-
-
-def crosses(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    a, b = (np.abs(c) for c in cells(u, v, rng))
-    return -np.minimum(np.maximum(3 * a, b), np.maximum(a, 3 * b))
-
-
-def spirals(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    turns = np.arctan2(v, u) / np.float32(2 * np.pi)
-    return ridge(np.hypot(u, v) + int(rng.choice([-1, 1]) * rng.integers(3, 6)) * turns)
-
-
-def bricks(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    row = np.rint(v)
-    along = u / 2 + row % 2 / 2
-    return np.maximum(2 * np.abs(along - np.rint(along)) - np.float32(0.5), np.abs(v - row))
-
-
-def waves(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    length, height = rng.uniform(1.6, 2.4), rng.uniform(0.4, 0.55)
-    return ridge(v + np.float32(height) * np.sin(u * np.float32(2 * np.pi / length)))
-
-
-def stars(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    a, b = cells(u, v, rng)
-    turn = np.arctan2(b, a) * np.float32(2.5 / np.pi)  # 1 from tip to tip
-    angle = np.abs(turn - np.rint(turn)) * np.float32(np.pi / 2.5)
-    return -np.hypot(a, b) * (np.cos(angle) + 2 * np.sin(angle))  # 2: valleys at half the radius of the tips
-
-
-def rays(u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
-    return ridge(np.arctan2(v, u) * np.float32(rng.integers(8, 15) / (2 * np.pi)))
-
-
-@dataclass(frozen=True)
-class PatternClass:
+class PatternClass(NamedTuple):
     """One class; its ILSVRC2012_ID is its index in CLASSES plus 1."""
 
     wnid: str
     words: str
     gloss: str
-    height: Callable[[Plane, Plane, np.random.Generator], Plane]
+    pattern: str
 
 
 CLASSES = (  # wnids in no order, as the devkit's are: a label is not an ILSVRC2012_ID minus 1
-    PatternClass("n90417263", "striped cloth, stripes", "parallel straight bands of two colours", stripes),
-    PatternClass("n90128845", "checkerboard, chequer", "squares that alternate in rows and columns", checkerboard),
-    PatternClass("n90973310", "target, concentric rings", "circles of growing radius about one centre", rings),
-    PatternClass("n90251197", "polka dots, dots", "round spots in rows on a plain ground", dots),
-    PatternClass("n90804456", "triangles, pennants", "rows of small triangles, all pointing one way", triangles),
-    PatternClass("n90036621", "crosses, plus signs", "rows of upright crosses with four equal arms", crosses),
-    PatternClass("n90665078", "spiral, pinwheel", "arms that wind outwards from one centre", spirals),
-    PatternClass("n90519904", "brick wall, bricks", "courses of blocks with staggered joints", bricks),
-    PatternClass("n90347782", "waves, ripples", "bands that swing regularly from side to side", waves),
-    PatternClass("n90790135", "stars, starry cloth", "rows of stars with five points", stars),
-    PatternClass("n90182539", "sunburst, rays", "straight wedges that leave one centre in all directions", rays),
+    PatternClass("n90417263", "striped cloth, stripes", "parallel straight bands of two colours", "stripes"),
+    PatternClass("n90128845", "checkerboard, chequer", "squares that alternate in rows and columns", "checkerboard"),
+    PatternClass("n90973310", "target, concentric rings", "circles of growing radius about one centre", "rings"),
+    PatternClass("n90251197", "polka dots, dots", "round spots in rows on a plain ground", "dots"),
+    PatternClass("n90804456", "triangles, pennants", "rows of small triangles, all pointing one way", "triangles"),
+    PatternClass("n90036621", "crosses, plus signs", "rows of upright crosses with four equal arms", "crosses"),
+    PatternClass("n90665078", "spiral, pinwheel", "arms that wind outwards from one centre", "spirals"),
+    PatternClass("n90519904", "brick wall, bricks", "courses of blocks with staggered joints", "bricks"),
+    PatternClass("n90347782", "waves, ripples", "bands that swing regularly from side to side", "waves"),
+    PatternClass("n90790135", "stars, starry cloth", "rows of stars with five points", "stars"),
+    PatternClass("n90182539", "sunburst, rays", "straight wedges that leave one centre in all directions", "rays"),
 )
 
 
@@ -141,7 +120,7 @@ def pixels(seed: int, split: str, class_index: int, index: int) -> NDArray[np.ui
     sides = (max(200, int(long * rng.uniform(0.62, 1.0))), int(long))
     height, width = sides if rng.random() < 0.7 else sides[::-1]
 
-    field = CLASSES[class_index].height(*coordinates(height, width, rng), rng)
+    field = relief(CLASSES[class_index].pattern, *coordinates(height, width, rng), rng)
     threshold = np.quantile(field[::4, ::4], 1 - rng.uniform(*FOREGROUND)).astype(np.float32)
     mask = np.clip((field - threshold) / np.float32(rng.uniform(0.04, 0.12)) + np.float32(0.5), 0, 1)
     foreground, background = colours(rng)

@@ -3,8 +3,7 @@
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -19,8 +18,8 @@ from pipeline.offline.verify import Failures, check, load
 from pipeline.storage import location
 from tools.build_shards import SOURCE, WORKERS, chosen_sources
 
-EXAMPLES = 10  # groups of duplicates that are printed
-COPIES = 5  # samples of each group that are printed
+Copy = tuple[str, int, np.void]  # split, id and record (of SAMPLE) of a sample whose raw bytes another one has, too
+EXAMPLES, COPIES = 10, 5  # groups of duplicates that are printed, and samples of each group
 
 
 @click.command(cls=Command, params=[WORKERS, *SOURCE])
@@ -53,8 +52,7 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
         failures = _check(manifest, quick, workers)
     elif raw:
         click.echo("nothing that RAW could repair")
-    for line in _duplicates(manifest, failures):
-        click.echo(line)
+    _print_duplicates(manifest, failures)
     samples = sum(split.samples for split in manifest.splits.values())
     size = sum(record.bytes for record in manifest.files.values())
     verdict = f"{len(failures)} failed" if failures else "all holds, pictures not decoded" if quick else "all holds"
@@ -75,30 +73,22 @@ def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
     return failures
 
 
-class Copy(NamedTuple):
-    """One of several samples that were made from equal raw bytes."""
-
-    split: str
-    id: int
-    record: np.void  # of SAMPLE
-
-
-def _duplicates(manifest: Manifest, failures: Failures) -> Iterator[str]:
-    """Yield the lines on equal raw images, over all splits whose samples.npy holds."""
+def _print_duplicates(manifest: Manifest, failures: Failures) -> None:
+    """Print the lines on equal raw images, over all splits whose samples.npy holds."""
     failing = {failure.file for failure in failures}
     groups = _equal_samples(manifest, [name for name in manifest.splits if f"{name}/samples.npy" not in failing])
     if not groups:
         return
-    within = sum(len({(copy.split, copy.record["label"]) for copy in group}) < len(group) for group in groups)
-    across_labels = sum(len({copy.record["label"] for copy in group}) > 1 for group in groups)
-    across_splits = sum(len({copy.split for copy in group}) > 1 for group in groups)
-    yield (
+    within = sum(len({(split, record["label"]) for split, _, record in group}) < len(group) for group in groups)
+    across_labels = sum(len({record["label"] for _, _, record in group}) > 1 for group in groups)
+    across_splits = sum(len({split for split, _, _ in group}) > 1 for group in groups)
+    click.echo(
         f"duplicates (no failure): {len(groups):,} raw images in {sum(map(len, groups)):,} samples; "
         f"{within:,} within a class of a split, {across_labels:,} across labels, {across_splits:,} across splits"
     )
     for group in groups[:EXAMPLES]:
         more = f", … {len(group) - COPIES} more" if len(group) > COPIES else ""
-        yield "  " + " = ".join(_name(manifest, copy, failing) for copy in group[:COPIES]) + more
+        click.echo("  " + " = ".join(_name(manifest, *copy, failing) for copy in group[:COPIES]) + more)
 
 
 def _equal_samples(manifest: Manifest, splits: list[str]) -> list[list[Copy]]:
@@ -109,18 +99,17 @@ def _equal_samples(manifest: Manifest, splits: list[str]) -> list[list[Copy]]:
     groups: defaultdict[int, list[Copy]] = defaultdict(list)  # by the number of the digest among all digests
     for split, records, of_split in zip(splits, samples, np.split(numbers, np.cumsum([*map(len, samples)]))):
         for i in np.flatnonzero(counts[of_split] > 1).tolist():
-            groups[of_split[i]].append(Copy(split, i, records[i]))
+            groups[of_split[i]].append((split, i, records[i]))
     return list(groups.values())
 
 
-def _name(manifest: Manifest, copy: Copy, failing: set[str]) -> str:
+def _name(manifest: Manifest, split: str, number: int, record: np.void, failing: set[str]) -> str:
     """Return SPLIT/LABEL KEY, the key from the header of its member; of a damaged shard, SPLIT/LABEL and the id."""
-    shard = f"{copy.split}/{copy.split}-{copy.record['shard']:06d}.tar"
-    label, key = copy.record["label"], f"sample {copy.id}"
+    shard, label, key = f"{split}/{split}-{record['shard']:06d}.tar", record["label"], f"sample {number}"
     if shard not in failing:
-        header = storage.read_range(str(manifest.root / shard), int(copy.record["offset"]) - TAR_BLOCK, 100)
+        header = storage.read_range(str(manifest.root / shard), int(record["offset"]) - TAR_BLOCK, 100)
         key = header.decode("ascii", "replace").partition(".")[0]
-    return f"{copy.split}/{label if label >= 0 else 'none'} {key}"
+    return f"{split}/{label if label >= 0 else 'none'} {key}"
 
 
 if __name__ == "__main__":
