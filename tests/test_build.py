@@ -257,6 +257,7 @@ def test_identity_is_of_the_data_and_not_of_the_place(dataset: Path, tmp_path: P
     assert manifest.load(tmp_path / "copy").identity == manifest.load(dataset).identity
 
 
+@pytest.mark.slow
 def test_cifar10_keeps_all_its_samples(shared: Path, tmp_path: Path):
     """The same file names stand in every class folder; the sides are 32, so a small square keeps this short."""
     with zipfile.ZipFile(shared / "cifar10.zip") as archive:

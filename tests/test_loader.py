@@ -181,6 +181,7 @@ def test_normalise_against_its_reference():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, for what torch makes of it on a CPU")
+@pytest.mark.proof  # compiles
 def test_normalise_compiles_to_one_kernel():
     """As on a GPU: one kernel, the same values, whatever the batch size."""
     from torch._inductor import config, metrics
