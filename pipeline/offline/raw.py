@@ -1,4 +1,4 @@
-"""Raw images, the table of them, and the folders and small text files that a layout finds them by."""
+"""Raw images, the table of them, and the folders and archives that a layout finds them in."""
 
 import copy
 import os
@@ -225,10 +225,9 @@ class Folder:
             if parts:
                 Folder.of(self.path / name).ignore(left_out, parts)
         beside = [(kind_of(name), name) for name in self.files] + [("folder", name) for name in self.folders]
-        for kind, name in [(kind, name) for kind, name in beside if name not in inside]:
-            left_out.add(kind, name)
-        for name in self.others:
-            left_out.add(NO_FILE, name)
+        for kind, name in beside + [(NO_FILE, name) for name in self.others]:
+            if name not in inside:
+                left_out.add(kind, name)
 
 
 def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "train") -> Iterator[RawImage]:
