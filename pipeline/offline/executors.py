@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from pipeline import UserError
 from pipeline.storage import Location, exists
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RETRIES = 5  # of one Ray task, whose worker or node died
 CONNECT = 5.0  # seconds after which an address counts as wrong
@@ -87,7 +86,7 @@ def begin_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before the line above
         os._exit(1)

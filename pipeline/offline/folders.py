@@ -6,23 +6,11 @@ A layout's function returns None where RAW has another; `forced`: the user names
 import csv
 import io
 import re
-from collections.abc import Iterator
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, members
 from pipeline.cli import printable
-from pipeline.offline.raw import (
-    SPLIT_FOLDERS,
-    Folder,
-    LeftOut,
-    Promise,
-    RawImage,
-    Sources,
-    is_picture,
-    kind_of,
-    pictures,
-    ranked,
-)
+from pipeline.offline.raw import SPLIT_FOLDERS, Folder, Promise, RawImage, Sources, is_picture, part_pictures, ranked
 from pipeline.storage import Location
 
 WNID = re.compile(r"n[0-9]{8}")
@@ -45,15 +33,18 @@ def read_classes(folder: Folder, listings: ListingCache, forced: bool) -> Source
         return None
     sources = Sources("one folder per class")
     for name in folder.folders:
-        for image in pictures(folder.path / name, name, sources.ignored):
+        for image in part_pictures(folder, name, name, listings, sources.ignored):
             sources.images.append(image, name)
-    names, hint = sources.images.wnids, "(--layout class-folders takes the folders as classes all the same)"
-    if (splits := [name for name in names if name.casefold() in SPLIT_FOLDERS]) and not forced:
+    names, problem = sources.images.wnids, ""
+    if splits := [name for name in names if name.casefold() in SPLIT_FOLDERS]:
         problem = f"{', '.join(splits)}: named as a split, not as a class, and there is no train/"
-        raise SourceError(f"{folder.path}: {problem}; rename or name another RAW {hint}")
-    if len(names) == 1 and not forced:
-        problem = f"only one folder with pictures, {printable(names[0], 120)}, hence one class"
-        raise SourceError(f"{folder.path}: {problem}; is RAW one level too high? {hint}")
+    elif len(names) == 1:
+        problem = (
+            f"only one folder with pictures, {printable(names[0], 120)}, hence one class; RAW may be one level too high"
+        )
+    if problem and not forced:
+        hint = "name another RAW (--layout class-folders takes the folders as classes all the same)"
+        raise SourceError(f"{folder.path}: {problem}; rename, or {hint}")
     return _with_words(sources, folder, [*folder.folders]) if names else None
 
 
@@ -64,17 +55,19 @@ def read_splits(folder: Folder, listings: ListingCache, forced: bool) -> Sources
     splits = split_folders(folder)
     sources = Sources(" and ".join(f"{name}/" for name in splits) + " with one folder per class")
     for name, split in splits.items():
-        _add_split(sources, folder.path / name, name, split)
+        _add_split(sources, folder, name, split, listings)
     return _with_words(sources, folder, [*splits])
 
 
-def _add_split(sources: Sources, folder: Location, below: str, split: str, labels: Location | None = None) -> None:
+def _add_split(
+    sources: Sources, folder: Folder, below: str, split: str, listings: ListingCache, labels: Location | None = None
+) -> None:
     """Add the pictures of a split: each is of the class that the folder in the split names.
 
     One outside the class folders has no label in a test split; in Kaggle's validation split, the file `labels` has it.
     """
     truth: dict[str, str] = {}
-    for image in pictures(folder, below, sources.ignored, split):
+    for image in part_pictures(folder, below, below, listings, sources.ignored, split):
         above, slash, _ = image.path.removeprefix(f"{below}/").partition("/")
         wnid = above if slash else None
         if not slash and split == "val" and labels:
@@ -100,10 +93,6 @@ def split_folders(folder: Folder) -> dict[str, str]:
     if len(set(splits.values())) != len(splits):
         raise SourceError(f"{folder.path}: {', '.join(splits)}: two folders for one split; rename or remove one")
     return splits
-
-
-def has_pictures(folder: Location) -> bool:
-    return next(pictures(folder, "", LeftOut()), None) is not None
 
 
 # ---- flat files named WNID_….JPEG
@@ -133,9 +122,8 @@ def read_flat(folder: Folder, listings: ListingCache, forced: bool) -> Sources |
 def read_synsets(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
     """Return ImageNet Fall 2011: RAW holds nXXXXXXXX.tar, or tars of those; classes are the wnids."""
     packed = any(WNID_TAR.fullmatch(name) for name in folder.files)
-    outer = (
-        [] if packed else [tar for tar in folder.ending(".tar") if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
-    )
+    tars = [] if packed else folder.ending(".tar")
+    outer = [tar for tar in tars if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
     if not (packed or outer or forced):
         return None
     sources = Sources(f"one tar of synset tars ({', '.join(outer)})" if outer else "ImageNet's synset tars")
@@ -154,20 +142,6 @@ def _first_name(archive: Location) -> str:
             return next((x.name for x in members(read, 0, size, str(archive)) if not x.reason), "")
     except SourceError:
         return ""
-
-
-def part_pictures(
-    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
-) -> Iterator[RawImage]:
-    """Yield every picture of the archive or folder `name`, which is `path` below RAW, without a label."""
-    if name not in folder.files:
-        yield from pictures(folder.path / name, path, left_out, split)
-        return
-    for member, offset, size, _ in listings.members(folder.path / name, left_out.add):
-        if is_picture(member):
-            yield RawImage(split, f"{path}/{member}", None, str(folder.path / name), offset, size)
-        else:
-            left_out.add(kind_of(member), f"{path}/{member}")
 
 
 def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings: ListingCache) -> None:
@@ -219,7 +193,7 @@ def read_kaggle(folder: Folder, listings: ListingCache, forced: bool) -> Sources
     sources, words = Sources("Kaggle's CLS-LOC"), read_mapping(mapping)
     splits = [split for split in ("train", "val", "test") if storage.is_dir(folder.path / below / split)]
     for split in splits:
-        _add_split(sources, folder.path / below / split, f"{below}/{split}", split, labels)
+        _add_split(sources, folder, f"{below}/{split}", split, listings, labels)
         if len(words) == KAGGLE_CLASSES and split in KAGGLE_IMAGES:
             sources.promises.append(Promise(split, f"{below}/{split}", KAGGLE_IMAGES[split], "ILSVRC2012 promises"))
             sources.promised_classes = KAGGLE_CLASSES

@@ -1,4 +1,4 @@
-"""Raw images, the table of them, and the folders and small text files that a layout finds them by."""
+"""Raw images, the table of them, and the folders and archives that a layout finds them in."""
 
 import copy
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import SourceError, storage
+from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.manifest import ClassRecord
 from pipeline.storage import Entry, Location
@@ -99,9 +100,6 @@ class RawTable(Sequence[RawImage]):
         file += path if file[-1:] in ("", "/") else ""
         wnid = self.wnids[label] if label >= 0 else None
         return RawImage(SPLITS[self.split_numbers[i]], path, wnid, file, self.offsets[i], self.sizes[i])
-
-    def __iter__(self) -> Iterator[RawImage]:
-        return (self[i] for i in range(len(self)))
 
     def per_class(self, split: str) -> Counter[str | None]:
         """Return the number of images of a split by class; None: without a label."""
@@ -227,10 +225,9 @@ class Folder:
             if parts:
                 Folder.of(self.path / name).ignore(left_out, parts)
         beside = [(kind_of(name), name) for name in self.files] + [("folder", name) for name in self.folders]
-        for kind, name in [(kind, name) for kind, name in beside if name not in inside]:
-            left_out.add(kind, name)
-        for name in self.others:
-            left_out.add(NO_FILE, name)
+        for kind, name in beside + [(NO_FILE, name) for name in self.others]:
+            if name not in inside:
+                left_out.add(kind, name)
 
 
 def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "train") -> Iterator[RawImage]:
@@ -244,6 +241,24 @@ def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "trai
                 left_out.add(NO_FILE if is_picture(entry.name) else kind_of(entry.name), path)
 
 
+def part_pictures(
+    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
+) -> Iterator[RawImage]:
+    """Yield every picture of the archive or folder `name`, which is `path` below RAW, without a label."""
+    if name not in folder.files:
+        yield from pictures(folder.path / name, path, left_out, split)
+        return
+    for member, offset, size, _ in listings.members(folder.path / name, left_out.add):
+        if is_picture(member):
+            yield RawImage(split, f"{path}/{member}", None, str(folder.path / name), offset, size)
+        else:
+            left_out.add(kind_of(member), f"{path}/{member}")
+
+
+def has_pictures(folder: Location) -> bool:
+    return next(pictures(folder, "", LeftOut()), None) is not None
+
+
 def _folders(folder: Location, below: str, left_out: LeftOut) -> Iterator[tuple[str, str, list[Entry]]]:
     """Yield `folder` and each folder in it, unless hidden: its path, its path below RAW, and its entries.
 
@@ -253,21 +268,21 @@ def _folders(folder: Location, below: str, left_out: LeftOut) -> Iterator[tuple[
         for inside, entries in storage.walk(folder):
             yield f"{folder}/{inside}".rstrip("/"), f"{below}/{inside}".strip("/"), entries
         return
-    seen: set[tuple[int, int]] = set()
+    seen: set[str] = set()
     stack = [(str(folder), below)]
     while stack:
         directory, prefix = stack.pop()
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:
+        real = os.path.realpath(directory)
+        if real in seen:
             left_out.add("second link to one folder", prefix)
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(real)
         entries = storage.scan(Path(directory))
         yield directory, prefix, entries
         for name in [entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]:
             link, path = os.path.join(directory, name), f"{prefix}/{name}".strip("/")
             target = os.path.realpath(link)
-            if os.path.islink(link) and os.path.commonpath([target, os.path.realpath(directory)]) == target:
+            if os.path.commonpath([target, real]) == target:
                 left_out.add("link that leads back", path)
             else:
                 stack.append((link, path))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, Member
 from pipeline.manifest import FILE_NAME, ClassRecord
-from pipeline.offline.folders import WNID_LINE, has_pictures, read_text, split_folders
-from pipeline.offline.raw import SPLIT_FOLDERS, SUFFIXES, Folder, RawImage, Sources, is_picture, ranked
+from pipeline.offline.folders import WNID_LINE, read_text, split_folders
+from pipeline.offline.raw import SPLIT_FOLDERS, SUFFIXES, Folder, RawImage, Sources, has_pictures, is_picture, ranked
 from pipeline.storage import Location, Read
 
 CLASSES = "classes.txt"
