@@ -31,6 +31,12 @@ REASONS = {
 }
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+# Pillow's plugins parse with struct, zlib, plain indexing, arithmetic and assertions, and let through what these raise
+# on bad data. MemoryError, RecursionError (a RuntimeError): a length that lies; sound pictures fit into HELD_BYTES.
+_DECODER_ERRORS = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError,
+    RuntimeError, SystemError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
 # Bytes that a picture may take at its peak, with its file's bytes: a baseline JPEG of 64 million pixels and 26 MiB.
 # The interpreter and its libraries take 60 MB beside it.
 HELD_BYTES = 284_000_000
@@ -106,7 +112,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
         raise ImageError("unrecognised") from error
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels") from error
-    except Exception as error:  # Pillow's plugins let through what plain indexing, struct, zlib and assertions raise
+    except _DECODER_ERRORS as error:
         # a header that ends early is no picture that ends early: what it would have said is unknown
         short = image is not None and (isinstance(error, EOFError) or "truncated" in str(error))
         raise ImageError("truncated" if short else "corrupt") from error

@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
 CLASSES = 1000  # of either year
+# raised by scipy on damaged bytes
+DAMAGE = (LookupError, ValueError, TypeError, OverflowError, MemoryError, NotImplementedError, OSError, EOFError)
 MAX_BYTES = 64 * 2**20  # of the kit unpacked; the real one has 6 MB
 
 
@@ -216,6 +219,7 @@ def _unpacked(path: Location, wanted: tuple[str, ...]) -> dict[str, bytes]:
 def parse_devkit(meta: bytes, truth: bytes, where: str, year: int = 2012, test: bytes = b"") -> Devkit:
     """Read meta.mat and the ground truth files. Only leaves of the hierarchy (num_children 0) are classes."""
     from scipy.io import loadmat  # here: the builder's workers need not hold it
+    from scipy.io.matlab import MatReadError
 
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
@@ -227,7 +231,7 @@ def parse_devkit(meta: bytes, truth: bytes, where: str, year: int = 2012, test: 
         counted = leaves if "num_train_images" in synsets.dtype.names else []
         train = {str(row["WNID"]): int(row["num_train_images"]) for row in counted}
         numbers, test_numbers = ([int(line) for line in lines.split()] for lines in (truth, test))
-    except Exception as error:  # scipy raises nearly every kind on damaged bytes
+    except (MatReadError, zlib.error, struct.error, *DAMAGE) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise SourceError(f"{where}: meta.mat or the ground truth is damaged ({reason}); fetch it again") from error
     wnids = {number: wnid for wnid, number in ids.items()}
