@@ -143,10 +143,8 @@ def of_images(dataset: Path, images: int, root: Path, shards: int = 0) -> Manife
             f"it must be local, with pictures of {SIDE} × {SIDE}; build with --crop centre --size {SIDE}"
         )
     if shards:
-        records, originals = (
-            np.resize(built.samples(TRAIN)[: split.shards[0].samples], images),
-            split.shards[:1] * shards,
-        )
+        records = np.resize(built.samples(TRAIN)[: split.shards[0].samples], images)
+        originals = split.shards[:1] * shards
         records["shard"] = np.arange(images) * shards // images
     else:
         records = np.resize(built.samples(TRAIN), images)  # in the order of the shards

@@ -69,8 +69,7 @@ seconds_option = click.option(
     default=[FP32],
     show_default=True,
     metavar="WORDS",
-    help="Such as bf16, or "
-    "bf16,channels_last,segments: fp32, tf32 or bf16, and what train.channels_last and train.compile add.",
+    help="A precision and what else train.channels_last and train.compile choose: bf16,channels_last,segments.",
 )
 @click.option("--batch", type=COUNT, multiple=True, help="[default: the recipe's]")
 @click.option("--devices", metavar="DEVICE,DEVICE", help="One for each column.  [default: as `trainer train`]")
