@@ -38,6 +38,7 @@ ENVIRONMENTS = {
 }
 ADVICE = {"ffcv": "it is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"}
 Figures = dict[str, Any]
+Texts = Sequence[str]
 
 
 @dataclass
@@ -129,16 +130,9 @@ def cells(rows: Sequence[Row], row: Row, ceiling: str, detail: str) -> tuple[str
 
 
 def publish(
-    header: Sequence[str],
-    table: Sequence[Sequence[str]],
-    rows: Sequence[Row],
-    facts: Sequence[str],
-    notes: Sequence[str],
-    *,
-    repetitions: int,
-    record: Path | None,
+    header: Texts, table: Sequence[Texts], rows: Sequence[Row], facts: Texts, notes: Texts, **report: Any
 ) -> None:
-    """Print facts, a table and notes as Markdown, and write the record of the rows."""
+    """Print facts, a table and notes as Markdown, and write the record of the rows; `report` is of report_options."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = models[0].partition(":")[2].strip() if models else platform.machine()
     packages: dict[str, dict[str, str]] = {}
@@ -148,7 +142,7 @@ def publish(
     facts = [
         f"{processor}, {CORES} cores; Python {platform.python_version()}, Linux {platform.release()}",
         shlex.join(["python", "tools/bench", *sys.argv[1:]]),
-        f"n = {repetitions} repetitions, interleaved; medians",
+        f"n = {report['repetitions']} repetitions, interleaved; medians",
         *facts,
         *(f"{name}: {', '.join(map(' '.join, versions.items()))}" for name, versions in packages.items() if versions),
     ]
@@ -157,7 +151,7 @@ def publish(
     lines = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in table]
     for line in (*(f"- {fact}" for fact in facts), "", *lines, "", *(f"- {note}" for note in notes)):
         click.echo(line)
-    write_record(record, facts, rows)
+    write_record(report["record"], facts, rows)
 
 
 def write_record(file: Path | None, facts: Sequence[str], rows: Sequence[Row]) -> None:

@@ -46,7 +46,6 @@ class Timed:
     step: Callable[[], int]
     loader: Loader | None = None
     precision: str = FP32
-    facts: Figures = field(default_factory=dict)
     losses: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last step
 
 
@@ -85,7 +84,6 @@ def set_up(job: Job, row: Row, stack: ExitStack, gpus: set[torch.device]) -> Tim
     timed: Timed = FUNCTIONS[row.function](job, row, stack)
     for _ in range(WARM_UP[job_devices(job)[0].type]):
         timed.step()
-    row.facts |= timed.facts
     if gpus:
         row.facts["peak"] = max(torch.cuda.max_memory_allocated(gpu) - held[gpu] for gpu in gpus)
     return timed
@@ -167,7 +165,7 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
     train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
     timed = Timed(lambda: 0, precision=plan.train.precision)
-    timed.facts = {"operations": count, "devices": len(set(devices))}
+    row.facts |= {"operations": count, "devices": len(set(devices))}
     if row.options.get("fed"):
         timed.loader = stack.enter_context(feed.training(data, plan, devices))
     batches = timed.loader or repeat(synthetic(job.batch, plan.model.size, devices))
