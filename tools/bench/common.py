@@ -36,7 +36,7 @@ ENVIRONMENTS = {
     "ffcv": ("ffcv==1.0.2", TORCH, "opencv-python==5.0.0.93", PILLOW, "numba==0.68.1", NUMPY),
     "opencv": ("opencv-python-headless==5.0.0.93", NUMPY),
 }
-ADVICE = {"ffcv": "it is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"}
+ADVICE = "ffcv is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"
 Figures = dict[str, Any]
 Texts = Sequence[str]
 
@@ -260,8 +260,10 @@ def peers(names: tuple[str, ...]) -> None:
         venv = [sys.executable, "-m", "venv", "--clear", str(folder)]
         pip = [str(folder / "bin" / "python"), *PIP, *packages]
         if any(subprocess.run(command, check=False, stdout=sys.stderr).returncode for command in (venv, pip)):
-            failed.append(f"{name} ({ADVICE[name]})" if name in ADVICE else name)
+            failed.append(name)
         else:
             (folder / READY).write_text("\n".join(packages))
     if failed:
-        raise UserError(f"not installed: {', '.join(failed)}; `build` and `load` report their rows as not run")
+        raise UserError(
+            f"not installed: {', '.join(failed)}; `build` and `load` report their rows as not run; {ADVICE}"
+        )

@@ -1,6 +1,5 @@
 """`bench load` and `bench first-batch`: our loader beside DALI alone and other loaders; its start."""
 
-import io
 import subprocess
 import sys
 import tempfile
@@ -157,10 +156,9 @@ def of_images(dataset: Path, images: int, root: Path, shards: int = 0) -> Manife
     (root / TRAIN).mkdir(parents=True)
     for name, original_name in files.items():
         (root / name).symlink_to((built.root / original_name).resolve())
-    out = io.BytesIO()
-    np.save(out, records)
-    samples, data = f"{TRAIN}/samples.npy", out.getvalue()
-    (root / samples).write_bytes(data)
+    samples = f"{TRAIN}/samples.npy"
+    np.save(root / samples, records)
+    data = (root / samples).read_bytes()
     digests = {name: built.files[original_name] for name, original_name in files.items()}
     digests[samples] = FileRecord(len(data), manifest.sha256(data))
     splits = {TRAIN: Split(images, 0, tuple(made))}

@@ -164,18 +164,16 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     parallel.reference_precision(plan.train.precision)
     devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
     train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
-    timed = Timed(lambda: 0, precision=plan.train.precision)
     row.facts |= {"operations": count, "devices": len(set(devices))}
-    if row.options.get("fed"):
-        timed.loader = stack.enter_context(feed.training(data, plan, devices))
-    batches = timed.loader or repeat(synthetic(job.batch, plan.model.size, devices))
+    loader = stack.enter_context(feed.training(data, plan, devices)) if row.options.get("fed") else None
+    batches = loader or repeat(synthetic(job.batch, plan.model.size, devices))
 
     def step() -> int:
         batch = next(batches)
         timed.losses = train(batch)
         return len(batch.ids)
 
-    timed.step = step
+    timed = Timed(step, loader, plan.train.precision)
     return timed
 
 
