@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +25,7 @@ COUNT = click.IntRange(min=1)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 PATIENCE = 3600.0  # seconds after which a job hangs
 HEADER = ("row", "workers", "images/s, median (min to max)", "of the ceiling", "ours is", "largest process")
+PIP = ("-m", "pip", "--disable-pip-version-check", "install", "--quiet")
 READY = "penstock-bench"  # file in a complete environment: the requirements that it was made with
 TORCH, NUMPY, PILLOW = "torch==2.13.0", "numpy==2.4.6", "pillow==13.0.0"
 IMG2DATASET = ("img2dataset==1.47.0", "opencv-python-headless==4.14.0.94", "albumentations==1.4.24")
@@ -36,8 +36,9 @@ ENVIRONMENTS = {
     "ffcv": ("ffcv==1.0.2", TORCH, "opencv-python==5.0.0.93", PILLOW, "numba==0.68.1", NUMPY),
     "opencv": ("opencv-python-headless==5.0.0.93", NUMPY),
 }
-ADVICE = {"ffcv": "it is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"}
+ADVICE = "ffcv is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"
 Figures = dict[str, Any]
+Texts = Sequence[str]
 
 
 @dataclass
@@ -129,16 +130,9 @@ def cells(rows: Sequence[Row], row: Row, ceiling: str, detail: str) -> tuple[str
 
 
 def publish(
-    header: Sequence[str],
-    table: Sequence[Sequence[str]],
-    rows: Sequence[Row],
-    facts: Sequence[str],
-    notes: Sequence[str],
-    *,
-    repetitions: int,
-    record: Path | None,
+    header: Texts, table: Sequence[Texts], rows: Sequence[Row], facts: Texts, notes: Texts, **report: Any
 ) -> None:
-    """Print facts, a table and notes as Markdown, and write the record of the rows."""
+    """Print facts, a table and notes as Markdown, and write the record of the rows; `report` is of report_options."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = models[0].partition(":")[2].strip() if models else platform.machine()
     packages: dict[str, dict[str, str]] = {}
@@ -148,7 +142,7 @@ def publish(
     facts = [
         f"{processor}, {CORES} cores; Python {platform.python_version()}, Linux {platform.release()}",
         shlex.join(["python", "tools/bench", *sys.argv[1:]]),
-        f"n = {repetitions} repetitions, interleaved; medians",
+        f"n = {report['repetitions']} repetitions, interleaved; medians",
         *facts,
         *(f"{name}: {', '.join(map(' '.join, versions.items()))}" for name, versions in packages.items() if versions),
     ]
@@ -157,7 +151,7 @@ def publish(
     lines = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in table]
     for line in (*(f"- {fact}" for fact in facts), "", *lines, "", *(f"- {note}" for note in notes)):
         click.echo(line)
-    write_record(record, facts, rows)
+    write_record(report["record"], facts, rows)
 
 
 def write_record(file: Path | None, facts: Sequence[str], rows: Sequence[Row]) -> None:
@@ -214,29 +208,25 @@ def run_job(script: str, row: Row, job: Figures) -> Figures:
     Raises:
         UserError: the environment is missing; the function fails, or takes longer than PATIENCE.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job | {"function": row.function, "workers": row.workers, "options": row.options}, file)
-        file.flush()
-        command = [str(python_of(row.environment)), "-P", str(ROOT / "tools/bench" / script), file.name]
-        pipe, path = subprocess.PIPE, {"PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(
-            command, env=os.environ | path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-        ) as process:
-            try:
-                out, errors = process.communicate(timeout=PATIENCE)
-            except subprocess.TimeoutExpired as error:
-                raise UserError(f"hangs: not done after {PATIENCE:,.0f} s") from error
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+    words = json.dumps(job | {"function": row.function, "workers": row.workers, "options": row.options})
+    command = [str(python_of(row.environment)), "-P", str(ROOT / "tools/bench" / script), words]
+    streams: Figures = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as process:
+        try:
+            out, errors = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"hangs: not done after {PATIENCE:,.0f} s") from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         click.echo(errors[-4000:], err=True)  # the table has the last line only
         raise UserError(f"failed ({process.returncode}): {(errors.strip() or 'nothing on stderr').splitlines()[-1]}")
     try:
-        figures: Figures = json.loads(out.splitlines()[-1])
+        return dict(json.loads(out.splitlines()[-1]))
     except (IndexError, ValueError) as error:
         raise UserError(f"printed no figures, but {out.strip()[-200:]!r}") from error
-    return figures
 
 
 def environment_folder(name: str) -> Path:
@@ -268,18 +258,12 @@ def peers(names: tuple[str, ...]) -> None:
         folder, packages = environment_folder(name), ENVIRONMENTS[name]
         click.echo(f"{name}: installing {', '.join(packages)}", err=True)
         venv = [sys.executable, "-m", "venv", "--clear", str(folder)]
-        pip = [
-            str(folder / "bin" / "python"),
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "install",
-            "--quiet",
-            *packages,
-        ]
+        pip = [str(folder / "bin" / "python"), *PIP, *packages]
         if any(subprocess.run(command, check=False, stdout=sys.stderr).returncode for command in (venv, pip)):
-            failed.append(f"{name} ({ADVICE[name]})" if name in ADVICE else name)
+            failed.append(name)
         else:
             (folder / READY).write_text("\n".join(packages))
     if failed:
-        raise UserError(f"not installed: {', '.join(failed)}; `build` and `load` report their rows as not run")
+        raise UserError(
+            f"not installed: {', '.join(failed)}; `build` and `load` report their rows as not run; {ADVICE}"
+        )

@@ -1,6 +1,5 @@
 """`bench load` and `bench first-batch`: our loader beside DALI alone and other loaders; its start."""
 
-import io
 import subprocess
 import sys
 import tempfile
@@ -143,10 +142,8 @@ def of_images(dataset: Path, images: int, root: Path, shards: int = 0) -> Manife
             f"it must be local, with pictures of {SIDE} × {SIDE}; build with --crop centre --size {SIDE}"
         )
     if shards:
-        records, originals = (
-            np.resize(built.samples(TRAIN)[: split.shards[0].samples], images),
-            split.shards[:1] * shards,
-        )
+        records = np.resize(built.samples(TRAIN)[: split.shards[0].samples], images)
+        originals = split.shards[:1] * shards
         records["shard"] = np.arange(images) * shards // images
     else:
         records = np.resize(built.samples(TRAIN), images)  # in the order of the shards
@@ -159,10 +156,9 @@ def of_images(dataset: Path, images: int, root: Path, shards: int = 0) -> Manife
     (root / TRAIN).mkdir(parents=True)
     for name, original_name in files.items():
         (root / name).symlink_to((built.root / original_name).resolve())
-    out = io.BytesIO()
-    np.save(out, records)
-    samples, data = f"{TRAIN}/samples.npy", out.getvalue()
-    (root / samples).write_bytes(data)
+    samples = f"{TRAIN}/samples.npy"
+    np.save(root / samples, records)
+    data = (root / samples).read_bytes()
     digests = {name: built.files[original_name] for name, original_name in files.items()}
     digests[samples] = FileRecord(len(data), manifest.sha256(data))
     splits = {TRAIN: Split(images, 0, tuple(made))}

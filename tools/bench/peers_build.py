@@ -1,4 +1,4 @@
-"""Builders, each run in its own Python as `PYTHON peers_build.py JOB.json`; only functions import their peers."""
+"""Builders, each run in its own Python as `PYTHON peers_build.py JOB`, JSON; only functions import their peers."""
 
 import io
 import json
@@ -19,8 +19,6 @@ from typing import Any
 SIDE = 256  # pixels of a side of the stored square
 QUALITY = 95  # JPEG, libjpeg's scale
 Figures = dict[str, Any]
-
-
 Picture = tuple[str, int]  # path, label
 
 
@@ -44,8 +42,8 @@ class Job:
 
 
 def main(functions: Mapping[str, Callable[[Job], Figures]]) -> None:
-    """Run the job in the file that the command line names, on as many cores as workers; print its figures last."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    """Run the job that the command line gives as JSON, on as many cores as workers; print its figures last."""
+    job = Job(**json.loads(sys.argv[1]))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.workers :])
     print("\n" + json.dumps(functions[job.function](job)), flush=True)
 
@@ -116,15 +114,19 @@ def penstock(job: Job) -> Figures:
     return measured(images, began, ended, "pillow-simd", "simplejpeg", "numpy", start_to_exit=ended - started)
 
 
+def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
+    """Return width and height of a picture whose shorter side is SIDE, and the left and top of its centre square."""
+    wide, high = (max(SIDE, round(side * SIDE / min(width, height))) for side in (width, height))
+    return wide, high, (wide - SIDE) // 2, (high - SIDE) // 2
+
+
 def pillow_jpeg(path: str) -> bytes:
     """Return the JPEG to store: by Pillow, shorter side to 256, bicubic, centre crop."""
     from PIL import Image
 
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    short, out = min(image.size), io.BytesIO()
-    width, height = (max(SIDE, round(side * SIDE / short)) for side in image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    out, (width, height, left, top) = io.BytesIO(), centre_square(*image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
     image.save(out, "JPEG", quality=QUALITY)
     return out.getvalue()
@@ -150,10 +152,9 @@ def opencv(job: Job) -> Figures:
 
     def jpeg(path: str) -> bytes:
         image = cv2.imread(path, cv2.IMREAD_COLOR)
-        scale = SIDE / min(image.shape[:2])
-        height, width = (max(SIDE, round(scale * side)) for side in image.shape[:2])
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-        left, top = (width - SIDE) // 2, (height - SIDE) // 2
+        kind = cv2.INTER_AREA if min(image.shape[:2]) > SIDE else cv2.INTER_CUBIC
+        width, height, left, top = centre_square(image.shape[1], image.shape[0])
+        image = cv2.resize(image, (width, height), interpolation=kind)
         square = image[top : top + SIDE, left : left + SIDE]
         return bytes(cv2.imencode(".jpg", square, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1])
 

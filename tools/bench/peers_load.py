@@ -1,4 +1,4 @@
-"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB.json`; only functions import their peers."""
+"""Loaders, each run in its own Python as `PYTHON peers_load.py JOB`, JSON; only functions import their peers."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Steps of training, and what feeds them: the rows of a group take turns in one process, `PYTHON steps.py JOB.json`."""
+"""Steps of training, and what feeds them: the rows of a group take turns in one process, `PYTHON steps.py JOB`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +46,6 @@ class Timed:
     step: Callable[[], int]
     loader: Loader | None = None
     precision: str = FP32
-    facts: Figures = field(default_factory=dict)
     losses: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last step
 
 
@@ -59,39 +58,35 @@ def settings(variant: str) -> tuple[str, ...]:
 
 
 def group(job: Job) -> Figures:
-    """Set up all rows of a group, then let them take turns. A row that fails keeps the reason; the others go on."""
+    """Let the rows of a group take turns; each is set up before its first. The others go on where one fails."""
     rows, timed = [Row(**row) for row in job.options["rows"]], dict[str, Timed]()
     gpus = {device for device in job_devices(job) if device.type == "cuda"}
     with ExitStack() as stack:
 
-        def set_up(row: Row) -> None:
-            held = {gpu: torch.cuda.memory_allocated(gpu) for gpu in gpus}
-            for gpu in gpus:
-                torch.cuda.reset_peak_memory_stats(gpu)
-            timed[row.name] = FUNCTIONS[row.function](job, row, stack)
-            for _ in range(WARM_UP[job_devices(job)[0].type]):
-                timed[row.name].step()
-            row.facts |= timed[row.name].facts
-            if gpus:
-                row.facts["peak"] = max(torch.cuda.max_memory_allocated(gpu) - held[gpu] for gpu in gpus)
-
-        def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+        def run(row: Row) -> Figures:
             try:
-                return function(*arguments)
+                if row.name not in timed:
+                    timed[row.name] = set_up(job, row, stack, gpus)
+                return take_turn(timed[row.name], gpus, job.options["seconds"])
             except FAILURES as error:
+                timed.pop(row.name, None)  # its memory is for the others
                 raise UserError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
-        for row in rows:
-            try:
-                attempt(set_up, row)
-            except UserError as error:
-                timed.pop(row.name, None)
-                row.fail(str(error))
-        least = job.options["seconds"]
-        common.interleave(
-            rows, lambda row: attempt(take_turn, timed[row.name], gpus, least), job.options["repetitions"]
-        )
+        common.interleave(rows, run, job.options["repetitions"])
     return {"rows": [asdict(row) for row in rows]}
+
+
+def set_up(job: Job, row: Row, stack: ExitStack, gpus: set[torch.device]) -> Timed:
+    """Set up a row and warm it up; what it holds until `stack` ends is its peak of memory."""
+    held = {gpu: torch.cuda.memory_allocated(gpu) for gpu in gpus}
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    timed: Timed = FUNCTIONS[row.function](job, row, stack)
+    for _ in range(WARM_UP[job_devices(job)[0].type]):
+        timed.step()
+    if gpus:
+        row.facts["peak"] = max(torch.cuda.max_memory_allocated(gpu) - held[gpu] for gpu in gpus)
+    return timed
 
 
 def take_turn(timed: Timed, gpus: set[torch.device], least: float) -> Figures:
@@ -169,18 +164,16 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     parallel.reference_precision(plan.train.precision)
     devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
     train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
-    timed = Timed(lambda: 0, precision=plan.train.precision)
-    timed.facts = {"operations": count, "devices": len(set(devices))}
-    if row.options.get("fed"):
-        timed.loader = stack.enter_context(feed.training(data, plan, devices))
-    batches = timed.loader or repeat(synthetic(job.batch, plan.model.size, devices))
+    row.facts |= {"operations": count, "devices": len(set(devices))}
+    loader = stack.enter_context(feed.training(data, plan, devices)) if row.options.get("fed") else None
+    batches = loader or repeat(synthetic(job.batch, plan.model.size, devices))
 
     def step() -> int:
         batch = next(batches)
         timed.losses = train(batch)
         return len(batch.ids)
 
-    timed.step = step
+    timed = Timed(step, loader, plan.train.precision)
     return timed
 
 
@@ -265,11 +258,8 @@ def alexnet(classes: int = CLASSES) -> nn.Sequential:
     shapes = zip((3, *WIDTHS), WIDTHS, (11, 5, 3, 3, 3), (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (1, 1, 0, 0, 1))
     modules: list[nn.Module] = []
     for maps, width, kernel, stride, padding, pool in shapes:
-        modules += [
-            nn.Conv2d(maps, width, kernel, stride, padding),
-            nn.ReLU(inplace=True),
-            *[nn.MaxPool2d(3, 2)] * pool,
-        ]
+        modules += [nn.Conv2d(maps, width, kernel, stride, padding), nn.ReLU(inplace=True)]
+        modules += [nn.MaxPool2d(3, 2)] * pool
     modules += [nn.AdaptiveAvgPool2d(6), nn.Flatten()]
     for units in (36 * WIDTHS[-1], UNITS):
         modules += [nn.Dropout(0.5), nn.Linear(units, UNITS), nn.ReLU(inplace=True)]

@@ -22,6 +22,7 @@ from trainer import feed
 from trainer import recipe as recipes
 from trainer.devices import placed
 
+WORDS = "A precision, and what train.channels_last and train.compile add, such as bf16,channels_last,segments."
 BATCHES = 20  # of an epoch, so that no batch is short
 LAST, SEGMENTS = "bf16,channels_last", "bf16,channels_last,segments"
 VARIANTS = (FP32, "fp32,channels_last", "tf32", "tf32,channels_last", "bf16", LAST, SEGMENTS, f"{LAST},graphs")
@@ -63,27 +64,13 @@ seconds_option = click.option(
 @click.command(cls=Command)
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--recipe", default="original", show_default=True, help="The trainer's, by name or path.")
-@click.option(
-    "--variant",
-    multiple=True,
-    default=[FP32],
-    show_default=True,
-    metavar="WORDS",
-    help="Such as bf16, or "
-    "bf16,channels_last,segments: fp32, tf32 or bf16, and what train.channels_last and train.compile add.",
-)
+@click.option("--variant", multiple=True, default=[FP32], show_default=True, metavar="WORDS", help=WORDS)
 @click.option("--batch", type=COUNT, multiple=True, help="[default: the recipe's]")
 @click.option("--devices", metavar="DEVICE,DEVICE", help="One for each column.  [default: as `trainer train`]")
 @seconds_option
 @common.report_options(NAMES)
 def train(
-    dataset: Path,
-    recipe: str,
-    variant: tuple[str, ...],
-    batch: tuple[int, ...],
-    devices: str | None,
-    seconds: float,
-    **report: Any,
+    dataset: Path, recipe: str, variant: tuple[str, ...], batch: tuple[int, ...], devices: str | None, **report: Any
 ) -> None:
     """Measure steps of training: on synthetic tensors, and fed with pictures of DATASET by the loader.
 
@@ -102,7 +89,7 @@ def train(
     groups = [Group(words, size, names, list(ROWS), words) for size, words in product(sizes, variant)]
     for group in groups:  # impossible values end the command before anything is started
         recipes.override(plan, (*settings(group.variant), f"train.batch_size={group.batch}"))
-    run_groups(groups, dataset, recipe, seconds, **report)
+    run_groups(groups, dataset, recipe, **report)
 
 
 @click.command(cls=Command)
@@ -110,7 +97,7 @@ def train(
 @click.option("--device", help="A GPU; or cpu, which runs the same, smaller.  [default: cuda:0]")
 @seconds_option
 @common.report_options(["decode", "load", *NAMES, FP32])
-def gpu(dataset: Path | None, device: str | None, seconds: float, **report: Any) -> None:
+def gpu(dataset: Path | None, device: str | None, **report: Any) -> None:
     """Measure a GPU: decoding alone, our loader, the trainer's step in every variant, and both at once.
 
     Without DATASET pictures are drawn. It takes about a quarter of an hour.
@@ -124,7 +111,7 @@ def gpu(dataset: Path | None, device: str | None, seconds: float, **report: Any)
         click.echo("no CUDA device; --device cpu runs the same, smaller")
         return
     first = placed(f"{device or 'cuda:0'},{device or 'cuda:0'}", 2)[0]
-    run_groups(gpu_groups(first), dataset, PLANS[first.type][2], seconds, **report)
+    run_groups(gpu_groups(first), dataset, PLANS[first.type][2], **report)
 
 
 def gpu_groups(device: torch.device) -> list[Group]:
@@ -154,16 +141,9 @@ def load_row(output: str, **options: str) -> Row:
     return Row(f"load {' '.join(words)}", title, "load", {"output": output, **options}, against=["decode 0.9"])
 
 
-def run_groups(
-    groups: Sequence[Group],
-    dataset: Path | None,
-    recipe: str,
-    seconds: float,
-    *,
-    only: Sequence[str],
-    **report: Any,
-) -> None:
+def run_groups(groups: Sequence[Group], dataset: Path | None, recipe: str, **report: Any) -> None:
     """Measure groups, each in a process; print their table after the last, and write the record after each."""
+    only, seconds = report.pop("only"), report.pop("seconds")
     roots, rows = dict[int, str](), list[Row]()
     for group in groups:
         group.rows = [row.fresh() for row in group.rows if not only or row.name.split()[0] in only]
