@@ -48,6 +48,8 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
     aside = folder / f"{path.name}.{secrets.token_hex(4)}{ASIDE}"
     try:
         with open(aside, "xb", buffering=2**20) as file:
+            if remote:
+                os.fchmod(file.fileno(), 0o600)  # TMPDIR may be shared with other users
             hashing = HashingFile(file)
             write(hashing)
             file.flush()

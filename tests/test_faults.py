@@ -29,7 +29,7 @@ import builtins, contextlib, os
 from pathlib import Path
 real = builtins.open
 def opened(file, mode="r", *more, **options):
-    if "w" in mode and os.environ["FULL_AT"] in str(file):
+    if {*mode} & {*"wx"} and os.environ["FULL_AT"] in str(file):
         with real(os.environ["BALLAST"], "ab", buffering=0) as ballast:
             for size in (2**16, 2**12):
                 with contextlib.suppress(OSError):
