@@ -101,7 +101,7 @@ def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None
         return print_event("estimate", **counts, images_per_second=rate, seconds=seconds, bytes=size)
     click.echo(
         f"would write {shards:,} shards, about {size / 1e9:,.1f} GB, "
-        f"in about {timedelta(seconds=round(seconds))} with {workers} workers "
+        f"in about {timedelta(seconds=max(1, round(seconds)))} with {workers} workers "
         f"(from {tried} images tried here: {skipped} of them would be skipped, {rate:,.0f} images/s a worker)"
     )
 
