@@ -26,7 +26,7 @@ test: setup
 	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 proof: setup
-	@$(PY) -m pytest -q -m 'proof and not slow'
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile -m 'proof and not slow'
 
 slow: setup
 	@$(PY) -m pytest -q -m slow

@@ -223,6 +223,7 @@ with loader:
 """
 
 
+@pytest.mark.proof  # a promise in seconds
 @pytest.mark.parametrize("batch", [8, 41])
 def test_ctrl_c_ends_everything_within_two_seconds(dataset: Path, batch: int):
     process = subprocess.Popen(
