@@ -112,7 +112,8 @@ def page(data: FigureData, drawn: Mapping[str, bytes]) -> str:
         links += f'<li><a href="#{anchor}">{name}</a></li>'
         body += f'<section id="{anchor}"><h2>{name}</h2>{content}</section>\n'
     title, shell = escape(f"AlexNet, run {data.run}"), "\n".join(map(shlex.join, commands.values()))
-    versions = [f"penstock {metadata.version('penstock-imagenet')}", f"torch {torch.__version__}", f"DALI {dali.__version__}"]
+    own = metadata.version("penstock-imagenet")
+    versions = [f"penstock {own}", f"torch {torch.__version__}", f"DALI {dali.__version__}"]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
