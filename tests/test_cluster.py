@@ -115,7 +115,7 @@ def ended(started: Build) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_build_may_be_interrupted_at_any_moment(pictures: Path, head: Any, tmp_path: Path, number: signal.Signals):
     """While it joins the cluster, and while tasks end every few milliseconds."""
-    for trial in range(12):
+    for trial in range(0, 12, 2):
         root = tmp_path / str(trial)
         options = ("--samples-per-shard", 1, "--executor", "ray", "--ray-address", head.address)
         started = Build(pictures, root, *options)
