@@ -93,7 +93,7 @@ def test_lighting_ends_when_the_recipe_says(dataset: Path):
 def test_training_learns(dataset: Path, tmp_path: Path):
     """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
 
-    On an AMD processor seeds 1, 2 and 2012 learn at this rate. At half of it seed 2012 learned on Intel alone: last bits.
+    Seeds 1, 2 and 2012 learn at this rate on an AMD processor. At half of it 2012 did on Intel alone: last bits differ.
     """
     widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
     more = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
