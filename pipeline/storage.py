@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -43,7 +44,11 @@ S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool
 PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
 PASSING_CODES = {"BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 LASTING = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-CLIENTS = ("aiohttp", "botocore")  # optional packages whose exceptions count as failures of the store
+CLIENT_ERRORS = {  # of optional packages: failures of the store or of the way to it
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "botocore.parsers": ("ResponseParserError",),
+}
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}  # botocore's
 CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (public bucket: FSSPEC_S3_ANON=true)"
 
@@ -304,14 +309,18 @@ def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
             tries += 1
             fs.invalidate_cache(path)  # other machines write there too
             return action(fs, path)
-        except Exception as error:
-            if not isinstance(error, OSError | ValueError) and type(error).__module__.split(".")[0] not in CLIENTS:
-                raise
+        except _failures() as error:
             seconds = time.monotonic() - began
             passes, explained = _explained(url, doing, error, f"{tries} tries in {seconds:.0f} s")
             if not passes or tries >= TRIES or seconds > PATIENCE:
                 raise explained from error
         time.sleep(FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.5, 1))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what file systems raise that is not our mistake; ValueError: an impossible endpoint or bucket name."""
+    loaded = [(sys.modules.get(module), names) for module, names in CLIENT_ERRORS.items()]
+    return (OSError, ValueError, *(getattr(module, name) for module, names in loaded if module for name in names))
 
 
 def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool, Exception]:

@@ -36,6 +36,22 @@ def required(target: str) -> set[str]:
     return names(requirements(target).stdout.splitlines())
 
 
+def test_no_secret_and_no_registry_is_in_any_file():
+    for path in (*sorted(path for path in DOCKER.iterdir() if path.is_file()), ROOT / ".dockerignore"):
+        text = path.read_text()
+        assert not re.search(r"(?i)index-url *=|trusted-host|(password|passwd|token|secret)\w* *=", text), path
+        assert not re.search(r"https?://\w", text), path
+
+
+def test_images_run_as_a_user_who_is_not_root():
+    text = (DOCKER / "Dockerfile").read_text()
+    for stage in re.split(r"^FROM ", text, flags=re.MULTILINE):
+        if "\nENTRYPOINT" in stage:
+            assert re.findall(r"^USER (.*)$", stage, re.MULTILINE) == ["1000:1000"]
+            assert "RUN" not in stage.partition("\nUSER ")[2]
+    assert text.count("\nENTRYPOINT") == 2
+
+
 def test_base_and_packages_are_pinned():
     assert re.search(r"^ARG BASE=debian:[a-z]+-\d{8}-slim$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
     for target in ("build", "train"):

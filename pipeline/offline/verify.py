@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -22,6 +24,11 @@ from pipeline.offline import executors
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location, StorageError
+
+PARSER_ERRORS = (  # of tarfile, and of numpy and zipfile, which parse a header as Python's source
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, EOFError,
+    ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError, Warning,
+)  # fmt: skip
 
 REPAIR_FOLDER, RETRY_FOLDER = ".repair", ".retry"  # see `repair`
 LEFT_OVER = {
@@ -53,8 +60,9 @@ class Failures(list[Failure]):
         except (Violation, OSError) as error:
             missing = isinstance(error, FileNotFoundError)
             self.append(Failure(file, "missing" if missing else getattr(error, "strerror", "") or str(error)))
-        except (ValueError, LookupError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-            self.append(Failure(file, f"does not load ({' '.join(str(error).split())[:200]})"))
+        except PARSER_ERRORS as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.append(Failure(file, f"does not load ({reason})"))
 
 
 class CheckedShard(NamedTuple):
