@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import LITTLE, ROOT, begun, build, command, digests, until
 from pipeline import manifest
 from pipeline.manifest import DatasetError
 from pipeline.offline import lock
+from pipeline.offline.shards import load_record
 
 OTHER_CODECS = """
 import sys
@@ -231,3 +233,18 @@ def test_the_last_moments_of_a_build_are_no_obstacle(
         assert "a finished dataset is there already" in done.stderr
         assert not (root / ".build").exists()
         assert digests(root) == little_dataset
+
+
+def test_a_damaged_record_is_no_record(half: tuple[Path, Path], tmp_path: Path):
+    """Flipped bits in the headers of its zip: encryption, other compression, wrong places."""
+    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    file = min((root / ".build").glob("*.npz"))
+    name, good = f"{file.stem.partition('-')[0]}/{file.stem}", file.read_bytes()
+    assert load_record(root, name) is not None
+    damaged = 0
+    for case in range(400):
+        chance, data = random.Random(case), bytearray(good)
+        data[chance.choice([*range(600), *range(len(good) - 800, len(good))])] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+        damaged += load_record(root, name) is None
+    assert damaged > 200

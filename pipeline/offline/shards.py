@@ -232,5 +232,5 @@ def load_record(root: Location, name: str) -> Record | None:
             files = {file: FileRecord(**written) for file, written in meta.pop("files").items()}
             sums = Sums(int(arrays["n"]), arrays["sum_image"].astype(np.int64), arrays["second_moments"])
             return Record(**meta, files=files, samples=arrays["samples"], sums=sums)
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError):
+    except (FileNotFoundError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, RuntimeError):
         return None
