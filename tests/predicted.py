@@ -26,7 +26,7 @@ from runs import trainer
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.layers import shapes
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 
 WNIDS = [f"n{number:08d}" for number in (11, 12, 25, 31, 47, 58, 63)]
 WORDS = "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"  # as ImageNet has them
@@ -78,7 +78,7 @@ def make(folder: Path) -> World:
     result = build(raw, data, "--workers", 1, "--samples-per-shard", 5)
     assert result.exit_code == 0, result.output
     dataset = manifest.load(data)
-    network = Columns(RECIPE.model, len(WNIDS), (torch.device("cpu"),) * 2)
+    network = TwoColumnNet(RECIPE.model, len(WNIDS), (torch.device("cpu"),) * 2)
     network.load(save_run(run, dataset))
     ids, inputs, chances = np.arange(dataset.split("val").samples), {}, {}
     with SampleReader(dataset, "val") as reader:
@@ -129,7 +129,7 @@ def save_run(run: Path, dataset: Manifest, factor: float = 1.0) -> dict[str, tor
     return weights
 
 
-def _by_the_loader(dataset: Manifest, network: Columns, views: str) -> tuple[np.ndarray, np.ndarray]:
+def _by_the_loader(dataset: Manifest, network: TwoColumnNet, views: str) -> tuple[np.ndarray, np.ndarray]:
     """The network's inputs, and its logits (n, views, classes) float64."""
     inputs, logits = [], []
     with Loader(dataset, "val", batch_size=4, views=views, mean=RECIPE.data.mean) as loader, torch.inference_mode():

@@ -23,7 +23,7 @@ from tools.bench.__main__ import COMMANDS, main
 from tools.bench.common import CORES, ENVIRONMENTS, Figures, Row
 from tools.bench.peers_build import SIDE, Job
 from trainer.layers import plan
-from trainer.parallel import Columns, reference_precision
+from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.retrieval import codes
 
 RATES = {"one": [90.0, 120.0, 60.0, 75.0, 99.0], "two": [30.0, 36.0, 25.0, 15.0, 40.0]}
@@ -122,7 +122,7 @@ def test_the_trainers_table():
 )
 def test_a_job_that_fails(program: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(common, "PATIENCE", 1.0)
-    script = tmp_path / "job.py"
+    script = tmp_path / "world.py"
     script.write_text(program)
     with pytest.raises(UserError) as error:
         common.run_job(str(script), Row("any", "Any"), {})
@@ -288,7 +288,7 @@ def test_every_command_has_its_help():
 def test_operations_are_those_that_torch_counts():
     """Of two columns: of a grouped convolution's gradient torch counts too many."""
     recipe, classes, size = narrow("original").model, 7, 3
-    columns, counter = Columns(recipe, classes, (torch.device("cpu"),) * 2), FlopCounterMode(display=False)
+    columns, counter = TwoColumnNet(recipe, classes, (torch.device("cpu"),) * 2), FlopCounterMode(display=False)
     columns.load(drawn(recipe, classes))
     with counter:
         F.cross_entropy(columns(images(recipe, size).float()), torch.tensor([0, 2, 4])).backward()
@@ -314,11 +314,11 @@ def test_a_dataset_of_so_many_images(count: int, shards: int, dataset: Path, tmp
     with SampleReader(source, "train") as every, SampleReader(built, "train") as part:
         expected = [bytes(jpeg) for jpeg in every.read(np.arange(count) % source.split("train").samples)]
         assert [bytes(jpeg) for jpeg in part.read(np.arange(count))] == expected
-    job = Job("", str(tmp_path / "part"), "", 1)
-    jpegs = list(peers_load.stored_jpegs(job))
+    world = Job("", str(tmp_path / "part"), "", 1)
+    jpegs = list(peers_load.stored_jpegs(world))
     assert jpegs[: len(expected)] == expected[: len(jpegs)]
-    assert peers_load.mean_colour(job) == source.statistics().mean_color.tolist()
-    load.write_pictures(job, 50, tmp_path / "pictures" / "all")
+    assert peers_load.mean_colour(world) == source.statistics().mean_color.tolist()
+    load.write_pictures(world, 50, tmp_path / "pictures" / "all")
     files = sorted((tmp_path / "pictures" / "all").iterdir())
     assert [file.read_bytes() for file in files] == [jpegs[i % len(jpegs)] for i in range(50)]
 
@@ -340,19 +340,19 @@ def test_pictures_of_another_size(small: Path, tmp_path: Path):
 
 
 def test_only_what_follows_the_warm_up_is_measured():
-    job, taken = Job("", "", "", 1, batch=3, batches=4), list[int]()
+    world, taken = Job("", "", "", 1, batch=3, batches=4), list[int]()
 
     def batches() -> Iterator[np.ndarray]:
         while True:
             taken.append(0)
             yield np.zeros((3, 2, 5), np.uint8)
 
-    figures = peers_load.take(job, batches())
-    assert len(taken) == peers_load.warm_up(job) + 4
-    assert peers_load.images_of(job) >= 3 * len(taken)
+    figures = peers_load.take(world, batches())
+    assert len(taken) == peers_load.warm_up(world) + 4
+    assert peers_load.images_of(world) >= 3 * len(taken)
     assert (figures["images"], figures["gives"]) == (12, "uint8, 2 × 5")
     with pytest.raises(ValueError, match="too many values"):  # batches of two shapes
-        peers_load.take(job, (np.zeros((3, 2, i % 2)) for i in range(99)))
+        peers_load.take(world, (np.zeros((3, 2, i % 2)) for i in range(99)))
 
 
 def test_random_views_reach_every_edge():

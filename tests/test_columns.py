@@ -14,9 +14,9 @@ from pipeline import UserError
 from trainer import recipe as recipes
 from trainer.devices import parse_devices
 from trainer.layers import Layer, ModelRecipe
-from trainer.model import Grouped, Masks, Part
+from trainer.model import Column, Grouped, Masks
 from trainer.optim import Momentum, Schedule
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 from trainer.recipe import Recipe
 
 CPU = (torch.device("cpu"), torch.device("cpu"))
@@ -25,15 +25,15 @@ COMPARED = ("original", "paper", "without-exchange", "pretrain-2011", HALVES, "s
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
 
-def both(model: ModelRecipe, dtype: torch.dtype, classes: int = CLASSES) -> tuple[Grouped, Columns]:
+def both(model: ModelRecipe, dtype: torch.dtype, classes: int = CLASSES) -> tuple[Grouped, TwoColumnNet]:
     """The same network, whole and cut."""
-    pair = Grouped(model, classes).to(dtype), Columns(model, classes, CPU[: model.columns]).to(dtype)
+    pair = Grouped(model, classes).to(dtype), TwoColumnNet(model, classes, CPU[: model.columns]).to(dtype)
     for network in pair:
         network.load(drawn(model, classes, dtype))
     return pair
 
 
-def gradients(network: Grouped | Columns) -> dict[str, Tensor]:
+def gradients(network: Grouped | TwoColumnNet) -> dict[str, Tensor]:
     """In the grouped layout."""
     if isinstance(network, Grouped):
         return {name: w.grad for name, w in network.weights().items() if w.grad is not None}
@@ -69,7 +69,7 @@ def test_what_the_last_layer_sees(name: str):
         assert apart(grouped.layer(grouped.layers[-1], seen, None), columns(x)) < 1e-10
 
 
-def trained(network: Grouped | Columns, recipe: Recipe, dtype: torch.dtype, steps: int = 20) -> dict[str, Tensor]:
+def trained(network: Grouped | TwoColumnNet, recipe: Recipe, dtype: torch.dtype, steps: int = 20) -> dict[str, Tensor]:
     """The weights after so many steps on images that differ from step to step, with dropout."""
     parts = [network.weights()] if isinstance(network, Grouped) else network.parts()
     optimiser, schedule = Momentum(parts, recipe.optim.momentum), Schedule(recipe, steps)
@@ -80,7 +80,7 @@ def trained(network: Grouped | Columns, recipe: Recipe, dtype: torch.dtype, step
         logits = network(x, masks_of(recipe.model, 4, dtype, seed=step))
         F.cross_entropy(logits, torch.tensor([0, 2, 4, 6])).backward()
         optimiser.step(rates)
-    return network.gathered() if isinstance(network, Columns) else network.weights()
+    return network.gathered() if isinstance(network, TwoColumnNet) else network.weights()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
@@ -102,7 +102,7 @@ def test_weights_survive_the_way_through_the_columns(name: str):
     """What either saves, the other loads: the same bytes, and the same outputs, for every recipe."""
     model = narrow(name).model
     weights = drawn(model, CLASSES, torch.float32)
-    columns, whole = Columns(model, CLASSES, CPU[: model.columns]), Grouped(model, CLASSES)
+    columns, whole = TwoColumnNet(model, CLASSES, CPU[: model.columns]), Grouped(model, CLASSES)
     columns.load(weights)
     saved = columns.gathered()
     assert list(saved) == list(weights)
@@ -119,13 +119,13 @@ def test_weights_survive_the_way_through_the_columns(name: str):
 
 def spied(seen: dict[tuple[int | None, str], Tensor]) -> AbstractContextManager[object]:
     """Write down what each layer of each column gives."""
-    original = Part.layer
+    original = Column.layer
 
-    def layer(self: Part, layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+    def layer(self: Column, layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         seen[self.column, layer.name] = original(self, layer, x, mask)
         return seen[self.column, layer.name].detach()
 
-    return mock.patch.object(Part, "layer", layer)
+    return mock.patch.object(Column, "layer", layer)
 
 
 @pytest.mark.parametrize("name", [*TWO_COLUMNS, HALVES])
@@ -145,7 +145,7 @@ def test_columns_meet_only_where_the_recipe_says(name: str):
             network(images(model, 1))
         for i, layer in enumerate(model.order):
             for (column, seen), value in before.items():
-                if seen == layer and isinstance(network, Columns):
+                if seen == layer and isinstance(network, TwoColumnNet):
                     assert torch.equal(value, after[column, seen]) == (column == 0 and i < meeting), (column, seen)
                 elif seen == layer and i < len(model.order) - 1:
                     one, other = value.chunk(2, 1), after[None, seen].chunk(2, 1)
@@ -165,7 +165,7 @@ def test_columns_meet_only_where_the_recipe_says(name: str):
 )
 def test_segments_end_where_a_layer_sees_both(name: str, expected: str):
     model = narrow(name).model
-    segments = Columns(model, CLASSES, CPU[: model.columns]).segments
+    segments = TwoColumnNet(model, CLASSES, CPU[: model.columns]).segments
     assert " | ".join(" ".join(layer.name for layer in segment) for segment in segments) == expected
 
 

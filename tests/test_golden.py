@@ -9,7 +9,7 @@ from pipeline.online.philox import philox
 from trainer import recipe as recipes
 from trainer.model import initial_weights
 from trainer.optim import Momentum, Schedule
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 from trainer.step import drawn_masks, update
 
 # nats per image, at each of five steps of 32 images; ln 10 is 2.303
@@ -27,7 +27,7 @@ def made_up(step: int, images: int) -> Batch:
 
 def test_losses_of_tiny_in_float64():
     recipe = recipes.load("tiny", ["train.batch_size=32", "optim.batch_size=32", "train.steps=5"])
-    network = Columns(recipe.model, 10, (torch.device("cpu"),) * 2).double()
+    network = TwoColumnNet(recipe.model, 10, (torch.device("cpu"),) * 2).double()
     network.load({name: w.double() for name, w in initial_weights(recipe.model, 10, recipe.train.seed).items()})
     optimiser, schedule = Momentum(network.parts(), recipe.optim.momentum), Schedule(recipe, 5)
     found = []

@@ -15,16 +15,16 @@ from runs import TINY, options
 from tools.bench.steps import FP32, RATES, Grouped, settings
 from tools.bench.train import VARIANTS
 from trainer import checkpoint as checkpoints
-from trainer import feed
+from trainer import data as feed
 from trainer import recipe as recipes
 from trainer.dropout import masks
 from trainer.model import Grouped as GroupedModel
 from trainer.model import initial_weights
+from trainer.nonfinite import Watch
 from trainer.optim import Momentum, Schedule
-from trainer.parallel import Columns, reference_precision
+from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.step import drawn_masks, update
 from trainer.train import Start, train
-from trainer.watch import Watch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +58,7 @@ def test_two_columns_on_gpus_equal_the_grouped_network_on_the_cpu():
     widths = {"conv1": 8, "conv2": 16, "conv3": 24, "conv4": 24, "conv5": 16, "fc6": 64, "fc7": 48}
     recipe = recipes.load("tiny", [f"model.layers.{name}.width={width}" for name, width in widths.items()]).model
     weights = {name: value.double() for name, value in initial_weights(recipe, 7, 5).items()}
-    grouped, columns = GroupedModel(recipe, 7).double(), Columns(recipe, 7, devices()).double()
+    grouped, columns = GroupedModel(recipe, 7).double(), TwoColumnNet(recipe, 7, devices()).double()
     grouped.load(weights)
     columns.load(weights)
     x = torch.randn(4, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 60
@@ -89,7 +89,7 @@ def expected(dataset: Path) -> dict[str, torch.Tensor]:
     return outcome(dataset, FP32, Grouped)
 
 
-def outcome(dataset: Path, variant: str, network_class: Any = Columns) -> dict[str, torch.Tensor]:
+def outcome(dataset: Path, variant: str, network_class: Any = TwoColumnNet) -> dict[str, torch.Tensor]:
     """Loss and gradients of the trainer's own steps on one batch: enough of them that CUDA graphs are replayed."""
     data, device = manifest.load(dataset), devices()[0]
     recipe = recipes.load("tiny", ("train.batch_size=16", "optim.batch_size=16", *RATES, *settings(variant)))
@@ -106,7 +106,7 @@ def outcome(dataset: Path, variant: str, network_class: Any = Columns) -> dict[s
             drop = drawn_masks(network, recipe.train.seed, batch)
             losses = update(network, optimiser, batch, drop, rates, recipe.train, Watch(network))
         parts = optimiser.velocity
-        if network_class is Columns:
+        if network_class is TwoColumnNet:
             return {"loss": losses.cpu(), **network.gathered(parts)}
         return {"loss": losses.cpu(), **{name: value.cpu() for name, value in parts[0].items()}}
     finally:
@@ -144,7 +144,7 @@ def test_five_steps_of_columns_on_gpus_end_at_the_grouped_networks_weights_on_th
     """In float64, with dropout."""
     recipe = narrow("original", "model.size=64", "optim.lr=0.001", "optim.bias_lr=0.001")
     begun, schedule = drawn(recipe.model, 7), Schedule(recipe, 5)
-    grouped, columns = GroupedModel(recipe.model, 7).double(), Columns(recipe.model, 7, devices()).double()
+    grouped, columns = GroupedModel(recipe.model, 7).double(), TwoColumnNet(recipe.model, 7, devices()).double()
     networks = (grouped, [grouped.weights()]), (columns, columns.parts())
     for network, parts in networks:
         network.load(begun)

@@ -21,9 +21,9 @@ from pipeline.online.samples import SampleReader
 from retrieved import RECIPE, UNITS, index, save_run
 from runs import one_line
 from trainer import checkpoint as checkpoints
-from trainer import feed
+from trainer import data as feed
 from trainer.network import load_network
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval import codes, folder
 from trainer.retrieval.features import features
@@ -44,7 +44,7 @@ def run(dataset: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def network(run: Path, data: Path) -> Columns:
+def network(run: Path, data: Path) -> TwoColumnNet:
     return load_network(checkpoints.load(run), manifest.load(data), CPU, run)
 
 

@@ -12,7 +12,7 @@ from reference import Halving, plain_network
 from trainer import recipe as recipes
 from trainer.layers import ModelRecipe, multiply_adds, parameter_count, plan, pooled, shapes
 from trainer.model import Grouped, initial_weights
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 
 TABLE = {  # specification, section 4.2: weights, biases, multiply-adds of one image
     "conv1": (34_848, 96, 105_415_200),
@@ -85,7 +85,7 @@ def test_every_recipe_builds_what_it_counts(name: str):
     classes = recipe.classes or 1000
     devices = [torch.device("meta")] * recipe.columns
     with torch.device("meta"):
-        whole, columns = Grouped(recipe, classes), Columns(recipe, classes, devices)
+        whole, columns = Grouped(recipe, classes), TwoColumnNet(recipe, classes, devices)
     expected = shapes(recipe, classes)
     assert {key: tuple(w.shape) for key, w in whole.weights().items()} == expected
     for network in (whole, columns):

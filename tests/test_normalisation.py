@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.online.philox import DROPOUT, key_of
 from reference import SameMap, philox_words
 from trainer.dropout import compiled_mask, mask_on_device, masks
-from trainer.normalisation import LRN, ORIGINAL, lrn, same_map_norm
+from trainer.lrn import LRN, ORIGINAL, lrn, same_map_norm
 
 
 def maps(n: int, scale: float = 60.0, seed: int = 2) -> Tensor:

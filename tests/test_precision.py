@@ -8,19 +8,19 @@ from torch import Tensor
 from networks import HALVES, apart, drawn, images, masks_of, narrow
 from trainer import model as models
 from trainer.layers import ModelRecipe
-from trainer.normalisation import lrn
-from trainer.parallel import Columns, reference_precision
+from trainer.lrn import lrn
+from trainer.parallel import TwoColumnNet, reference_precision
 
 CPU = (torch.device("cpu"), torch.device("cpu"))
 
 
-def columns(model: ModelRecipe, compile: str = "no", channels_last: bool = False) -> Columns:
-    network = Columns(model, 7, CPU[: model.columns], compile, channels_last)
+def columns(model: ModelRecipe, compile: str = "no", channels_last: bool = False) -> TwoColumnNet:
+    network = TwoColumnNet(model, 7, CPU[: model.columns], compile, channels_last)
     network.load(drawn(model, 7, torch.float32))
     return network
 
 
-def step(network: Columns, n: int, bf16: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def step(network: TwoColumnNet, n: int, bf16: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and gradients of a training step as trainer/train.py takes it."""
     x, drop = images(network.recipe, n, torch.float32), masks_of(network.recipe, n, torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -13,7 +13,7 @@ from pipeline import manifest
 from pipeline.online import Loader
 from runs import assert_same_end, one_line, resume, train, trainer
 from trainer import checkpoint as checkpoints
-from trainer import feed
+from trainer import data as feed
 from trainer import recipe as recipes
 from trainer.metrics import read
 from trainer.model import Grouped

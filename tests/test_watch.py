@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, drawn, images, masks_of, narrow
+from trainer.nonfinite import Diverged, Watch, changes, require_finite
 from trainer.optim import Momentum, Rates
-from trainer.parallel import Columns
-from trainer.watch import Diverged, Watch, changes, require_finite
+from trainer.parallel import TwoColumnNet
 
 CPU = (torch.device("cpu"), torch.device("cpu"))
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -23,7 +23,7 @@ class Run:
 
     def __init__(self, name: str = "original") -> None:
         self.model = narrow(name, size=64).model
-        self.network = Columns(self.model, 7, CPU[: self.model.columns])
+        self.network = TwoColumnNet(self.model, 7, CPU[: self.model.columns])
         self.network.load(drawn(self.model, 7, torch.float32))
         self.optimiser, self.watch, self.done = Momentum(self.network.parts(), 0.9), Watch(self.network), 0
 
@@ -190,7 +190,7 @@ def test_changes_against_numpy(name: str):
 
 
 def test_changes_of_weights_that_are_zero():
-    network = Columns(narrow("half").model, 7, CPU[:1])
+    network = TwoColumnNet(narrow("half").model, 7, CPU[:1])
     rates = {layer.name: Rates(1.0, 1.0, 0.0) for layer in network.layers}
     found = changes(network.parts(), Momentum(network.parts(), 0.9).velocity, rates)
     assert found["conv1"] == {"weight": 0, "update": 0, "ratio": 0}

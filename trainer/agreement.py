@@ -8,15 +8,15 @@ from typing import Any
 from pipeline import UserError
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
-from trainer.processes import Processes
+from trainer.distributed import World
 
 
-def require_alike(job: Processes, facts: Mapping[str, Any]) -> None:
+def require_alike(world: World, facts: Mapping[str, Any]) -> None:
     """Raise UserError, in every process, where one's facts (JSON values by name) are not the first one's."""
-    if job.count == 1:
+    if world.size == 1:
         return
-    told = [json.loads(text) for text in job.texts(json.dumps({**facts, "": socket.gethostname()}))]
-    with job.together():
+    told = [json.loads(text) for text in world.texts(json.dumps({**facts, "": socket.gethostname()}))]
+    with world.raise_together():
         for rank, theirs in enumerate(told):
             for key in dict.fromkeys((*told[0], *theirs)):
                 if key and theirs.get(key) != told[0].get(key):
@@ -26,9 +26,9 @@ def require_alike(job: Processes, facts: Mapping[str, Any]) -> None:
                     )
 
 
-def shared(job: Processes, checkpoint: Checkpoint | None) -> Checkpoint | None:
+def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
     """The first process's checkpoint in all, where it has one; its tensors are in the first alone."""
-    if job.count == 1:
+    if world.size == 1:
         return checkpoint
-    text = job.texts(checkpoints.described(checkpoint) if job.first and checkpoint else "")[0]
-    return checkpoint if job.first or not text else checkpoints.without_tensors(text)
+    text = world.texts(checkpoints.described(checkpoint) if world.is_main and checkpoint else "")[0]
+    return checkpoint if world.is_main or not text else checkpoints.without_tensors(text)

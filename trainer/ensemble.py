@@ -12,9 +12,9 @@ from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint
+from trainer.data import require_pictures
 from trainer.devices import placed
 from trainer.evaluate import Progress, labelled, predictions
-from trainer.feed import require_pictures
 from trainer.network import load_network, require_classes
 from trainer.probabilities import Origin, Probabilities
 from trainer.tally import Evaluation, Tally

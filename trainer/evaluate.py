@@ -12,12 +12,12 @@ from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online.augment import nine_views, ten_views
 from pipeline.online.stall import Wait
-from trainer import feed
-from trainer.parallel import Columns
-from trainer.processes import ALONE, Processes
+from trainer import data as feed
+from trainer.distributed import SINGLE, World
+from trainer.nonfinite import Diverged
+from trainer.parallel import TwoColumnNet
 from trainer.recipe import Recipe
 from trainer.tally import Evaluation, Tally
-from trainer.watch import Diverged
 
 VIEWS = ("centre", "ten", "nine")
 Progress = Callable[[str, int, int], None]  # what is done, how many images, of how many
@@ -49,13 +49,13 @@ class Pace:
 
 @torch.inference_mode()
 def predictions(
-    network: Columns,
+    network: TwoColumnNet,
     data: Manifest,
     recipe: Recipe,
     split: str,
     views: Sequence[str],
     batch_size: int | None = None,
-    job: Processes = ALONE,
+    world: World = SINGLE,
     pace: Pace | None = None,
     progress: Progress | None = None,
     gather: bool = True,
@@ -76,7 +76,7 @@ def predictions(
     shown = next((each for each in views if each != "centre"), "centre")
     assert {*views} <= {shown, "centre"}, views
     centre = _centre(shown, data.recipe.size, recipe.model.size)
-    with feed.evaluation(data, recipe, split, shown, network.devices, batch_size, job.rank, job.count) as loader:
+    with feed.evaluation(data, recipe, split, shown, network.devices, batch_size, world.rank, world.size) as loader:
         began, images = time.perf_counter(), 0
         for batch in loader:
             rows = torch.stack([torch.from_numpy(batch.ids), batch.labels.cpu()], 1).double()
@@ -92,7 +92,7 @@ def predictions(
             if progress:
                 progress(split, batch.step * loader.order.batch_size + batch.whole, loader.order.samples)
             if gather:
-                rows = job.gathered(rows, batch.whole)
+                rows = world.gathered(rows, batch.whole)
             chances = rows[:, 2:].chunk(len(views), 1)
             yield Predicted(rows[:, 0].long().numpy(), rows[:, 1].long(), dict(zip(views, chances)))
         if pace is not None:
@@ -100,7 +100,7 @@ def predictions(
 
 
 def evaluate(
-    network: Columns, data: Manifest, recipe: Recipe, split: str, views: str, job: Processes = ALONE
+    network: TwoColumnNet, data: Manifest, recipe: Recipe, split: str, views: str, world: World = SINGLE
 ) -> Evaluation:
     """The error rates over every image of `split`, found by all processes, in each.
 
@@ -108,10 +108,10 @@ def evaluate(
     """
     require_labels(data, split)
     tally = Tally(network.classes)
-    with job.together():
-        for batch in predictions(network, data, recipe, split, [views], job=job, gather=False):
+    with world.raise_together():
+        for batch in predictions(network, data, recipe, split, [views], world=world, gather=False):
             tally.add(batch.labels, batch.chances[views])
-    job.total(tally.sums)
+    world.total(tally.sums)
     return tally.whole()
 
 
@@ -137,7 +137,7 @@ def _centre(views: str, size: int, view: int) -> int:
     return {"ten": ten_views, "nine": nine_views}[views](size, view).index((middle, middle, False))
 
 
-def view_probabilities(network: Columns, images: Tensor | Sequence[Tensor]) -> Tensor:
+def view_probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor]) -> Tensor:
     """(n, 3, size, size), or (n, views, 3, size, size), or the same for each column → softmax (n, views, classes)
     float64, of one view where there is no such dimension."""
     each = [images] * len(network.devices) if isinstance(images, Tensor) else images
@@ -147,6 +147,6 @@ def view_probabilities(network: Columns, images: Tensor | Sequence[Tensor]) -> T
     return network(flat).double().softmax(1).unflatten(0, (n, views))
 
 
-def probabilities(network: Columns, images: Tensor | Sequence[Tensor]) -> Tensor:
+def probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor]) -> Tensor:
     """As `view_probabilities`, the mean over the views: (n, classes) float64."""
     return view_probabilities(network, images).mean(1)

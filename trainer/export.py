@@ -22,12 +22,12 @@ from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint
 from trainer.layers import ModelRecipe, parameter_count
+from trainer.lrn import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
 from trainer.model import Grouped, Weights
 from trainer.network import load_network
-from trainer.normalisation import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
+from trainer.nonfinite import Diverged
 from trainer.pictures import Pictures, pixels
 from trainer.recipe import Recipe
-from trainer.watch import Diverged
 
 WEIGHTS_FILE, GRAPH_FILE = "model.safetensors", "model.onnx"
 MEAN = "mean"  # name of the mean beside the weights

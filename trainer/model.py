@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.layers import Layer, ModelRecipe, plan
-from trainer.normalisation import LRN, lrn, same_map_norm
+from trainer.lrn import LRN, lrn, same_map_norm
 
 Weights = dict[str, Tensor]  # by layer: conv1.weight, conv1.bias, …
 Masks = Mapping[str, Tensor]  # by layer: 0/1 dropout masks (n, units)
 
 
-class Part(nn.Module):
+class Column(nn.Module):
     """The layers' shares that one device holds: those of one column, or of all (`column=None`). Zero at first.
 
     With all columns, maps stand in the order [column 0 | column 1]: the layout of saved weights.
@@ -89,7 +89,7 @@ class Part(nn.Module):
         return x, torch.stack(sums)
 
 
-class Grouped(Part):
+class Grouped(Column):
     """The whole network on one device: the layout of saved weights, and what the columns must equal."""
 
     def __init__(self, recipe: ModelRecipe, classes: int) -> None:
@@ -138,7 +138,7 @@ def _local(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, groups: int) -
 
 
 def compiled(run: Callable[..., Any], how: str) -> Callable[..., Any]:
-    """`Part.run` as torch.compile makes it: "segments", or "graphs", which are CUDA graphs as well."""
+    """`Column.run` as torch.compile makes it: "segments", or "graphs", which are CUDA graphs as well."""
     if how == "no":
         return run
     torch._dynamo.config.recompile_limit = 128  # a compilation for each segment of a column, and size of batch

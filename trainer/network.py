@@ -7,10 +7,12 @@ import torch
 from pipeline.manifest import Manifest
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.layers import shapes
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 
 
-def load_network(checkpoint: Checkpoint, dataset: Manifest, devices: tuple[torch.device, ...], where: Path) -> Columns:
+def load_network(
+    checkpoint: Checkpoint, dataset: Manifest, devices: tuple[torch.device, ...], where: Path
+) -> TwoColumnNet:
     """The network of a checkpoint, which was read from `where`, on `devices`.
 
     Raises:
@@ -18,7 +20,7 @@ def load_network(checkpoint: Checkpoint, dataset: Manifest, devices: tuple[torch
     """
     require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), where, dataset.root)
     require_weights(checkpoint, where)
-    network = Columns(checkpoint.recipe.model, len(checkpoint.classes), devices)
+    network = TwoColumnNet(checkpoint.recipe.model, len(checkpoint.classes), devices)
     network.load(checkpoint.weights)
     return network
 

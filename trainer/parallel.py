@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.layers import Layer, ModelRecipe
-from trainer.model import Masks, Part, Weights, compiled
+from trainer.model import Column, Masks, Weights, compiled
 
 
-class Columns(nn.Module):
+class TwoColumnNet(nn.Module):
     """The network of `model.Grouped` cut into its columns, one for each device; a device may be named twice.
 
     A segment of one column is started after the other's without waiting for it: on two GPUs they run at once. Values go
@@ -28,7 +28,7 @@ class Columns(nn.Module):
         super().__init__()
         assert len(devices) == recipe.columns
         self.recipe, self.classes, self.devices = recipe, classes, tuple(devices)
-        self.columns = nn.ModuleList(Part(recipe, classes, i, device) for i, device in enumerate(devices))
+        self.columns = nn.ModuleList(Column(recipe, classes, i, device) for i, device in enumerate(devices))
         self.layers = self._columns()[0].layers
         self.segments = segments(self.layers)
         self._runs = [compiled(column.run, compile) for column in self._columns()]
@@ -47,7 +47,7 @@ class Columns(nn.Module):
     def watched(
         self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The logits, and for each column, on its device, the sums of its layers' outputs, as `Part.run` has them."""
+        """The logits, and for each column, on its device, the sums of its layers' outputs, as `Column.run` has them."""
         values, sums = self._run(self.segments, x, masks)
         return self._whole(values), sums
 
@@ -96,8 +96,8 @@ class Columns(nn.Module):
             found.append(None if mask is None else mask[:, layer.share(i)].to(self.devices[i]))
         return found
 
-    def _columns(self) -> list[Part]:
-        return [column for column in self.columns if isinstance(column, Part)]
+    def _columns(self) -> list[Column]:
+        return [column for column in self.columns if isinstance(column, Column)]
 
     def parts(self) -> list[Weights]:
         """Each column's parameters by layer."""

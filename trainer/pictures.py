@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.image import encode, rescaled
 from pipeline.manifest import Manifest
 from pipeline.online import augment
-from trainer.feed import require_pictures
+from trainer.data import require_pictures
 from trainer.recipe import Recipe
 
 

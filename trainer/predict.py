@@ -13,10 +13,10 @@ from pipeline.decode import ImageError, decode
 from pipeline.manifest import BuildRecipe
 from pipeline.storage import read_ahead
 from trainer.evaluate import probabilities
-from trainer.parallel import Columns
+from trainer.nonfinite import Diverged
+from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.raw import Failure, Raw, unreadable, useless
-from trainer.watch import Diverged
 
 BATCH_SIZE = {"centre": 32, "ten": 8}  # pictures; results come a batch at a time
 THREADS = min(4, os.cpu_count() or 1)  # that decode, each with as much memory as the builder's worker
@@ -39,7 +39,7 @@ class _Ready:
 
 
 def predict(
-    network: Columns, pictures: Pictures, raws: Iterable[Raw | Failure], views: str
+    network: TwoColumnNet, pictures: Pictures, raws: Iterable[Raw | Failure], views: str
 ) -> Iterator[Prediction | Failure]:
     """Each of `raws` in its order: predicted, or why it cannot be. Few are in memory at a time.
 
@@ -58,7 +58,7 @@ def predict(
 
 
 @torch.inference_mode()
-def _chances(network: Columns, pictures: Pictures, jpegs: list[bytes], views: str) -> np.ndarray:
+def _chances(network: TwoColumnNet, pictures: Pictures, jpegs: list[bytes], views: str) -> np.ndarray:
     """Stored JPEGs → (n, classes) float64."""
     found = probabilities(network, pictures.views(jpegs, views)).cpu().numpy()
     if not np.isfinite(found).all():

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import UserError
+from trainer.distributed import World
 from trainer.model import Masks
-from trainer.parallel import Columns
-from trainer.processes import Processes
+from trainer.parallel import TwoColumnNet
 
 Watched = tuple[Tensor, list[Tensor]]
 
@@ -25,9 +25,9 @@ class Replicas:
     processes' parts are, and where one has none.
     """
 
-    def __init__(self, network: Columns, job: Processes) -> None:
+    def __init__(self, network: TwoColumnNet, world: World) -> None:
         """Every process gets the first one's weights."""
-        self.network, self._job = network, job
+        self.network, self._world = network, world
         self.devices = network.devices
         self._run: Any = network.watched
         self._trained: list[bool] | None = None
@@ -36,11 +36,11 @@ class Replicas:
     def equalise(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the first one's values, in place; tensors of the same shapes and layouts in all."""
         for tensor in tensors:
-            self._job.send(tensor)
+            self._world.send(tensor)
 
     def watched(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None) -> Watched:
-        """As `Columns.watched`, of this process's part of a batch, which may be empty."""
-        if self._job.count > 1:
+        """As `TwoColumnNet.watched`, of this process's part of a batch, which may be empty."""
+        if self._world.size > 1:
             self._prepare()
         found: Watched = self._run(x, masks)
         return found
@@ -59,10 +59,10 @@ class Replicas:
 
     def require_equal(self, step: int, tensors: Sequence[Tensor]) -> None:
         """Raise UserError where the processes' tensors differ in a bit, as they never do on sound machines."""
-        if self._job.count == 1:
+        if self._world.size == 1:
             return
         own = sum(int(tensor.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors)
-        found = self._job.texts(str(own))
+        found = self._world.texts(str(own))
         if wrong := [rank for rank, each in enumerate(found) if each != found[0]]:
             raise UserError(
                 f"step {step}: the weights of process {wrong[0]} are not the first one's: a fault of memory, device or "
@@ -71,9 +71,9 @@ class Replicas:
 
 
 class _Run(nn.Module):
-    """`Columns.watched` as the `forward` that DistributedDataParallel calls."""
+    """`TwoColumnNet.watched` as the `forward` that DistributedDataParallel calls."""
 
-    def __init__(self, network: Columns) -> None:
+    def __init__(self, network: TwoColumnNet) -> None:
         super().__init__()
         self.network = network
 

@@ -10,14 +10,14 @@ from pipeline.online.batch import Batch
 from trainer.dropout import masks
 from trainer.layers import dropped_units
 from trainer.model import Masks
+from trainer.nonfinite import Watch
 from trainer.optim import Momentum, Rates
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 from trainer.recipe import TrainRecipe
 from trainer.replicas import Replicas
-from trainer.watch import Watch
 
 
-def drawn_masks(network: Columns, seed: int, batch: Batch) -> list[Masks]:
+def drawn_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
     """The dropout masks of a batch for each column, on its device: drawn there, so that none is sent."""
     units, probability = dropped_units(network.recipe, network.classes), network.recipe.dropout
     each = {
@@ -28,7 +28,7 @@ def drawn_masks(network: Columns, seed: int, batch: Batch) -> list[Masks]:
 
 
 def update(
-    network: Columns | Replicas,
+    network: TwoColumnNet | Replicas,
     optimiser: Momentum,
     batch: Batch,
     drop: Masks | Sequence[Masks],

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from pipeline.online.stall import Meter
-from trainer.processes import Processes
+from trainer.distributed import World
 
 
-class Window:
+class LogInterval:
     """Adds up a process's own; `state` and `close` are called by every process, and have the sums.
 
     A checkpoint holds what the loss is made of.
     """
 
-    def __init__(self, device: torch.device, meter: Meter, job: Processes, state: dict[str, Any] | None) -> None:
-        self._device, self._meter, self._job = device, meter, job
+    def __init__(self, device: torch.device, meter: Meter, world: World, state: dict[str, Any] | None) -> None:
+        self._device, self._meter, self._world = device, meter, world
         self._restart()
-        if state and job.first:
+        if state and world.is_main:
             self._losses.fill_(state["losses"])
             self._images = state["images"]
 
@@ -54,7 +54,7 @@ class Window:
     def close(self) -> tuple[dict[str, Any], str]:
         """{"loss": its mean, "time": images/s and stall}, and what is said of the stall. Waits for the device.
 
-        Processes wait for each other, so the stall is that of the one that waited most for its batches.
+        World wait for each other, so the stall is that of the one that waited most for its batches.
         """
         own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
         seconds = time.perf_counter() - self._since
@@ -66,9 +66,9 @@ class Window:
         stalls = [sum(each["stall"].values()) for each in told]
         worst = stalls.index(max(stalls))
         speed = {"images_per_second": timed / seconds, "stall": stalls[worst], "stall_by": told[worst]["stall"]}
-        if self._job.count > 1:
+        if self._world.size > 1:
             speed["stall_of_process"] = worst
         return {"loss": losses / images, "time": speed}, told[worst]["said"]
 
     def _told(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        return [json.loads(text) for text in self._job.texts(json.dumps(own))]  # JSON keeps every bit of a float
+        return [json.loads(text) for text in self._world.texts(json.dumps(own))]  # JSON keeps every bit of a float

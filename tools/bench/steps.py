@@ -20,7 +20,8 @@ from tools.bench import common
 from tools.bench.common import CORES, Figures, Row
 from tools.bench.peers_build import Job, main
 from tools.bench.peers_load import dali_windows, stored_jpegs
-from trainer import feed, layers, model, optim, parallel, watch
+from trainer import data as feed
+from trainer import layers, model, nonfinite, optim, parallel
 from trainer import recipe as recipes
 from trainer.model import Masks, Weights
 from trainer.recipe import Recipe
@@ -202,7 +203,7 @@ def penstock(network_class: Any, plan: Recipe, classes: int, devices: Sequence[t
     train = plan.train
     network = network_class(plan.model, classes, devices, train.compile, train.channels_last)
     network.load(model.initial_weights(plan.model, classes, train.seed))
-    optimiser, watched = optim.Momentum(network.parts(), plan.optim.momentum), watch.Watch(network)
+    optimiser, watched = optim.Momentum(network.parts(), plan.optim.momentum), nonfinite.Watch(network)
     rates = optim.Schedule(plan, 1).rates(0)
 
     def step(batch: Batch) -> Tensor:
@@ -273,7 +274,7 @@ def alexnet_operations(classes: int = CLASSES) -> int:
     return counter.get_total_flops()
 
 
-NETWORKS: dict[str, Any] = {"columns": parallel.Columns, "grouped": Grouped}
+NETWORKS: dict[str, Any] = {"columns": parallel.TwoColumnNet, "grouped": Grouped}
 STEPS = {name: partial(penstock, network) for name, network in NETWORKS.items()} | {"torchvision": torchvision}
 FUNCTIONS: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
 FUNCTIONS |= dict.fromkeys(STEPS, trained)

@@ -18,7 +18,7 @@ from tools.bench import common
 from tools.bench.common import COUNT, Figures, Row, find_row, number, ratio, ratio_text
 from tools.bench.load import drawn, of_images
 from tools.bench.steps import FP32, settings
-from trainer import feed
+from trainer import data as feed
 from trainer import recipe as recipes
 from trainer.devices import placed
 
@@ -171,8 +171,8 @@ def run_group(group: Group, root: str, options: Figures) -> None:
     """Measure a group in a process of its own; where that ends before its time, all its rows have failed."""
     options |= {"rows": [asdict(row) for row in group.rows], "devices": group.devices, "variant": group.variant}
     try:
-        job = {"source": root, "out": "", "batch": group.batch}
-        figures = common.run_job("steps.py", Row("group", "", "group", options), job)
+        world = {"source": root, "out": "", "batch": group.batch}
+        figures = common.run_job("steps.py", Row("group", "", "group", options), world)
         group.rows = [Row(**record) for record in figures["rows"]]
     except UserError as error:
         for row in group.rows:

@@ -11,9 +11,9 @@ from pipeline.cli import Command, printable
 from pipeline.files import write_bytes_aside
 from trainer import ensemble as ensembles
 from trainer import probabilities
-from trainer.commands.options import DEVICES, JSON, PATH, followed, require_writable
 from trainer.ensemble import Ensemble, Mean, parse_weights
 from trainer.evaluate import VIEWS
+from trainer.options import DEVICES, JSON, PATH, followed, require_writable
 from trainer.submission import devkit_ids, submission
 from trainer.tally import Evaluation
 

@@ -17,12 +17,12 @@ from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
 from trainer import agreement, probabilities
 from trainer import checkpoint as checkpoints
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
 from trainer.devices import placed
+from trainer.distributed import processes
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
 from trainer.network import load_network
+from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
 from trainer.probabilities import Add, Origin
-from trainer.processes import processes
 from trainer.tally import Tally
 
 NAMES = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
@@ -71,8 +71,8 @@ def evaluate(
       torchrun --nproc-per-node 4 -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
     """
     with ExitStack() as stack:
-        job = stack.enter_context(processes())
-        with job.together():
+        world = stack.enter_context(processes())
+        with world.raise_together():
             shown, dataset, checkpoint = _views(views), manifest.load(data), checkpoints.load(run)
             where = placed(devices, checkpoint.recipe.model.columns)
             samples = dataset.split(split).samples
@@ -80,7 +80,7 @@ def evaluate(
                 raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
             if saved is not None and saved.suffix != ".npz":
                 raise UserError(f"--save-probabilities {saved}: give a name that ends in .npz")
-            if job.first:
+            if world.is_main:
                 require_writable(saved)
             has_labels = labelled(dataset, split)
             if not saved:
@@ -88,25 +88,25 @@ def evaluate(
             network = load_network(checkpoint, dataset, where, run)
         facts = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
         options = {"--split": split, "--views": shown, "--batch-size": batch_size}
-        agreement.require_alike(job, {**facts, **options})
+        agreement.require_alike(world, {**facts, **options})
         tallies, pace = {name: Tally(network.classes) for name in shown}, Pace()
         origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
-        progress = stack.enter_context(followed()) if job.first else None
+        progress = stack.enter_context(followed()) if world.is_main else None
 
         def go_through(add: Add | None) -> None:
             for batch in predictions(
-                network, dataset, checkpoint.recipe, split, shown, batch_size, job, pace, progress
+                network, dataset, checkpoint.recipe, split, shown, batch_size, world, pace, progress
             ):
                 if add:
                     add(batch.labels.numpy(), batch.chances[shown[-1]].numpy())
                 for name in shown if has_labels else ():
                     tallies[name].add(batch.labels, batch.chances[name])
 
-        if saved and job.first:
+        if saved and world.is_main:
             probabilities.save(saved, origin, samples, go_through)
         else:
             go_through(None)
-    if not job.first:
+    if not world.is_main:
         return
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
     if not has_labels:
@@ -122,7 +122,7 @@ def evaluate(
             click.echo(text, nl=False)
         else:
             _print(result, shown, per_class, confused)
-            click.echo(pace.said() + (f"; of {job.count} processes, the first's" if job.count > 1 else ""))
+            click.echo(pace.said() + (f"; of {world.size} processes, the first's" if world.size > 1 else ""))
     finally:  # neither who has left (`| head`) nor a run that cannot be written to keeps the other from what took long
         if run.is_dir() and shown == ["centre", "ten"]:
             name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"

@@ -6,9 +6,9 @@ import click
 
 from pipeline import UserError
 from pipeline.cli import Command
-from trainer.commands.options import DATA, PATH, RUN
 from trainer.export import MEAN, Exported
 from trainer.export import export as write
+from trainer.options import DATA, PATH, RUN
 
 
 @click.command(cls=Command, interrupted="nothing was written, or whole files")

@@ -8,9 +8,9 @@ import torch
 from pipeline import manifest
 from pipeline.cli import Command
 from trainer import checkpoint as checkpoints
-from trainer.commands.options import DATA, DEVICES, RUN
 from trainer.devices import placed
 from trainer.network import load_network
+from trainer.options import DATA, DEVICES, RUN
 
 
 @click.command(cls=Command)

@@ -15,10 +15,10 @@ from pipeline.cli import Command
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
-from trainer.commands.options import DEVICES, PATH, RUN
 from trainer.devices import placed
 from trainer.network import load_network
-from trainer.parallel import Columns
+from trainer.options import DEVICES, PATH, RUN
+from trainer.parallel import TwoColumnNet
 from trainer.retrieval.hamming import require_faiss
 from trainer.retrieval.index import LEAST_BITS, MOST_BITS, Index
 from trainer.retrieval.make import Tell, make
@@ -60,7 +60,7 @@ def index(run: Path, data: Path, split: str, bits: int, out: Path | None, float3
 
 
 def _queries(
-    made: Index, network: Columns, dataset: Manifest, checkpoint: Checkpoint
+    made: Index, network: TwoColumnNet, dataset: Manifest, checkpoint: Checkpoint
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Features to look for: of the validation split, or of the index's own rows, and which these are."""
     held = dataset.splits.get("val")

@@ -14,9 +14,9 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command, printable
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.devices import placed
 from trainer.network import load_network
+from trainer.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.pictures import Pictures
 from trainer.predict import Prediction
 from trainer.predict import predict as predicted

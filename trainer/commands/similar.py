@@ -14,10 +14,10 @@ from pipeline.decode import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
-from trainer.commands.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
 from trainer.devices import placed
 from trainer.network import load_network
-from trainer.parallel import Columns
+from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
+from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval.features import hidden
 from trainer.retrieval.index import Index, digest
@@ -68,7 +68,7 @@ def similar(
         raise UserError(f"{len(pictures) - len(usable):,} could not be used, for the reasons above")
 
 
-def _features(network: Columns, seen: Pictures, paths: tuple[Path, ...]) -> list[np.ndarray | dict[str, str]]:
+def _features(network: TwoColumnNet, seen: Pictures, paths: tuple[Path, ...]) -> list[np.ndarray | dict[str, str]]:
     """For each picture its features (units,) float32, or why there are none."""
     found: list[np.ndarray | dict[str, str]] = []
     for path in paths:

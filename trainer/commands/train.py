@@ -12,9 +12,9 @@ from trainer import agreement
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.commands.figures import drawn
-from trainer.commands.options import DATA, DEVICES, PATH
 from trainer.devices import placed
-from trainer.processes import PATIENCE, processes
+from trainer.distributed import PATIENCE, processes
+from trainer.options import DATA, DEVICES, PATH
 from trainer.train import Start
 from trainer.train import train as run_training
 
@@ -70,25 +70,25 @@ def train(
       python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
       torchrun --nproc-per-node 4 -m trainer train --data /data/imagenet-256 --out runs/1   (docs/scale-out.md)
     """
-    with processes(patience) as job:
-        with job.together():
+    with processes(patience) as world:
+        with world.raise_together():
             _require_possible(run, recipe, resume, other_data, init, init_layers)
-            resumed = checkpoints.load(run) if resume and job.first else None
-            initial = checkpoints.load(init) if init and job.first else None
-        resumed = agreement.shared(job, resumed)
+            resumed = checkpoints.load(run) if resume and world.is_main else None
+            initial = checkpoints.load(init) if init and world.is_main else None
+        resumed = agreement.shared(world, resumed)
         options = {"--resume": resume, "--other-data": other_data, "--init": init and str(init)}
-        agreement.require_alike(job, {**options, "--init-layers": init_layers})
-        with job.together():
+        agreement.require_alike(world, {**options, "--init-layers": init_layers})
+        with world.raise_together():
             base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
             chosen = recipes.override(base, settings)
             where = placed(devices, chosen.model.columns)
             layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
             if init_layers is not None and not layers:
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
-        if devices is None and where[0].type == "cpu" and torch.version.cuda and job.first:
+        if devices is None and where[0].type == "cpu" and torch.version.cuda and world.is_main:
             click.echo(f"training on the CPU: {missing_device(0)}", err=True)
-        run_training(data, run, chosen, where, Start(resumed, other_data, initial, layers), job)
-    if job.first:
+        run_training(data, run, chosen, where, Start(resumed, other_data, initial, layers), world)
+    if world.is_main:
         try:
             click.echo(f"page: {drawn(data, run, where)[-1]}")
         except UserError as error:  # a sample that does not decode, say: the run is whole, and saved

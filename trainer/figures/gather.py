@@ -17,14 +17,14 @@ from pipeline.online.samples import SampleReader
 from trainer import metrics
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import probabilities
-from trainer.parallel import Columns
+from trainer.nonfinite import Diverged, require_finite
+from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.recipe import Recipe
 from trainer.retrieval.features import features, hidden
 from trainer.retrieval.index import BadIndex, Index, digest
 from trainer.retrieval.search import nearest
 from trainer.tally import Evaluation
-from trainer.watch import Diverged, require_finite
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
 SEARCHED = 20_000  # training images that are searched for a figure at most; more need an index
@@ -86,7 +86,7 @@ class FigureData:
 def gather(
     run: Path,
     dataset: Manifest,
-    network: Columns,
+    network: TwoColumnNet,
     checkpoint: Checkpoint,
     split: str = "val",
     only_errors: bool = False,
@@ -171,7 +171,7 @@ def _require_finite(*values: Any) -> None:
 
 
 def _examples(
-    dataset: Manifest, network: Columns, recipe: Recipe, split: str, only_errors: bool
+    dataset: Manifest, network: TwoColumnNet, recipe: Recipe, split: str, only_errors: bool
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
     """Return the examples with predictions, the queries for neighbours, and why there are no examples."""
     if split not in dataset.splits or not dataset.splits[split].samples:
@@ -188,7 +188,7 @@ def _examples(
 
 
 @torch.inference_mode()
-def _answers(dataset: Manifest, network: Columns, recipe: Recipe, split: str) -> Iterator[Example]:
+def _answers(dataset: Manifest, network: TwoColumnNet, recipe: Recipe, split: str) -> Iterator[Example]:
     """Yield every sample of a split once; the first few are spread over it."""
     samples, pictures = dataset.split(split).samples, Pictures(dataset, recipe)
     stride = max(1, round(samples * 0.618))  # about the golden section: multiples of it spread evenly
@@ -208,7 +208,12 @@ def _answers(dataset: Manifest, network: Columns, recipe: Recipe, split: str) ->
 
 @torch.inference_mode()
 def _similar(
-    run: Path, dataset: Manifest, network: Columns, checkpoint: Checkpoint, split: str, queries: tuple[Example, ...]
+    run: Path,
+    dataset: Manifest,
+    network: TwoColumnNet,
+    checkpoint: Checkpoint,
+    split: str,
+    queries: tuple[Example, ...],
 ) -> tuple[Similar, str]:
     """Return each query with its nearest training images, itself left out; or why there are none."""
     if not queries:
@@ -230,7 +235,7 @@ def _similar(
 
 
 def _training_features(
-    run: Path, dataset: Manifest, network: Columns, checkpoint: Checkpoint
+    run: Path, dataset: Manifest, network: TwoColumnNet, checkpoint: Checkpoint
 ) -> tuple[np.ndarray | None, str]:
     """Return the features (n, units) of the training images, of the run's index if they are many; or why not."""
     if dataset.split("train").samples <= SEARCHED:

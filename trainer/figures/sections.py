@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
-from trainer import feed
+from trainer import data as feed
 from trainer import recipe as recipes
 from trainer.figures.drawing import png
 from trainer.figures.gather import FigureData

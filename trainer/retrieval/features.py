@@ -7,14 +7,14 @@ import torch
 
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
-from trainer import feed
-from trainer.parallel import Columns
+from trainer import data as feed
+from trainer.nonfinite import Diverged
+from trainer.parallel import TwoColumnNet
 from trainer.recipe import Recipe
-from trainer.watch import Diverged
 
 
 def features(
-    network: Columns, dataset: Manifest, recipe: Recipe, split: str
+    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of ids (n,) int64 and features (n, units) float32 of every image of `split`, in the order of the ids.
 
@@ -25,14 +25,14 @@ def features(
         yield from of_batches(network, loader)
 
 
-def of_batches(network: Columns, loader: Loader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def of_batches(network: TwoColumnNet, loader: Loader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`features` by a loader at hand, whose meter tells of the stall. Raises Diverged where one is not finite."""
     for batch in loader:
         yield batch.ids, hidden(network, batch.replicas)
 
 
 @torch.inference_mode()
-def hidden(network: Columns, images: torch.Tensor | tuple[torch.Tensor, ...]) -> np.ndarray:
+def hidden(network: TwoColumnNet, images: torch.Tensor | tuple[torch.Tensor, ...]) -> np.ndarray:
     """(n, 3, size, size), or the same for each column → (n, units) float32. Raises Diverged where not finite."""
     found = network.hidden(images).float()
     if not bool(found.isfinite().all()):

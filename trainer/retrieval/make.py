@@ -9,9 +9,9 @@ import torch
 
 from pipeline import UserError
 from pipeline.manifest import Manifest
-from trainer import feed
+from trainer import data as feed
 from trainer.checkpoint import Checkpoint
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 from trainer.retrieval import codes, index
 from trainer.retrieval.features import hidden, of_batches
 from trainer.retrieval.folder import appearing, require_room
@@ -22,7 +22,7 @@ Tell = Callable[[str, int, int], None]  # what is made; how many of them are don
 
 
 def make(
-    network: Columns,
+    network: TwoColumnNet,
     checkpoint: Checkpoint,
     dataset: Manifest,
     split: str,
@@ -65,7 +65,7 @@ def make(
 
 
 def _write_features(
-    network: Columns, checkpoint: Checkpoint, dataset: Manifest, meta: Meta, path: Path, tell: Tell
+    network: TwoColumnNet, checkpoint: Checkpoint, dataset: Manifest, meta: Meta, path: Path, tell: Tell
 ) -> str:
     dtype, began = DTYPES[meta.dtype], time.perf_counter()
     with (

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
-from trainer.parallel import Columns
+from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.recipe import Recipe
 from trainer.retrieval.features import hidden
@@ -68,7 +68,7 @@ def measured(index: Index, queries: np.ndarray, own: np.ndarray | None = None) -
     )
 
 
-def queries_of(network: Columns, dataset: Manifest, recipe: Recipe, split: str) -> np.ndarray:
+def queries_of(network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str) -> np.ndarray:
     """Features (q, units) float32 of up to `QUERIES` pictures of `split`, spread evenly over it."""
     pictures, n = Pictures(dataset, recipe), dataset.split(split).samples
     ids = spread(n)

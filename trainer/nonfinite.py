@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline import UserError
+from trainer.distributed import SINGLE, World
 from trainer.optim import Rates
-from trainer.parallel import Columns
-from trainer.processes import ALONE, Processes
+from trainer.parallel import TwoColumnNet
 
 EVERY = 50  # steps at most between looks; the devices are waited for at a look only
 NEVER = 2**62
@@ -22,8 +22,8 @@ class Diverged(UserError):
 class Watch:
     """Notes on the devices, at every step, whether loss, outputs and gradients are finite; `check` reads the notes."""
 
-    def __init__(self, network: Columns, job: Processes = ALONE) -> None:
-        self._job = job
+    def __init__(self, network: TwoColumnNet, world: World = SINGLE) -> None:
+        self._world = world
         self._layers = [
             [layer.name for layer in network.layers if i < layer.columns] for i in range(len(network.devices))
         ]
@@ -34,7 +34,7 @@ class Watch:
 
     @torch.no_grad()
     def note(self, step: int, losses: Tensor, sums: Sequence[Tensor]) -> None:
-        """To be called with a step's loss, the sums of its outputs (`Columns.watched`), and the gradients in place."""
+        """To be called with a step's loss, the sums of its outputs (`watched`), and the gradients in place."""
         self._loss = _first(self._loss, losses, step)
         for i, (layers, part) in enumerate(zip(self._layers, self._parts)):
             self._outputs[i] = _first(self._outputs[i], sums[i], step)
@@ -50,7 +50,7 @@ class Watch:
         """
         outputs = self._merged(self._outputs)
         gradients = self._merged(self._gradients)
-        loss, *each = self._job.least([int(self._loss), *outputs.values(), *gradients.values()])
+        loss, *each = self._world.least([int(self._loss), *outputs.values(), *gradients.values()])
         outputs, gradients = dict(zip(outputs, each)), dict(zip(gradients, each[len(outputs) :]))
         step = min(loss, *outputs.values(), *gradients.values())
         if step == NEVER:

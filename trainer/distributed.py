@@ -1,4 +1,4 @@
-"""The processes of one job, as torchrun starts them: who this one is, and what they tell each other.
+"""The processes of one world, as torchrun starts them: who this one is, and what they tell each other.
 
 What is small goes by gloo, through the hosts: text as bytes, never pickled. Gradients: `trainer.replicas`.
 """
@@ -20,23 +20,23 @@ PATIENCE = 50.0  # seconds; so that a job knows within a minute that one of its 
 GLOO = ("/gloo/", "Application timeout caused pair closure")
 
 
-class Gone(UserError):
+class RankLost(UserError):
     """Another process of the job has ended, or does not answer."""
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process, of `count`. Without torchrun there is one.
+class World:
+    """This process, of `size`. Without torchrun there is one.
 
-    All but `first`: to be called by every process, in the same order. Raises Gone where another process is gone.
+    All but `is_main`: to be called by every process, in the same order. Raises RankLost where another process is gone.
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
     patience: float = PATIENCE  # seconds
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that speaks and writes."""
         return self.rank == 0
 
@@ -45,11 +45,11 @@ class Processes:
 
         `most`: as many rows as one process has at most, the same for all; a process may have none.
         """
-        if self.count == 1:
+        if self.size == 1:
             return rows
         sent = torch.full((most, 1 + rows.shape[1]), 0.0, dtype=torch.float64)
         sent[: len(rows), 0], sent[: len(rows), 1:] = 1.0, rows  # a row that counts begins with 1
-        received = [torch.empty_like(sent) for _ in range(self.count)] if self.first else None
+        received = [torch.empty_like(sent) for _ in range(self.size)] if self.is_main else None
         with self.exchange():
             dist.gather(sent, received)
         if received is None:
@@ -59,10 +59,10 @@ class Processes:
 
     def texts(self, text: str) -> list[str]:
         """What each process says, by rank, in all."""
-        if self.count == 1:
+        if self.size == 1:
             return [text]
         own = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self.exchange():
             dist.all_gather(sizes, torch.tensor([len(own)]))
             sent = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
@@ -73,7 +73,7 @@ class Processes:
 
     def least(self, numbers: list[int]) -> list[int]:
         """The least of all processes, for each of the numbers; below 2⁶³."""
-        if self.count == 1:
+        if self.size == 1:
             return numbers
         found = torch.tensor(numbers)
         with self.exchange():
@@ -82,23 +82,23 @@ class Processes:
 
     def total(self, sums: Tensor) -> None:
         """The sum over all processes, in place, in all; on the tensor's device."""
-        if self.count > 1:
+        if self.size > 1:
             with self.exchange():
                 dist.all_reduce(sums)
 
     def send(self, tensor: Tensor) -> None:
         """The first process's values, in place, in all; on the tensor's device."""
-        if self.count > 1:
+        if self.size > 1:
             with self.exchange():
                 dist.broadcast(tensor, 0)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """What one process refuses in here, by a UserError or OSError, every process refuses.
 
         The first that refuses says so, and so does the first of all; the others end without a word.
         """
-        if self.count == 1:
+        if self.size == 1:
             yield
             return
         mine: UserError | OSError | None = None
@@ -113,13 +113,13 @@ class Processes:
             return
         if mine and refused == self.rank:
             raise mine
-        if self.first:
+        if self.is_main:
             raise UserError(f"process {refused}: {found[refused].strip()}")
         raise SystemExit(UserError.exit_code)
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Raise Gone where an exchange within fails, because another process is gone."""
+        """Raise RankLost where an exchange within fails, because another process is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -129,21 +129,21 @@ class Processes:
                 what = f"has not answered for {self.patience:g} s"
             else:
                 what = "has ended before its time; the reason is in its own line"
-            raise Gone(f"another process of this job {what}") from error
+            raise RankLost(f"another process of this job {what}") from error
 
 
-class Vote:
+class AnyRank:
     """Whether any process wants something, known to all one call later: so nobody waits for the answer."""
 
-    def __init__(self, job: Processes) -> None:
-        self._job = job
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._before: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, mine: bool) -> bool:
         """Of the last call, by all; with one process: `mine`. To be called by every process."""
-        if self._job.count == 1:
+        if self._world.size == 1:
             return mine
-        with self._job.exchange():
+        with self._world.exchange():
             before, wanted = self._before, torch.tensor([int(mine)])
             self._before = dist.all_reduce(wanted, dist.ReduceOp.MAX, async_op=True), wanted
             if before is None:
@@ -152,11 +152,11 @@ class Vote:
             return bool(before[1])
 
 
-ALONE = Processes()
+SINGLE = World()
 
 
 @contextmanager
-def processes(patience: float = PATIENCE) -> Iterator[Processes]:
+def processes(patience: float = PATIENCE) -> Iterator[World]:
     """Those of the job that torchrun started, joined until the context ends: by gloo, and between GPUs by NCCL.
 
     Args:
@@ -169,7 +169,7 @@ def processes(patience: float = PATIENCE) -> Iterator[Processes]:
         raise UserError(f"WORLD_SIZE={said}: not a number of processes; start them with torchrun, or unset WORLD_SIZE")
     count = int(said)
     if count == 1:
-        yield ALONE
+        yield SINGLE
         return
     by = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
@@ -180,6 +180,6 @@ def processes(patience: float = PATIENCE) -> Iterator[Processes]:
             f"WORLD_SIZE={count}, and there is no such job ({what}); start it with torchrun, or unset WORLD_SIZE"
         ) from error
     try:
-        yield Processes(dist.get_rank(), count, patience)
+        yield World(dist.get_rank(), count, patience)
     finally:
         dist.destroy_process_group()
