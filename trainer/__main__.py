@@ -19,6 +19,17 @@ COMMANDS = {
     "export": "Write a run's network for other programs.",
 }
 
+MODULES = {
+    "train": "commands.train",
+    "evaluate": "commands.evaluate",
+    "ensemble": "commands.ensemble",
+    "predict": "commands.predict",
+    "figures": "commands.figures",
+    "index": "commands.index",
+    "similar": "commands.similar",
+    "export": "commands.export",
+}
+
 
 class LazyGroup(click.Group):
     """List commands by `lines` (name → one line of help) without importing them; `load` imports the one that runs."""
@@ -48,7 +59,7 @@ def load(name: str) -> click.Command:
     from trainer.parallel import reference_precision  # imports torch
 
     reference_precision()
-    command: click.Command = getattr(import_module(f"{__package__}.commands.{name}"), name)
+    command: click.Command = getattr(import_module(f"{__package__}.{MODULES[name]}"), name)
     return command
 
 
