@@ -12,7 +12,7 @@ from torch import Tensor
 from networks import HALVES, TWO_COLUMNS, apart, drawn, images, masks_of, narrow
 from pipeline import UserError
 from trainer import recipe as recipes
-from trainer.devices import parse_devices
+from trainer.devices import choose_devices
 from trainer.layers import Layer, ModelRecipe
 from trainer.model import Column, Grouped, Masks
 from trainer.optim import Momentum, Schedule
@@ -205,9 +205,9 @@ def test_sums_are_those_of_each_layers_outputs():
 )
 def test_impossible_devices(text: str, columns: int, message: str):
     with pytest.raises(UserError, match=message):
-        parse_devices(text, columns)
+        choose_devices(text, columns)
 
 
 def test_devices():
-    assert parse_devices("cpu, cpu") == CPU
-    assert parse_devices("cpu", 1) == CPU[:1]
+    assert choose_devices("cpu, cpu") == CPU
+    assert choose_devices("cpu", 1) == CPU[:1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline import UserError
-from trainer.devices import default_devices, parse_devices
+from trainer.devices import choose_devices, default_devices
 
 
 @pytest.fixture
@@ -49,18 +49,18 @@ def test_each_process_takes_its_own_of_those_named(machine):
     names = [torch.device("cuda", number) for number in (3, 2, 1, 0)]
     for rank in (0, 1):
         machine(4, rank, 2)
-        assert list(parse_devices("cuda:3,cuda:2,cuda:1,cuda:0")) == names[2 * rank : 2 * rank + 2]
-        assert parse_devices("cpu,cpu") == (torch.device("cpu"),) * 2  # a CPU may be shared
-        assert parse_devices("cuda:0,cuda:0,cuda:3,cuda:3") == (torch.device("cuda", 3 * rank),) * 2
+        assert list(choose_devices("cuda:3,cuda:2,cuda:1,cuda:0")) == names[2 * rank : 2 * rank + 2]
+        assert choose_devices("cpu,cpu") == (torch.device("cpu"),) * 2  # a CPU may be shared
+        assert choose_devices("cuda:0,cuda:0,cuda:3,cuda:3") == (torch.device("cuda", 3 * rank),) * 2
         for named, shared in (
             ("cuda:0,cuda:1", "cuda:0 and cuda:1"),
             ("cuda:0,cuda:0,cuda:0,cuda:0", "cuda:0"),
             ("cuda:0,cuda:1,cuda:1,cuda:2", "cuda:1"),  # which NCCL would refuse in its own words
         ):
             with pytest.raises(UserError, match=f"2 processes on this machine would share {shared}; name 4, 2 for"):
-                parse_devices(named)
+                choose_devices(named)
         with pytest.raises(UserError, match=r"3 given; .*for each of the 2 processes on this machine"):
-            parse_devices("cuda:0,cuda:1,cuda:2")
+            choose_devices("cuda:0,cuda:1,cuda:2")
 
 
 @pytest.mark.parametrize(("rank", "processes"), [("x", "2"), ("2", "2"), ("1", "1"), ("0", "0"), ("0", "")])

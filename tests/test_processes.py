@@ -84,7 +84,13 @@ def test_the_first_process_alone_speaks(jobs: dict[str, Job]):
 def test_a_job_that_nobody_started(made: Made, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = trainer("evaluate", *made.options)
-    one_line(result, "WORLD_SIZE=2, and there is no such job", "RANK", "start it with torchrun, or unset WORLD_SIZE")
+    error = "WORLD_SIZE=2, and the processes do not find each other"
+    one_line(result, error, "RANK", "start them with torchrun, or unset WORLD_SIZE")
+        result,
+        "WORLD_SIZE=2, and the processes do not find each other",
+        "RANK",
+        "start them with torchrun, or unset WORLD_SIZE",
+    )
     for count in ("", "two", "-1"):
         monkeypatch.setenv("WORLD_SIZE", count)
         one_line(trainer("evaluate", *made.options), f"WORLD_SIZE={count}: not a number of processes", "unset")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline import UserError, volumes
 from pipeline.files import HashingFile, write_aside
+from trainer.distributed import World
 from trainer.recipe import Recipe, from_dict, to_dict
 
 FOLDER = "checkpoints"
@@ -114,6 +115,12 @@ def described(checkpoint: Checkpoint) -> str:
         "tensors": sorted(checkpoint.weights),
     }
     return json.dumps(plain, allow_nan=False)
+
+
+def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
+    text = world.all_gather(described(checkpoint) if world.size > 1 and checkpoint else None)[0]
+    return checkpoint if world.is_main or text is None else without_tensors(text)
 
 
 def without_tensors(text: str) -> Checkpoint:

@@ -13,7 +13,7 @@ from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint
 from trainer.data import require_pictures
-from trainer.devices import placed
+from trainer.devices import choose_devices
 from trainer.evaluate import Progress, labelled, predictions
 from trainer.network import load_network, require_classes
 from trainer.probabilities import Origin, Probabilities
@@ -54,7 +54,7 @@ class Ensemble:
 
     Args:
         dataset: what runs compute on, and saved probabilities must be of; None: there are saved ones alone.
-        views, devices: of runs; see `evaluate.predictions` and `parallel.placed`.
+        views, devices: of runs; see `evaluate.predictions` and `devices.choose_devices`.
     Raises:
         UserError: their classes differ, or a run has no data set, or one that it cannot see, or no devices.
     """
@@ -77,7 +77,7 @@ class Ensemble:
             require_classes(first.classes, wnids, first.place, self.dataset.root)
             for recipe in (each.source.recipe for each in self.members if isinstance(each.source, Checkpoint)):
                 require_pictures(self.dataset, recipe)
-                placed(self.devices, recipe.model.columns)
+                choose_devices(self.devices, recipe.model.columns)
 
     def require_split(self, split: str, labels: bool = False) -> None:
         """Raise UserError where a split is not there, empty or without the `labels` that are needed, or where saved
@@ -154,7 +154,7 @@ class Ensemble:
         return self._kept.get((i, split)) or self._computed(member, member.source, self.dataset, split)
 
     def _computed(self, member: Member, checkpoint: Checkpoint, dataset: Manifest, split: str) -> Probabilities:
-        where = placed(self.devices, checkpoint.recipe.model.columns)
+        where = choose_devices(self.devices, checkpoint.recipe.model.columns)
         network = load_network(checkpoint, dataset, where, member.place)
         found = predictions(network, dataset, checkpoint.recipe, split, [self.views], progress=self.progress)
         batches = [(batch.labels.numpy(), batch.chances[self.views].numpy()) for batch in found]

@@ -92,7 +92,7 @@ def predictions(
             if progress:
                 progress(split, batch.step * loader.order.batch_size + batch.whole, loader.order.samples)
             if gather:
-                rows = world.gathered(rows, batch.whole)
+                rows = world.gather_rows(rows, batch.whole)
             chances = rows[:, 2:].chunk(len(views), 1)
             yield Predicted(rows[:, 0].long().numpy(), rows[:, 1].long(), dict(zip(views, chances)))
         if pace is not None:
@@ -111,7 +111,7 @@ def evaluate(
     with world.raise_together():
         for batch in predictions(network, data, recipe, split, [views], world=world, gather=False):
             tally.add(batch.labels, batch.chances[views])
-    world.total(tally.sums)
+    world.sum(tally.sums)
     return tally.whole()
 
 

@@ -50,7 +50,7 @@ class Watch:
         """
         outputs = self._merged(self._outputs)
         gradients = self._merged(self._gradients)
-        loss, *each = self._world.least([int(self._loss), *outputs.values(), *gradients.values()])
+        loss, *each = self._world.minimum([int(self._loss), *outputs.values(), *gradients.values()])
         outputs, gradients = dict(zip(outputs, each)), dict(zip(gradients, each[len(outputs) :]))
         step = min(loss, *outputs.values(), *gradients.values())
         if step == NEVER:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.online.batch import Batch
+from trainer.distributed import Replicas
 from trainer.dropout import masks
 from trainer.layers import dropped_units
 from trainer.model import Masks
@@ -14,7 +15,6 @@ from trainer.nonfinite import Watch
 from trainer.optim import Momentum, Rates
 from trainer.parallel import TwoColumnNet
 from trainer.recipe import TrainRecipe
-from trainer.replicas import Replicas
 
 
 def drawn_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:

@@ -1,6 +1,5 @@
 """A training run, from the first step or from a checkpoint, in one process or in each of a job's."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 import torch
 
 from pipeline import UserError, manifest
-from trainer import agreement, nonfinite, resume
 from trainer import checkpoint as checkpoints
 from trainer import data as feed
+from trainer import nonfinite, resume
 from trainer.checkpoint import Checkpoint
-from trainer.distributed import SINGLE, AnyRank, RankLost, World
+from trainer.distributed import SINGLE, AnyRank, RankLost, Replicas, World
 from trainer.evaluate import evaluate
 from trainer.journal import Journal
 from trainer.layers import multiply_adds, parameter_count
@@ -21,7 +20,6 @@ from trainer.nonfinite import Diverged, Watch
 from trainer.optim import Momentum, Schedule
 from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.recipe import Recipe, flat, to_dict
-from trainer.replicas import Replicas
 from trainer.step import drawn_masks, update
 from trainer.stop import Stop, Stopped
 from trainer.window import LogInterval
@@ -94,7 +92,7 @@ def _train(
         validated = resume.require_labels(dataset, recipe)
     place = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
     facts = {"the data set": dataset.identity, "devices:": place, "torch": torch.__version__}
-    agreement.require_alike(world, {**flat(to_dict(recipe)), **facts})
+    world.require_equal_settings({**flat(to_dict(recipe)), **facts})
 
     # network, optimiser, schedule
     reference_precision(recipe.train.precision)
@@ -112,7 +110,7 @@ def _train(
             network.load(weights | taken)
             del weights, taken
     replicas = Replicas(network, world)  # with the first process's weights
-    replicas.equalise([v for part in optimiser.velocity for v in part.values()])
+    world.broadcast([v for part in optimiser.velocity for v in part.values()])
     counts = parameter_count(recipe.model, len(classes)), multiply_adds(recipe.model, len(classes)) / 1e6
     latest = resume.entry(resumed, start.init, recipe, dataset, devices, world.size)
     history = (*(resumed.history if resumed else ()), latest)
@@ -145,7 +143,7 @@ def _train(
             tensors = [w for parts in (network.parts(), optimiser.velocity) for part in parts for w in part.values()]
             replicas.require_equal(step, tensors)
             remembered = {"schedule": schedule.state(), "window": window.state(), "steps": steps, "over": over}
-            bad = {sample for text in world.texts(json.dumps(loader.bad)) for sample in json.loads(text)}
+            bad = {sample for samples in world.all_gather(loader.bad) for sample in samples}
             state = {**loader.state_dict(), "bad": sorted(bad)}
             with world.raise_together():
                 if len(bad) > recipe.data.max_bad:  # each process has met fewer
@@ -170,7 +168,7 @@ def _train(
         for batch in loader:
             rates = schedule.rates(batch.step)
             drop = drawn_masks(network, recipe.train.seed, batch)
-            with world.exchange():
+            with world.collective():
                 losses = update(replicas, optimiser, batch, drop, rates, recipe.train, watched)
             window.add(losses, len(batch.ids))
 

@@ -20,7 +20,7 @@ from tools.bench.load import drawn, of_images
 from tools.bench.steps import FP32, settings
 from trainer import data as feed
 from trainer import recipe as recipes
-from trainer.devices import placed
+from trainer.devices import choose_devices
 
 WORDS = "A precision, and what train.channels_last and train.compile add, such as bf16,channels_last,segments."
 BATCHES = 20  # of an epoch, so that no batch is short
@@ -84,7 +84,7 @@ def train(
       python tools/bench train /data/imagenet-256 --only columns --only grouped --devices cuda:0,cuda:0
     """
     plan = recipes.load(recipe)
-    names = [str(device) for device in placed(devices, plan.model.columns)]
+    names = [str(device) for device in choose_devices(devices, plan.model.columns)]
     sizes = batch or (plan.train.batch_size,)
     groups = [Group(words, size, names, list(ROWS), words) for size, words in product(sizes, variant)]
     for group in groups:  # impossible values end the command before anything is started
@@ -110,7 +110,7 @@ def gpu(dataset: Path | None, device: str | None, **report: Any) -> None:
     if not device and not torch.cuda.is_available():
         click.echo("no CUDA device; --device cpu runs the same, smaller")
         return
-    first = placed(f"{device or 'cuda:0'},{device or 'cuda:0'}", 2)[0]
+    first = choose_devices(f"{device or 'cuda:0'},{device or 'cuda:0'}", 2)[0]
     run_groups(gpu_groups(first), dataset, PLANS[first.type][2], **report)
 
 

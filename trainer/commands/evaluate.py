@@ -15,10 +15,10 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command, printable
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
-from trainer import agreement, probabilities
 from trainer import checkpoint as checkpoints
-from trainer.devices import placed
-from trainer.distributed import processes
+from trainer import probabilities
+from trainer.devices import choose_devices
+from trainer.distributed import join
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
 from trainer.network import load_network
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
@@ -71,10 +71,10 @@ def evaluate(
       torchrun --nproc-per-node 4 -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
     """
     with ExitStack() as stack:
-        world = stack.enter_context(processes())
+        world = stack.enter_context(join())
         with world.raise_together():
             shown, dataset, checkpoint = _views(views), manifest.load(data), checkpoints.load(run)
-            where = placed(devices, checkpoint.recipe.model.columns)
+            where = choose_devices(devices, checkpoint.recipe.model.columns)
             samples = dataset.split(split).samples
             if samples == 0:
                 raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
@@ -88,7 +88,7 @@ def evaluate(
             network = load_network(checkpoint, dataset, where, run)
         facts = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
         options = {"--split": split, "--views": shown, "--batch-size": batch_size}
-        agreement.require_alike(world, {**facts, **options})
+        world.require_equal_settings({**facts, **options})
         tallies, pace = {name: Tally(network.classes) for name in shown}, Pace()
         origin = Origin(dataset.identity, split, shown[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
         progress = stack.enter_context(followed()) if world.is_main else None

@@ -8,7 +8,7 @@ import torch
 from pipeline import manifest
 from pipeline.cli import Command
 from trainer import checkpoint as checkpoints
-from trainer.devices import placed
+from trainer.devices import choose_devices
 from trainer.network import load_network
 from trainer.options import DATA, DEVICES, RUN
 
@@ -27,7 +27,7 @@ def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices
     """
     if split is not None:
         manifest.load(data).split(split)
-    where = placed(devices, checkpoints.load(run).recipe.model.columns)
+    where = choose_devices(devices, checkpoints.load(run).recipe.model.columns)
     for line in drawn(data, run, where, split or "val", only_errors):
         click.echo(line)
 

@@ -15,7 +15,7 @@ from pipeline.cli import Command
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
-from trainer.devices import placed
+from trainer.devices import choose_devices
 from trainer.network import load_network
 from trainer.options import DEVICES, PATH, RUN
 from trainer.parallel import TwoColumnNet
@@ -48,7 +48,7 @@ def index(run: Path, data: Path, split: str, bits: int, out: Path | None, float3
     out = out or run / "index"
     require_faiss("trainer index")
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
-    network = load_network(checkpoint, dataset, placed(devices, checkpoint.recipe.model.columns), run)
+    network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     with _telling() as tell:
         said = make(network, checkpoint, dataset, split, out, bits, "float32" if float32 else "float16", tell)
     click.echo(said)

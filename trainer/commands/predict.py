@@ -14,7 +14,7 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command, printable
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
-from trainer.devices import placed
+from trainer.devices import choose_devices
 from trainer.network import load_network
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.pictures import Pictures
@@ -47,7 +47,7 @@ def predict(where: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
     """
     found = locations(where)
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
-    network = load_network(checkpoint, dataset, placed(devices, checkpoint.recipe.model.columns), run)
+    network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     pictures, left_out = Pictures(dataset, checkpoint.recipe), LeftOut()
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # it tells of bad pictures, as we do
     done = failed = 0

@@ -14,7 +14,7 @@ from pipeline.decode import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
-from trainer.devices import placed
+from trainer.devices import choose_devices
 from trainer.network import load_network
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
 from trainer.parallel import TwoColumnNet
@@ -55,7 +55,7 @@ def similar(
         raise UserError(f"{run}: is a file; name the index directory: --index")
     dataset, checkpoint, index = manifest.load(data), checkpoints.load(run), Index(folder or run / "index")
     index.require(digest(checkpoint.weights), dataset.identity, run)
-    network = load_network(checkpoint, dataset, placed(devices, checkpoint.recipe.model.columns), run)
+    network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # it tells of bad pictures, as we do
     asked = _features(network, Pictures(dataset, checkpoint.recipe), pictures)
     usable = [each for each in asked if isinstance(each, np.ndarray)]

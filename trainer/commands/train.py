@@ -8,12 +8,11 @@ import torch
 from pipeline import UserError
 from pipeline.cli import Command
 from pipeline.online.devices import missing_device
-from trainer import agreement
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.commands.figures import drawn
-from trainer.devices import placed
-from trainer.distributed import PATIENCE, processes
+from trainer.devices import choose_devices
+from trainer.distributed import PATIENCE, join
 from trainer.options import DATA, DEVICES, PATH
 from trainer.train import Start
 from trainer.train import train as run_training
@@ -70,18 +69,18 @@ def train(
       python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
       torchrun --nproc-per-node 4 -m trainer train --data /data/imagenet-256 --out runs/1   (docs/scale-out.md)
     """
-    with processes(patience) as world:
+    with join(patience) as world:
         with world.raise_together():
             _require_possible(run, recipe, resume, other_data, init, init_layers)
             resumed = checkpoints.load(run) if resume and world.is_main else None
             initial = checkpoints.load(init) if init and world.is_main else None
-        resumed = agreement.shared(world, resumed)
+        resumed = checkpoints.shared(world, resumed)
         options = {"--resume": resume, "--other-data": other_data, "--init": init and str(init)}
-        agreement.require_alike(world, {**options, "--init-layers": init_layers})
+        world.require_equal_settings({**options, "--init-layers": init_layers})
         with world.raise_together():
             base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
             chosen = recipes.override(base, settings)
-            where = placed(devices, chosen.model.columns)
+            where = choose_devices(devices, chosen.model.columns)
             layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
             if init_layers is not None and not layers:
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
