@@ -1,4 +1,4 @@
-"""Processes that stand for those of torchrun, kept for many short jobs: each imports the trainer once."""
+"""Processes in place of torchrun's, kept for many short jobs: each imports the trainer once."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ADDRESS, ROOT = "127.0.0.1", Path(__file__).parent.parent
 
 
 class Ended(NamedTuple):
-    """How a command ended in one process."""
+    """The end of a command in one process."""
 
     exit_code: int
     output: str
@@ -28,7 +28,7 @@ class Crew:
         self._workers = [subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) for _ in range(size)]
 
     def run(self, *commands: Sequence[object]) -> list[Ended]:
-        """Each command line in a process of its own, all of one job; at most as many as there are processes."""
+        """Run each command line in a process of its own, all of one job; at most as many as there are processes."""
         workers = self._workers[: len(commands)]
         for worker, command, variables in zip(workers, commands, environments(len(commands))):
             assert worker.stdin
@@ -43,22 +43,28 @@ class Crew:
 
 
 def environments(count: int) -> list[dict[str, str]]:
-    """What torchrun tells each process of a job of so many on this machine."""
+    """Return the variables that torchrun sets for each of so many processes on this machine."""
     with socket.socket() as free:
         free.bind((ADDRESS, 0))
-        place = {"MASTER_ADDR": ADDRESS, "MASTER_PORT": free.getsockname()[1]}
-    counts = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        address = {"MASTER_ADDR": ADDRESS, "MASTER_PORT": str(free.getsockname()[1])}
+    common = {**address, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(count)]
+
+
+def launched(count: int, words: Sequence[object]) -> list[subprocess.Popen[str]]:
+    """Start `python -m trainer` in so many processes, without torchrun."""
+    command, pipe = [sys.executable, "-m", "trainer", *map(str, words)], subprocess.PIPE
     return [
-        {key: str(value) for key, value in {"RANK": rank, "LOCAL_RANK": rank, **counts, **place}.items()}
-        for rank in range(count)
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=pipe, stderr=pipe, text=True)
+        for variables in environments(count)
     ]
 
 
 def machines(count: int, words: list[str]) -> list[subprocess.Popen[str]]:
-    """A torchrun for each of so many machines, all of which this one is; of one process each, in one group."""
+    """Start a torchrun of one process for each of so many machines, all of which are this one."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(count), "--nproc-per-node", "1"]
-    place = environments(count)[0]
-    where = ["--master-addr", place["MASTER_ADDR"], "--master-port", place["MASTER_PORT"]]
+    variables = environments(count)[0]
+    where = ["--master-addr", variables["MASTER_ADDR"], "--master-port", variables["MASTER_PORT"]]
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(

@@ -1,5 +1,6 @@
-"""Training in several processes: losses, weights and errors are those of one; a run saved with two goes on with any."""
+"""Training and evaluation in several processes against one process; a run saved with two goes on with any number."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,18 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import runs
 from conftest import ROOT
-from crew import Crew, Ended, environments, machines, until
+from crew import Crew, Ended, launched, machines, until
+from evaluated import Made, make, spoil
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 
 pytestmark = pytest.mark.proof  # processes of torchrun
 
+Pair = tuple[Path, list[Ended]]  # a run of two processes, and how each ended
 STEPS, SAVED = 20, 8
 # rates and first weights that move the loss by more than a tenth; conv1 is frozen half-way; of 41 samples the last
 # batch of an epoch has one, for the first process
@@ -28,6 +32,7 @@ SETTINGS = (
     *("train.batch_size=8", "optim.batch_size=8", "data.max_bad=3"),
     *("train.validate_every=10", f"train.checkpoint_every={SAVED}", "train.keep=9"),
 )
+ENDED = "Error: another process of this job has ended before its time; the reason is in its own line"
 ON = "go on by --resume"
 BAD = (5, 30)  # samples whose bytes are damaged
 
@@ -52,22 +57,28 @@ def data(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A data set and a run to evaluate. Read only."""
+    return make(tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture(scope="module")
 def alone(data: Path, crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process. Read only."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    (ended,) = crew.run(words(data, run))
+    (ended,) = crew.run(training(data, run))
     assert ended.exit_code == 0, ended.output
     return run
 
 
 @pytest.fixture(scope="module")
-def pair(data: Path, crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
+def pair(data: Path, crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """That of two processes. Read only."""
     run = tmp_path_factory.mktemp("pair") / "run"
-    return run, crew.run(*[words(data, run)] * 2)
+    return run, crew.run(*[training(data, run)] * 2)
 
 
-def words(data: Path, run: Path, *settings: str, steps: int = STEPS) -> list[str]:
+def training(data: Path, run: Path, *settings: str, steps: int = STEPS) -> list[str]:
     return ["train", *runs.options(data, run, f"train.steps={steps}", *SETTINGS, *settings)]
 
 
@@ -75,7 +86,7 @@ def resumed(data: Path, run: Path, *more: str) -> list[str]:
     return ["train", "--data", str(data), "--out", str(run), "--devices", "cpu,cpu", "--resume", *more]
 
 
-def half(run: Path, to: Path) -> Path:
+def half_way(run: Path, to: Path) -> Path:
     """A copy of a run as it was after `SAVED` steps."""
     shutil.copytree(run, to)
     for path in checkpoints.files(to):
@@ -86,22 +97,22 @@ def half(run: Path, to: Path) -> Path:
 
 def assert_the_same_training(run: Path, other: Path) -> None:
     """But for rounding: plain averaging of gradients over unequal parts would be off by 1 % and more."""
-    mine, theirs = read(run), read(other)
-    assert [(line["kind"], line["step"]) for line in mine] == [(line["kind"], line["step"]) for line in theirs]
+    lines, expected_lines = read(run), read(other)
+    assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected_lines]
     for kind, key in (("train", "loss"), ("validation", "top1_error"), ("validation", "nll")):
-        found, expected = ([line[key] for line in lines if line["kind"] == kind] for lines in (mine, theirs))
-        assert found == pytest.approx(expected, rel=1e-5)
+        values, expected = ([line[key] for line in own if line["kind"] == kind] for own in (lines, expected_lines))
+        assert values == pytest.approx(expected, rel=1e-5)
     first = checkpoints.load(checkpoints.step_file(other, 0)).weights
     for step in (SAVED, STEPS):
-        found, expected = (checkpoints.load(checkpoints.step_file(each, step)) for each in (run, other))
-        assert found.progress["schedule"] == expected.progress["schedule"]
-        assert found.loader == expected.loader
+        saved, expected = (checkpoints.load(checkpoints.step_file(folder, step)) for folder in (run, other))
+        assert saved.progress["schedule"] == expected.progress["schedule"]
+        assert saved.loader == expected.loader
         for name, value in expected.weights.items():
-            came = float((value - first[name]).norm())
-            assert float((found.weights[name] - value).norm()) < 1e-4 * came, (step, name)
+            change = float((value - first[name]).norm())
+            assert float((saved.weights[name] - value).norm()) < 1e-4 * change, (step, name)
 
 
-def test_two_processes_train_as_one(alone: Path, pair: tuple[Path, list[Ended]]):
+def test_two_processes_train_as_one(alone: Path, pair: Pair):
     run, (first, second) = pair
     assert (first.exit_code, second.exit_code) == (0, 0), first.output
     assert all(line.endswith("stands in") for line in second.output.splitlines())  # of what it met itself
@@ -114,16 +125,16 @@ def test_two_processes_train_as_one(alone: Path, pair: tuple[Path, list[Ended]])
 
 
 def test_three_processes_train_as_one(data: Path, alone: Path, crew: Crew, tmp_path: Path):
-    ended = crew.run(*[words(data, tmp_path / "run")] * 3)
+    ended = crew.run(*[training(data, tmp_path / "run")] * 3)
     assert [each.exit_code for each in ended] == [0, 0, 0], ended
     assert_the_same_training(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_run_saved_with_two_processes_goes_on(
-    data: Path, alone: Path, pair: tuple[Path, list[Ended]], crew: Crew, tmp_path: Path, count: int
+    data: Path, alone: Path, pair: Pair, crew: Crew, tmp_path: Path, count: int
 ):
-    run = half(pair[0], tmp_path / "run")
+    run = half_way(pair[0], tmp_path / "run")
     first, *others = crew.run(*[resumed(data, run)] * count)
     assert first.exit_code == 0, first.output
     assert [each.exit_code for each in others] == [0] * (count - 1)
@@ -137,23 +148,23 @@ def test_a_run_saved_with_two_processes_goes_on(
 
 def test_processes_that_differ_are_refused(data: Path, dataset: Path, plain: Path, crew: Crew, tmp_path: Path):
     run = tmp_path / "run"
-    for others, *said in (
-        (words(data, run, "optim.momentum=0.5"), "has optim.momentum 0.5, and the first process", "has 0.9"),
-        (words(plain, run), "has the data set ", "has ", "start all processes alike"),
+    for other, *messages in (
+        (training(data, run, "optim.momentum=0.5"), "has optim.momentum 0.5, and the first process", "has 0.9"),
+        (training(plain, run), "has the data set ", "has ", "start all processes alike"),
         (resumed(data, run), "has --resume True", "has False"),
     ):
-        first, second = crew.run(words(data, run), others)
+        first, second = crew.run(training(data, run), other)
         assert (first.exit_code, second.exit_code, second.output) == (2, 2, "")
         assert first.output.startswith("Error: process 1, on ")
         assert len(first.output.splitlines()) == 1, first.output
-        for word in said:
+        for word in messages:
             assert word in first.output
         assert not run.exists()
 
 
 def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path: Path):
     run, nowhere = tmp_path / "run", tmp_path / "nowhere"
-    first, second, third = crew.run(words(data, run), words(nowhere, run), words(nowhere, run))
+    first, second, third = crew.run(training(data, run), training(nowhere, run), training(nowhere, run))
     assert [each.exit_code for each in (first, second, third)] == [2, 2, 2]
     assert second.output.startswith(f"Error: {nowhere}")  # once by who met it, and once where people look
     assert first.output == second.output.replace("Error: ", "Error: process 1: ")
@@ -161,52 +172,86 @@ def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path:
     assert not run.exists()
 
 
-def test_a_sum_that_is_resumed_between_log_lines(dataset: Path, crew: Crew, tmp_path: Path):
+def test_a_run_of_two_processes_resumed_between_log_lines(dataset: Path, crew: Crew, tmp_path: Path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    crew.run(*[words(dataset, whole, "train.log_every=9", "train.validate_every=5", steps=15)] * 2)
-    ended = crew.run(*[resumed(dataset, half(whole, run))] * 2)
+    crew.run(*[training(dataset, whole, "train.log_every=9", "train.validate_every=5", steps=15)] * 2)
+    ended = crew.run(*[resumed(dataset, half_way(whole, run))] * 2)
     assert [each.exit_code for each in ended] == [0, 0], ended
     runs.assert_same_end(run, whole)
 
 
 def test_bad_samples_of_all_processes_count(data: Path, crew: Crew, tmp_path: Path):
     """Each process meets one, and one may fail; else a checkpoint would be saved that cannot be resumed."""
-    first, second = crew.run(*[words(data, tmp_path / "run", "data.max_bad=1")] * 2)
+    first, second = crew.run(*[training(data, tmp_path / "run", "data.max_bad=1")] * 2)
     assert (first.exit_code, second.exit_code) == (2, 2)
-    said = f"Error: step {SAVED}: 2 samples failed in all processes, allowed: data.max_bad=1; look at the data with"
-    assert said in first.output
+    message = f"Error: step {SAVED}: 2 samples failed in all processes, allowed: data.max_bad=1; look at the data with"
+    assert message in first.output
     assert "Error" not in second.output
     assert checkpoints.load(tmp_path / "run").step == 0
 
 
-def test_evaluation_refuses_once_and_before_it_begins(data: Path, alone: Path, crew: Crew, tmp_path: Path):
-    words = ["evaluate", "--data", data, "--checkpoint", alone, "--devices", "cpu,cpu"]
-    for first, second, said in (
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 7), (3, 15)])  # of the last batch of 15 two have no image
+def test_evaluation_in_several_processes_is_that_of_one(
+    made: Made, crew: Crew, tmp_path: Path, count: int, batch_size: int
+):
+    def evaluation(processes: int) -> tuple[dict[str, Any], np.ndarray]:
+        file = tmp_path / f"{processes}.npz"
+        words = ["evaluate", *made.options, "--json", "--batch-size", batch_size, "--save-probabilities", file]
+        first, *others = crew.run(*[words] * processes)
+        assert first.exit_code == 0, first.output
+        assert others == [Ended(0, "")] * (processes - 1)
+        with np.load(file, allow_pickle=False) as arrays:
+            return json.loads(first.output), arrays["probabilities"]
+
+    (one, expected), (several, probabilities) = evaluation(1), evaluation(count)
+    for views in ("centre", "ten"):
+        assert several.pop(views) == pytest.approx(one.pop(views), abs=1e-5)
+    for own, other in zip(several.pop("classes"), one.pop("classes"), strict=True):
+        assert own == pytest.approx(other, abs=1e-6)
+    assert several == one
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-7)
+
+
+def test_evaluation_refuses_once_and_before_it_begins(made: Made, crew: Crew, tmp_path: Path):
+    words = ["evaluate", *made.options]
+    for first, second, message in (
         ([*words, "--checkpoint", tmp_path], [*words, "--checkpoint", tmp_path], f"Error: {tmp_path}: no checkpoint"),
         (words, [*words, "--batch-size", "5"], "has --batch-size 5, and the first process, on "),
-        (words, [*words, "--checkpoint", checkpoints.step_file(alone, 0)], "has the checkpoint of step 0, and the "),
     ):
         ended = crew.run(first, second)
-        assert [each.exit_code for each in ended] == [2, 2]
+        assert [end.exit_code for end in ended] == [2, 2]
         assert len(ended[0].output.splitlines()) == 1, ended
-        assert said in ended[0].output
+        assert message in ended[0].output
         assert ended[1].output == ""
 
 
-def test_numbers_that_are_not_finite_are_said_once(dataset: Path, crew: Crew, tmp_path: Path):
-    first, second = crew.run(*[words(dataset, tmp_path / "run", "optim.lr=1e30", "train.log_every=5")] * 2)
+def test_where_one_process_fails_the_other_ends_in_a_line_too(made: Made, crew: Crew, tmp_path: Path):
+    damaged = Made(Path(shutil.copytree(made.data, tmp_path / "damaged")), made.run)
+    spoil(damaged.data, 4)  # of the first batch of 7, and the second process
+    words = ["evaluate", *damaged.options, "--batch-size", 7, "--save-probabilities", tmp_path / "a.npz"]
+    first, second = crew.run(words, words)
+    assert (first, second.exit_code) == (Ended(2, f"{ENDED}\n"), 2)
+    assert second.output.startswith(f"Error: {damaged.data}/val/val-000000.tar: damaged at sample 4 ")
+    assert not list(tmp_path.glob("a.npz*"))
+
+
+def test_processes_that_nobody_started(made: Made, monkeypatch: pytest.MonkeyPatch):
+    for size, message in (("2", "the processes do not find each other"), ("", "not a number"), ("-1", "not a number")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        result = runs.trainer("evaluate", *made.options)
+        runs.one_line(result, f"WORLD_SIZE={size}", message, "start them with torchrun, or unset WORLD_SIZE")
+
+
+def test_numbers_that_are_not_finite_are_reported_once(dataset: Path, crew: Crew, tmp_path: Path):
+    first, second = crew.run(*[training(dataset, tmp_path / "run", "optim.lr=1e30", "train.log_every=5")] * 2)
     assert (first.exit_code, second.exit_code, second.output) == (2, 2, "")
     assert "is not a finite number" in first.output
     assert "the checkpoint of step 0 is from before" in first.output
 
 
 def test_a_signal_to_one_process_ends_and_saves(dataset: Path, tmp_path: Path):
-    run, pipe = tmp_path / "run", subprocess.PIPE
-    command = [sys.executable, "-m", "trainer", *words(dataset, run, steps=10**6)]
-    variables = [os.environ | {"OMP_NUM_THREADS": "1"} | each for each in environments(2)]
-    first, second = (
-        subprocess.Popen(command, cwd=ROOT, env=each, stdout=pipe, stderr=pipe, text=True) for each in variables
-    )
+    run = tmp_path / "run"
+    first, second = launched(2, training(dataset, run, steps=10**6))
     until(lambda: len(checkpoints.files(run)) > 1, first)
     second.send_signal(signal.SIGTERM)
     (output, errors), others = first.communicate(timeout=60), second.communicate(timeout=60)
@@ -221,20 +266,18 @@ def test_a_signal_to_one_process_ends_and_saves(dataset: Path, tmp_path: Path):
 def test_a_killed_process_ends_the_job_and_the_run_goes_on(dataset: Path, tmp_path: Path):
     run, pipe = tmp_path / "run", subprocess.PIPE
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
-    job = subprocess.Popen([*start, *words(dataset, run, steps=10**6)], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    words = training(dataset, run, steps=10**6)
+    job = subprocess.Popen([*start, *words], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     try:
         until(lambda: len(checkpoints.files(run)) > 1, job)
-        mine = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        second = next(pid for pid in mine if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        second = next(pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(int(second), signal.SIGKILL)
         _, errors = job.communicate(timeout=60)  # a minute, from then
     finally:
         job.terminate()
     assert job.returncode == 1  # torchrun's
-    gone = (
-        "Error: another process of this job has ended before its time; the reason is in its own line; go on by --resume"
-    )
-    assert sum(line.startswith(gone) for line in errors.splitlines()) == 1, errors
+    assert sum(line.startswith(f"{ENDED}; {ON}") for line in errors.splitlines()) == 1, errors
     saved = checkpoints.load(run).step
     result = runs.resume(dataset, run, f"train.steps={saved + 2}")
     assert result.exit_code == 0, result.output
@@ -243,7 +286,7 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(dataset: Path, tmp_pa
 
 @pytest.mark.slow
 def test_two_machines_train_as_one(data: Path, alone: Path, tmp_path: Path):
-    jobs = machines(2, words(data, tmp_path / "run"))
+    jobs = machines(2, training(data, tmp_path / "run"))
     ended = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], ended
     assert "step" not in ended[1][0]
@@ -253,15 +296,14 @@ def test_two_machines_train_as_one(data: Path, alone: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_a_machine_that_is_gone_ends_the_others(dataset: Path, crew: Crew, tmp_path: Path):
     run = tmp_path / "run"
-    first, second = machines(2, words(dataset, run, steps=10**6))
+    first, second = machines(2, training(dataset, run, steps=10**6))
     until(lambda: len(checkpoints.files(run)) > 1, first)
     own = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
     for pid in (second.pid, *map(int, own)):
         os.kill(pid, signal.SIGKILL)
     _, errors = first.communicate(timeout=60)  # a minute, from then
     second.communicate()
-    gone = f"Error: another process of this job has ended before its time; the reason is in its own line; {ON}"
-    assert sum(line.startswith(gone) for line in errors.splitlines()) == 1, errors
+    assert sum(line.startswith(f"{ENDED}; {ON}") for line in errors.splitlines()) == 1, errors
     saved = checkpoints.load(run).step
     ended = crew.run(*[resumed(dataset, run, "--set", f"train.steps={saved + 2}")] * 3)
     assert [each.exit_code for each in ended] == [0, 0, 0], ended
@@ -271,13 +313,8 @@ def test_a_machine_that_is_gone_ends_the_others(dataset: Path, crew: Crew, tmp_p
 @pytest.mark.parametrize("every", [1, 1000])  # waited for at log lines; in the gradients' exchange, after the vote's
 def test_a_process_that_hangs_ends_the_others(dataset: Path, tmp_path: Path, every: int):
     """Stopped, it neither answers nor closes its connections, like a machine without power."""
-    run, pipe = tmp_path / "run", subprocess.PIPE
-    settings = (f"train.log_every={every}", f"train.validate_every={every}")
-    command = [sys.executable, "-m", "trainer", *words(dataset, run, *settings, steps=10**6), "--patience", "5"]
-    variables = [os.environ | {"OMP_NUM_THREADS": "1"} | each for each in environments(2)]
-    first, second = (
-        subprocess.Popen(command, cwd=ROOT, env=each, stdout=pipe, stderr=pipe, text=True) for each in variables
-    )
+    run, settings = tmp_path / "run", (f"train.log_every={every}", f"train.validate_every={every}")
+    first, second = launched(2, [*training(dataset, run, *settings, steps=10**6), "--patience", "5"])
     until(lambda: len(checkpoints.files(run)) > 1, first)
     second.send_signal(signal.SIGSTOP)
     _, errors = first.communicate(timeout=60)
@@ -292,6 +329,6 @@ def test_compiled_segments_in_several_processes(data: Path, crew: Crew, tmp_path
     """Also with the empty parts of the last batches."""
     one, several = tmp_path / "one", tmp_path / "several"
     for run, count in ((one, 1), (several, 3)):
-        ended = crew.run(*[words(data, run, 'train.compile="segments"')] * count)
+        ended = crew.run(*[training(data, run, 'train.compile="segments"')] * count)
         assert [each.exit_code for each in ended] == [0] * count, ended
     assert_the_same_training(several, one)
