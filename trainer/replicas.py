@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import UserError
 from trainer.distributed import World
 from trainer.model import Masks
 from trainer.parallel import TwoColumnNet
-
-Watched = tuple[Tensor, list[Tensor]]
 
 
 class Replicas:
@@ -29,7 +27,7 @@ class Replicas:
         """Every process gets the first one's weights."""
         self.network, self._world = network, world
         self.devices = network.devices
-        self._run: Any = network.watched
+        self._run: Any = network
         self._trained: list[bool] | None = None
         self.equalise([parameter.data for parameter in network.parameters()])
 
@@ -38,22 +36,22 @@ class Replicas:
         for tensor in tensors:
             self._world.send(tensor)
 
-    def watched(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None) -> Watched:
-        """As `TwoColumnNet.watched`, of this process's part of a batch, which may be empty."""
+    def __call__(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None) -> Tensor:
+        """Return the logits, as `TwoColumnNet` does, of this rank's part of a batch, which may be empty."""
         if self._world.size > 1:
             self._prepare()
-        found: Watched = self._run(x, masks)
-        return found
+        logits: Tensor = self._run(x, masks)
+        return logits
 
     def _prepare(self) -> None:
         """Wrap the network anew where layers have been frozen since: their gradients are not waited for."""
         trained = [parameter.requires_grad for parameter in self.network.parameters()]
         if trained == self._trained:
             return
-        self._trained, self._run = trained, self.network.watched
+        self._trained, self._run = trained, self.network
         gc.collect()  # the wrapper before, which is part of a cycle, and its hooks on the gradients
         if any(trained):
-            wrapped = DistributedDataParallel(_Run(self.network), gradient_as_bucket_view=True, init_sync=False)
+            wrapped = DistributedDataParallel(self.network, gradient_as_bucket_view=True, init_sync=False)
             wrapped.register_comm_hook(None, _summed)
             self._run = wrapped
 
@@ -68,17 +66,6 @@ class Replicas:
                 f"step {step}: the weights of process {wrong[0]} are not the first one's: a fault of memory, device or "
                 "network, or another version of a library; no checkpoint is written; mend that, then go on by --resume"
             )
-
-
-class _Run(nn.Module):
-    """`TwoColumnNet.watched` as the `forward` that DistributedDataParallel calls."""
-
-    def __init__(self, network: TwoColumnNet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None) -> Watched:
-        return self.network.watched(x, masks)
 
 
 def _summed(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
