@@ -91,7 +91,7 @@ class TwoColumnNet(nn.Module):
         return [column.weights() for column in self._columns()]
 
     def gathered(self, values: Sequence[Weights] | None = None) -> Weights:
-        """Return weights (or `values`, a dict of the same names per column) in the grouped layout: copies, on the CPU."""
+        """Return weights, or `values` by the same names per column, in the grouped layout: copies, on the CPU."""
         parts = values or self.parts()
         result = {}
         for name in parts[0]:
