@@ -127,7 +127,7 @@ def features(written: Written, split: str) -> tuple[np.ndarray, np.ndarray]:
     network.load(written.weights)
     with Loader(written.data, split, batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
         batch = next(loader)
-        return network.run(network.layers[:-1], batch.images, [None] * 7)[0].numpy(), batch.labels.numpy()
+        return network.run(network.layers[:-1], batch.images, [None] * 7).numpy(), batch.labels.numpy()
 
 
 def test_neighbours_are_the_nearest_training_images(written: Written) -> None:

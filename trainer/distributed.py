@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import UserError, volumes
@@ -216,28 +216,26 @@ class Replicas:
         """Give every process the main one's weights."""
         self.network, self._world = network, world
         self.devices = network.devices
-        self._forward: Any = network.watched
+        self._forward: Any = network
         self._trained: list[bool] | None = None
         world.broadcast([parameter.data for parameter in network.parameters()])
 
-    def watched(
-        self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the logits of this process's part of a batch, which may be empty; see `TwoColumnNet.watched`."""
+    def __call__(self, x: Tensor | Sequence[Tensor], masks: Masks | Sequence[Masks] | None) -> Tensor:
+        """Return the logits of this process's part of a batch, which may be empty; see `TwoColumnNet.forward`."""
         if self._world.size > 1:
             self._wrap()
-        result: tuple[Tensor, list[Tensor]] = self._forward(x, masks)
-        return result
+        logits: Tensor = self._forward(x, masks)
+        return logits
 
     def _wrap(self) -> None:
         """Wrap the network anew where layers have been frozen since: their gradients are not waited for."""
         trained = [parameter.requires_grad for parameter in self.network.parameters()]
         if trained == self._trained:
             return
-        self._trained, self._forward = trained, self.network.watched
+        self._trained, self._forward = trained, self.network
         gc.collect()  # the wrapper before, which is part of a cycle, and its hooks on the gradients
         if any(trained):
-            wrapped = DistributedDataParallel(_Watched(self.network), gradient_as_bucket_view=True, init_sync=False)
+            wrapped = DistributedDataParallel(self.network, gradient_as_bucket_view=True, init_sync=False)
             wrapped.register_comm_hook(None, _sum_gradients)
             self._forward = wrapped
 
@@ -251,17 +249,6 @@ class Replicas:
                 "device or network, or another version of a library; no checkpoint is written; mend that, then go on "
                 "by --resume"
             )
-
-
-class _Watched(nn.Module):
-    """`TwoColumnNet.watched` as the `forward` that DistributedDataParallel calls."""
-
-    def __init__(self, network: TwoColumnNet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Any, masks: Any) -> Any:
-        return self.network.watched(x, masks)
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

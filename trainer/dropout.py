@@ -1,4 +1,4 @@
-"""Dropout masks: a function of (seed, step, layer, position in the global batch, unit), whatever devices and ranks."""
+"""Dropout masks: a function of (seed, step, layer, position in the global batch, unit), for any devices and ranks."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -37,11 +37,10 @@ def masks(
             words = [np.array([*key, use, step, threshold]), positions[:, None], blocks]
             # pinned, so that the host need not wait for the steps before
             sent = [torch.from_numpy(array).pin_memory().to(device, non_blocking=True) for array in words]
-            mask = compiled_mask(*sent)
+            mask = compiled_mask()(*sent)
         else:
-            mask = torch.from_numpy(
-                (philox(key, (use, step, positions[:, None], blocks)) >= threshold).astype(np.float32)
-            )
+            drawn = philox(key, (use, step, positions[:, None], blocks))
+            mask = torch.from_numpy((drawn >= threshold).astype(np.float32))
         result[name] = mask.flatten(1)[:, :width]
     return result
 
@@ -69,18 +68,16 @@ def mask_on_device(words: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """32 × 32 bits → the upper and the lower 32 bits of the product."""
+    """Return the upper and the lower 32 bits of a product of 32 × 32 bits."""
     lower = (a & 0xFFFF) * b
     upper = (a >> 16) * b + (lower >> 16)
     return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-def compiled_mask(words: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
-    """Return what `mask_on_device` does, compiled: of some 240 small kernels torch.compile makes one."""
-    return _compiled()(words, positions, blocks)
-
-
 @cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Compile at the first use: the import of torch's compiler alone takes 2 s, and a run on CPUs does not need it."""
+def compiled_mask() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return `mask_on_device` compiled: torch.compile makes one kernel of some 240 small ones.
+
+    At its first use: the import of torch's compiler alone takes 2 s, and a run on CPUs does not need it.
+    """
     return torch.compile(mask_on_device, dynamic=True)

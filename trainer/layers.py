@@ -1,4 +1,4 @@
-"""What the network is, in numbers: its layers as a recipe gives them, their sizes, parameters and multiply-adds."""
+"""Layers as a recipe gives them, and their sizes, parameters and multiply-adds."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pipeline import UserError
 
-MOST = 2**31  # parameters
+MAX_PARAMETERS = 2**31
 KINDS = ("conv", "local", "linear")
 MAPS = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh")  # what may follow "conv" and "local"
 UNITS = ("relu", "tanh", "dropout")  # what may follow "linear"
@@ -21,10 +21,10 @@ class RecipeError(UserError):
 
 @dataclass(frozen=True)
 class LayerRecipe:
-    """A layer of weights, and what follows it.
+    """A layer of weights, and the operations that follow it.
 
     Args:
-        kind: "conv"; "local", a convolution whose every place has weights of its own; "linear".
+        kind: "conv"; "local", a convolution with other weights at each position; "linear".
         width: maps or units, of all columns together; 0, in the last layer: one per class.
         kernel, stride, padding: in pixels, of "conv" and "local".
         overhang: zeros beyond the right and the bottom edge: the last windows of the 2012 code hang over.
@@ -48,7 +48,7 @@ class LayerRecipe:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The layers in the order in which an image visits them, and what is common to them."""
+    """The layers in the order in which an image visits them, and their common constants."""
 
     size: int = 224  # pixels of a side of the input
     columns: int = 2
@@ -70,7 +70,7 @@ class ModelRecipe:
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
         require(self.pool_size >= self.pool_stride >= 1, "model.pool_stride", self.pool_stride, "1 to model.pool_size")
         require(self.lrn_size >= 1 and self.lrn_size % 2 == 1, "model.lrn_size", self.lrn_size, "an odd number of maps")
-        require(self.lrn_alpha >= 0, "model.lrn_alpha", self.lrn_alpha, "at least 0")
+        require_least(0, "model", self, "lrn_alpha")
         require(self.lrn_k > 0, "model.lrn_k", self.lrn_k, "above 0")
         require(len(set(self.order)) == len(self.order), "model.order", self.order, "names, each once")
         for name in dict.fromkeys((*self.layers, *self.order)):
@@ -80,47 +80,44 @@ class ModelRecipe:
             require(name in self.layers, "model.order", name, f"a layer that has a section, model.layers.{name}")
             _check(key, self.layers[name])
         if self.order:
-            plan(self, self.classes or 1000)  # what does not fit together is an error here, and not at the first image
+            plan(
+                self, self.classes or 1000
+            )  # layers that do not fit together are an error here, before the first image
 
 
 def _check(key: str, layer: LayerRecipe) -> None:
-    for name, known in (("kind", KINDS), ("sees", ("own", "both"))):
-        value = getattr(layer, name)
-        require(value in known, f"{key}.{name}", repr(value), f"one of {', '.join(known)}")
+    require_one_of(key, layer, kind=KINDS, sees=("own", "both"))
+    possible = UNITS if layer.kind == "linear" else MAPS
+    allowed = f"of {', '.join(possible)}: what may follow {layer.kind!r}"
     for word in layer.then:
-        possible = UNITS if layer.kind == "linear" else MAPS
-        require(
-            word in possible, f"{key}.then", repr(word), f"of {', '.join(possible)}: what may follow {layer.kind!r}"
-        )
+        require(word in possible, f"{key}.then", repr(word), allowed)
     require(layer.then.count("dropout") < 2, f"{key}.then", layer.then, "with dropout once")
     for name in ("padding", "overhang"):
-        value = getattr(layer, name)
-        require(
-            value == 0 or value < layer.kernel, f"{key}.{name}", value, f"less than the kernel, {layer.kernel} pixels"
-        )
-    for name, least in (("width", 0), ("kernel", 1), ("stride", 1), ("padding", 0), ("overhang", 0), ("sd", 0)):
-        require(getattr(layer, name) >= least, f"{key}.{name}", getattr(layer, name), f"at least {least}")
+        value, allowed = getattr(layer, name), f"less than the kernel, {layer.kernel} pixels"
+        require(value == 0 or value < layer.kernel, f"{key}.{name}", value, allowed)
+    require_least(0, key, layer, "width", "padding", "overhang", "sd")
+    require_least(1, key, layer, "kernel", "stride")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer in its place, all columns together. Sides are in pixels; 1 for units."""
+    """A layer in its network, all columns together. Sides are in pixels; 1 for units."""
 
     name: str
     recipe: LayerRecipe
     width: int  # maps or units
     inputs: int  # maps or units that one of its maps or units sees
     groups: int  # 2: either column sees its own
-    columns: int  # that hold it: a last layer that sees both columns is whole on the first
-    side: int  # of its own output
-    end: int  # of a side of what follows it
+    columns: int  # that hold it: a last layer that sees both columns is on the first alone
+    side: int  # of its output
+    end: int  # side of what the operations after it leave
 
     @property
     def weight(self) -> tuple[int, ...]:
-        """(out, in, kernel, kernel), for "local" also (…, side, side); (out, in)."""
+        """Return (out, in, kernel, kernel); for "local" also (…, side, side), for "linear" (out, in)."""
         kernel = self.recipe.kernel
-        places = {"conv": (kernel, kernel), "local": (kernel, kernel, self.side, self.side), "linear": ()}
-        return (self.width, self.inputs, *places[self.recipe.kind])
+        extents = {"conv": (kernel, kernel), "local": (kernel, kernel, self.side, self.side), "linear": ()}
+        return (self.width, self.inputs, *extents[self.recipe.kind])
 
     @property
     def bias(self) -> tuple[int, ...]:
@@ -128,29 +125,25 @@ class Layer:
 
     @property
     def multiply_adds(self) -> int:
-        """Of one image, without the biases."""
+        """Return the multiply-adds of one image, without the biases."""
         shared = self.side**2 if self.recipe.kind == "conv" else 1
         return math.prod(self.weight) * shared
 
     def share(self, column: int) -> slice:
-        """Which of its maps or units a column holds."""
+        """Return the maps or units that a column holds."""
         if column >= self.columns:
             return slice(0, 0)
         return slice(column * self.width // self.columns, (column + 1) * self.width // self.columns)
 
 
 def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
-    """The layers for so many classes. Raises RecipeError, naming the key, where they do not fit together."""
-    found: list[Layer] = []
+    """Return the layers for so many classes. Raises RecipeError, naming the key, where they do not fit together."""
+    layers: list[Layer] = []
     maps, side = 3, recipe.size
     for i, name in enumerate(recipe.order):
         layer, key, last = recipe.layers[name], f"model.layers.{name}", i == len(recipe.order) - 1
-        require(
-            (layer.width == 0) == last,
-            f"{key}.width",
-            layer.width,
-            "0 in the last layer, which has one per class, and only there",
-        )
+        widths = "0 in the last layer, which has one per class, and only there"
+        require((layer.width == 0) == last, f"{key}.width", layer.width, widths)
         require(not last or layer.kind == "linear", f"{key}.kind", repr(layer.kind), "linear, being the last layer's")
         require(not last or not layer.then, f"{key}.then", layer.then, "empty, being the last layer's: softmax follows")
         width = layer.width or classes
@@ -160,31 +153,32 @@ def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
         require(width >= columns, "classes", width, "one for each column at least, which hold halves of them")
         require(i > 0 or columns == recipe.columns, "model.order", recipe.order, "two layers at least, of two columns")
         if layer.kind == "linear":
-            maps, side, own = maps * side**2, 1, 1
+            maps, side, output = maps * side**2, 1, 1
         else:
-            require(not found or found[-1].recipe.kind != "linear", f"{key}.kind", layer.kind, "before the linear ones")
-            own = (side + 2 * layer.padding + layer.overhang - layer.kernel) // layer.stride + 1
-            require(own >= 1, f"{key}.kernel", layer.kernel, f"at most what it sees: {side} pixels, and its padding")
-        end = own
+            linear = layers and layers[-1].recipe.kind == "linear"
+            require(not linear, f"{key}.kind", layer.kind, "before the linear ones")
+            output = (side + 2 * layer.padding + layer.overhang - layer.kernel) // layer.stride + 1
+            require(output >= 1, f"{key}.kernel", layer.kernel, f"at most what it sees: {side} pixels, and its padding")
+        end = output
         for word in layer.then:
             if "pool" in word:
                 require(end >= recipe.pool_size, f"{key}.then", word, f"after {recipe.pool_size} pixels; it has {end}")
                 end = pooled(end, recipe.pool_size, recipe.pool_stride)
-        found.append(Layer(name, layer, width, maps // groups, groups, columns, own, end))
+        layers.append(Layer(name, layer, width, maps // groups, groups, columns, output, end))
         maps, side = width, end
-    require(bool(found), "model.order", recipe.order, "one layer at least")
-    count = sum(math.prod(layer.weight) + math.prod(layer.bias) for layer in found)
-    require(count <= MOST, "model", f"{count:,} parameters", f"at most {MOST:,}")
-    return tuple(found)
+    require(bool(layers), "model.order", recipe.order, "one layer at least")
+    count = sum(math.prod(layer.weight) + math.prod(layer.bias) for layer in layers)
+    require(count <= MAX_PARAMETERS, "model", f"{count:,} parameters", f"at most {MAX_PARAMETERS:,}")
+    return tuple(layers)
 
 
 def pooled(side: int, size: int, stride: int) -> int:
-    """A last window that hangs over counts, as in the 2012 code, if it begins inside."""
+    """Return the side after pooling. A last window that hangs over counts, as in the 2012 code, if it begins inside."""
     return min(-(-(side - size) // stride), (side - 1) // stride) + 1
 
 
 def shapes(recipe: ModelRecipe, classes: int) -> Shapes:
-    """Every parameter's shape in the grouped layout: conv1.weight, conv1.bias, …"""
+    """Return every parameter's shape in the grouped layout: conv1.weight, conv1.bias, …"""
     result: Shapes = {}
     for layer in plan(recipe, classes):
         result[f"{layer.name}.weight"], result[f"{layer.name}.bias"] = layer.weight, layer.bias
@@ -196,18 +190,32 @@ def parameter_count(recipe: ModelRecipe, classes: int) -> int:
 
 
 def multiply_adds(recipe: ModelRecipe, classes: int) -> int:
-    """Of the weights, for one image, forward."""
+    """Return the multiply-adds of the forward pass of one image, without the biases."""
     return sum(layer.multiply_adds for layer in plan(recipe, classes))
 
 
 def dropped_units(recipe: ModelRecipe, classes: int) -> dict[str, int]:
-    """The widths of the layers with dropout, by name."""
+    """Return the widths of the layers with dropout, by name."""
     if not recipe.dropout:
         return {}
     return {layer.name: layer.width for layer in plan(recipe, classes) if "dropout" in layer.recipe.then}
 
 
-def require(holds: bool, key: str, value: object, what: str) -> None:
-    """Raise RecipeError where a key holds something impossible."""
+def require(holds: bool, key: str, value: object, allowed: str) -> None:
+    """Raise RecipeError, with what is allowed, unless a condition on a key's value holds."""
     if not holds:
-        raise RecipeError(f"{key} = {value}: must be {what}")
+        raise RecipeError(f"{key} = {value}: must be {allowed}")
+
+
+def require_least(least: int, section: str, options: object, *names: str) -> None:
+    """Raise RecipeError if one of these options is less than `least`."""
+    for name in names:
+        value = getattr(options, name)
+        require(value >= least, f"{section}.{name}", value, f"at least {least}")
+
+
+def require_one_of(section: str, options: object, **known: tuple[str, ...]) -> None:
+    """Raise RecipeError if an option is not one of its known values."""
+    for name, values in known.items():
+        value = getattr(options, name)
+        require(value in values, f"{section}.{name}", repr(value), f"one of {', '.join(values)}")

@@ -1,5 +1,7 @@
 """The two local normalisations of 2012, with their gradients written out: autograd's own take most of a step's time."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 BETA = 0.75
 SAME_MAP_SIZE, SAME_MAP_ALPHA = 5, 1e-3  # within a map
+CACHED = 2**18  # elements of a block: 1 MB of float32, of which a CPU's cache holds the few that are in use
 
 
 class LRN(NamedTuple):
@@ -22,72 +25,104 @@ ORIGINAL = LRN(5, 1e-4 / 5, 2.0)
 
 
 def lrn(x: Tensor, columns: int, constants: LRN = ORIGINAL) -> Tensor:
-    """Across maps, centred and clipped at the ends of a column; of bfloat16 it is reckoned in float32.
+    """Normalise across maps; neighbours end at the ends of a column. Sums are of float32 where x is bfloat16.
 
-    x (batch, maps, height, width) holds the maps of `columns` columns.
+    x (n, maps, height, width) holds the maps of `columns` columns.
     """
-    return _AcrossMaps.apply(x, columns, constants)
+    neighbours = partial(_sum_over_maps, columns=columns, size=constants.size)
+    return _Normalised.apply(x, neighbours, constants.alpha, constants.k)
 
 
 def same_map_norm(x: Tensor) -> Tensor:
-    """Within a map: x · (1 + α/25 · Σ x²)^−β over 5 × 5 neighbours, zero outside. In the code, not in the paper."""
-    return _WithinMaps.apply(x)
+    """Normalise within a map: x · (1 + α/25 · Σ x²)^−β over 5 × 5 neighbours, zero outside.
+
+    In the 2012 code, and not in the paper.
+    """
+    if _in_blocks(x):
+        return _Normalised.apply(x, _sum_over_pixels, SAME_MAP_ALPHA / SAME_MAP_SIZE**2, 1.0)
+    return _Normalised.apply(x, _mean_over_pixels, SAME_MAP_ALPHA, 1.0)
 
 
-class _AcrossMaps(torch.autograd.Function):
+class _Normalised(torch.autograd.Function):
+    """x · (k + alpha · neighbours(x²))^−β, where `neighbours` is a sum that is its own transpose."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int, constants: LRN) -> Tensor:
-        wide = _wide(x)
-        scale = _window_sum(wide * wide, columns, constants.size).mul_(constants.alpha).add_(constants.k)
+    def forward(ctx: Any, x: Tensor, neighbours: Callable[[Tensor], Tensor], alpha: float, k: float) -> Tensor:
+        def block(x: Tensor) -> tuple[Tensor, Tensor]:
+            wide = _wide(x)
+            scale = neighbours(wide * wide).mul_(alpha).add_(k)
+            return (wide * _power(scale)).to(x.dtype), scale
+
+        y, scale = _by_blocks(block, x)
         ctx.save_for_backward(x, scale)
-        ctx.columns, ctx.constants = columns, constants
-        return (wide * _power(scale)).to(x.dtype)
+        ctx.neighbours, ctx.alpha = neighbours, alpha
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """y = x·s^−β, s = k + a·Σx²  ⇒  dx = g·s^−β − 2aβ·x·Σ(g·x·s^−β−1)."""
-        (x, scale), g = ctx.saved_tensors, _wide(gradients[0])
-        wide, direct = _wide(x), g * _power(scale)
-        through_scale = _window_sum((direct * wide).div_(scale), ctx.columns, ctx.constants.size).mul_(wide)
-        return direct.sub_(through_scale, alpha=2 * BETA * ctx.constants.alpha).to(x.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """y = x·s^−β, s = k + α·Σx²  ⇒  dx = g·s^−β − 2αβ·x·Σ(g·x·s^−β−1)."""
+
+        def block(x: Tensor, scale: Tensor, g: Tensor) -> tuple[Tensor]:
+            wide, direct = _wide(x), _wide(g) * _power(scale)
+            through_scale = ctx.neighbours((direct * wide).div_(scale)).mul_(wide)
+            return (direct.sub_(through_scale, alpha=2 * BETA * ctx.alpha).to(x.dtype),)
+
+        (dx,) = _by_blocks(block, *ctx.saved_tensors, gradients[0])
+        return dx, None, None, None
 
 
-class _WithinMaps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = _wide(x)
-        scale = _window_mean(wide * wide).mul_(SAME_MAP_ALPHA).add_(1.0)
-        ctx.save_for_backward(x, scale)
-        return (wide * _power(scale)).to(x.dtype)
+def _in_blocks(x: Tensor) -> bool:
+    """Return whether x is computed in blocks: on a GPU each operation of each block would be a kernel launch."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x, scale), g = ctx.saved_tensors, _wide(gradients[0])
-        wide, direct = _wide(x), g * _power(scale)
-        through_scale = _window_mean((direct * wide).div_(scale)).mul_(wide)
-        return direct.sub_(through_scale, alpha=2 * BETA * SAME_MAP_ALPHA).to(x.dtype)
+
+def _by_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return function(*tensors), on a CPU for as many samples at a time as stay in its cache.
+
+    All tensors, and what the function returns for any samples, are alike in shape.
+    """
+    x = tensors[0]
+    if not _in_blocks(x) or x.numel() <= CACHED:
+        return function(*tensors)
+    samples = max(1, CACHED // x[0].numel())
+    results: tuple[Tensor, ...] = ()
+    for i, block in enumerate(zip(*(tensor.split(samples) for tensor in tensors))):
+        values = function(*block)
+        results = results or tuple(torch.empty_like(x, dtype=value.dtype) for value in values)
+        for result, value in zip(results, values):
+            result[i * samples : (i + 1) * samples] = value
+    return results
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: the squares of conv1's responses overflow in less."""
+    """Return x in float32 at least: the squares of conv1's responses overflow in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _power(scale: Tensor) -> Tensor:
-    """scale^−¾, without the slow general power."""
+    """Return scale^−¾, without the slow general power."""
     root = scale.rsqrt()
     return root.mul_(root.sqrt())
 
 
-def _window_sum(x: Tensor, columns: int, size: int) -> Tensor:
-    """Sum over the maps within size / 2 of each map, inside its column."""
-    parts = x.unflatten(1, (columns, -1))
-    total = parts.clone()
-    for distance in range(1, min(size // 2, parts.shape[2] - 1) + 1):
-        total[:, :, distance:] += parts[:, :, :-distance]
-        total[:, :, :-distance] += parts[:, :, distance:]
-    return total.flatten(1, 2)
+def _sum_over_maps(x: Tensor, columns: int, size: int) -> Tensor:
+    """Return the sum over the maps within size / 2 of each map, inside its column."""
+    return _shifted_sums(x.unflatten(1, (columns, -1)), 2, size // 2).flatten(1, 2)
 
 
-def _window_mean(x: Tensor) -> Tensor:
+def _sum_over_pixels(x: Tensor) -> Tensor:
+    """Return the sum over the neighbours within a map: along rows, then along columns."""
+    return _shifted_sums(_shifted_sums(x, 3, SAME_MAP_SIZE // 2), 2, SAME_MAP_SIZE // 2)
+
+
+def _mean_over_pixels(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, SAME_MAP_SIZE, 1, SAME_MAP_SIZE // 2)
+
+
+def _shifted_sums(x: Tensor, dim: int, reach: int) -> Tensor:
+    """Return for each index along `dim` the sum over the indices within `reach` of it."""
+    total, length = x.clone(), x.shape[dim]
+    for distance in range(1, min(reach, length - 1) + 1):
+        total.narrow(dim, distance, length - distance).add_(x.narrow(dim, 0, length - distance))
+        total.narrow(dim, 0, length - distance).add_(x.narrow(dim, distance, length - distance))
+    return total

@@ -1,4 +1,4 @@
-"""What the network computes: the layers of a recipe, as one grouped network or as one column of it, in plain torch."""
+"""Layers of a recipe in plain torch, as one grouped network or as one column of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,12 +12,14 @@ from trainer.lrn import LRN, lrn, same_map_norm
 
 Weights = dict[str, Tensor]  # by layer: conv1.weight, conv1.bias, …
 Masks = Mapping[str, Tensor]  # by layer: 0/1 dropout masks (n, units)
+Observer = Callable[[str, Tensor], None]  # takes the name of a layer and its output
 
 
 class Column(nn.Module):
-    """The layers' shares that one device holds: those of one column, or of all (`column=None`). Zero at first.
+    """The layers' maps and units that one device holds: those of one column, or of all (`column=None`). Zero at first.
 
     With all columns, maps stand in the order [column 0 | column 1]: the layout of saved weights.
+    `observe` is called with each layer's output.
     """
 
     def __init__(
@@ -27,26 +29,33 @@ class Column(nn.Module):
         self.recipe, self.column, self.device = recipe, column, device
         self.lrn = LRN(recipe.lrn_size, recipe.lrn_alpha / (recipe.lrn_size if recipe.lrn_divided else 1), recipe.lrn_k)
         self.layers = plan(recipe, classes)
+        self.observe: Observer | None = None
         for layer in self.layers:
             for kind, shape in (("weight", layer.weight), ("bias", layer.bias)):
-                held = len(range(shape[0])[self.share(layer)])
-                if held:
-                    values = torch.zeros((held, *shape[1:]), device=device)
+                width = len(range(shape[0])[self.share(layer)])
+                if width:
+                    values = torch.zeros((width, *shape[1:]), device=device)
                     self.register_parameter(f"{layer.name}_{kind}", nn.Parameter(values))
 
     def share(self, layer: Layer) -> slice:
-        """Which maps or units of a layer stand here."""
+        """Return the maps or units of a layer that are here."""
         return slice(0, layer.width) if self.column is None else layer.share(self.column)
 
     def weights(self) -> Weights:
+        """Return the parameters by their names in checkpoints: conv1.weight, conv1.bias, …"""
         return {name.replace("_", "."): parameter for name, parameter in self.named_parameters()}
 
     def groups(self, count: int) -> int:
-        """How many of a layer's groups, or columns, stand here."""
+        """Return the number of a layer's groups, or columns, that are here."""
         return count if self.column is None else 1
 
     def layer(self, layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One layer and what follows it. x (n, maps, side, side) or (n, units); `mask` is for its own share."""
+        """Compute one layer and what follows it.
+
+        Args:
+            x: (n, maps, side, side) or (n, units).
+            mask: (n, units) of the units that are here; None: testing.
+        """
         weight, bias = getattr(self, f"{layer.name}_weight"), getattr(self, f"{layer.name}_bias")
         recipe, groups = layer.recipe, self.groups(layer.groups)
         if recipe.kind == "linear":
@@ -77,38 +86,34 @@ class Column(nn.Module):
         pool = F.max_pool2d if word == "pool" else F.avg_pool2d
         return pool(x, size, stride, ceil_mode=True)  # a last window may hang over, as `layers.pooled` has it
 
-    def run(self, layers: Sequence[Layer], x: Tensor, masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Several layers in a row → what comes out, and (layers,) float32: the sum of each one's output.
-
-        A sum is not a finite number where one of its terms is not: that is how `watch.Watch` finds the layer.
-        """
-        sums = []
+    def run(self, layers: Sequence[Layer], x: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+        """Compute several layers in a row, with a mask or None for each."""
         for layer, mask in zip(layers, masks):
             x = self.layer(layer, x, mask)
-            sums.append(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)))
-        return x, torch.stack(sums)
+            if self.observe:
+                self.observe(layer.name, x)
+        return x
 
 
 class Grouped(Column):
-    """The whole network on one device: the layout of saved weights, and what the columns must equal."""
+    """The network on one device, without columns: the layout of saved weights, and the oracle for TwoColumnNet."""
 
     def __init__(self, recipe: ModelRecipe, classes: int) -> None:
         super().__init__(recipe, classes)
 
     def load(self, weights: Weights) -> None:
-        """Take over weights in the grouped layout."""
+        """Copy weights in the grouped layout into the network."""
         with torch.no_grad():
             for name, parameter in self.weights().items():
                 parameter.copy_(weights[name])
 
     def forward(self, x: Tensor, masks: Masks | None = None) -> Tensor:
-        """(n, 3, size, size) → logits (n, classes). `masks` of the layers with dropout; None: testing."""
-        x, _sums = self.run(self.layers, x, [(masks or {}).get(layer.name) for layer in self.layers])
-        return x
+        """Return the logits (n, classes) of images (n, 3, size, size). `masks` by layer with dropout; None: testing."""
+        return self.run(self.layers, x, [(masks or {}).get(layer.name) for layer in self.layers])
 
 
 def initial_weights(recipe: ModelRecipe, classes: int, seed: int) -> Weights:
-    """Weights from N(0, sd²), constant biases, float32 on the CPU: the same for every placement of the network."""
+    """Draw weights from N(0, sd²), with constant biases; float32 on the CPU, the same wherever the columns are."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for layer in plan(recipe, classes):
@@ -121,12 +126,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return F.linear(x, weight, bias)
     half = len(weight) // groups  # of an odd number, the first column has the smaller half
-    parts = zip(x.chunk(groups, 1), (weight[:half], weight[half:]))
-    return torch.cat([F.linear(own, rows) for own, rows in parts], 1) + bias
+    columns = zip(x.chunk(groups, 1), (weight[:half], weight[half:]))
+    return torch.cat([F.linear(inputs, rows) for inputs, rows in columns], 1) + bias
 
 
 def _local(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, groups: int) -> Tensor:
-    """Return a convolution whose places do not share weights: (n, in, side, side) → (n, out, side', side').
+    """Return a convolution whose positions do not share weights: (n, in, side, side) → (n, out, side', side').
 
     Sizes are read from the recipe, not from the tensors: the ONNX exporter, which traces, needs them as numbers.
     """
@@ -138,7 +143,7 @@ def _local(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, groups: int) -
 
 
 def compiled(run: Callable[..., Any], how: str) -> Callable[..., Any]:
-    """`Column.run` as torch.compile makes it: "segments", or "graphs", which are CUDA graphs as well."""
+    """Return `Column.run` compiled: "segments", or "graphs", which are CUDA graphs as well; or as it is: "no"."""
     if how == "no":
         return run
     torch._dynamo.config.recompile_limit = 128  # a compilation for each segment of a column, and size of batch

@@ -1,17 +1,17 @@
-"""Watches over the numbers of a run: which layer gave the first one that is not finite, and how much layers change."""
+"""Numbers of a run that are not finite, by step and layer; and how much each update changes a layer's weights."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline import UserError
 from trainer.distributed import SINGLE, World
+from trainer.model import Column
 from trainer.optim import Rates
 from trainer.parallel import TwoColumnNet
 
-EVERY = 50  # steps at most between looks; the devices are waited for at a look only
+EVERY = 50  # steps at most between two checks; only a check waits for the devices
 NEVER = 2**62
 
 
@@ -24,81 +24,96 @@ class Watch:
 
     def __init__(self, network: TwoColumnNet, world: World = SINGLE) -> None:
         self._world = world
-        self._layers = [
-            [layer.name for layer in network.layers if i < layer.columns] for i in range(len(network.devices))
-        ]
-        self._parts = network.parts()
         self._loss = torch.full((), NEVER, device=network.devices[0])
-        self._outputs = [torch.full((len(own),), NEVER, device=d) for own, d in zip(self._layers, network.devices)]
-        self._gradients = [outputs.clone() for outputs in self._outputs]
+        self._columns = [_ColumnNotes(module) for module in network.modules() if isinstance(module, Column)]
 
     @torch.no_grad()
-    def note(self, step: int, losses: Tensor, sums: Sequence[Tensor]) -> None:
-        """To be called with a step's loss, the sums of its outputs (`watched`), and the gradients in place."""
+    def note(self, step: int, losses: Tensor) -> None:
+        """Note a step, after its forward and backward passes and before its update."""
         self._loss = _first(self._loss, losses, step)
-        for i, (layers, part) in enumerate(zip(self._layers, self._parts)):
-            self._outputs[i] = _first(self._outputs[i], sums[i], step)
-            found = [part[f"{layer}.{kind}"].grad for layer in layers for kind in ("weight", "bias")]
-            greatest = torch._foreach_norm([_zero(sums[i]) if each is None else each for each in found], float("inf"))
-            both = torch.stack(greatest).unflatten(0, (len(layers), 2)).sum(1)
-            self._gradients[i] = _first(self._gradients[i], both, step)
+        for column in self._columns:
+            column.note(step)
 
     def check(self) -> None:
-        """Raise Diverged, with the step and the layer, where a number since the beginning was not finite.
+        """Raise Diverged, with the step and the layer, if a number noted so far was not finite.
 
-        Every process of a job calls it, and each sees what one has noted.
+        A collective call: every rank learns what any rank has noted.
         """
-        outputs = self._merged(self._outputs)
-        gradients = self._merged(self._gradients)
-        loss, *each = self._world.minimum([int(self._loss), *outputs.values(), *gradients.values()])
-        outputs, gradients = dict(zip(outputs, each)), dict(zip(gradients, each[len(outputs) :]))
-        step = min(loss, *outputs.values(), *gradients.values())
+        outputs = _by_layer((column.layers, column.outputs) for column in self._columns)
+        gradients = _by_layer((column.layers, column.gradients) for column in self._columns)
+        loss, *steps = self._world.minimum([int(self._loss), *outputs.values(), *gradients.values()])
+        outputs, gradients = dict(zip(outputs, steps)), dict(zip(gradients, steps[len(outputs) :]))
+        step = min(loss, *steps)
         if step == NEVER:
             return
-        out = next((name for name, first in outputs.items() if first == step), None)
-        back = next((name for name in reversed(gradients) if gradients[name] == step), None)
-        what = f"the output of {out}" if out else "the loss" if loss == step else f"the gradient of {back}"
-        raise Diverged(f"step {step + 1}: {what} is not a finite number: training has diverged")
+        forward = next((f"the output of {layer}" for layer, first in outputs.items() if first == step), None)
+        backward = next((f"the gradient of {layer}" for layer in reversed(gradients) if gradients[layer] == step), None)
+        origin = forward or ("the loss" if loss == step else backward)
+        raise Diverged(f"step {step + 1}: {origin} is not a finite number: training has diverged")
 
-    def _merged(self, noted: Sequence[Tensor]) -> dict[str, int]:
-        """The first step of each layer, over its columns."""
-        found: dict[str, int] = {}
-        for layers, steps in zip(self._layers, noted):
-            for name, step in zip(layers, steps.tolist()):
-                found[name] = min(step, found.get(name, NEVER))
-        return found
+
+class _ColumnNotes:
+    """The first steps at which the outputs and the gradients of a column's layers were not finite: (layers,) int64."""
+
+    def __init__(self, column: Column) -> None:
+        self._weights = column.weights()
+        self.layers = list(dict.fromkeys(name.partition(".")[0] for name in self._weights))
+        self.outputs = torch.full((len(self.layers),), NEVER, device=next(column.parameters()).device)
+        self.gradients = self.outputs.clone()
+        self._nothing = dict.fromkeys(self.layers, torch.zeros(()))
+        self._sums = dict(self._nothing)  # keys from the start: for other keys torch.compile would compile again
+        column.observe = self._observe
+
+    def _observe(self, layer: str, output: Tensor) -> None:
+        """Keep the sum of an output: it is not a finite number where one of its terms is not."""
+        self._sums[layer] = output.detach().sum(dtype=torch.promote_types(output.dtype, torch.float32))
+
+    def note(self, step: int) -> None:
+        sums = torch.stack([self._sums[layer] for layer in self.layers])
+        self._sums |= self._nothing  # so that CUDA graphs have their memory back
+        self.outputs = _first(self.outputs, sums, step)
+        zero = sums.new_zeros(1)  # for a frozen layer
+        gradients = [zero if w.grad is None else w.grad for w in self._weights.values()]
+        # On a CPU the norm of squares takes a fifteenth of the time that the greatest value takes. It overflows
+        # beyond 1.8e19, with which no run goes on.
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.gradients = _first(self.gradients, norms.unflatten(0, (len(self.layers), 2)).sum(1), step)
 
 
 def _first(noted: Tensor, values: Tensor, step: int) -> Tensor:
     return torch.where(values.isfinite(), noted, noted.clamp(max=step))
 
 
-def _zero(like: Tensor) -> Tensor:
-    """For what a frozen layer has no gradient of."""
-    return like.new_zeros(1)
+def _by_layer(columns: Iterable[tuple[Sequence[str], Tensor]]) -> dict[str, int]:
+    """Return the first step of each layer in any column."""
+    steps: dict[str, int] = {}
+    for layers, noted in columns:
+        for layer, step in zip(layers, noted.tolist()):
+            steps[layer] = min(step, steps.get(layer, NEVER))
+    return steps
 
 
 @torch.no_grad()
-def changes(
+def update_ratios(
     parts: Sequence[dict[str, Tensor]], velocity: Sequence[dict[str, Tensor]], rates: Mapping[str, Rates]
 ) -> dict[str, dict[str, float]]:
-    """By layer: the mean of |w| and of |Δw|, the last update, and their ratio, which the 2012 program printed too.
+    """Return by layer the mean of |w| and of |Δw|, the last update, and their ratio, as the 2012 program printed it.
 
-    A ratio between 10⁻⁴ and 3·10⁻³ is healthy; a frozen layer has 0. It waits for the devices.
+    A ratio between 10⁻⁴ and 3·10⁻³ is healthy; a frozen layer has 0. Waits for the devices.
     """
-    found: dict[str, Any] = {}
+    ratios = {}
     for name in (name for name in parts[0] if name.endswith(".weight")):
-        held = [i for i, part in enumerate(parts) if name in part]
-        count = sum(parts[i][name].numel() for i in held)
-        w, v = (sum(float(values[i][name].abs().sum()) for i in held) / count for values in (parts, velocity))
+        columns = [i for i, part in enumerate(parts) if name in part]
+        count = sum(parts[i][name].numel() for i in columns)
+        w, v = (sum(float(values[i][name].abs().sum()) for i in columns) / count for values in (parts, velocity))
         layer = name.removesuffix(".weight")
         v = 0.0 if rates[layer].frozen else v
-        found[layer] = {"weight": w, "update": v, "ratio": v / w if w else 0.0}
-    return found
+        ratios[layer] = {"weight": w, "update": v, "ratio": v / w if w else 0.0}
+    return ratios
 
 
 def require_finite(step: int, weights: dict[str, Tensor]) -> None:
-    """Raise Diverged where weights are not finite numbers: the update itself may be where they overflow."""
+    """Raise Diverged if weights are not finite numbers: an update may overflow where its gradient does not."""
     for name, value in weights.items():
         if not bool(value.isfinite().all()):
             raise Diverged(f"step {step}: {name} is not a finite number: training has diverged")

@@ -1,7 +1,7 @@
-"""The update rule of 2012, and its rates.
+"""The update rule of 2012, and its learning rates.
 
 v ← μ·v − λ·ε·w − ε·⟨∂L/∂w⟩,  w ← w + v   (paper, section 5). ε stands inside v, so that a drop of the rate does not
-rescale the momentum that was gathered before it; torch.optim.SGD differs there.
+rescale the momentum gathered before it; torch.optim.SGD differs there.
 """
 
 import math
@@ -17,7 +17,7 @@ from trainer.recipe import LayerRates, Recipe
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one layer. `decay` is λ of its weights; a frozen layer does not change, nor does its velocity."""
+    """Rates of one layer. `decay` is λ of its weights; a frozen layer does not change, nor does its velocity."""
 
     weights: float
     biases: float
@@ -26,42 +26,37 @@ class Rates:
 
 
 class Schedule:
-    """The rates at each step of a run of so many; it remembers what a plateau needs.
-
-    Args:
-        recipe: as the run's; its epochs stretch to `steps`.
-        steps: of the whole run.
-    """
+    """The rates at each of a run's `steps`, to which the recipe's epochs stretch; and what a plateau needs."""
 
     def __init__(self, recipe: Recipe, steps: int) -> None:
         self._recipe, self._steps = recipe, steps
         self._best, self._since, self._fallen = math.inf, 0, 0
 
     def epoch(self, step: int) -> float:
-        """The time of a step on the recipe's own clock: `train.epochs` at the end of the run."""
+        """Return the time of a step in the recipe's epochs: `train.epochs` at the end of the run."""
         return step * self._recipe.train.epochs / self._steps  # exact at whole epochs, in this order
 
     def lr(self, step: int) -> float:
-        """The rate of the weights, but for what a layer has of its own; what log lines show."""
+        """Return the rate of the weights, without the layers' factors, for log lines."""
         return self._scaled(self._recipe.optim.lr) / self._divisor(step)[0]
 
     def rates(self, step: int) -> dict[str, Rates]:
-        """Every layer's."""
+        """Return every layer's rates at a step."""
         optim, (weights, biases) = self._recipe.optim, self._divisor(step)
-        found = {}
+        now, rates = self.epoch(step), {}
         for name in self._recipe.model.order:
-            own, now = optim.layers.get(name, LayerRates()), self.epoch(step)
-            once_more = optim.drop_factor ** _passed(own.drops, now)
-            found[name] = Rates(
-                self._scaled(optim.lr) * own.lr / weights / once_more,
-                self._scaled(optim.bias_lr) * own.bias_lr / biases,
-                optim.decay * own.decay,
-                0 < own.frozen_from <= now,
+            layer = optim.layers.get(name, LayerRates())
+            once_more = optim.drop_factor ** _passed(layer.drops, now)
+            rates[name] = Rates(
+                self._scaled(optim.lr) * layer.lr / weights / once_more,
+                self._scaled(optim.bias_lr) * layer.bias_lr / biases,
+                optim.decay * layer.decay,
+                0 < layer.frozen_from <= now,
             )
-        return found
+        return rates
 
     def validated(self, error: float) -> str | None:
-        """Take notice of a validation's top-1 error. → What follows from it on a plateau: "drop", "end"; or None."""
+        """Record a validation's top-1 error; return what follows on a plateau, "drop" or "end", or None."""
         optim = self._recipe.optim
         if error < self._best:
             self._best, self._since = error, 0
@@ -74,25 +69,25 @@ class Schedule:
         return "end" if self._fallen > optim.most_drops else "drop"
 
     def is_best(self, error: float) -> bool:
-        """Whether no validation so far had so low an error; to be asked before `validated`."""
+        """Return True if no validation so far had so low an error. To be called before `validated`."""
         return error < self._best
 
     def state(self) -> dict[str, Any]:
         return {"best": None if self._best == math.inf else self._best, "since": self._since, "fallen": self._fallen}
 
     def load_state(self, state: dict[str, Any], forget_errors: bool = False) -> None:
-        """Take over what `state` gave; `forget_errors`, which are of other images, and keep how often rates fell."""
+        """Restore `state`; without its errors, where they are of other images, but with the number of drops."""
         self._fallen = state["fallen"]
         if not forget_errors:
             self._best = math.inf if state["best"] is None else state["best"]
             self._since = state["since"]
 
     def _scaled(self, rate: float) -> float:
-        """Rates grow with the batch: 256 at 0.02 was as good as 128 at 0.01 in the original's log."""
+        """Return a rate in proportion to the batch: 256 at 0.02 was as good as 128 at 0.01 in the original's log."""
         return rate * self._recipe.train.batch_size / self._recipe.optim.batch_size
 
     def _divisor(self, step: int) -> tuple[float, float]:
-        """What the rates of weights and biases have fallen by."""
+        """Return the numbers by which the rates of weights and of biases are divided."""
         optim, now = self._recipe.optim, self.epoch(step)
         if optim.schedule == "plateau":
             return (optim.drop_factor ** min(self._fallen, optim.most_drops),) * 2  # "equal for all layers": the paper
@@ -110,39 +105,39 @@ def _passed(times: Sequence[float], now: float) -> int:
 
 
 def _fall(progress: float, stretches: int, factor: float) -> float:
-    """1 in the first stretch, `factor` in the last."""
+    """Return 1 in the first stretch, `factor` in the last, and equal ratios between."""
     if stretches == 1:
         return 1.0
     return factor ** (min(int(progress * stretches), stretches - 1) / (stretches - 1))
 
 
 class Momentum:
-    """Holds the velocities of a network's parameters; `parts` is one dict of parameters per column."""
+    """The velocities of a network's parameters; `parts` is one dict of parameters per column."""
 
     def __init__(self, parts: Sequence[dict[str, Tensor]], momentum: float) -> None:
         self.parts, self.momentum = parts, momentum
         self.velocity = [{name: torch.zeros_like(parameter) for name, parameter in part.items()} for part in parts]
 
     def freeze(self, rates: dict[str, Rates]) -> None:
-        """Let the gradients of frozen layers not be computed, and those of others be. To be called before a step."""
+        """Switch gradients off in frozen layers, and on in all others. To be called before the forward pass."""
         for part in self.parts:
             for name, w in part.items():
                 w.requires_grad_(not rates[name.partition(".")[0]].frozen)
 
     @torch.no_grad()
     def step(self, rates: dict[str, Rates]) -> None:
-        """One update from the parameters' gradients, which are then forgotten. Biases do not decay."""
+        """Update from the parameters' gradients, and drop them. Biases do not decay."""
         for part, velocity in zip(self.parts, self.velocity):
             for name, w in part.items():
                 layer, _, kind = name.partition(".")
-                now = rates[layer]
-                if now.frozen:
+                rate = rates[layer]
+                if rate.frozen:
                     continue
                 assert w.grad is not None, name
                 v = velocity[name].mul_(self.momentum)
                 if kind == "bias":
-                    v.sub_(w.grad, alpha=now.biases)
+                    v.sub_(w.grad, alpha=rate.biases)
                 else:
-                    v.sub_(w, alpha=now.decay * now.weights).sub_(w.grad, alpha=now.weights)
+                    v.sub_(w, alpha=rate.decay * rate.weights).sub_(w.grad, alpha=rate.weights)
                 w.add_(v)
                 w.grad = None

@@ -3,23 +3,20 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from trainer.layers import ModelRecipe, RecipeError, require
+from trainer.layers import LayerRecipe, ModelRecipe, RecipeError, require, require_least, require_one_of
 
 FOLDER = Path(__file__).parent / "recipes"
-SCHEDULES = ("stretches", "drops", "plateau")
-PRECISIONS = ("fp32", "tf32", "bf16")
-COMPILED = ("no", "segments", "graphs")
 GREATEST = 3.4e38  # about the greatest float32
 MOST = 2**20  # images of a batch, epochs, steps between two events: beyond any sense
 
 
 @dataclass(frozen=True)
 class LayerRates:
-    """How one layer's rates differ from the others'. Times are epochs of `train.epochs`."""
+    """Differences of one layer's rates from the others'. Times are epochs of `train.epochs`."""
 
     lr: float = 1.0  # times the rate of the weights
     bias_lr: float = 1.0  # times the rate of the biases
@@ -59,21 +56,17 @@ class OptimRecipe:
     def __post_init__(self) -> None:
         for name in ("lr", "bias_lr", "lr_factor", "bias_lr_factor", "drop_factor"):
             require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "a number above 0")
-        for name in ("batch_size", "lr_steps", "bias_lr_steps", "patience"):
-            require(getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "at least 1")
-        require(self.schedule in SCHEDULES, "optim.schedule", repr(self.schedule), f"one of {', '.join(SCHEDULES)}")
+        require_least(1, "optim", self, "batch_size", "lr_steps", "bias_lr_steps", "patience")
+        require_least(0, "optim", self, "decay", "most_drops")
+        require_one_of("optim", self, schedule=("stretches", "drops", "plateau"))
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "at least 0 and below 1")
-        require(self.decay >= 0, "optim.decay", self.decay, "at least 0")
-        require(self.most_drops >= 0, "optim.most_drops", self.most_drops, "at least 0")
         for layer, rates in self.layers.items():
-            for name in ("lr", "bias_lr", "decay", "frozen_from"):
-                value = getattr(rates, name)
-                require(value >= 0, f"optim.layers.{layer}.{name}", value, "at least 0")
+            require_least(0, f"optim.layers.{layer}", rates, "lr", "bias_lr", "decay", "frozen_from")
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What the loader is asked for; pipeline/online/augment.py says what the options mean."""
+    """The loader's options, which pipeline/online/augment.py describes."""
 
     order: str = "uniform"
     mean: str = "centre"
@@ -84,28 +77,20 @@ class DataRecipe:
     max_bad: int = 0
 
     def __post_init__(self) -> None:
-        require(self.lighting_until >= 0, "data.lighting_until", self.lighting_until, "at least 0 epochs")
-        known = {
-            "order": ("uniform", "fixed", "shards"),
-            "mean": ("centre", "aligned", "colour"),
-            "lighting": ("code", "paper", "off"),
-            "positions": ("code", "paper"),
-        }
-        for name, values in known.items():
-            value = getattr(self, name)
-            require(value in values, f"data.{name}", repr(value), f"one of {', '.join(values)}")
-        require(self.crop_chunk >= 1, "data.crop_chunk", self.crop_chunk, "at least 1")
-        require(self.max_bad >= 0, "data.max_bad", self.max_bad, "at least 0")
+        require_one_of("data", self, order=("uniform", "fixed", "shards"), mean=("centre", "aligned", "colour"))
+        require_one_of("data", self, lighting=("code", "paper", "off"), positions=("code", "paper"))
+        require_least(0, "data", self, "lighting_until", "max_bad")
+        require_least(1, "data", self, "crop_chunk")
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """A run's length and habits."""
+    """Length, batches, checkpoints and arithmetic of a run."""
 
     seed: int = 2012
     batch_size: int = 128
     epochs: float = 90.0
-    steps: int = 0  # 0: as many as the epochs take; else so many, and the epochs that stand in a recipe stretch to them
+    steps: int = 0  # 0: as many as the epochs take; else so many, to which all times in epochs stretch
     log_every: int = 20  # steps
     validate_every: int = 0  # steps; 0: at the end of every epoch
     checkpoint_every: int = 0  # steps; 0: at the end of every epoch
@@ -123,9 +108,7 @@ class TrainRecipe:
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "at least 0 (0: at the end of every epoch)")
         require(0 <= self.seed < 2**64, "train.seed", self.seed, "between 0 and 2⁶⁴ − 1")
-        for name, known in (("precision", PRECISIONS), ("compile", COMPILED)):
-            value = getattr(self, name)
-            require(value in known, f"train.{name}", repr(value), f"one of {', '.join(known)}")
+        require_one_of("train", self, precision=("fp32", "tf32", "bf16"), compile=("no", "segments", "graphs"))
 
 
 @dataclass(frozen=True)
@@ -142,17 +125,18 @@ class Recipe:
 
 
 def load(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe by the name of a file in trainer/recipes, or by path, with `key=value` settings on top.
+    """Return a recipe by the name of a file in trainer/recipes, or by path, with `key=value` settings on top.
 
-    A file may begin with `base = "NAME"`: it is that recipe with what the file says put over it.
+    A file may begin with `base = "NAME"`: its values are put over that recipe.
 
     Raises:
-        RecipeError: naming what is known.
+        RecipeError: no such recipe, or an impossible one.
     """
     return override(_read(name, ()), settings)
 
 
 def _read(name: str, above: tuple[str, ...]) -> Recipe:
+    """Read a recipe and its bases; `above` are the recipes that have it as their base."""
     path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -169,7 +153,7 @@ def _read(name: str, above: tuple[str, ...]) -> Recipe:
 
 
 def names() -> list[str]:
-    """The recipes in trainer/recipes."""
+    """Return the names of the recipes in trainer/recipes."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
@@ -191,85 +175,78 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     return recipe
 
 
-def from_dict(values: Mapping[str, Any], base: Any, where: str, prefix: str = "") -> Any:
-    """`base` with `values` put over it; an unknown key or a value of another type is a RecipeError.
+def from_dict(values: Mapping[str, Any], base: Recipe, where: str) -> Recipe:
+    """Return `base` with `values` put over it, where an error says `where` they are from.
 
-    Of `model.layers`, those that a new `model.order` does not name go.
+    Of `model.layers`, and of their rates, those that a new `model.order` does not name go.
+
+    Raises:
+        RecipeError: an unknown key, a value of another type, or what a recipe refuses.
     """
-    known, types = {entry.name: getattr(base, entry.name) for entry in fields(base)}, get_type_hints(type(base))
-    changed = {}
-    for key, value in values.items():
-        if key not in known:
-            raise RecipeError(
-                f"{where}: unknown key {prefix}{key}; known: {', '.join(prefix + name for name in known)}"
-            )
-        name = f"{prefix}{key}"
-        if is_dataclass(known[key]):
-            changed[key] = from_dict(_section(value, f"{where}: {name}"), known[key], where, f"{name}.")
-        elif get_origin(types[key]) is Mapping:
-            changed[key], entry = {}, get_args(types[key])[1]
-            for each, given in _section(value, f"{where}: {name}").items():
-                inner, start = f"{name}.{each}", known[key].get(each, entry())
-                changed[key][each] = from_dict(_section(given, f"{where}: {inner}"), start, where, f"{inner}.")
-        else:
-            changed[key] = _typed(value, types[key], f"{where}: {name}")
-    if isinstance(base, ModelRecipe):
-        order = changed.get("order", base.order)
-        kept = {name: layer for name, layer in base.layers.items() if name in order}
-        changed["layers"] = kept | changed.get("layers", {})
-    elif isinstance(base, OptimRecipe):
-        changed["layers"] = {**base.layers, **changed.get("layers", {})}
-    elif isinstance(base, Recipe):
-        optim, layers = changed.get("optim", base.optim), changed.get("model", base.model).layers
-        gone = base.model.layers.keys() - layers.keys()
-        given = values.get("optim", {}).get("layers", {})  # of a layer that is not there: an error, below
-        kept = {name: rates for name, rates in optim.layers.items() if name in given or name not in gone}
-        changed["optim"] = replace(optim, layers=kept)
+    values = _typed(values, Recipe, "", where)
+    merged, order = to_dict(base), values.get("model", {}).get("order", base.model.order)
+    for section in ("model", "optim"):
+        layers = merged[section]["layers"]
+        merged[section]["layers"] = {name: layer for name, layer in layers.items() if name in order}
+    merged = _merged(merged, values)
+    model, optim = merged["model"], merged["optim"]
     try:
-        return replace(base, **changed)
+        model["layers"] = {name: LayerRecipe(**layer) for name, layer in model["layers"].items()}
+        optim["layers"] = {name: LayerRates(**rates) for name, rates in optim["layers"].items()}
+        data, train = DataRecipe(**merged["data"]), TrainRecipe(**merged["train"])
+        return Recipe(ModelRecipe(**model), OptimRecipe(**optim), data, train)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values, which `from_dict` takes back."""
+    """Return plain values, which `from_dict` takes back."""
     return asdict(recipe)
 
 
 def difference(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two recipes differ, with both values: {"optim.lr": (0.01, 0.001)}. None: not there."""
+    """Return the keys in which two recipes differ, with both values: {"optim.lr": (0.01, 0.001)}; None: no such key."""
     one, other = flat(to_dict(before)), flat(to_dict(now))
     keys = [*one, *(key for key in other if key not in one)]
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What `to_dict` gave, by full keys: {"optim.lr": 0.01}."""
-    found: dict[str, Any] = {}
+    """Return the values of `to_dict` by full keys: {"optim.lr": 0.01}."""
+    result: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result
 
 
 def as_setting(key: str, value: Any) -> str:
-    """KEY=VALUE for `--set`."""
+    """Return KEY=VALUE for `--set`."""
     return f"{key}={json.dumps(value)}"
 
 
-def _section(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"{where} = {value!r}: a section, not a value")
-    return value
-
-
-def _typed(value: Any, wanted: Any, where: str) -> Any:
-    if wanted is float and type(value) in (int, float) and abs(value) <= GREATEST:
+def _typed(value: Any, kind: Any, key: str, where: str) -> Any:
+    """Return a value of TOML or JSON as a field of type `kind` takes it, a section as a dict of such values."""
+    if is_dataclass(kind) or get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{where}: {key} = {value!r}: a section, not a value")
+        prefix = f"{key}." if key else ""
+        types = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
+        if unknown := [name for name in value if name not in types]:
+            known = ", ".join(prefix + name for name in types)
+            raise RecipeError(f"{where}: unknown key {prefix}{unknown[0]}; known: {known}")
+        return {name: _typed(inner, types[name], prefix + name, where) for name, inner in value.items()}
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(element, get_args(kind)[0], key, where) for element in value)
+    if kind is float and type(value) in (int, float) and abs(value) <= GREATEST:
         return float(value)
-    if wanted in (int, bool, str) and type(value) is wanted:
+    if kind is not float and type(value) is kind:
         return value
-    element = {tuple[int, ...]: int, tuple[float, ...]: float, tuple[str, ...]: str}.get(wanted)
-    if element and isinstance(value, list | tuple):
-        return tuple(_typed(item, element, where) for item in value)
     names = {float: f"a number up to {GREATEST:.2g}", int: "a whole number", bool: "true or false", str: "a text"}
-    kind = f"a list, each {names[element]}" if element else names[wanted]
-    raise RecipeError(f"{where} = {value!r}: must be {kind}")
+    expected = names[kind] if kind in names else f"a list, each {names[get_args(kind)[0]]}"
+    raise RecipeError(f"{where}: {key} = {value!r}: must be {expected}")
+
+
+def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of `base` with the values of `values` over them, key by key."""
+    sections = {key: _merged(base.get(key, {}), value) for key, value in values.items() if isinstance(value, Mapping)}
+    return {**base, **values, **sections}

@@ -34,7 +34,7 @@ def update(
     drop: Masks | Sequence[Masks],
     rates: dict[str, Rates],
     recipe: TrainRecipe,
-    watched: Watch | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """One step: forward, backward, new weights. → the sum of the losses in nats, on the first device.
 
@@ -44,13 +44,13 @@ def update(
     optimiser.freeze(rates)
     device = network.devices[0].type
     with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits, sums = network.watched(batch.replicas, drop)
+        logits = network(batch.replicas, drop)
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="sum")
     if losses.requires_grad:  # else every layer is frozen
         (losses / recipe.batch_size).backward()
-    if watched:
-        watched.note(batch.step, losses.detach(), sums)
+    if watch:
+        watch.note(batch.step, losses.detach())
     optimiser.step(rates)
     return losses.detach()

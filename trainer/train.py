@@ -134,12 +134,12 @@ def _train(
             if not validated:
                 journal.say("no validation split, or not every image of it has a label: the run is not validated")
 
-        watched = Watch(network, world)
+        watch = Watch(network, world)
         window = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
 
         def save(step: int, best: bool = False, last: bool = False) -> None:
             """Hand a checkpoint to its writer; raises Diverged where there is nothing worth saving."""
-            watched.check()
+            watch.check()
             tensors = [w for parts in (network.parts(), optimiser.velocity) for part in parts for w in part.values()]
             replicas.require_equal(step, tensors)
             remembered = {"schedule": schedule.state(), "window": window.state(), "steps": steps, "over": over}
@@ -169,7 +169,7 @@ def _train(
             rates = schedule.rates(batch.step)
             drop = drawn_masks(network, recipe.train.seed, batch)
             with world.collective():
-                losses = update(replicas, optimiser, batch, drop, rates, recipe.train, watched)
+                losses = update(replicas, optimiser, batch, drop, rates, recipe.train, watch)
             window.add(losses, len(batch.ids))
 
             done = batch.step + 1
@@ -178,18 +178,18 @@ def _train(
             if journal:
                 journal.step(done)
             if done % nonfinite.EVERY == 0:
-                watched.check()
+                watch.check()
             if done % recipe.train.log_every == 0 or ended:
-                watched.check()
+                watch.check()
                 found, said = window.close()
                 with world.raise_together():
                     if journal:
-                        layers = nonfinite.changes(network.parts(), optimiser.velocity, rates)
+                        layers = nonfinite.update_ratios(network.parts(), optimiser.velocity, rates)
                         lr = schedule.lr(batch.step)
                         journal.train({"step": done, "epoch": batch.epoch, "lr": lr, **found, "layers": layers}, said)
             best = False
             if validated and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
-                watched.check()
+                watch.check()
                 with window.paused():
                     errors = evaluate(network, dataset, recipe, "val", "centre", world)
                 best = schedule.is_best(errors.top1_error)

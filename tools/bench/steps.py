@@ -203,11 +203,11 @@ def penstock(network_class: Any, plan: Recipe, classes: int, devices: Sequence[t
     train = plan.train
     network = network_class(plan.model, classes, devices, train.compile, train.channels_last)
     network.load(model.initial_weights(plan.model, classes, train.seed))
-    optimiser, watched = optim.Momentum(network.parts(), plan.optim.momentum), nonfinite.Watch(network)
+    optimiser, watch = optim.Momentum(network.parts(), plan.optim.momentum), nonfinite.Watch(network)
     rates = optim.Schedule(plan, 1).rates(0)
 
     def step(batch: Batch) -> Tensor:
-        return update(network, optimiser, batch, drawn_masks(network, train.seed, batch), rates, train, watched)
+        return update(network, optimiser, batch, drawn_masks(network, train.seed, batch), rates, train, watch)
 
     return step, operations([layer.multiply_adds for layer in layers.plan(plan.model, classes)])
 
@@ -224,10 +224,10 @@ class Grouped(model.Grouped):
         self.to(devices[0], memory_format=self.format)  # type: ignore[call-overload]
         self.compiled = model.compiled(self.run, compile)
 
-    def watched(self, replicas: Sequence[Tensor], masks: Sequence[Masks]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, replicas: Sequence[Tensor], masks: Sequence[Masks]) -> Tensor:  # type: ignore[override]
         images = replicas[0].to(self.devices[0], memory_format=self.format)
-        logits, sums = self.compiled(self.layers, images, [masks[0].get(layer.name) for layer in self.layers])
-        return logits, [sums]
+        logits: Tensor = self.compiled(self.layers, images, [masks[0].get(layer.name) for layer in self.layers])
+        return logits
 
     def parts(self) -> list[Weights]:
         return [self.weights()]

@@ -102,5 +102,5 @@ def test_masks_for_a_gpu_are_those_of_the_host():
         expected = masks(seed, step, 6, {"fc6": 64}, threshold / 2**32, first=2**31 - 7)["fc6"]
         words = torch.tensor([*key_of(seed), DROPOUT, step, threshold])
         places, blocks = torch.arange(2**31 - 7, 2**31 - 1)[:, None], torch.arange(16)
-        for found in (mask_on_device(words, places, blocks), compiled_mask(words, places, blocks)):
+        for found in (mask_on_device(words, places, blocks), compiled_mask()(words, places, blocks)):
             assert torch.equal(found.flatten(1), expected)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from networks import HALVES, drawn, images, masks_of, narrow
-from trainer.nonfinite import Diverged, Watch, changes, require_finite
+from trainer.nonfinite import Diverged, Watch, require_finite, update_ratios
 from trainer.optim import Momentum, Rates
 from trainer.parallel import TwoColumnNet
 
@@ -35,14 +35,14 @@ class Run:
         rates = {name: Rates(1e-9, 1e-9, 0.0, name == frozen) for name in self.model.order}
         self.optimiser.freeze(rates)
         x, drop = images(self.model, 3, torch.float32), masks_of(self.model, 3, torch.float32)
-        logits, sums = self.network.watched(x, drop)
+        logits = self.network(x, drop)
         losses = F.cross_entropy(logits, torch.tensor([0, 1, 2]), reduction="sum")
         losses.backward()
         if gradient and gradient != "loss":
             found = self.weight(gradient, column).grad
             assert found is not None
             found.view(-1)[-1] = value
-        self.watch.note(self.done, losses.detach() + (value if gradient == "loss" else 0), sums)
+        self.watch.note(self.done, losses.detach() + (value if gradient == "loss" else 0))
         if not gradient:
             self.optimiser.step(rates)
         else:
@@ -180,7 +180,7 @@ def test_changes_against_numpy(name: str):
     F.cross_entropy(logits, torch.tensor([0, 1])).backward()
     run.optimiser.step(rates)
     after = {key: value.numpy() for key, value in run.network.gathered().items()}
-    found = changes(run.network.parts(), run.optimiser.velocity, rates)
+    found = update_ratios(run.network.parts(), run.optimiser.velocity, rates)
     assert list(found) == list(run.model.order)
     for layer, numbers in found.items():
         w, update = after[f"{layer}.weight"], after[f"{layer}.weight"] - before[f"{layer}.weight"]
@@ -192,7 +192,7 @@ def test_changes_against_numpy(name: str):
 def test_changes_of_weights_that_are_zero():
     network = TwoColumnNet(narrow("half").model, 7, CPU[:1])
     rates = {layer.name: Rates(1.0, 1.0, 0.0) for layer in network.layers}
-    found = changes(network.parts(), Momentum(network.parts(), 0.9).velocity, rates)
+    found = update_ratios(network.parts(), Momentum(network.parts(), 0.9).velocity, rates)
     assert found["conv1"] == {"weight": 0, "update": 0, "ratio": 0}
 
 
@@ -201,7 +201,7 @@ def test_a_frozen_layer_does_not_change():
     for velocity in run.optimiser.velocity:
         velocity["conv1.weight"].fill_(1.0)  # of its last update, which will not be repeated
     rates = {layer: Rates(1.0, 1.0, 0.0, frozen=layer == "conv1") for layer in run.model.order}
-    found = changes(run.network.parts(), run.optimiser.velocity, rates)["conv1"]
+    found = update_ratios(run.network.parts(), run.optimiser.velocity, rates)["conv1"]
     assert (found["update"], found["ratio"]) == (0, 0)
     assert found["weight"] > 0
 
