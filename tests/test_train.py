@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer.train import train_step
 
 from conftest import CLASSES, build
 from pipeline import manifest
@@ -19,6 +18,7 @@ from trainer import recipe as recipes
 from trainer.metrics import read
 from trainer.model import Grouped
 from trainer.tally import top_k_errors
+from trainer.train import train_step
 
 
 @pytest.fixture(scope="module")
