@@ -92,8 +92,8 @@ def main() -> None:
     import torch
     from click.testing import CliRunner
 
+    from trainer import train
     from trainer.__main__ import main as trainer
-    from trainer.commands import train
 
     torch.set_num_threads(1)
     train.drawn = lambda *_: [Path("not drawn here")]  # type: ignore[attr-defined]

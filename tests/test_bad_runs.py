@@ -12,7 +12,7 @@ from conftest import CLASSES, build
 from runs import assert_same_end, one_line, options, resume, start, train, trainer
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
-from trainer.resume import claimed
+from trainer.run import _locked as claimed
 
 
 def test_data_that_lacks_something_is_refused_before_anything_is_written(raw: Path, dataset: Path, tmp_path: Path):

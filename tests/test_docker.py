@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 from pinned import normal, pins
 from tools.build_shards import main as build_shards
-from trainer.commands.train import train
+from trainer.train import train
 
 DOCKER = ROOT / "docker"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -10,7 +10,7 @@ from trainer import recipe as recipes
 from trainer.model import initial_weights
 from trainer.optim import Momentum, Schedule
 from trainer.parallel import TwoColumnNet
-from trainer.step import drawn_masks, update
+from trainer.train import draw_masks, train_step
 
 # nats per image, at each of five steps of 32 images; ln 10 is 2.303
 LOSSES = [2.320625898985051, 2.298530212351629, 2.3092763638639036, 2.3410055668576177, 2.334037112739547]
@@ -33,7 +33,7 @@ def test_losses_of_tiny_in_float64():
     found = []
     for step in range(5):
         batch = made_up(step, 32)
-        drop = drawn_masks(network, recipe.train.seed, batch)
-        losses = update(network, optimiser, batch, drop, schedule.rates(step), recipe.train)
+        drop = draw_masks(network, recipe.train.seed, batch)
+        losses = train_step(network, optimiser, batch, drop, schedule.rates(step), recipe.train)
         found.append(float(losses) / 32)
     assert found == pytest.approx(LOSSES, rel=1e-9, abs=0)

@@ -23,8 +23,8 @@ from trainer.model import initial_weights
 from trainer.nonfinite import Watch
 from trainer.optim import Momentum, Schedule
 from trainer.parallel import TwoColumnNet, reference_precision
-from trainer.step import drawn_masks, update
-from trainer.train import Start, train
+from trainer.run import Settings
+from trainer.train import draw_masks, main, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,8 +103,8 @@ def outcome(dataset: Path, variant: str, network_class: Any = TwoColumnNet) -> d
         with feed.training(data, recipe, (device, device)) as loader:
             batch = next(loader)
         for _ in range(4):
-            drop = drawn_masks(network, recipe.train.seed, batch)
-            losses = update(network, optimiser, batch, drop, rates, recipe.train, Watch(network))
+            drop = draw_masks(network, recipe.train.seed, batch)
+            losses = train_step(network, optimiser, batch, drop, rates, recipe.train, Watch(network))
         parts = optimiser.velocity
         if network_class is TwoColumnNet:
             return {"loss": losses.cpu(), **network.gathered(parts)}
@@ -129,10 +129,10 @@ def test_a_run_is_resumed(dataset: Path, tmp_path: Path, variant: str):
     words = (*TINY, "train.validate_every=2", "train.checkpoint_every=2", "train.keep=9", *settings(variant))
     first, second = (recipes.load("tiny", (*words, f"train.steps={steps}")) for steps in (4, 8))
     run = tmp_path / "run"
-    train(dataset, run, first, devices(), Start())
+    main(Settings(dataset, run, first, devices()))
     begun = checkpoints.load(run)
     assert begun.step == 4
-    train(dataset, run, second, devices(), Start(resumed=begun))
+    main(Settings(dataset, run, second, devices(), resumed=begun))
     ended = checkpoints.load(run)
     assert (ended.step, ended.loader["step"], len(ended.history)) == (8, 8, 2)
     for name, w in ended.weights.items():

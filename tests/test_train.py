@@ -17,8 +17,8 @@ from trainer import data as feed
 from trainer import recipe as recipes
 from trainer.metrics import read
 from trainer.model import Grouped
-from trainer.step import update
 from trainer.tally import top_k_errors
+from trainer.train import train_step
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_numbers_that_are_not_finite_stop_the_run_within_50_steps(
 ):
     """Far from any log line, validation or checkpoint; what a log line would tell of is told all the same."""
     taken = []
-    monkeypatch.setattr("trainer.train.update", lambda *given: taken.append(given[2].step) or update(*given))
+    monkeypatch.setattr("trainer.train.train_step", lambda *given: taken.append(given[2].step) or train_step(*given))
     rare = [f"train.{what}=1000" for what in ("log_every", "validate_every", "checkpoint_every")]
     assert train(dataset, tmp_path / "r", 7, *rare).exit_code == 0
     result = resume(dataset, tmp_path / "r", "train.steps=1000", "optim.lr=1e38")

@@ -87,6 +87,7 @@ def load_devices(library: str) -> None:
 def steps(name: str) -> list[int]:
     """Train, evaluate, save and load a recipe's network; return the count of parameters on each of its devices."""
     import torch
+    from trainer.step import update
 
     from pipeline.online.batch import Batch
     from trainer import recipe as recipes
@@ -96,7 +97,6 @@ def steps(name: str) -> list[int]:
     from trainer.nonfinite import Watch
     from trainer.optim import Momentum, Schedule
     from trainer.parallel import TwoColumnNet
-    from trainer.step import update
 
     recipe = recipes.load(name, [f"train.batch_size={BATCH}"])
     model, classes = recipe.model, recipe.model.classes or 1000
@@ -128,10 +128,9 @@ def replicas(name: str) -> list[int]:
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
-    from trainer.replicas import Replicas
 
     from trainer import recipe as recipes
-    from trainer.distributed import World
+    from trainer.distributed import Replicas, World
     from trainer.parallel import TwoColumnNet
 
     model = recipes.load(name).model

@@ -1,6 +1,7 @@
 """python -m trainer COMMAND"""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -8,31 +9,21 @@ from typing import Any
 
 import click
 
-COMMANDS = {
-    "train": "Train on DATA's training split.",
-    "evaluate": "Compute top-1 and top-5 error over every image of a split.",
-    "ensemble": "Average the probabilities of several networks.",
-    "predict": "Print the five most probable labels of each picture.",
-    "figures": "Draw RUN/figures/*.png and the page RUN/report.html.",
-    "index": "Write the features of every image of a split.",
-    "similar": "Find the images of an index nearest to each PICTURE.",
-    "export": "Write a run's network for other programs.",
+MODULES = {  # command → its module, and one line of help
+    "train": ("train", "Train on DATA's training split."),
+    "evaluate": ("commands.evaluate", "Compute top-1 and top-5 error over every image of a split."),
+    "ensemble": ("commands.ensemble", "Average the probabilities of several networks."),
+    "predict": ("commands.predict", "Print the five most probable labels of each picture."),
+    "figures": ("commands.figures", "Draw RUN/figures/*.png and the page RUN/report.html."),
+    "index": ("commands.index", "Write the features of every image of a split."),
+    "similar": ("commands.similar", "Find the images of an index nearest to each PICTURE."),
+    "export": ("commands.export", "Write a run's network for other programs."),
 }
-
-MODULES = {
-    "train": "commands.train",
-    "evaluate": "commands.evaluate",
-    "ensemble": "commands.ensemble",
-    "predict": "commands.predict",
-    "figures": "commands.figures",
-    "index": "commands.index",
-    "similar": "commands.similar",
-    "export": "commands.export",
-}
+COMMANDS = {name: line for name, (_, line) in MODULES.items()}
 
 
 class LazyGroup(click.Group):
-    """List commands by `lines` (name → one line of help) without importing them; `load` imports the one that runs."""
+    """List commands by `lines` (name → help) without importing them; `load` imports the one that runs."""
 
     def __init__(self, *, lines: Mapping[str, str], load: Callable[[str], click.Command], **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -55,11 +46,16 @@ class LazyGroup(click.Group):
 
 
 def load(name: str) -> click.Command:
-    """Import a command of COMMANDS; products of float32 are exact, as in 2012, until a recipe chooses otherwise."""
-    from trainer.parallel import reference_precision  # imports torch
+    """Import a command, and torch; products of float32 are exact, as in 2012, until a recipe says otherwise."""
+    # Threads that spin for long while another program has the core of the one they wait for cost most of a step: beside
+    # two busy processes on two cores, `tiny` has 20 images/s by default and 90 with this. libgomp reads the variable
+    # when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from trainer.parallel import reference_precision
 
     reference_precision()
-    command: click.Command = getattr(import_module(f"{__package__}.{MODULES[name]}"), name)
+    command: click.Command = getattr(import_module(f"{__package__}.{MODULES[name][0]}"), name)
     return command
 
 

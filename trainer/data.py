@@ -1,8 +1,9 @@
-"""What a recipe asks of the loader."""
+"""A recipe's data: its steps on a data set, and the loaders of training and evaluation."""
 
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from pipeline import UserError
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
 from trainer.devices import local_rank
+from trainer.distributed import SINGLE, World
 from trainer.recipe import Recipe
 
 BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images; several views make as many inputs of each
@@ -17,17 +19,17 @@ CPU = (torch.device("cpu"),)
 
 
 def steps_per_epoch(dataset: Manifest, recipe: Recipe) -> int:
-    """The last batch of an epoch may be short."""
+    """Return the number of batches of an epoch; the last one may be short."""
     return -(-dataset.split("train").samples // recipe.train.batch_size)
 
 
 def steps_of(dataset: Manifest, recipe: Recipe) -> int:
-    """Of the whole run."""
+    """Return the number of steps of the whole run."""
     return recipe.train.steps or max(1, round(recipe.train.epochs * steps_per_epoch(dataset, recipe)))
 
 
 def require_pictures(dataset: Manifest, recipe: Recipe) -> None:
-    """Raise UserError where the network cannot see the data set's pictures."""
+    """Raise UserError if the network cannot see the data set's pictures."""
     if dataset.recipe.crop != "centre":
         raise UserError(f"{dataset.root}: built with --crop none, of whole pictures; build with --crop centre")
     size, view = dataset.recipe.size, recipe.model.size
@@ -38,35 +40,35 @@ def require_pictures(dataset: Manifest, recipe: Recipe) -> None:
         )
 
 
+def require_few_bad(bad: Sequence[int], recipe: Recipe, step: int) -> None:
+    """Raise UserError if the samples that failed in all ranks are too many; each rank has met fewer."""
+    if len(bad) > recipe.data.max_bad:
+        raise UserError(
+            f"step {step}: {len(bad)} samples failed in all processes, allowed: data.max_bad={recipe.data.max_bad}; "
+            "look at the data with tools/verify_shards.py"
+        )
+
+
 def training(
     dataset: Manifest,
     recipe: Recipe,
     devices: Sequence[torch.device] = CPU,
+    world: World = SINGLE,
     batch_size: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
 ) -> Loader:
-    """The training split, as process `rank` of a run sees it.
-
-    Raises UserError where data set and recipe do not fit together.
-    """
-    require_pictures(dataset, recipe)
-    until = recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs
-    return Loader(
+    """Return the loader of the training split, as a rank of a run sees it. Raises UserError as `require_pictures`."""
+    return _loader(
         dataset,
+        recipe,
         "train",
+        devices,
+        world,
         batch_size=batch_size or recipe.train.batch_size,
-        rank=rank,
-        ranks=ranks,
-        threads=threads(),
         seed=recipe.train.seed,
         order=recipe.data.order,
         max_bad=recipe.data.max_bad,
-        device=tuple(devices),
-        view=recipe.model.size,
-        mean=recipe.data.mean,
         lighting=recipe.data.lighting,
-        lighting_until=math.ceil(until),
+        lighting_until=math.ceil(recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs),
         positions=recipe.data.positions,
         crop_chunk=recipe.data.crop_chunk,
     )
@@ -79,25 +81,17 @@ def evaluation(
     views: str,
     devices: Sequence[torch.device],
     batch_size: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
+    world: World = SINGLE,
 ) -> Loader:
-    """Every image of a split once, as the centre view, ten views, or nine. Raises UserError as `training`."""
+    """Return a loader of every image of a split once, as the centre view, ten views, or nine. Raises as `training`."""
+    size = BATCH_SIZE[views] * world.size if batch_size is None else batch_size
+    return _loader(dataset, recipe, split, devices, world, batch_size=size, views=views)
+
+
+def _loader(
+    dataset: Manifest, recipe: Recipe, split: str, devices: Sequence[torch.device], world: World, **options: Any
+) -> Loader:
     require_pictures(dataset, recipe)
-    return Loader(
-        dataset,
-        split,
-        batch_size=BATCH_SIZE[views] * ranks if batch_size is None else batch_size,
-        rank=rank,
-        ranks=ranks,
-        threads=threads(),
-        device=tuple(devices),
-        views=views,
-        view=recipe.model.size,
-        mean=recipe.data.mean,
-    )
-
-
-def threads() -> int:
-    """Of a process's decoder: its share of the cores that the job may use on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // local_rank()[1])
+    threads = max(1, len(os.sched_getaffinity(0)) // local_rank()[1])  # this process's share of the machine's cores
+    options |= {"view": recipe.model.size, "mean": recipe.data.mean, "device": tuple(devices), "threads": threads}
+    return Loader(dataset, split, rank=world.rank, ranks=world.size, **options)

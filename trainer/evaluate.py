@@ -76,7 +76,7 @@ def predictions(
     shown = next((each for each in views if each != "centre"), "centre")
     assert {*views} <= {shown, "centre"}, views
     centre = _centre(shown, data.recipe.size, recipe.model.size)
-    with feed.evaluation(data, recipe, split, shown, network.devices, batch_size, world.rank, world.size) as loader:
+    with feed.evaluation(data, recipe, split, shown, network.devices, batch_size, world) as loader:
         began, images = time.perf_counter(), 0
         for batch in loader:
             rows = torch.stack([torch.from_numpy(batch.ids), batch.labels.cpu()], 1).double()

@@ -1,55 +1,79 @@
-"""A request to end: SIGTERM, Ctrl-C or a lost terminal lets the step in hand end and the run be saved."""
+"""Early ends of a run: a signal that asks for one, and the remedy that each error names."""
 
 import signal
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from pipeline import UserError
+from trainer import checkpoint as checkpoints
+from trainer.distributed import RankLost, World
+from trainer.nonfinite import Diverged
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Stopped(UserError):
-    """The end that was asked for, after the run was saved."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number  # as a shell has it: 143 for SIGTERM, 130 for SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal is lost
 
 
-class Stop:
-    """Takes note of SIGTERM, SIGINT and SIGHUP while it is a context; a second one acts as it would have without it."""
+class StopRequest:
+    """Notes SIGTERM, SIGINT and SIGHUP within its context; a second signal acts as it would without it."""
 
-    def __init__(self) -> None:
-        self._asked: int | None = None
-        self._before: dict[int, Any] = {}
+    number: int | None = None  # of the signal
 
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's `&` have it
-                    self._before[number] = signal.signal(number, self._note)
+    def __enter__(self) -> "StopRequest":
+        # those that nohup and a shell's `&` ignore stay ignored
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in heard}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
-    @property
-    def asked(self) -> bool:
-        return self._asked is not None
-
-    def obey(self, step: int) -> None:
-        """Raise Stopped: the end was asked for, of this process or of another, and the run is saved up to `step`."""
-        number = signal.SIGTERM if self._asked is None else self._asked
-        name = signal.Signals(number).name if self._asked is not None else "another process was asked to end"
-        raise Stopped(f"{name}: stopped and saved after step {step}; go on by --resume", number)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number
+        self.number = number
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}
+
+
+class Stopped(UserError):
+    """The end that a signal asked for, once the run is saved."""
+
+    def __init__(self, step: int, number: int | None) -> None:
+        """`number`: of this process's signal; None: another process of the job had one."""
+        name = signal.Signals(number).name if number else "another process was asked to end"
+        super().__init__(f"{name}: stopped and saved after step {step}; go on by --resume")
+        self.exit_code = 128 + (number or signal.SIGTERM)  # as shells count: 143 for SIGTERM, 130 for SIGINT
+
+
+@contextmanager
+def remedies(run: Path, world: World) -> Iterator[None]:
+    """Add to the errors of a training run what the user can do; every rank calls it.
+
+    Raises:
+        UserError: the error with its remedy. SystemExit in other ranks than the main one, which all end alike.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{error.args[0].splitlines()[0]} Lower train.batch_size, or name other --devices") from error
+    except RankLost as error:
+        raise RankLost(f"{error}; go on by --resume, with as many processes as there are") from error
+    except (Diverged, Stopped) as error:
+        if not world.is_main:
+            raise SystemExit(error.exit_code) from error
+        if isinstance(error, Stopped):
+            raise
+        files = checkpoints.files(run)
+        if not files:
+            raise Diverged(f"{error}; the first weights are too large: lower the layers' sd") from error
+        step = int(files[-1].stem.removeprefix("step-"))
+        raise Diverged(
+            f"{error}; the checkpoint of step {step} is from before: lower optim.lr and go on from it, "
+            "--resume --set optim.lr=…"
+        ) from error

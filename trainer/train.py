@@ -1,222 +1,312 @@
-"""A training run, from the first step or from a checkpoint, in one process or in each of a job's."""
+"""python -m trainer train: learn a data set's split `train`, in one process or in each of a job's."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from pipeline import UserError, manifest
+from pipeline.cli import Command
+from pipeline.online.batch import Batch
+from pipeline.online.devices import missing_device
 from trainer import checkpoint as checkpoints
-from trainer import data as feed
-from trainer import nonfinite, resume
+from trainer import data as loaders
+from trainer import nonfinite
+from trainer import recipe as recipes
+from trainer import run as runs
 from trainer.checkpoint import Checkpoint
-from trainer.distributed import SINGLE, AnyRank, RankLost, Replicas, World
-from trainer.evaluate import evaluate
-from trainer.journal import Journal
-from trainer.layers import multiply_adds, parameter_count
-from trainer.model import initial_weights
-from trainer.nonfinite import Diverged, Watch
-from trainer.optim import Momentum, Schedule
+from trainer.commands.figures import drawn
+from trainer.devices import choose_devices
+from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
+from trainer.dropout import masks as drawn_masks
+from trainer.evaluate import evaluate, labelled
+from trainer.model import Masks, initial_weights
+from trainer.nonfinite import Watch
+from trainer.optim import Momentum, Rates, Schedule
+from trainer.options import DATA, DEVICES, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
-from trainer.recipe import Recipe, flat, to_dict
-from trainer.step import drawn_masks, update
-from trainer.stop import Stop, Stopped
+from trainer.recipe import TrainRecipe
+from trainer.run import Settings
+from trainer.stop import Stopped, StopRequest, remedies
 from trainer.window import LogInterval
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: nowhere, with the weights of another run's layers, or where it was."""
+def draw_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
+    """Return the dropout masks of a batch for each column, drawn on its device."""
+    dropout = network.recipe.dropout
+    units = {layer.name: layer.width for layer in network.layers if dropout and "dropout" in layer.recipe.then}
+    size, position = len(batch.ids), batch.place
+    masks = {
+        device: drawn_masks(seed, batch.step, size, units, dropout, device, position) for device in network.devices
+    }
+    return [masks[device] for device in network.devices]
 
-    resumed: Checkpoint | None = None  # its tensors are needed in the first process alone
-    other_data: bool = False  # whether it may be on other data than the checkpoint's
-    init: Checkpoint | None = None  # likewise
-    init_layers: tuple[str, ...] = ()  # none: all that fit
+
+def train_step(
+    network: TwoColumnNet | Replicas,
+    optimiser: Momentum,
+    batch: Batch,
+    masks: Masks | Sequence[Masks],
+    rates: dict[str, Rates],
+    recipe: TrainRecipe,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Update the weights by a batch; return the sum of its losses in nats, a scalar on the first device.
+
+    Of several ranks, each has its part of the batch and the sum of that part's losses; `Replicas` adds up gradients. A
+    short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
+    """
+    optimiser.freeze(rates)
+
+    # forward
+    with torch.autocast(network.devices[0].type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        logits = network(batch.replicas, masks)  # (n, classes)
+
+    # loss
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    losses = F.cross_entropy(logits, batch.labels, reduction="sum")
+
+    # backward
+    if losses.requires_grad:  # else every layer is frozen
+        (losses / recipe.batch_size).backward()
+    if watch:
+        watch.note(batch.step, losses.detach())
+
+    # update
+    optimiser.step(rates)
+    return losses.detach()
 
 
-def train(
-    data: Path,
-    run: Path,
-    recipe: Recipe,
-    devices: tuple[torch.device, ...],
-    start: Start,
-    world: World = SINGLE,
-) -> None:
-    """Train on the split `train` of `data` to the end of the recipe; leave recipe, metrics and checkpoints in `run`.
+def main(settings: Settings, world: World = SINGLE) -> None:
+    """Train to the end of the recipe; leave recipe, metrics and checkpoints in the run directory.
 
-    Every process of a job calls it with its own devices. They share each global batch; only the first needs `run`.
+    Every process of a job calls it with devices of its own. They share each global batch; only the main one writes.
 
     Raises:
-        UserError: `run` exists and is not resumed; data, recipe and checkpoint do not fit together, or are not those
-            of the other processes; a number is not finite; a disk is full; another process is gone.
+        UserError: the directory holds a run that is not resumed; data, recipe and checkpoint do not fit together, or
+            are not those of the other processes; a number is not finite; a disk is full; another process is gone.
         Stopped: a signal asked for the end. The run is saved.
     """
-    try:
-        _train(data, run, recipe, devices, start, world)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{error.args[0].splitlines()[0]} Lower train.batch_size, or name other --devices") from error
-    except RankLost as error:
-        raise RankLost(f"{error}; go on by --resume, with as many processes as there are") from error
-    except (Diverged, Stopped) as error:
-        if not world.is_main:  # every process finds the same
-            raise SystemExit(error.exit_code) from error
-        if isinstance(error, Stopped):
-            raise
-        found = checkpoints.files(run)
-        if not found:
-            raise Diverged(f"{error}; the first weights are too large: lower the layers' sd") from error
-        step = int(found[-1].stem.removeprefix("step-"))
-        raise Diverged(
-            f"{error}; the checkpoint of step {step} is from before: lower optim.lr and go on from it, "
-            "--resume --set optim.lr=…"
-        ) from error
+    recipe, devices, resumed = settings.recipe, settings.devices, settings.resumed
 
-
-def _train(
-    data: Path, run: Path, recipe: Recipe, devices: tuple[torch.device, ...], start: Start, world: World
-) -> None:
-    # everything that can be refused, before anything is written
-    resumed = start.resumed
+    # ---- Data; whatever can be refused is refused before anything is written. ----
     with world.raise_together():
-        dataset = manifest.load(data)
+        dataset = manifest.load(settings.data)
         classes = tuple(record.wnid for record in dataset.classes)
-        resume.require_classes(recipe, dataset)
-        steps, steps_per_epoch = feed.steps_of(dataset, recipe), feed.steps_per_epoch(dataset, recipe)
+        steps, steps_per_epoch = loaders.steps_of(dataset, recipe), loaders.steps_per_epoch(dataset, recipe)
+        validated = "val" in dataset.splits and dataset.split("val").samples > 0 and labelled(dataset, "val")
+        runs.require_trainable(dataset, recipe, validated)
         if resumed:
-            resume.require_same(resumed, recipe, dataset, run, start.other_data)
-            resume.require_unfinished(resumed, recipe, steps, run)
+            runs.require_resumable(settings, resumed, dataset, steps)
         elif world.is_main:
-            resume.require_fresh(run)
-        feed.require_pictures(dataset, recipe)
-        validated = resume.require_labels(dataset, recipe)
-    place = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
-    facts = {"the data set": dataset.identity, "devices:": place, "torch": torch.__version__}
-    world.require_equal_settings({**flat(to_dict(recipe)), **facts})
+            runs.require_fresh(settings.run)
+        loaders.require_pictures(dataset, recipe)
+    placement = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
+    versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
+    world.require_equal_settings({**recipes.flat(recipes.to_dict(recipe)), **versions})
 
-    # network, optimiser, schedule
+    # ---- Network, optimiser, schedule. ----
     reference_precision(recipe.train.precision)
     network = TwoColumnNet(recipe.model, len(classes), devices, recipe.train.compile, recipe.train.channels_last)
     optimiser, schedule = Momentum(network.parts(), recipe.optim.momentum), Schedule(recipe, steps)
     with world.raise_together():
         if resumed:
-            schedule.load_state(resumed.progress["schedule"], forget_errors=start.other_data)
+            schedule.load_state(resumed.progress["schedule"], forget_errors=settings.other_data)
         if resumed and world.is_main:
             network.load(resumed.weights)
             optimiser.velocity = network.scatter(resumed.velocity)
         elif world.is_main:
             weights = initial_weights(recipe.model, len(classes), recipe.train.seed)
-            taken = resume.taken_over(weights, start.init, start.init_layers, classes)
-            network.load(weights | taken)
-            del weights, taken
-    replicas = Replicas(network, world)  # with the first process's weights
+            if settings.init:
+                weights |= runs.weights_taken(settings.init, settings.init_layers, weights, classes)
+            network.load(weights)
+            del weights
+    replicas = Replicas(network, world)  # with the main process's weights
     world.broadcast([v for part in optimiser.velocity for v in part.values()])
-    counts = parameter_count(recipe.model, len(classes)), multiply_adds(recipe.model, len(classes)) / 1e6
-    latest = resume.entry(resumed, start.init, recipe, dataset, devices, world.size)
-    history = (*(resumed.history if resumed else ()), latest)
 
-    began = resumed.step if resumed else 0
     with ExitStack() as stack:
-        stop, vote = stack.enter_context(Stop()), AnyRank(world)
+        # ---- Outputs, loader, watches. ----
+        stop, any_rank = stack.enter_context(StopRequest()), AnyRank(world)
+        entry = runs.history_entry(settings, dataset, world.size)
+        history = (*(resumed.history if resumed else ()), entry)
         with world.raise_together():
-            journal = stack.enter_context(Journal(run, recipe, history, steps, began)) if world.is_main else None
-            loader = stack.enter_context(feed.training(dataset, recipe, devices, rank=world.rank, ranks=world.size))
+            writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
+            loader = stack.enter_context(loaders.training(dataset, recipe, devices, world))
             if resumed:
-                there = {**loader.state_dict(), "step": began} if start.other_data else resumed.loader
-                loader.load_state_dict(there)
-        if journal:
-            each = f", in each of {world.size} processes" if world.size > 1 else ""
-            journal.say(
-                f"{counts[0]:,} parameters, {counts[1]:,.1f} million multiply-adds an image; {_where(devices)}{each}"
-            )
-            for news in resume.said(history):
-                journal.say(news)
-            if not validated:
-                journal.say("no validation split, or not every image of it has a label: the run is not validated")
-
+                same_step = {**loader.state_dict(), "step": settings.start}
+                loader.load_state_dict(same_step if settings.other_data else resumed.loader)
         watch = Watch(network, world)
-        window = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
+        interval = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
+        if writers:
+            for text in runs.introduction(recipe, len(classes), validated, history):
+                writers.console.say(text)
 
-        def save(step: int, best: bool = False, last: bool = False) -> None:
-            """Hand a checkpoint to its writer; raises Diverged where there is nothing worth saving."""
+        def save(step: int, best: bool = False, over: bool = False, last: bool = False) -> None:
+            """Hand a checkpoint to its writer, and wait if it is the last. Raises Diverged: a number is not finite."""
             watch.check()
             tensors = [w for parts in (network.parts(), optimiser.velocity) for part in parts for w in part.values()]
             replicas.require_equal(step, tensors)
-            remembered = {"schedule": schedule.state(), "window": window.state(), "steps": steps, "over": over}
-            bad = {sample for samples in world.all_gather(loader.bad) for sample in samples}
-            state = {**loader.state_dict(), "bad": sorted(bad)}
+            progress = {"schedule": schedule.state(), "window": interval.state(), "steps": steps, "over": over}
+            bad = sorted({sample for samples in world.all_gather(loader.bad) for sample in samples})
+            state = {**loader.state_dict(), "bad": bad}, progress, history
             with world.raise_together():
-                if len(bad) > recipe.data.max_bad:  # each process has met fewer
-                    raise UserError(
-                        f"step {step}: {len(bad)} samples failed in all processes, allowed: "
-                        f"data.max_bad={recipe.data.max_bad}; look at the data with tools/verify_shards.py"
-                    )
-                if journal:
+                loaders.require_few_bad(bad, recipe, step)
+                if writers:
                     weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
                     nonfinite.require_finite(step, weights)
-                    identity = dataset.identity
-                    checkpoint = Checkpoint(
-                        step, recipe, classes, identity, weights, velocity, state, remembered, history
-                    )
-                    journal.save(checkpoint, best, last)
+                    saved = Checkpoint(step, recipe, classes, dataset.identity, weights, velocity, *state)
+                    path = writers.checkpoints.save(saved, best)
+                    if last:
+                        writers.checkpoints.close()
+                        writers.console.say(f"checkpoint: {path}")
 
-        over = False  # by a last plateau, before its steps are done
-        if not resumed or history[-1]["changed"] or start.other_data:
-            save(began)  # so that there is one before whatever happens, and what was changed holds
+        if not resumed or entry["changed"] or settings.other_data:
+            save(settings.start)  # to go on from, whatever happens; and what was changed holds
 
-        # the loop; the devices are waited for at log lines, validations, checkpoints, and every nonfinite.EVERY steps
+        # ---- The loop. Only log lines, validations, checkpoints and `watch.check` wait for the devices. ----
         for batch in loader:
             rates = schedule.rates(batch.step)
-            drop = drawn_masks(network, recipe.train.seed, batch)
+            masks = draw_masks(network, recipe.train.seed, batch)
             with world.collective():
-                losses = update(replicas, optimiser, batch, drop, rates, recipe.train, watch)
-            window.add(losses, len(batch.ids))
+                losses = train_step(replicas, optimiser, batch, masks, rates, recipe.train, watch)
+            interval.add(losses, len(batch.ids))
 
             done = batch.step + 1
-            epoch_ends = done % steps_per_epoch == 0
-            ended = done == steps
-            if journal:
-                journal.step(done)
-            if done % nonfinite.EVERY == 0:
+            ending, epoch_ends = done == steps, done % steps_per_epoch == 0
+            logging = ending or done % recipe.train.log_every == 0
+            validating = validated and (ending or _due(recipe.train.validate_every, done, epoch_ends))
+            if logging or validating or done % nonfinite.EVERY == 0:
                 watch.check()
-            if done % recipe.train.log_every == 0 or ended:
-                watch.check()
-                found, said = window.close()
+            if writers:
+                writers.console.step(done)
+
+            # log
+            if logging:
+                figures, stall = interval.close()
                 with world.raise_together():
-                    if journal:
-                        layers = nonfinite.update_ratios(network.parts(), optimiser.velocity, rates)
-                        lr = schedule.lr(batch.step)
-                        journal.train({"step": done, "epoch": batch.epoch, "lr": lr, **found, "layers": layers}, said)
-            best = False
-            if validated and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
-                watch.check()
-                with window.paused():
+                    if writers:
+                        line = {"step": done, "epoch": batch.epoch, "lr": schedule.lr(batch.step), **figures}
+                        line["layers"] = nonfinite.update_ratios(network.parts(), optimiser.velocity, rates)
+                        writers.checkpoints.look()
+                        writers.metrics.train(line)
+                        writers.console.train(line, stall)
+
+            # validate
+            best, plateau = False, None
+            if validating:
+                with interval.paused():
                     errors = evaluate(network, dataset, recipe, "val", "centre", world)
-                best = schedule.is_best(errors.top1_error)
-                what = schedule.validated(errors.top1_error)
-                over = what == "end"
-                ended = ended or over
+                best, plateau = schedule.is_best(errors.top1_error), schedule.validated(errors.top1_error)
                 with world.raise_together():
-                    if journal:
-                        journal.validation({"step": done, "epoch": batch.epoch, **errors.to_dict()})
-                if journal and what == "drop":
-                    journal.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
-            asked = vote(stop.asked)  # now: a validation takes long
-            if best or ended or asked or _due(recipe.train.checkpoint_every, done, epoch_ends):
-                with window.paused():
-                    save(done, best, ended or asked)
-            if ended:
+                    if writers:
+                        line = {"step": done, "epoch": batch.epoch, **errors.to_dict()}
+                        writers.metrics.validation(line)
+                        writers.console.validation(line)
+                if writers and plateau == "drop":
+                    writers.console.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
+                ending = ending or plateau == "end"
+
+            # save
+            stopping = any_rank(stop.number is not None)  # asked for now: a validation takes long
+            if best or ending or stopping or _due(recipe.train.checkpoint_every, done, epoch_ends):
+                with interval.paused():
+                    save(done, best, over=plateau == "end", last=ending or stopping)
+            if ending:
                 break
-            if asked:
-                stop.obey(done)
+            if stopping:
+                raise Stopped(done, stop.number)
 
 
 def _due(every: int, done: int, epoch_ends: bool) -> bool:
-    """Whether it is time for what happens every so many steps, or, for 0, at the end of each epoch."""
+    """Return True once every so many steps or, for 0, at the end of each epoch."""
     return done % every == 0 if every else epoch_ends
 
 
-def _where(devices: tuple[torch.device, ...]) -> str:
-    if len(devices) == 1:
-        return f"one column on {devices[0]}"
-    return f"two columns on {devices[0]} and {devices[1]}"
+@click.command(cls=Command)
+@DATA
+@click.option("--out", "run", type=PATH, required=True, help="The run directory.")
+@click.option("--recipe", help="A file in trainer/recipes without .toml, or a path.  [default: original]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as train.steps=4; may be repeated."
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
+@click.option(
+    "--other-data", is_flag=True, help="Resume on other data than the checkpoint's, of the same classes, too."
+)
+@click.option(
+    "--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run or checkpoint that fit."
+)
+@click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
+@DEVICES
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    default=PATIENCE,
+    show_default=True,
+    help="Seconds that a process of torchrun waits for another before it holds it for gone.",
+)
+def train(
+    data: Path,
+    run: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    other_data: bool,
+    init: Path | None,
+    init_layers: str | None,
+    devices: str | None,
+    patience: float,
+) -> None:
+    """Train on DATA's training split.
+
+    \b
+    Examples:
+      python -m trainer train --data /data/imagenet-256 --out runs/1
+      python -m trainer train --data photos-256 --recipe tiny --out runs/2 --devices cpu,cpu
+      python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
+      torchrun --nproc-per-node 4 -m trainer train --data /data/imagenet-256 --out runs/1   (docs/scale-out.md)
+    """
+    with join(patience) as world:
+        with world.raise_together():
+            _require_possible(run, recipe, resume, other_data, init, init_layers)
+            resumed = checkpoints.load(run) if resume and world.is_main else None
+            initial = checkpoints.load(init) if init and world.is_main else None
+        resumed = checkpoints.shared(world, resumed)
+        options = {"--resume": resume, "--other-data": other_data, "--init": init and str(init)}
+        world.require_equal_settings({**options, "--init-layers": init_layers})
+        with world.raise_together():
+            base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
+            chosen = recipes.override(base, overrides)
+            where = choose_devices(devices, chosen.model.columns)
+            layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
+            if init_layers is not None and not layers:
+                raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
+        if devices is None and where[0].type == "cpu" and torch.version.cuda and world.is_main:
+            click.echo(f"training on the CPU: {missing_device(0)}", err=True)
+        with remedies(run, world):
+            main(Settings(data, run, chosen, where, resumed, other_data, initial, layers), world)
+    if world.is_main:
+        try:
+            click.echo(f"page: {drawn(data, run, where)[-1]}")
+        except UserError as error:  # a sample that does not decode, say: the run is whole, and saved
+            click.echo(f"no page: {error}", err=True)
+
+
+def _require_possible(
+    run: Path, recipe: str | None, resume: bool, other_data: bool, init: Path | None, init_layers: str | None
+) -> None:
+    """Raise UserError where options contradict each other."""
+    if resume and (recipe or init):
+        option, value = ("--recipe", recipe) if recipe else ("--init", init)
+        raise UserError(f"{option} {value}: a resumed run keeps its own; change single keys with --set")
+    if other_data and not resume:
+        raise UserError("--other-data: is for --resume; a new run takes any data")
+    if init_layers is not None and init is None:
+        raise UserError(f"--init-layers {init_layers}: name the run that they come from, too: --init CHECKPOINT")
+    if resume and run.is_file():
+        raise UserError(f"{run}: is a file; name the run directory as --out, and it goes on from its newest checkpoint")

@@ -25,7 +25,7 @@ from trainer import layers, model, nonfinite, optim, parallel
 from trainer import recipe as recipes
 from trainer.model import Masks, Weights
 from trainer.recipe import Recipe
-from trainer.step import drawn_masks, update
+from trainer.train import draw_masks, train_step
 
 FP32 = "fp32"  # the variant that the others are compared with
 CLASSES = 1000  # of the network, at least
@@ -207,13 +207,13 @@ def penstock(network_class: Any, plan: Recipe, classes: int, devices: Sequence[t
     rates = optim.Schedule(plan, 1).rates(0)
 
     def step(batch: Batch) -> Tensor:
-        return update(network, optimiser, batch, drawn_masks(network, train.seed, batch), rates, train, watch)
+        return train_step(network, optimiser, batch, draw_masks(network, train.seed, batch), rates, train, watch)
 
     return step, operations([layer.multiply_adds for layer in layers.plan(plan.model, classes)])
 
 
 class Grouped(model.Grouped):
-    """The whole network on the first device, with grouped convolutions and no columns, as `update` takes a network."""
+    """The whole network on the first device, with grouped convolutions and no columns, for `train_step`."""
 
     def __init__(
         self, recipe: layers.ModelRecipe, classes: int, devices: Sequence[torch.device], compile: str, last: bool

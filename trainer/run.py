@@ -1,0 +1,208 @@
+"""A run and its directory: what may start there, the lock, the history, and the weights taken from another run."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import UserError
+from pipeline.files import ASIDE, sweep, write_bytes_aside
+from pipeline.manifest import Manifest
+from trainer import checkpoint as checkpoints
+from trainer.checkpoint import Checkpoint
+from trainer.layers import multiply_adds, parameter_count
+from trainer.metrics import Metrics
+from trainer.model import Weights
+from trainer.progress import Progress
+from trainer.recipe import Recipe, difference, to_dict
+from trainer.saver import Saver
+
+# Keys that the weights and the sequence of batches depend on; all others may change on resume
+FIXED = ("model.", "data.", "train.seed", "train.batch_size")
+FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad")
+OWN = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
+REMEMBERED = {"schedule", "window", "steps", "over"}  # keys of a checkpoint's `progress`
+History = tuple[dict[str, Any], ...]  # an entry for each start of the run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run as asked for: a new one, perhaps with layers of another (`init`), or one that goes on (`resumed`)."""
+
+    data: Path
+    run: Path
+    recipe: Recipe
+    devices: tuple[torch.device, ...]  # of this process, one for each column
+    resumed: Checkpoint | None = None  # its tensors are in the main process alone
+    other_data: bool = False  # the data set may be another than the checkpoint's
+    init: Checkpoint | None = None  # in the main process alone
+    init_layers: tuple[str, ...] = ()  # empty: all that fit
+
+    @property
+    def start(self) -> int:
+        """Return the number of steps that are done."""
+        return self.resumed.step if self.resumed else 0
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The outputs of an open run directory, and of the terminal."""
+
+    metrics: Metrics
+    checkpoints: Saver
+    console: Progress
+
+
+@contextmanager
+def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers]:
+    """Make and lock the directory of a run of so many steps until the context ends; write recipe.json, history.json.
+
+    Raises UserError: another process trains there; a disk is full.
+    """
+    run, keep, start = settings.run, settings.recipe.train.keep, settings.start
+    with _locked(run):
+        sweep(run)  # files that a killed process left half-written
+        for name, value in (("recipe.json", to_dict(settings.recipe)), ("history.json", history)):
+            write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
+        with Metrics(run, start) as metrics, Saver(run, keep) as saver, Progress(steps, start) as console:
+            yield Writers(metrics, saver, console)
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    run.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run}: another process trains there; wait for its end, or name another --out") from error
+        yield
+    finally:
+        os.close(folder)
+
+
+def require_fresh(run: Path) -> None:
+    """Raise UserError unless a new run may start here: no directory, an empty one, or a run's without a checkpoint."""
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise UserError(f"{run}: is a file; name a directory as --out")
+    if checkpoints.files(run) or checkpoints.best_file(run).exists():
+        raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
+    others = [path.name for path in run.iterdir() if path.name not in OWN and path.suffix != ASIDE]
+    if others:
+        raise UserError(f"{run}: exists and is not a run directory (it has {min(others)}); name another --out")
+
+
+def require_trainable(dataset: Manifest, recipe: Recipe, validated: bool) -> None:
+    """Raise UserError if the data set lacks what the recipe needs. `validated`: it has labelled validation images."""
+    classes = len(dataset.classes)
+    if recipe.model.classes not in (0, classes):
+        raise UserError(
+            f"{dataset.root}: has {classes:,} classes, the recipe is meant for {recipe.model.classes:,} "
+            "(model.classes); name its data set, or --set model.classes=0"
+        )
+    unlabelled = int((dataset.samples("train")["label"] < 0).sum())
+    if unlabelled:
+        raise UserError(f"{dataset.root}: {unlabelled:,} training images have no label; build from labelled ones")
+    if recipe.optim.schedule == "plateau" and not validated:
+        raise UserError(
+            f"{dataset.root}: has no labelled validation images, and optim.schedule = 'plateau' looks at their error; "
+            "take 'drops'"
+        )
+
+
+def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest, steps: int) -> None:
+    """Raise UserError if data or recipe changed in what cannot change on resume, or if no steps are left to do."""
+    run, recipe = settings.run, settings.recipe
+    if not settings.other_data:
+        checkpoints.require_same_data(resumed, dataset.identity, run)
+    if resumed.classes != tuple(record.wnid for record in dataset.classes):
+        raise UserError(
+            f"{run}: has learned {len(resumed.classes):,} classes, {dataset.root} has {len(dataset.classes):,}, and "
+            "not the same; start a new run from its layers: --init"
+        )
+    if missing := REMEMBERED - resumed.progress.keys():
+        raise checkpoints.CheckpointError(f"{run}: its newest checkpoint lacks {', '.join(sorted(missing))}; delete it")
+    for key, (old, new) in difference(resumed.recipe, recipe).items():
+        if key.startswith(FIXED) and not key.startswith(FREE):
+            raise UserError(f"{run}: --set {key}: cannot change on resume ({old} → {new}); start a new run")
+    if resumed.step >= steps:
+        remedy = "--set train.epochs=N goes on"
+        if recipe.train.steps:
+            remedy = "--set train.steps=N goes on, and the times of its schedule stretch to that"
+        raise UserError(f"{run}: has done {resumed.step} steps, and {steps} are asked for; {remedy}")
+    if resumed.progress["over"]:
+        raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
+
+
+def weights_taken(source: Checkpoint, names: Sequence[str], own: Weights, classes: Sequence[str]) -> Weights:
+    """Return the weights of a checkpoint that a new network of weights `own` takes over.
+
+    Args:
+        names: of layers; empty: all that fit, by name and shape. The last one fits if the classes are the same, too.
+    Raises:
+        UserError: a layer that was named does not fit, or is not there; or none fits.
+    """
+    layers = list(dict.fromkeys(name.partition(".")[0] for name in own))
+    shapes = {name: w.shape for name, w in source.weights.items()}
+    fitting = [
+        layer
+        for layer in layers
+        if all(shapes.get(name) == w.shape for name, w in own.items() if name.startswith(f"{layer}."))
+        and (layer != layers[-1] or source.classes == classes)
+    ]
+    for name in names:
+        if name not in fitting:
+            shared = name in layers and f"{name}.weight" in shapes
+            reason = "its shape or its classes differ" if shared else "not in both networks"
+            raise UserError(f"--init-layers {name}: {reason}; those that fit are {', '.join(fitting) or 'none'}")
+    if not fitting:
+        raise UserError("--init: no layer of that network has the name and shape of one of this; name another")
+    return {name: w for name, w in source.weights.items() if name.partition(".")[0] in (names or fitting)}
+
+
+def history_entry(settings: Settings, dataset: Manifest, processes: int) -> dict[str, Any]:
+    """Return the entry of a start of the run: from which step, on what, and what changed."""
+    resumed, init = settings.resumed, settings.init
+    changed = difference(resumed.recipe, settings.recipe) if resumed else {}
+    return {
+        "step": settings.start,
+        "devices": [str(device) for device in settings.devices],
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dataset": dataset.identity,
+        "init": {"step": init.step, "dataset": init.dataset} if init else None,
+        "changed": {key: list(values) for key, values in changed.items()},
+    }
+
+
+def introduction(recipe: Recipe, classes: int, validated: bool, history: History) -> list[str]:
+    """Return the first lines of a run: its network, and what it changed if it was resumed."""
+    now = history[-1]
+    count, work = parameter_count(recipe.model, classes), multiply_adds(recipe.model, classes) / 1e6
+    columns = "one column on" if recipe.model.columns == 1 else "two columns on"
+    processes = f", in each of {now['processes']} processes" if now["processes"] > 1 else ""
+    lines = [
+        f"{count:,} parameters, {work:,.1f} million multiply-adds an image; {columns} {' and '.join(now['devices'])}"
+        + processes
+    ]
+    if len(history) > 1:
+        before, step = history[-2], now["step"]
+        lines += [f"from step {step}: {key} {old} → {new}" for key, (old, new) in now["changed"].items()]
+        for key in ("devices", "processes", "threads", "torch", "dataset"):
+            values = before.get(key, 1), now[key]  # older checkpoints know of one process only
+            if values[0] != values[1]:
+                old, new = (", ".join(value) if isinstance(value, list) else value for value in values)
+                lines.append(f"from step {step}: {key} {old} → {new}: the last bits of the weights may differ")
+    if not validated:
+        lines.append("no validation split, or not every image of it has a label: the run is not validated")
+    return lines
