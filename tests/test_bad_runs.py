@@ -148,7 +148,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_an_older_one_serves(dataset: P
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     newest = checkpoints.files(tmp_path / "run")[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    one_line(resume(dataset, tmp_path / "run"), newest.name, "delete it to use an older one, step-00000004.safetensors")
+    one_line(resume(dataset, tmp_path / "run"), newest.name, "delete it to use step-00000004.safetensors")
     newest.unlink()
     assert resume(dataset, tmp_path / "run").exit_code == 0
     assert_same_end(tmp_path / "whole", tmp_path / "run")

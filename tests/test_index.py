@@ -22,7 +22,7 @@ from retrieved import RECIPE, UNITS, index, save_run
 from runs import one_line
 from trainer import checkpoint as checkpoints
 from trainer import data as feed
-from trainer.network import load_network
+from trainer.checkpoint import load_network
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval import codes, folder

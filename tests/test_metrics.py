@@ -22,9 +22,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from conftest import ROOT
 from pipeline import UserError
-from trainer import progress
+from trainer import terminal
 from trainer.metrics import Metrics, read
-from trainer.progress import Progress
+from trainer.terminal import Terminal
 
 LAYERS = {"conv1": {"weight": 0.5, "update": 0.0005, "ratio": 0.001}, "fc8": {"weight": 2, "update": 1, "ratio": 0.5}}
 TIME = {"images_per_second": 250.0, "stall": 0.125, "stall_by": {"reading": 0.125, "decoding": 0.0, "transfer": 0.0}}
@@ -173,18 +173,18 @@ def test_a_full_disk(tmp_path: Path):
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Ten minutes for the first 200 of 9,000 steps: the other 8,800 take 7 h 20 min."""
     now = 1000.0
-    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    monkeypatch.setattr(terminal, "monotonic", lambda: now)
     for name, value in (("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1"), ("TERM", "xterm-256color")):
         monkeypatch.setenv(name, value)
     calm = "stall  0.0 %"
-    with Progress(10_000, 1000) as said:
+    with Terminal(10_000, 1000) as console:
         for minutes, step, stall in ((5, 1100, calm), (10, 1200, calm), (11, 1300, STALLED), (12, 1400, STALLED)):
             now = 1000.0 + 60 * minutes
-            said.step(step)
-            said.train(trained(step, loss=6.90775, epoch=7), stall)
-        said.validation(validated(1400))
-        said.say("checkpoint: a[b]/c")
-        said.train(trained(10_000, loss=0.5, epoch=89), STALLED[:60] + ")")
+            console.step(step)
+            console.train(trained(step, loss=6.90775, epoch=7), stall)
+        console.validation(validated(1400))
+        console.print("checkpoint: a[b]/c")
+        console.train(trained(10_000, loss=0.5, epoch=89), STALLED[:60] + ")")
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.splitlines() == [
@@ -201,15 +201,15 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 RUN = f"""
 import time
-from trainer.progress import Progress
-with Progress(400, 100) as said:
+from trainer.terminal import Terminal
+with Terminal(400, 100) as console:
     for done in range(101, 401):
         time.sleep(0.005)
-        said.step(done)
+        console.step(done)
         if done % 100 == 0:
-            said.train({{"step": done, "epoch": 3, "loss": 1.5, "lr": 0.01, "time": {TIME}}}, {STALLED!r})
-            said.validation({validated(7)!r})
-    said.say("checkpoint: a[b]/c")
+            console.train({{"step": done, "epoch": 3, "loss": 1.5, "lr": 0.01, "time": {TIME}}}, {STALLED!r})
+            console.validation({validated(7)!r})
+    console.print("checkpoint: a[b]/c")
 """
 
 

@@ -20,7 +20,7 @@ from runs import one_line
 from s3 import Store, empty_bucket, running_server  # noqa: F401  # fixtures
 from tars import tar_bytes, tree
 from trainer import checkpoint as checkpoints
-from trainer.network import load_network
+from trainer.checkpoint import load_network
 from trainer.pictures import Pictures
 from trainer.predict import BATCH_SIZE, THREADS, Prediction, fits, top
 from trainer.raw import Failure, Raw

@@ -19,10 +19,10 @@ from reported import CLASSES, RATIOS, RECIPE, Page, Written, pixels, sheet, sour
 from runs import trainer
 from trainer import checkpoint as checkpoints
 from trainer import recipe
+from trainer.checkpoint import load_network
 from trainer.figures import gather, sections
 from trainer.figures.drawing import picture
 from trainer.model import Grouped
-from trainer.network import load_network
 
 
 def stored(data: Path, split: str) -> list[bytes]:

@@ -14,7 +14,7 @@ from pipeline.online.samples import SampleReader
 from retrieved import RECIPE, index, save_run, similar
 from runs import one_line
 from trainer import checkpoint as checkpoints
-from trainer.network import load_network
+from trainer.checkpoint import load_network
 from trainer.pictures import Pictures
 from trainer.retrieval import codes
 

@@ -1,11 +1,14 @@
-"""Checkpoints: one safetensors file each, written whole or not at all, readable without us and without unpickling."""
+"""Checkpoints: one safetensors file each, written in the background, whole or not at all; and read without pickle."""
 
+import errno
 import json
 import math
 import os
 import re
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,17 +16,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline import UserError, volumes
-from pipeline.files import HashingFile, write_aside
+from pipeline.files import HashingFile, sweep, write_aside
+from pipeline.manifest import Manifest
 from trainer.distributed import World
+from trainer.layers import shapes
+from trainer.parallel import TwoColumnNet
 from trainer.recipe import Recipe, from_dict, to_dict
 
 FOLDER = "checkpoints"
-META = "penstock"  # the key of our plain values, JSON, in the metadata of the file
-FORMAT = 2
+META = "penstock"  # key of the file's metadata; its value is JSON
+FORMAT = 2  # of that value and of the tensors' names
 KINDS = ("weights", "velocity")
 STEP_FILE = re.compile(r"step-(\d{8,})\.safetensors")
-PLAIN = {"step": int, "recipe": dict, "classes": list, "dataset": str, "loader": dict, "progress": dict}
-PLAIN |= {"history": list, "tensors": list}
+TYPES = {"step": int, "recipe": dict, "classes": list, "dataset": str, "loader": dict, "progress": dict}
+TYPES |= {"history": list, "tensors": list}
+ITEM_TYPES = {"classes": str, "tensors": str, "history": dict}
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+}
 
 
 class CheckpointError(UserError):
@@ -41,33 +53,38 @@ class Checkpoint:
     weights: dict[str, Tensor]  # float32
     velocity: dict[str, Tensor]  # float32, of the names and shapes of the weights
     loader: dict[str, Any]  # pipeline.online.Loader.state_dict()
-    progress: dict[str, Any]  # what the loop itself remembers: plain JSON values
+    progress: dict[str, Any]  # state of the training loop: plain JSON values
     history: tuple[dict[str, Any], ...]  # one entry for each start of the run: plain JSON values
 
 
 def step_file(run: Path, step: int) -> Path:
+    """Return the path of a checkpoint."""
     return run / FOLDER / f"step-{step:08d}.safetensors"
 
 
-def files(run: Path) -> list[Path]:
-    """The checkpoints of a run directory by their steps, oldest first; without best.safetensors."""
-    found = ((STEP_FILE.fullmatch(path.name), path) for path in (run / FOLDER).glob("step-*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
-
-
 def best_file(run: Path) -> Path:
+    """Return the path of the checkpoint with the least validation error."""
     return run / FOLDER / "best.safetensors"
 
 
+def files(run: Path) -> list[Path]:
+    """Return the checkpoints of a run directory by their steps, oldest first; without best.safetensors."""
+    matches = ((STEP_FILE.fullmatch(path.name), path) for path in (run / FOLDER).glob("step-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+
+# ---- Writing. ----
+
+
 def save(run: Path, checkpoint: Checkpoint) -> Path:
-    """Write RUN/checkpoints/step-NNNNNNNN.safetensors atomically. Raises OSError with an older checkpoint untouched."""
+    """Write a checkpoint's file atomically, and return its path. Raises OSError with an older checkpoint untouched."""
     path = step_file(run, checkpoint.step)
     write(path, serialised(checkpoint))
     return path
 
 
 def write(path: Path, parts: list[bytes | memoryview]) -> None:
-    """Write what `serialised` returned: all of it or nothing. Raises OSError."""
+    """Write the result of `serialised`: all of it or nothing. Raises OSError."""
 
     def write_parts(file: HashingFile) -> None:
         for part in parts:
@@ -77,18 +94,15 @@ def write(path: Path, parts: list[bytes | memoryview]) -> None:
 
 
 def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
-    """The bytes of a safetensors file: the header, then the memory of each tensor, which is not copied.
+    """Return the bytes of a safetensors file: the header, then the memory of each tensor, which is not copied.
 
-    The same checkpoint gives the same bytes. safetensors' own writer would hide the reason of a failure (errno), and
-    before version 0.8 copies the tensors and holds the interpreter's lock, which stops the training beside it.
-
-    Raises:
-        ValueError, TypeError: a value is not plain JSON or not finite, or a tensor is not as `Checkpoint` says.
+    The same checkpoint gives the same bytes. safetensors' own writer hides the errno of a failure, and takes longer.
+    Raises ValueError, TypeError: a value is not plain JSON or not finite, or a tensor is not as `Checkpoint` says.
     """
     weights, velocity = checkpoint.weights, checkpoint.velocity
     if {name: value.shape for name, value in weights.items()} != {name: v.shape for name, v in velocity.items()}:
         raise ValueError("weights and velocity differ in names or shapes")
-    header: dict[str, Any] = {"__metadata__": {META: described(checkpoint)}}
+    header: dict[str, Any] = {"__metadata__": {META: _described(checkpoint)}}
     data, end = [], 0
     for kind, tensors in zip(KINDS, (weights, velocity)):
         for name in sorted(tensors):
@@ -101,9 +115,9 @@ def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little") + text, *data]
 
 
-def described(checkpoint: Checkpoint) -> str:
-    """All of a checkpoint but its tensors, as JSON. Raises ValueError, TypeError as `serialised`."""
-    plain = {
+def _described(checkpoint: Checkpoint) -> str:
+    """Return all of a checkpoint but its tensors, as JSON. Raises as `serialised`."""
+    values = {
         "format": FORMAT,
         "step": checkpoint.step,
         "recipe": to_dict(checkpoint.recipe),
@@ -114,18 +128,7 @@ def described(checkpoint: Checkpoint) -> str:
         "history": checkpoint.history,
         "tensors": sorted(checkpoint.weights),
     }
-    return json.dumps(plain, allow_nan=False)
-
-
-def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
-    text = world.all_gather(described(checkpoint) if world.size > 1 and checkpoint else None)[0]
-    return checkpoint if world.is_main or text is None else without_tensors(text)
-
-
-def without_tensors(text: str) -> Checkpoint:
-    """What `described` gave, with no tensors. Raises CheckpointError, ValueError where it is of another version."""
-    return _checkpoint(_plain(text), {}, {})
+    return json.dumps(values, allow_nan=False)
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -134,64 +137,145 @@ def _memory(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def load(place: Path) -> Checkpoint:
-    """A checkpoint file, or the newest one of a run directory.
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread, one at a time; the newest `keep` stay, and best.safetensors.
+
+    An interpreter that exits waits for the write in hand.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        """Delete the unfinished files of writers that were killed: no other may write checkpoints of this run now."""
+        self._run, self._keep = run, keep
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        sweep(run / FOLDER)
+
+    def save(self, checkpoint: Checkpoint, best: bool = False) -> Path:
+        """Begin to write a checkpoint, once the one before is written; return the path that it will have.
+
+        Its tensors must not change from now on; its other values are copied. `best`: best.safetensors becomes this one.
+        Raises:
+            UserError: the write before this one has failed; this one is not begun.
+            ValueError, TypeError: as `serialised`.
+        """
+        self._wait()
+        path = step_file(self._run, checkpoint.step)
+        self._pending = self._worker.submit(self._write, path, serialised(checkpoint), best)
+        return path
+
+    def raise_if_failed(self) -> None:
+        """Raise UserError if the write in hand has failed by now. Does not wait."""
+        if self._pending and self._pending.done():
+            self._wait()
+
+    def close(self) -> None:
+        """Wait for the last write. Raises UserError if it failed."""
+        self._worker.shutdown(wait=True)
+        self._wait()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # the body's own exception is the one to see
+
+    def _wait(self) -> None:
+        if self._pending:
+            wait([self._pending])  # an interruption here leaves it pending
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, path: Path, parts: list[bytes | memoryview], best: bool) -> None:
+        # The best first: a run that is killed between the two goes on from before, and finds it the best again.
+        target = path
+        try:
+            for target in [best_file(self._run)] * best + [path]:
+                write(target, parts)
+            others = [file for file in files(self._run) if file != path]  # the new one stays, whatever its step
+            for target in others[: max(0, len(others) - self._keep + 1)]:
+                target.unlink(missing_ok=True)
+        except OSError as error:
+            remedy, older = REMEDIES.get(error.errno or 0, "mend that"), files(self._run)
+            advice = f"there is no older checkpoint; {remedy}, then start again"
+            if older:
+                step = int(older[-1].stem.removeprefix("step-"))
+                advice = f"the checkpoint of step {step} stays; {remedy}, then go on by --resume"
+            raise UserError(f"{target}: {error.strerror}; {advice}") from error
+
+
+# ---- Reading. ----
+
+
+def load(path: Path) -> Checkpoint:
+    """Return the checkpoint of a file, or the newest one of a run directory.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of another version; the message names file and remedy.
         OSError: it cannot be read.
     """
-    path = place if place.is_file() else _newest(place)
-    with open(path, "rb"):  # the operating system's own words, where it cannot be read
+    file = path if path.is_file() else _newest(path)
+    with open(file, "rb"):  # to raise the operating system's own error
         pass
     try:
-        return _read(path)
+        return _read(file)
     except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError; JSON may be too deep
-        what = str(error) if isinstance(error, CheckpointError) else f"not a checkpoint of ours, or damaged ({error})"
-        raise CheckpointError(f"{path}: {' '.join(what.split())}; {_remedy(path, place)}") from error
+        reason = str(error) if isinstance(error, CheckpointError) else f"not a checkpoint of ours, or damaged ({error})"
+        older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
+        remedy = f"delete it to use {older[-1]}" if older else "name another checkpoint, or train again"
+        raise CheckpointError(f"{file}: {' '.join(reason.split())}; {remedy}") from error
+
+
+def _newest(run: Path) -> Path:
+    if checkpoints := files(run):
+        return checkpoints[-1]
+    if run.suffix == ".safetensors":
+        raise CheckpointError(f"{run}: no such file; name a run directory, or one of its {FOLDER}{volumes.hint(run)}")
+    if (run / FOLDER).is_dir():
+        os.scandir(run / FOLDER).close()  # to raise the operating system's own error
+    train = f"train first: python -m trainer train --data DATASET --out {run}"
+    raise CheckpointError(f"{run}: no checkpoint in {run / FOLDER}; {train}{volumes.hint(run)}")
 
 
 def _read(path: Path) -> Checkpoint:
-    """Raises CheckpointError without the name of the file, and whatever safetensors, json and the recipe raise."""
+    """Raise CheckpointError without the name of the file, and whatever safetensors, json and the recipe raise."""
     with safe_open(path, framework="pt") as file:
-        meta = _plain((file.metadata() or {}).get(META))
-        names = set(file.keys())
-        kinds = [{name: f"{kind}.{name}" for name in meta["tensors"]} for kind in KINDS]
-        wanted = {full for kind in kinds for full in kind.values()}
-        if names != wanted:
-            raise CheckpointError(f"damaged (tensors are missing or too many: {', '.join(sorted(names ^ wanted))})")
+        values = _values((file.metadata() or {}).get(META))
+        kinds = [{name: f"{kind}.{name}" for name in values["tensors"]} for kind in KINDS]
+        expected = {full for kind in kinds for full in kind.values()}
+        if different := expected.symmetric_difference(file.keys()):
+            raise CheckpointError(f"damaged (tensors are missing or too many: {', '.join(sorted(different))})")
         weights, velocity = ({name: file.get_tensor(full) for name, full in kind.items()} for kind in kinds)
     for name, value in weights.items():
         if value.shape != velocity[name].shape or {value.dtype, velocity[name].dtype} != {torch.float32}:
             raise CheckpointError(f"damaged ({name}: weights and velocity differ in shape, or are not float32)")
-    return _checkpoint(meta, weights, velocity)
+    return _checkpoint(values, weights, velocity)
 
 
-def _checkpoint(meta: dict[str, Any], weights: dict[str, Tensor], velocity: dict[str, Tensor]) -> Checkpoint:
-    try:
-        recipe = from_dict(meta["recipe"], Recipe(), "its recipe")
-    except UserError as error:
-        raise CheckpointError(f"a checkpoint of another version of this program ({error})") from error
-    classes, history = tuple(meta["classes"]), tuple(meta["history"])
-    plain = (meta["loader"], meta["progress"], history)
-    return Checkpoint(meta["step"], recipe, classes, meta["dataset"], weights, velocity, *plain)
-
-
-def _plain(text: str | None) -> dict[str, Any]:
-    """Our values in the metadata, with the types that they must have."""
+def _values(text: str | None) -> dict[str, Any]:
+    """Return the values of the metadata, of the types that they must have."""
     if text is None:
         raise CheckpointError("not a checkpoint of ours: a safetensors file of something else")
-    meta = json.loads(text, parse_constant=_finite, parse_float=_finite)
-    if type(meta) is not dict:
+    values = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if type(values) is not dict:
         raise CheckpointError("damaged (its values are not a JSON object)")
-    if (number := meta.get("format", 1)) != FORMAT:
-        raise CheckpointError(f"of format {number!r}, of another version of this program: this one reads {FORMAT}")
-    wrong = [key for key, kind in PLAIN.items() if type(meta.get(key)) is not kind]
-    items = {"classes": str, "tensors": str, "history": dict}
-    wrong += [key for key, kind in items.items() if key not in wrong and any(type(v) is not kind for v in meta[key])]
-    if wrong or meta["step"] < 0:
+    if (version := values.get("format", 1)) != FORMAT:
+        raise CheckpointError(
+            f"of format {version!r}, and this version of the program reads format {FORMAT}; read it with the version "
+            "that wrote it"
+        )
+    wrong = [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]
+    lists = {key: kind for key, kind in ITEM_TYPES.items() if key not in wrong}
+    wrong += [key for key, kind in lists.items() if any(type(item) is not kind for item in values[key])]
+    if wrong or values["step"] < 0:
         raise CheckpointError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
-    return meta
+    return values
 
 
 def _finite(text: str) -> float:
@@ -201,28 +285,66 @@ def _finite(text: str) -> float:
     return value
 
 
-def _remedy(path: Path, place: Path) -> str:
-    """What to do about a file that is of no use: an older one serves only who named the run directory."""
-    older = [file for file in files(place) if file != path]
-    return f"delete it to use an older one, {older[-1].name}" if older else "name another checkpoint, or train again"
+def _checkpoint(values: dict[str, Any], weights: dict[str, Tensor], velocity: dict[str, Tensor]) -> Checkpoint:
+    try:
+        recipe = from_dict(values["recipe"], Recipe(), "its recipe")
+    except UserError as error:
+        raise CheckpointError(f"a checkpoint of another version of this program ({error})") from error
+    classes, history = tuple(values["classes"]), tuple(values["history"])
+    plain = (values["loader"], values["progress"], history)
+    return Checkpoint(values["step"], recipe, classes, values["dataset"], weights, velocity, *plain)
 
 
-def _newest(run: Path) -> Path:
-    found = files(run)
-    if found:
-        return found[-1]
-    if run.suffix == ".safetensors":
-        raise CheckpointError(f"{run}: no such file; name a run directory, or one of its {FOLDER}{volumes.hint(run)}")
-    if (run / FOLDER).is_dir():
-        os.scandir(run / FOLDER).close()  # the operating system's own words, where it cannot be listed
-    train = f"train first: python -m trainer train --data DATASET --out {run}"
-    raise CheckpointError(f"{run}: no checkpoint in {run / FOLDER}; {train}{volumes.hint(run)}")
+def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
+    text = world.all_gather(_described(checkpoint) if world.size > 1 and checkpoint else None)[0]
+    return checkpoint if world.is_main or text is None else _checkpoint(_values(text), {}, {})
 
 
-def require_same_data(checkpoint: Checkpoint, identity: str, where: Path) -> None:
-    """Raises CheckpointError where the checkpoint was trained on other data."""
+def load_network(
+    checkpoint: Checkpoint, dataset: Manifest, devices: tuple[torch.device, ...], path: Path
+) -> TwoColumnNet:
+    """Return the network of a checkpoint, which was read from `path`, on `devices`.
+
+    Raises CheckpointError: its classes are not the data set's, or its weights are not those of its recipe.
+    """
+    require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), path, dataset.root)
+    require_weights(checkpoint, path)
+    network = TwoColumnNet(checkpoint.recipe.model, len(checkpoint.classes), devices)
+    network.load(checkpoint.weights)
+    return network
+
+
+def require_same_data(checkpoint: Checkpoint, identity: str, path: Path, alternative: str = "") -> None:
+    """Raise CheckpointError if the checkpoint was trained on other data."""
     if checkpoint.dataset != identity:
         raise CheckpointError(
-            f"{where}: trained on the data set {checkpoint.dataset[:12]}…, this one is {identity[:12]}…; "
-            "name the DATASET that it was trained on, or say --other-data"
+            f"{path}: trained on the data set {checkpoint.dataset[:12]}…, this one is {identity[:12]}…; "
+            f"name the DATASET that it was trained on{alternative}"
         )
+
+
+def require_classes(classes: tuple[str, ...], others: tuple[str, ...], path: object, other_path: object) -> None:
+    """Raise CheckpointError if the classes (wnids by label) of `path` are not those of `other_path`."""
+    if classes == others:
+        return
+    differing = next((i for i, pair in enumerate(zip(classes, others)) if pair[0] != pair[1]), None)
+    difference = f"{len(others) - len(classes):+} there"
+    if differing is not None:
+        difference = f"label {differing} is {classes[differing]}, there {others[differing]}"
+    raise CheckpointError(
+        f"{path}: a network of {len(classes)} classes, {other_path} has {len(others)} others ({difference}); "
+        "name one with the classes that it was trained on"
+    )
+
+
+def require_weights(checkpoint: Checkpoint, path: object) -> None:
+    """Raise CheckpointError if names or shapes are not its recipe's: some would fit all the same, by broadcasting."""
+    expected = shapes(checkpoint.recipe.model, len(checkpoint.classes))
+    stored = {name: tuple(value.shape) for name, value in checkpoint.weights.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise CheckpointError(
+                f"{path}: damaged ({name} is {stored.get(name, 'missing')}, its recipe says "
+                f"{expected.get(name, 'none')}); name another checkpoint, or train again"
+            )

@@ -11,11 +11,10 @@ from pipeline import UserError
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, load_network, require_classes
 from trainer.data import require_pictures
 from trainer.devices import choose_devices
 from trainer.evaluate import Progress, labelled, predictions
-from trainer.network import load_network, require_classes
 from trainer.probabilities import Origin, Probabilities
 from trainer.tally import Evaluation, Tally
 

@@ -20,11 +20,10 @@ from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import META, Checkpoint
+from trainer.checkpoint import META, Checkpoint, load_network
 from trainer.layers import ModelRecipe, parameter_count
 from trainer.lrn import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
 from trainer.model import Grouped, Weights
-from trainer.network import load_network
 from trainer.nonfinite import Diverged
 from trainer.pictures import Pictures, pixels
 from trainer.recipe import Recipe

@@ -1,4 +1,4 @@
-"""What a run says of itself, for machines: JSON lines in metrics.jsonl, and the same as TensorBoard scalars."""
+"""Metrics of a run: sums since the last log line, metrics.jsonl, and the same as TensorBoard's scalars."""
 
 import errno
 import json
@@ -12,26 +12,93 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pipeline import UserError
 from pipeline.files import write_bytes_aside
+from pipeline.online.stall import Meter
+from trainer.distributed import World
 
 FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"
 
 
+class LogInterval:
+    """Loss, speed and stall of the steps since the last log line, over all processes.
+
+    Every process calls `state` and `close`. A checkpoint holds the sums of the loss.
+    """
+
+    def __init__(self, device: torch.device, meter: Meter, world: World, state: dict[str, Any] | None) -> None:
+        self._device, self._meter, self._world = device, meter, world
+        self._restart()
+        if state and world.is_main:
+            self._losses.fill_(state["losses"])
+            self._images = state["images"]
+
+    def _restart(self) -> None:
+        # In float64 sums of float32 losses are exact: a run that goes on has the sum of one that was not interrupted.
+        self._losses = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._images = self._timed = 0
+        self._since, self._waited = time.perf_counter(), self._meter.total
+
+    def add(self, losses: Tensor, images: int) -> None:
+        """Add the sum of the losses, in nats, of so many images."""
+        self._losses += losses
+        self._images += images
+        self._timed += images
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of this block out."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the steps that were started belong to the interval
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums of all processes, to go on with."""
+        own = {"losses": float(self._losses), "images": self._images}
+        ranks = self._world.all_gather(own)
+        return {key: sum(rank[key] for rank in ranks) for key in own}
+
+    def close(self) -> tuple[dict[str, Any], str]:
+        """Return {"loss": mean, "time": images/s and stall} and the stall in words, and begin anew. Waits for the GPU.
+
+        Processes wait for each other, so the stall is that of the one that waited most for its batches.
+        """
+        seconds = time.perf_counter() - self._since
+        own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
+        waited = self._meter.total - self._waited
+        own |= {"stall": waited.shares(seconds), "text": waited.said(seconds)}
+        self._restart()
+        ranks = self._world.all_gather(own)
+        losses, images, timed = (sum(rank[key] for rank in ranks) for key in ("losses", "images", "timed"))
+        stalls = [sum(rank["stall"].values()) for rank in ranks]
+        worst = stalls.index(max(stalls))
+        speed = {"images_per_second": timed / seconds, "stall": stalls[worst], "stall_by": ranks[worst]["stall"]}
+        if self._world.size > 1:
+            speed["stall_of_process"] = worst
+        return {"loss": losses / images, "time": speed}, ranks[worst]["text"]
+
+
 class Metrics:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard. What depends on the machine's speed stands under `time`.
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard. Values that depend on the machine's speed are under `time`.
 
     A line is the operating system's as soon as it is written. Nothing waits for the disk, and no thread is started.
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        """Forget the lines past `step`, which a resumed run writes again; 0 for a new run.
+        """Drop the lines past `step`, which a resumed run writes again; 0 for a new run.
 
-        Raises:
-            UserError: a line of an earlier run is damaged; the disk is full.
+        Raises UserError: a line of an earlier run is damaged; the disk is full.
         """
         path = run / FILE_NAME
-        _drop_after(path, step)
+        if path.exists():  # without a line that a kill cut off: the next one starts on a line of its own
+            text = "".join(json.dumps(line) + "\n" for line in read(run) if line["step"] <= step)
+            with _room(path):
+                write_bytes_aside(path, text.encode())
         with ExitStack() as stack:
             self._events = _Events(stack.enter_context(_event_file(run / FOLDER_NAME)), step + 1)
             self._lines = stack.enter_context(FileIO(path, "ab"))
@@ -63,12 +130,10 @@ class Metrics:
         self._write("train", line, scalars)
 
     def validation(self, line: dict[str, Any]) -> None:
-        """Write a validation.
+        """Write a validation. Raises as `train`.
 
         Args:
             line: {"step": steps done, "epoch", "samples", "top1_error": %, "top5_error": %, "nll": nats per image}.
-        Raises:
-            UserError: as `train`.
         """
         self._write("validation", line, {f"validation/{key}": line[key] for key in ("top1_error", "top5_error", "nll")})
 
@@ -84,13 +149,12 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, if there is one; a last line that a kill cut off does not count.
+    """Return the lines of RUN/metrics.jsonl, if there is one; a last line that a kill cut off does not count.
 
-    Raises:
-        UserError: a line is damaged.
+    Raises UserError: a line is damaged.
     """
     path = run / FILE_NAME
-    found = []
+    lines = []
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             line = json.loads(text)
@@ -98,21 +162,12 @@ def read(run: Path) -> list[dict[str, Any]]:
                 raise ValueError("not a line of ours")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is damaged ({error}); delete that line") from error
-        found.append(line)
-    return found
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`, without one that a kill cut off: the next line starts on a line of its own."""
-    if path.exists():
-        kept = [line for line in read(path.parent) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        with _room(path):
-            write_bytes_aside(path, text.encode())
+        lines.append(line)
+    return lines
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dictionaries, each with its dotted name."""
+    """Yield the numbers in nested dictionaries, each with its dotted name."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, f"{name}.{key}" if name else key)
@@ -122,7 +177,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def _room(path: Path | str) -> Iterator[None]:
-    """Raises UserError where the disk of `path` is full; other errors of the system as they are.
+    """Raise UserError if the disk of `path` is full; other errors of the system as they are.
 
     Not left to `pipeline.cli`: the system's error does not say which file it is about, nor what saves the run.
     """
@@ -135,14 +190,14 @@ def _room(path: Path | str) -> Iterator[None]:
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """Write all of `data`. `file` has no buffer of its own: what failed is not tried again when it is closed."""
+    """Write all of `data`. `file` has no buffer of its own: a failed write is not tried again when it is closed."""
     with _room(str(file.name)):
         while data:  # a disk that fills up takes a part first
             data = data[file.write(data) :]
 
 
 def _event_file(folder: Path) -> FileIO:
-    """A new file of TensorBoard events, which sorts behind the older ones: in that order TensorBoard reads them."""
+    """Open a new file of TensorBoard events, which sorts behind the older ones: TensorBoard reads them in order."""
     with _room(folder):
         folder.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in folder.glob("*.tfevents.*"))

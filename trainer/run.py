@@ -15,13 +15,12 @@ from pipeline import UserError
 from pipeline.files import ASIDE, sweep, write_bytes_aside
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointWriter
 from trainer.layers import multiply_adds, parameter_count
 from trainer.metrics import Metrics
 from trainer.model import Weights
-from trainer.progress import Progress
 from trainer.recipe import Recipe, difference, to_dict
-from trainer.saver import Saver
+from trainer.terminal import Terminal
 
 # Keys that the weights and the sequence of batches depend on; all others may change on resume
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
@@ -55,8 +54,8 @@ class Writers:
     """The outputs of an open run directory, and of the terminal."""
 
     metrics: Metrics
-    checkpoints: Saver
-    console: Progress
+    checkpoints: CheckpointWriter
+    console: Terminal
 
 
 @contextmanager
@@ -70,8 +69,8 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
         sweep(run)  # files that a killed process left half-written
         for name, value in (("recipe.json", to_dict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
-        with Metrics(run, start) as metrics, Saver(run, keep) as saver, Progress(steps, start) as console:
-            yield Writers(metrics, saver, console)
+        with Metrics(run, start) as metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
+            yield Writers(metrics, writer, console)
 
 
 @contextmanager
@@ -123,7 +122,7 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
     """Raise UserError if data or recipe changed in what cannot change on resume, or if no steps are left to do."""
     run, recipe = settings.run, settings.recipe
     if not settings.other_data:
-        checkpoints.require_same_data(resumed, dataset.identity, run)
+        checkpoints.require_same_data(resumed, dataset.identity, run, ", or say --other-data")
     if resumed.classes != tuple(record.wnid for record in dataset.classes):
         raise UserError(
             f"{run}: has learned {len(resumed.classes):,} classes, {dataset.root} has {len(dataset.classes):,}, and "

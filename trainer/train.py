@@ -24,6 +24,7 @@ from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
 from trainer.dropout import masks as drawn_masks
 from trainer.evaluate import evaluate, labelled
+from trainer.metrics import LogInterval
 from trainer.model import Masks, initial_weights
 from trainer.nonfinite import Watch
 from trainer.optim import Momentum, Rates, Schedule
@@ -32,7 +33,6 @@ from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.recipe import TrainRecipe
 from trainer.run import Settings
 from trainer.stop import Stopped, StopRequest, remedies
-from trainer.window import LogInterval
 
 
 def draw_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
@@ -144,7 +144,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
         interval = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
         if writers:
             for text in runs.introduction(recipe, len(classes), validated, history):
-                writers.console.say(text)
+                writers.console.print(text)
 
         def save(step: int, best: bool = False, over: bool = False, last: bool = False) -> None:
             """Hand a checkpoint to its writer, and wait if it is the last. Raises Diverged: a number is not finite."""
@@ -163,7 +163,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
                     path = writers.checkpoints.save(saved, best)
                     if last:
                         writers.checkpoints.close()
-                        writers.console.say(f"checkpoint: {path}")
+                        writers.console.print(f"checkpoint: {path}")
 
         if not resumed or entry["changed"] or settings.other_data:
             save(settings.start)  # to go on from, whatever happens; and what was changed holds
@@ -192,7 +192,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
                     if writers:
                         line = {"step": done, "epoch": batch.epoch, "lr": schedule.lr(batch.step), **figures}
                         line["layers"] = nonfinite.update_ratios(network.parts(), optimiser.velocity, rates)
-                        writers.checkpoints.look()
+                        writers.checkpoints.raise_if_failed()
                         writers.metrics.train(line)
                         writers.console.train(line, stall)
 
@@ -208,7 +208,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
                         writers.metrics.validation(line)
                         writers.console.validation(line)
                 if writers and plateau == "drop":
-                    writers.console.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
+                    writers.console.print(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
                 ending = ending or plateau == "end"
 
             # save

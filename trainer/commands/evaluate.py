@@ -17,10 +17,10 @@ from pipeline.files import write_bytes_aside
 from pipeline.manifest import DatasetError, Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
+from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.distributed import join
 from trainer.evaluate import VIEWS, Pace, labelled, predictions, require_labels
-from trainer.network import load_network
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, followed, require_writable
 from trainer.probabilities import Add, Origin
 from trainer.tally import Tally

@@ -8,8 +8,8 @@ import torch
 from pipeline import manifest
 from pipeline.cli import Command
 from trainer import checkpoint as checkpoints
+from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
-from trainer.network import load_network
 from trainer.options import DATA, DEVICES, RUN
 
 

@@ -14,9 +14,8 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, load_network
 from trainer.devices import choose_devices
-from trainer.network import load_network
 from trainer.options import DEVICES, PATH, RUN
 from trainer.parallel import TwoColumnNet
 from trainer.retrieval.hamming import require_faiss

@@ -14,8 +14,8 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command, printable
 from pipeline.manifest import ClassRecord
 from trainer import checkpoint as checkpoints
+from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
-from trainer.network import load_network
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.pictures import Pictures
 from trainer.predict import Prediction

@@ -14,8 +14,8 @@ from pipeline.decode import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
+from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
-from trainer.network import load_network
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures

@@ -1,4 +1,4 @@
-"""What a run says of itself, for people: a bar on a terminal, plain lines elsewhere."""
+"""The lines that a run prints: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -8,30 +8,29 @@ from typing import Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Rows
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 WIDTH = 120  # characters of a plain line
 REDRAWN = 2.0  # times a second; each costs the training a millisecond or two
-ESTIMATE_OVER = 600.0  # seconds of the latest steps, from which the bar tells what is left
+ESTIMATE_OVER = 600.0  # seconds of the latest steps, from which the bar estimates the rest
 
 
-class Progress:
-    """Tells of a run of `steps` steps, `start` of which an earlier run has done.
+class Terminal:
+    """Reports a run of `steps` steps, `start` of which are done: on a terminal by a bar, elsewhere by plain lines.
 
-    On a terminal by a bar, above which other lines scroll; the log lines of training only change the bar. Elsewhere by
-    plain lines without escape codes, whatever the environment says of colours.
+    On a terminal other lines scroll above the bar, and the log lines of training only change it. Plain lines have no
+    escape codes, whatever the environment says of colours.
     """
 
     def __init__(self, steps: int, start: int) -> None:
         self._steps, self._start, self._since = steps, start, monotonic()
-        self._told, self._advised = False, ""
+        self._first, self._advised = True, ""
         console = Console(highlight=False)
         # FORCE_COLOR, which CI services set, makes a pipe a terminal in the eyes of rich
         self._bar = _Bar(console, steps, start) if console.is_interactive and sys.stdout.isatty() else None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "Terminal":
         if self._bar:
             self._bar.start()
         return self
@@ -41,64 +40,64 @@ class Progress:
             self._bar.stop()
 
     def step(self, done: int) -> None:
-        """Move the bar: `done` steps of the whole run are done. Cheap; it is drawn when its time comes."""
+        """Move the bar: `done` steps of the whole run are done. Cheap: the bar is drawn twice a second."""
         if self._bar:
             self._bar.update(self._bar.row, completed=done)
 
-    def train(self, line: dict[str, Any], said: str) -> None:
-        """A log line, as for `metrics.Metrics.train`; `said` is the meter's word of the stall (`Wait.said`)."""
+    def train(self, line: dict[str, Any], stall: str) -> None:
+        """Print a log line, as for `Metrics.train`; `stall` is `stall.Wait.said`."""
         speed = f"{line['time']['images_per_second']:6.0f} images/s"
         figures = f"epoch {line['epoch']:<3} loss {line['loss']:.4f}  lr {line['lr']:.2g}  {speed}  "
         if self._bar:
-            self._bar.figures = figures + said
+            self._bar.figures = figures + stall
             self._bar.update(self._bar.row, completed=line["step"])
             return
         start = f"step {line['step']:>{len(str(self._steps))}}/{self._steps}  {figures}"
-        left = self._left(line["step"])
-        stall, advice = self._shortened(said, WIDTH - len(start) - len(left))
-        self.say(start + stall + left)
+        end = self._estimate(line["step"])
+        short, advice = self._shortened(stall, WIDTH - len(start) - len(end))
+        self.print(start + short + end)
         if advice:
-            self.say(advice)
+            self.print(advice)
 
     def validation(self, line: dict[str, Any]) -> None:
-        """A validation, as for `metrics.Metrics.validation`."""
-        self.say(
+        """Print a validation, as for `Metrics.validation`."""
+        self.print(
             f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
             f"top-5 error {line['top5_error']:.1f} % (centre view)"
         )
 
-    def say(self, text: str) -> None:
-        """Any other line."""
+    def print(self, text: str) -> None:
+        """Print any other line."""
         try:
             if self._bar:
                 self._bar.console.print(text, markup=False, soft_wrap=True)
             else:
                 click.echo(text)
-        except BrokenPipeError:  # who listened has gone (`| head`): the run goes on, and metrics.jsonl has it all
+        except BrokenPipeError:  # the reader has gone (`| head`): the run goes on, and metrics.jsonl has it all
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
 
-    def _left(self, done: int) -> str:
-        """When the run will end, by the speed so far; nothing on the first line, whose speed is that of warming up."""
-        first, self._told = not self._told, True
+    def _estimate(self, done: int) -> str:
+        """Return the time left, by the speed so far; nothing on the first line, whose speed is that of warming up."""
+        first, self._first = self._first, False
         if first or done <= self._start or done >= self._steps:
             return ""
-        seconds = (monotonic() - self._since) / (done - self._start) * (self._steps - done)
-        return f"  ETA {clock(seconds)}"
+        seconds = round((monotonic() - self._since) / (done - self._start) * (self._steps - done))
+        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
-    def _shortened(self, said: str, room: int) -> tuple[str, str]:
-        """`stall 12.3 % (cause: what to turn)`, where too long without what to turn; that as a line when it is news."""
-        stall, _, hint = said.partition(" (")
-        cause, _, knobs = hint.rstrip(")").partition(": ")
-        if len(said) <= room or not knobs:
-            return said, ""
+    def _shortened(self, stall: str, room: int) -> tuple[str, str]:
+        """Return `stall 12.3 % (cause: remedy)`, where too long without the remedy; that as a line when it is news."""
+        share, _, hint = stall.partition(" (")
+        cause, _, remedy = hint.rstrip(")").partition(": ")
+        if len(stall) <= room or not remedy:
+            return stall, ""
         news, self._advised = cause != self._advised, cause
-        return f"{stall} ({cause})", f"stall by {cause}: {knobs}" if news else ""
+        return f"{share} ({cause})", f"stall by {cause}: {remedy}" if news else ""
 
 
-class _Bar(Rows):
-    """Two rows: how far the run is, and its latest figures."""
+class _Bar(Progress):
+    """Two rows: the progress of the run, and its latest figures."""
 
     def __init__(self, console: Console, steps: int, start: int) -> None:
         self.figures = ""
@@ -120,10 +119,3 @@ class _Bar(Rows):
         yield from super().get_renderables()
         if self.figures:
             yield Text(self.figures, no_wrap=True, overflow="ellipsis")
-
-
-def clock(seconds: float) -> str:
-    """1:23:45, of hours without end."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
