@@ -14,7 +14,6 @@ WIDTHS = {
     "fc6": 64, "fc7": 48, "bottleneck": 20,
 }  # fmt: skip
 HALVES = "halves"  # pretrain-2011 with half of the classes for either column
-TWO_COLUMNS = [name for name in recipes.names() if recipes.load(name).model.columns == 2]
 
 
 def narrow(name: str, *settings: str, size: int = 100) -> Recipe:
@@ -29,11 +28,11 @@ def narrow(name: str, *settings: str, size: int = 100) -> Recipe:
 
 def drawn(model: ModelRecipe, classes: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Weights of which every layer's output is about as large as its input, and biases that are all different."""
-    generator, found = torch.Generator().manual_seed(5), {}
+    generator, weights = torch.Generator().manual_seed(5), {}
     for name, shape in shapes(model, classes).items():
         sd = math.sqrt(2 / math.prod(shape[1:4])) if name.endswith(".weight") else 0.5
-        found[name] = (torch.randn(shape, generator=generator) * sd).to(dtype)
-    return found
+        weights[name] = (torch.randn(shape, generator=generator) * sd).to(dtype)
+    return weights
 
 
 def images(model: ModelRecipe, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -48,10 +47,10 @@ def masks_of(model: ModelRecipe, n: int, dtype: torch.dtype = torch.float64, see
     return {name: torch.randint(2, (n, width), generator=generator).to(dtype) for name, width in units.items()}
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
+def apart(actual: Tensor, expected: Tensor) -> float:
     """The greatest difference, relative to the greatest value."""
-    assert found.shape == expected.shape
-    found, expected = found.detach(), expected.detach()
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
     greatest = float(expected.abs().max())
     assert greatest > 0
-    return float((found.to(expected.dtype) - expected).abs().max()) / greatest
+    return float((actual.to(expected.dtype) - expected).abs().max()) / greatest

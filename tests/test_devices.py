@@ -69,3 +69,19 @@ def test_numbers_that_torchrun_never_sets(monkeypatch: pytest.MonkeyPatch, rank:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     with pytest.raises(UserError, match=f"LOCAL_RANK={rank}, LOCAL_WORLD_SIZE={processes}: must be"):
         default_devices()
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ("cpu", 2, "1 given; the network has two columns"),
+        ("cpu,cpu", 1, "2 given; the network has one column"),
+        ("cpu,tpu9", 2, "not a device"),
+        ("cpu,meta", 2, "not supported"),
+        ("cuda:63,cpu", 2, "cuda:63.*or name cpu"),
+        ("", 2, "not a device"),
+    ],
+)
+def test_impossible_devices(text: str, columns: int, message: str):
+    with pytest.raises(UserError, match=message):
+        choose_devices(text, columns)

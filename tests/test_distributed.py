@@ -29,7 +29,7 @@ STEPS, SAVED = 20, 8
 SETTINGS = (
     *(f"model.layers.{name}.sd=0.1" for name in runs.WIDTHS),
     *("optim.lr=0.03", "optim.bias_lr=0.03", "optim.layers.conv1={drops=[], frozen_from=45}"),
-    *("train.batch_size=8", "optim.batch_size=8", "data.max_bad=3"),
+    *("train.batch_size=8", "optim.batch_size=8", "data.max_bad=3", "train.seed=11"),
     *("train.validate_every=10", f"train.checkpoint_every={SAVED}", "train.keep=9"),
 )
 ENDED = "Error: another process of this job has ended before its time; the reason is in its own line"

@@ -54,33 +54,16 @@ def test_batches_from_the_gpu_are_those_of_the_cpu(dataset: Path, split: str, vi
             assert difference.max() < 64
 
 
-def test_two_columns_on_gpus_equal_the_grouped_network_on_the_cpu():
-    widths = {"conv1": 8, "conv2": 16, "conv3": 24, "conv4": 24, "conv5": 16, "fc6": 64, "fc7": 48}
-    recipe = recipes.load("tiny", [f"model.layers.{name}.width={width}" for name, width in widths.items()]).model
-    weights = {name: value.double() for name, value in initial_weights(recipe, 7, 5).items()}
-    grouped, columns = GroupedModel(recipe, 7).double(), TwoColumnNet(recipe, 7, devices()).double()
-    grouped.load(weights)
-    columns.load(weights)
-    x = torch.randn(4, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 60
-    expected, found = grouped(x), columns(x.cuda(0))
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
-    expected.square().sum().backward()
-    found.square().sum().backward()
-    gathered = columns.gathered([{name: w.grad for name, w in part.items()} for part in columns.parts()])
-    for name, w in grouped.weights().items():
-        torch.testing.assert_close(gathered[name], w.grad, rtol=1e-8, atol=1e-8)
-
-
 def test_masks_drawn_on_the_device_are_the_hosts():
-    """Two layers, of which one's units are no multiple of 4; the places of a second process's batch."""
-    for seed, step, samples, place in ((2012, 0, 8, 0), (2**64 - 1, 2**31 - 1, 5, 123)):
+    """Two layers, of which one's units are no multiple of 4; the positions of a second rank's batch."""
+    for seed, step, samples, position in ((2012, 0, 8, 0), (2**64 - 1, 2**31 - 1, 5, 123)):
         units = {"fc6": 4096, "fc7": 50}
-        host = masks(seed, step, samples, units, 0.5, first=place)
-        for where in devices():
-            found = masks(seed, step, samples, units, 0.5, where, place)
+        host = masks(seed, step, samples, units, 0.5, first=position)
+        for device in devices():
+            drawn_there = masks(seed, step, samples, units, 0.5, device, position)
             for name, mask in host.items():
-                assert found[name].device == where
-                assert torch.equal(found[name].cpu(), mask), (where, name)
+                assert drawn_there[name].device == device
+                assert torch.equal(drawn_there[name].cpu(), mask), (device, name)
 
 
 @pytest.fixture
@@ -100,11 +83,12 @@ def outcome(dataset: Path, variant: str, network_class: Any = TwoColumnNet) -> d
         )
         network.load(initial_weights(recipe.model, len(data.classes), recipe.train.seed))
         optimiser, rates = Momentum(network.parts(), recipe.optim.momentum), Schedule(recipe, 1).rates(0)
+        watch = Watch(network)
         with feed.training(data, recipe, (device, device)) as loader:
             batch = next(loader)
         for _ in range(4):
             drop = draw_masks(network, recipe.train.seed, batch)
-            losses = train_step(network, optimiser, batch, drop, rates, recipe.train, Watch(network))
+            losses = train_step(network, optimiser, batch, drop, rates, recipe.train, watch)
         parts = optimiser.velocity
         if network_class is TwoColumnNet:
             return {"loss": losses.cpu(), **network.gathered(parts)}
@@ -116,8 +100,8 @@ def outcome(dataset: Path, variant: str, network_class: Any = TwoColumnNet) -> d
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_training_is_near_float32(dataset: Path, expected: dict[str, torch.Tensor], variant: str):
-    found = outcome(dataset, variant)
-    off = {name: float((found[name] - value).norm() / value.norm()) for name, value in expected.items()}
+    actual = outcome(dataset, variant)
+    off = {name: float((actual[name] - value).norm() / value.norm()) for name, value in expected.items()}
     assert off.pop("loss") < {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}[variant.partition(",")[0]]
     # of the layer that is furthest off: rounding turns over not a little
     assert max(off.values()) < {"fp32": 0.01, "tf32": 0.1, "bf16": 0.5}[variant.partition(",")[0]]
@@ -141,7 +125,7 @@ def test_a_run_is_resumed(dataset: Path, tmp_path: Path, variant: str):
 
 
 def test_five_steps_of_columns_on_gpus_end_at_the_grouped_networks_weights_on_the_cpu():
-    """In float64, with dropout."""
+    """In float64, with dropout; a GPU's operations and the copies between two, where there are two."""
     recipe = narrow("original", "model.size=64", "optim.lr=0.001", "optim.bias_lr=0.001")
     begun, schedule = drawn(recipe.model, 7), Schedule(recipe, 5)
     grouped, columns = GroupedModel(recipe.model, 7).double(), TwoColumnNet(recipe.model, 7, devices()).double()
@@ -153,10 +137,10 @@ def test_five_steps_of_columns_on_gpus_end_at_the_grouped_networks_weights_on_th
             logits = network(images(recipe.model, 4), masks_of(recipe.model, 4, seed=step))
             F.cross_entropy(logits, torch.tensor([0, 2, 4, 6], device=logits.device)).backward()
             optimiser.step(schedule.rates(step))
-    found = columns.gathered()
+    actual = columns.gathered()
     for name, w in grouped.weights().items():
-        assert apart(found[name], w) < 1e-8, name
-        assert apart(found[name], begun[name]) > 1e-6, name  # it has learned
+        assert apart(actual[name], w) < 1e-8, name
+        assert apart(actual[name], begun[name]) > 1e-6, name  # it has learned
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL refuses two processes on one device")

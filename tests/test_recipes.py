@@ -1,6 +1,8 @@
 """Recipe files: what each says, what stands over what, and one clear line for whatever is impossible."""
 
 import json
+import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -20,38 +22,26 @@ def written(folder: Path, name: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_survives_json(name: str):
-    """As recipe.json and checkpoints hold it."""
+def test_every_recipe_survives_json_and_names_its_command(name: str):
+    """As recipe.json and checkpoints hold it; the command is in the comment at its beginning, with its own name."""
     recipe = load(name)
     assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False)), Recipe(), "") == recipe
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_names_its_command(name: str):
-    """In the comment at its beginning, under its own name, with what there is to be put in."""
-    comment = []
-    for line in (FOLDER / f"{name}.toml").read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        comment.append(line.removeprefix("#").strip())
-    command = " ".join(comment)
-    assert "python -m trainer train --data " in command
-    assert f" --recipe {name} " in command
-    assert " --out " in command
+    lines = (FOLDER / f"{name}.toml").read_text().splitlines()
+    command = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    assert re.search(f"python -m trainer train --data .* --recipe {name} .*--out ", command)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_of_a_difference_lead_from_one_recipe_to_the_other(name: str):
     """`difference` misses nothing, where both have the same layers."""
     original, recipe = load("original"), load(name)
-    found = difference(original, recipe)
-    assert (not found) == (name == "original")
-    assert all(before != now for before, now in found.values())
+    changes = difference(original, recipe)
+    assert (not changes) == (name == "original")
+    assert all(before != now for before, now in changes.values())
     if recipe.model.order == original.model.order:
-        known = {key: now for key, (_, now) in found.items() if now is not None}
-        gone = {key for key, (_, now) in found.items() if now is None}
-        assert not gone - {key for key in found if key.startswith("optim.layers.")}
-        assert override(original, [as_setting(key, value) for key, value in known.items()]) == recipe
+        settings = [as_setting(key, now) for key, (_, now) in changes.items() if now is not None]
+        assert all(key.startswith("optim.layers.") for key, (_, now) in changes.items() if now is None)
+        assert override(original, settings) == recipe
 
 
 def test_differences():
@@ -105,75 +95,52 @@ def test_a_recipe_stands_over_its_base(tmp_path: Path):
 
 
 def test_bases_that_lead_back_are_refused(tmp_path: Path):
-    for own, base in (("alone", "alone"), ("one", "other"), ("other", "third"), ("third", "one")):
-        written(tmp_path, own, f'base = "{tmp_path / base}.toml"')
-    for name in ("alone", "one", "other", "third"):
+    for name, base in (("alone", "alone"), ("one", "other"), ("other", "third"), ("third", "one")):
+        written(tmp_path, name, f'base = "{tmp_path / base}.toml"')
+    for name in ("alone", "one"):
         with pytest.raises(RecipeError) as caught:
             load(str(tmp_path / f"{name}.toml"))
         one_line(caught, "base", "not lead back")
-    with pytest.raises(RecipeError) as caught:
-        load(written(tmp_path, "wrong", "base = 3"))
-    one_line(caught, "wrong.toml", "base = 3", "another recipe's name")
 
 
 def test_missing_and_broken_files(tmp_path: Path):
-    with pytest.raises(RecipeError) as caught:
-        load("huge")
-    one_line(caught, "huge: no such recipe; there are ", *NAMES)
-    with pytest.raises(RecipeError) as caught:
-        load(written(tmp_path, "child", 'base = "huge"'))
-    one_line(caught, "huge: no such recipe")
-    with pytest.raises(RecipeError) as caught:
-        load(str(tmp_path / "none.toml"))
-    one_line(caught, "none.toml: no such recipe")
-    with pytest.raises(RecipeError) as caught:
-        load(written(tmp_path, "broken", "[model\nsize = 1"))
-    one_line(caught, "broken.toml: not TOML")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError) as caught:
-        load(str(tmp_path / "bytes.toml"))
-    one_line(caught, "bytes.toml: not TOML")
+    for name, *words in (
+        ("huge", "huge: no such recipe; there are ", *NAMES),
+        (written(tmp_path, "child", 'base = "huge"'), "huge: no such recipe"),
+        (str(tmp_path / "none.toml"), "none.toml: no such recipe"),
+        (written(tmp_path, "broken", "[model\nsize = 1"), "broken.toml: not TOML"),
+        (str(tmp_path / "bytes.toml"), "bytes.toml: not TOML"),
+        (written(tmp_path, "wrong", "base = 3"), "wrong.toml", "base = 3", "another recipe's name"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load(name)
+        one_line(caught, *words)
 
 
 IMPOSSIBLE = [  # setting; words of the line
     ("train.stepz=4", "unknown key train.stepz; known: train.seed, train.batch_size"),
     ("other.key=4", "unknown key other; known: model, optim, data, train"),
-    (f"{CONV3}.sdd=4", f"unknown key {CONV3}.sdd; known: {CONV3}.kind, {CONV3}.width"),
-    ("optim.layers.conv1.rate=4", "unknown key optim.layers.conv1.rate; known: optim.layers.conv1.lr"),
     ("optim.layers.conv9.lr=4", "optim.layers.conv9 = conv9: must be a layer of the model: conv1, conv2"),
     ("model.layers.conv9.width=8", "model.layers.conv9 = conv9: must be in model.order, which has conv1, conv2"),
     ("train.steps=four", "the value is not TOML", "a text stands in quotes"),
     ("train.steps=1.5", "train.steps = 1.5: must be a whole number"),
-    ("train.steps=true", "train.steps = True: must be a whole number"),
     ("train.channels_last=1", "must be true or false"),
     ("train.compile=1", "must be a text"),
     ("optim.lr=inf", "optim.lr = inf: must be a number up to"),
-    ("optim.decay=nan", "optim.decay = nan: must be a number up to"),
     ("optim.drops=3", "optim.drops = 3: must be a list, each a number"),
-    ("optim.drops=['a']", "must be a number up to"),
     (f"{CONV3}=3", f"{CONV3} = 3: a section, not a value"),
-    ("model=3", "not of the form"),
     ("train.steps", "not of the form"),
     # numbers that cannot be
     ("train.batch_size=0", "train.batch_size = 0: must be between 1 and"),
     ("train.steps=-1", "train.steps = -1: must be at least 0"),
-    ("train.epochs=0", "train.epochs = 0.0: must be above 0"),
-    ("train.seed=-1", "train.seed = -1: must be between 0"),
-    ("train.validate_every=-1", "train.validate_every = -1"),
-    ('train.precision="fp16"', "train.precision = 'fp16': must be one of fp32, tf32, bf16"),
     ('train.compile="yes"', "train.compile = 'yes': must be one of no, segments, graphs"),
-    ('optim.schedule="cosine"', "optim.schedule = 'cosine': must be one of stretches, drops, plateau"),
     ("optim.momentum=1", "optim.momentum = 1.0: must be at least 0 and below 1"),
     ("optim.lr=0", "optim.lr = 0.0: must be a number above 0"),
-    ("optim.layers.conv1.lr=-1", "optim.layers.conv1.lr = -1.0: must be at least 0"),
-    ('data.lighting="on"', "data.lighting = 'on': must be one of code, paper, off"),
-    ("data.max_bad=-1", "data.max_bad = -1"),
     ("model.columns=3", "model.columns = 3: must be 1 or 2"),
     ("model.dropout=1", "model.dropout = 1.0: must be at least 0 and below 1"),
     ("model.pool_stride=4", "model.pool_stride = 4: must be 1 to model.pool_size"),
     ("model.lrn_size=4", "model.lrn_size = 4: must be an odd number"),
-    ("model.lrn_size=-1", "model.lrn_size = -1: must be an odd number"),
-    ("model.lrn_k=0", "model.lrn_k = 0.0: must be above 0"),
     # layers that do not fit together
     ('model.order=["conv1", "conv1", "fc8"]', "must be names, each once"),
     ('model.order=["conv1", "conv9", "fc8"]', "model.order = conv9: must be a layer that has a section"),
@@ -185,18 +152,13 @@ IMPOSSIBLE = [  # setting; words of the line
     ('model.layers.fc8.kind="conv"', "model.layers.fc8.kind = 'conv': must be linear"),
     ('model.layers.fc8.then=["relu"]', "model.layers.fc8.then = ('relu',): must be empty"),
     (f'{CONV3}.kind="cone"', f"{CONV3}.kind = 'cone': must be one of conv, local, linear"),
-    (f'{CONV3}.sees="all"', f"{CONV3}.sees = 'all': must be one of own, both"),
     (f'{CONV3}.then=["relu", "gelu"]', f"{CONV3}.then = 'gelu': must be of lrn"),
     (f'{CONV3}.then=["dropout"]', f"{CONV3}.then = 'dropout'", "what may follow 'conv'"),
-    ('model.layers.fc6.then=["pool"]', "model.layers.fc6.then = 'pool'", "what may follow 'linear'"),
     ('model.layers.fc6.then=["dropout", "dropout"]', "with dropout once"),
     (f"{CONV3}.width=385", f"{CONV3}.width = 385: must be a number of which either column has the half"),
     (f"{CONV3}.stride=0", f"{CONV3}.stride = 0: must be at least 1"),
-    (f"{CONV3}.padding=-1", f"{CONV3}.padding = -1: must be at least 0"),
-    (f"{CONV3}.sd=-0.1", f"{CONV3}.sd = -0.1: must be at least 0"),
     (f"{CONV3}.kernel=16", f"{CONV3}.kernel = 16: must be at most what it sees: 13 pixels"),
     ("model.size=40", "model.layers.conv5.then = pool: must be after 3 pixels; it has 2"),
-    ("model.size=3", "model.layers.conv1.kernel = 11: must be at most what it sees: 3 pixels"),
 ]
 
 

@@ -35,14 +35,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(library: Path, check: str, *names: str) -> subprocess.CompletedProcess[str]:
+def run(library: Path, check: str, *names: str) -> dict[str, list[int]]:
+    """By recipe, the number of parameters on each device."""
     command = [sys.executable, __file__, library, check, *names]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def parameters(ended: subprocess.CompletedProcess[str]) -> dict[str, list[int]]:
-    """By recipe, on each device."""
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     counts: dict[str, list[int]] = json.loads(ended.stdout)
     return counts
@@ -52,21 +49,19 @@ def test_every_recipe_trains_and_evaluates_on_two_devices(library: Path):
     """Every operation is on one device; each weight, gradient and velocity is where its column is."""
     from trainer import recipe as recipes
 
-    counts = parameters(run(library, "steps", *recipes.names()))
+    counts = run(library, "steps", *recipes.names())
     assert list(counts) == recipes.names()
     assert counts["original"] == [32_531_112, 28_434_112]  # fc8 sees both columns: it is whole on the first
 
 
 def test_two_replicas_reduce_each_columns_gradients_on_its_device(library: Path):
     """One step of a rank with two devices: FakeTensorMode does not reach DistributedDataParallel's second."""
-    counts = parameters(run(library, "replicas", "original", "half"))
-    assert counts == {"original": [32_531_112, 28_434_112], "half": [59_798_312]}
+    assert run(library, "replicas", "original", "half") == {"original": [32_531_112, 28_434_112], "half": [59_798_312]}
 
 
 def test_a_missing_copy_between_columns_is_an_error(library: Path):
-    ended = run(library, "without-copies", "original")
-    assert ended.returncode == 1
-    assert "Expected all tensors to be on the same device" in ended.stderr, ended.stderr
+    with pytest.raises(AssertionError, match="Expected all tensors to be on the same device"):
+        run(library, "without-copies", "original")
 
 
 def torch_folder() -> Path:
