@@ -26,53 +26,57 @@ TINY = (
 
 
 def trainer(*arguments: object, page: bool = True) -> Result:
-    """A command of the trainer; of training without its last act, the page, which takes longer than a few steps."""
+    """Run a command of the trainer; of training without its last act, the page, which takes longer than a few steps."""
     not_drawn = mock.patch("trainer.train.drawn", return_value=[Path("not drawn")])
     with nullcontext() if page else not_drawn:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def options(data: Path, run: Path, *settings: str, recipe: str = "tiny") -> list[str]:
-    """The options of `train` for a new run."""
+    """Return the options of `train` for a new run."""
     words = ["--data", str(data), "--recipe", recipe, "--out", str(run), "--devices", "cpu,cpu"]
     return [*words, *(word for setting in (*TINY, *settings) for word in ("--set", setting))]
 
 
-def train(data: Path, run: Path, steps: int, *settings: str, recipe: str = "tiny", page: bool = False) -> Result:
-    """A new run of so many steps."""
-    return trainer("train", *options(data, run, f"train.steps={steps}", *settings, recipe=recipe), page=page)
+def train(
+    data: Path, run: Path, steps: int, *settings: str, page: bool = False, more: tuple[object, ...] = ()
+) -> Result:
+    """Begin a run of so many steps."""
+    return trainer("train", *options(data, run, f"train.steps={steps}", *settings), *more, page=page)
 
 
-def resume(data: Path, run: Path, *settings: str, more: tuple[str, ...] = ()) -> Result:
+def resume(data: Path, run: Path, *settings: str, more: tuple[object, ...] = ()) -> Result:
     """Go on with a run."""
-    words = (word for setting in settings for word in ("--set", setting))
-    return trainer("train", "--data", data, "--out", run, "--devices", "cpu,cpu", "--resume", *words, *more, page=False)
+    return trainer("train", *resumed(data, run, *settings), *more, page=False)
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """`python -m trainer train` in a process of its own."""
+def resumed(data: Path, run: Path, *settings: str) -> list[str]:
+    """Return the options of `train` that go on with a run."""
+    words = ["--data", str(data), "--out", str(run), "--devices", "cpu,cpu", "--resume"]
+    return [*words, *(word for setting in settings for word in ("--set", setting))]
+
+
+def start(*words: object, **options: Any) -> subprocess.Popen[str]:
+    """Start `python -m trainer train` in a process of its own."""
     command = [sys.executable, "-m", "trainer", "train", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def one_line(result: Result, *words: str) -> None:
-    """A mistake of the user's, reported as it should be."""
+    """Check that a mistake of the user's is reported in one line."""
     assert result.exit_code == 2, result.output
     assert len(result.output.strip().splitlines()) == 1, result.output
     for word in words:
         assert word in result.output
 
 
-def without_time(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "time"} for line in read(run)]
-
-
 def assert_same_end(one: Path, other: Path) -> None:
-    """Both runs ended with the same bytes of weights and velocities, and with the same metrics but for times."""
-    mine, theirs = checkpoints.load(one), checkpoints.load(other)
-    assert mine.step == theirs.step
-    assert (mine.loader, mine.progress) == (theirs.loader, theirs.progress)
+    """Check that two runs ended with the same bytes of weights and velocities, and the same metrics but for times."""
+    first, second = checkpoints.load(one), checkpoints.load(other)
+    assert first.step == second.step
+    assert (first.loader, first.progress) == (second.loader, second.progress)
     for kind in ("weights", "velocity"):
-        for name, value in getattr(mine, kind).items():
-            assert torch.equal(value, getattr(theirs, kind)[name]), (kind, name)
-    assert without_time(one) == without_time(other)
+        for name, value in getattr(first, kind).items():
+            assert torch.equal(value, getattr(second, kind)[name]), (kind, name)
+    metrics = [[{**line, "time": None} for line in read(run)] for run in (one, other)]
+    assert metrics[0] == metrics[1]

@@ -1,6 +1,8 @@
-"""Runs that end before their time: killed at any moment, or asked to end, they go on to the same bytes."""
+"""Runs that end before their time: killed at any moment, asked to end, out of disk; they go on to the same bytes."""
 
+import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import assert_same_end, options, resume, start, train
+from runs import assert_same_end, options, resume, resumed, start, train
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 
@@ -17,7 +19,7 @@ HABITS = ("train.log_every=4", "train.validate_every=10", "train.checkpoint_ever
 
 
 def written(run: Path) -> int:
-    """The last step that a run has told of."""
+    """Return the last step in a run's metrics."""
     lines = read(run)
     return lines[-1]["step"] if lines else 0
 
@@ -28,63 +30,103 @@ def wait_for(step: int, run: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def killed(data: Path, run: Path, steps: int, kills: int, chance: random.Random) -> int:
-    """Start a run, kill it at so many random moments, resume it each time. → how often it was killed."""
-    happened = 0
-    words = options(data, run, f"train.steps={steps}", *HABITS)
+@pytest.mark.proof
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(kills: int, dataset: Path, tmp_path: Path):
+    """Each time at a random moment; between two log lines, too."""
+    steps, chance, killed = 30 * kills, random.Random(kills), 0
+    assert train(dataset, tmp_path / "whole", steps, *HABITS).exit_code == 0
+    run = tmp_path / "parts"
+    words = options(dataset, run, f"train.steps={steps}", *HABITS)
     for _ in range(kills):
         process = start(*words)
         wait_for(written(run) + chance.randrange(1, 2 * steps // kills), run, process)
         time.sleep(chance.random() / 20)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
-        happened += process.returncode == -signal.SIGKILL
+        killed += process.returncode == -signal.SIGKILL
         if checkpoints.files(run):  # else the first, of step 0, was not whole: the same command starts anew
-            words = ["--data", data, "--out", run, "--devices", "cpu,cpu", "--resume"]
-    return happened
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(kills: int, dataset: Path, tmp_path: Path):
-    steps = 30 * kills
-    done = start(*options(dataset, tmp_path / "whole", f"train.steps={steps}", *HABITS)).communicate(timeout=600)[0]
-    assert "checkpoint" in done
-    assert killed(dataset, tmp_path / "parts", steps, kills, random.Random(kills)) >= kills * 3 // 4
-    lost = written(tmp_path / "parts") - checkpoints.load(tmp_path / "parts").step
-    assert lost <= 2 * 7 + 4  # the steps since the last checkpoint; one more may have been in the making
-    if checkpoints.load(tmp_path / "parts").step < steps:
-        last = start("--data", dataset, "--out", tmp_path / "parts", "--devices", "cpu,cpu", "--resume")
-        last.communicate(timeout=600)
-        assert last.returncode == 0
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+            words = resumed(dataset, run)
+    assert killed >= kills * 3 // 4
+    saved = checkpoints.load(run).step
+    assert (
+        written(run) - saved <= 2 * 7 + 4
+    )  # the steps since the last checkpoint; one more may have been in the making
+    if saved < steps:
+        assert resume(dataset, run).exit_code == 0
+    assert_same_end(tmp_path / "whole", run)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(number: int, code: int, dataset: Path, tmp_path: Path):
-    habits = ("train.log_every=1", "train.validate_every=1000", "train.checkpoint_every=1000")
-    process = start(*options(dataset, tmp_path / "run", "train.steps=1000", *habits))
-    wait_for(3, tmp_path / "run", process)
+    run, habits = tmp_path / "run", ("train.log_every=1", "train.validate_every=1000", "train.checkpoint_every=1000")
+    process = start(*options(dataset, run, "train.steps=1000", *habits))
+    wait_for(3, run, process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    step = checkpoints.load(tmp_path / "run").step
-    assert step == written(tmp_path / "run") >= 3
+    step = checkpoints.load(run).step
+    assert step == written(run) >= 3
     last = output.strip().splitlines()[-1]
-    assert f"stopped and saved after step {step}; go on by --resume" in last
-    assert signal.Signals(number).name in last
+    assert f"{signal.Signals(number).name}: stopped and saved after step {step}; go on by --resume" in last
     assert "Traceback" not in output
 
 
 @pytest.mark.proof
-def test_what_was_under_way_at_a_signal_is_not_lost(dataset: Path, tmp_path: Path):
-    """A run asked to end in the middle of a log line's steps ends, resumed, as one that was not."""
-    assert train(dataset, tmp_path / "whole", 12, *HABITS).exit_code == 0
-    process = start(*options(dataset, tmp_path / "parts", "train.steps=12", *HABITS))
-    wait_for(4, tmp_path / "parts", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    if process.returncode == 143:  # else it was faster than the signal
-        assert resume(dataset, tmp_path / "parts").exit_code == 0
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+def test_a_change_holds_though_the_run_is_killed_before_its_next_checkpoint(dataset: Path, tmp_path: Path):
+    assert train(dataset, tmp_path / "run", 2).exit_code == 0
+    rare = ("train.steps=500", "train.checkpoint_every=500", "train.validate_every=500", "optim.lr=0.003")
+    process = start(*resumed(dataset, tmp_path / "run", *rare))
+    wait_for(3, tmp_path / "run", process)
+    process.kill()
+    process.communicate()
+    saved = checkpoints.load(tmp_path / "run")
+    assert (saved.step, saved.recipe.optim.lr) == (2, 0.003)
+
+
+@pytest.mark.proof
+def test_a_listener_that_leaves_does_not_end_the_run(dataset: Path, tmp_path: Path):
+    process = start(*options(dataset, tmp_path / "run", "train.steps=6"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert checkpoints.load(tmp_path / "run").step == 6
+
+
+@pytest.mark.proof
+def test_a_disk_that_is_full_at_a_checkpoint_loses_nothing(dataset: Path, tmp_path: Path):
+    """A file system with room for three checkpoints of 114 kB, and not for a fourth."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=440k", "penstock", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    habits = ("train.checkpoint_every=3", "train.keep=9", "train.validate_every=100")
+    try:
+        process = start(*options(dataset, small / "run", *habits, "train.steps=12"))
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 2, output
+        kept, last = checkpoints.load(small / "run").step, output.strip().splitlines()[-1]
+        assert kept > 0
+        assert "No space left on device" in last
+        assert f"the checkpoint of step {kept} stays" in last
+        assert "Traceback" not in output
+        shutil.copytree(small / "run", tmp_path / "moved")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert resume(dataset, tmp_path / "moved").exit_code == 0
+    assert train(dataset, tmp_path / "whole", 12, *habits).exit_code == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "moved")
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_spin_briefly_unless_the_user_chose(own: dict[str, str], spins: str):
+    """As libgomp displays its settings: beside busy programs long spins cost most of a step."""
+    others = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    process = start("--help", env=others | {"OMP_DISPLAY_ENV": "VERBOSE"} | own)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in process.communicate(timeout=60)[0]

@@ -26,7 +26,6 @@ from trainer.terminal import Terminal
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
 FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad")
 OWN = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
-REMEMBERED = {"schedule", "window", "steps", "over"}  # keys of a checkpoint's `progress`
 History = tuple[dict[str, Any], ...]  # an entry for each start of the run
 
 
@@ -128,8 +127,6 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
             f"{run}: has learned {len(resumed.classes):,} classes, {dataset.root} has {len(dataset.classes):,}, and "
             "not the same; start a new run from its layers: --init"
         )
-    if missing := REMEMBERED - resumed.progress.keys():
-        raise checkpoints.CheckpointError(f"{run}: its newest checkpoint lacks {', '.join(sorted(missing))}; delete it")
     for key, (old, new) in difference(resumed.recipe, recipe).items():
         if key.startswith(FIXED) and not key.startswith(FREE):
             raise UserError(f"{run}: --set {key}: cannot change on resume ({old} → {new}); start a new run")

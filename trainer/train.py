@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,7 +19,6 @@ from trainer import data as loaders
 from trainer import nonfinite
 from trainer import recipe as recipes
 from trainer import run as runs
-from trainer.checkpoint import Checkpoint
 from trainer.commands.figures import drawn
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
@@ -26,12 +26,9 @@ from trainer.dropout import masks as drawn_masks
 from trainer.evaluate import evaluate, labelled
 from trainer.metrics import LogInterval
 from trainer.model import Masks, initial_weights
-from trainer.nonfinite import Watch
 from trainer.optim import Momentum, Rates, Schedule
 from trainer.options import DATA, DEVICES, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
-from trainer.recipe import TrainRecipe
-from trainer.run import Settings
 from trainer.stop import Stopped, StopRequest, remedies
 
 
@@ -39,10 +36,8 @@ def draw_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
     """Return the dropout masks of a batch for each column, drawn on its device."""
     dropout = network.recipe.dropout
     units = {layer.name: layer.width for layer in network.layers if dropout and "dropout" in layer.recipe.then}
-    size, position = len(batch.ids), batch.place
-    masks = {
-        device: drawn_masks(seed, batch.step, size, units, dropout, device, position) for device in network.devices
-    }
+    draw = partial(drawn_masks, seed, batch.step, len(batch.ids), units, dropout, first=batch.place)
+    masks = {device: draw(device=device) for device in dict.fromkeys(network.devices)}  # once where two share one
     return [masks[device] for device in network.devices]
 
 
@@ -52,8 +47,8 @@ def train_step(
     batch: Batch,
     masks: Masks | Sequence[Masks],
     rates: dict[str, Rates],
-    recipe: TrainRecipe,
-    watch: Watch | None = None,
+    recipe: recipes.TrainRecipe,
+    watch: nonfinite.Watch | None = None,
 ) -> Tensor:
     """Update the weights by a batch; return the sum of its losses in nats, a scalar on the first device.
 
@@ -82,7 +77,7 @@ def train_step(
     return losses.detach()
 
 
-def main(settings: Settings, world: World = SINGLE) -> None:
+def main(settings: runs.Settings, world: World = SINGLE) -> None:
     """Train to the end of the recipe; leave recipe, metrics and checkpoints in the run directory.
 
     Every process of a job calls it with devices of its own. They share each global batch; only the main one writes.
@@ -94,11 +89,11 @@ def main(settings: Settings, world: World = SINGLE) -> None:
     """
     recipe, devices, resumed = settings.recipe, settings.devices, settings.resumed
 
-    # ---- Data; whatever can be refused is refused before anything is written. ----
+    # ---------------- Data. What can be refused is refused here, before anything is written. ----------------
     with world.raise_together():
         dataset = manifest.load(settings.data)
         classes = tuple(record.wnid for record in dataset.classes)
-        steps, steps_per_epoch = loaders.steps_of(dataset, recipe), loaders.steps_per_epoch(dataset, recipe)
+        steps = loaders.steps_of(dataset, recipe)
         validated = "val" in dataset.splits and dataset.split("val").samples > 0 and labelled(dataset, "val")
         runs.require_trainable(dataset, recipe, validated)
         if resumed:
@@ -110,7 +105,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
     versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
     world.require_equal_settings({**recipes.flat(recipes.to_dict(recipe)), **versions})
 
-    # ---- Network, optimiser, schedule. ----
+    # ---------------- Network, optimiser, schedule ----------------
     reference_precision(recipe.train.precision)
     network = TwoColumnNet(recipe.model, len(classes), devices, recipe.train.compile, recipe.train.channels_last)
     optimiser, schedule = Momentum(network.parts(), recipe.optim.momentum), Schedule(recipe, steps)
@@ -130,7 +125,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
     world.broadcast([v for part in optimiser.velocity for v in part.values()])
 
     with ExitStack() as stack:
-        # ---- Outputs, loader, watches. ----
+        # ---------------- Outputs and loader, which end with the run ----------------
         stop, any_rank = stack.enter_context(StopRequest()), AnyRank(world)
         entry = runs.history_entry(settings, dataset, world.size)
         history = (*(resumed.history if resumed else ()), entry)
@@ -140,7 +135,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
             if resumed:
                 same_step = {**loader.state_dict(), "step": settings.start}
                 loader.load_state_dict(same_step if settings.other_data else resumed.loader)
-        watch = Watch(network, world)
+        watch = nonfinite.Watch(network, world)
         interval = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
         if writers:
             for text in runs.introduction(recipe, len(classes), validated, history):
@@ -159,7 +154,7 @@ def main(settings: Settings, world: World = SINGLE) -> None:
                 if writers:
                     weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
                     nonfinite.require_finite(step, weights)
-                    saved = Checkpoint(step, recipe, classes, dataset.identity, weights, velocity, *state)
+                    saved = checkpoints.Checkpoint(step, recipe, classes, dataset.identity, weights, velocity, *state)
                     path = writers.checkpoints.save(saved, best)
                     if last:
                         writers.checkpoints.close()
@@ -168,7 +163,9 @@ def main(settings: Settings, world: World = SINGLE) -> None:
         if not resumed or entry["changed"] or settings.other_data:
             save(settings.start)  # to go on from, whatever happens; and what was changed holds
 
-        # ---- The loop. Only log lines, validations, checkpoints and `watch.check` wait for the devices. ----
+        # ---------------- The loop. Log lines, validations, checkpoints and checks wait for devices. ----------------
+        epoch = loaders.steps_per_epoch(dataset, recipe)
+        validate_every, save_every = recipe.train.validate_every or epoch, recipe.train.checkpoint_every or epoch
         for batch in loader:
             rates = schedule.rates(batch.step)
             masks = draw_masks(network, recipe.train.seed, batch)
@@ -177,9 +174,9 @@ def main(settings: Settings, world: World = SINGLE) -> None:
             interval.add(losses, len(batch.ids))
 
             done = batch.step + 1
-            ending, epoch_ends = done == steps, done % steps_per_epoch == 0
+            ending = done == steps
             logging = ending or done % recipe.train.log_every == 0
-            validating = validated and (ending or _due(recipe.train.validate_every, done, epoch_ends))
+            validating = validated and (ending or done % validate_every == 0)
             if logging or validating or done % nonfinite.EVERY == 0:
                 watch.check()
             if writers:
@@ -213,18 +210,13 @@ def main(settings: Settings, world: World = SINGLE) -> None:
 
             # save
             stopping = any_rank(stop.number is not None)  # asked for now: a validation takes long
-            if best or ending or stopping or _due(recipe.train.checkpoint_every, done, epoch_ends):
+            if best or ending or stopping or done % save_every == 0:
                 with interval.paused():
                     save(done, best, over=plateau == "end", last=ending or stopping)
             if ending:
                 break
             if stopping:
                 raise Stopped(done, stop.number)
-
-
-def _due(every: int, done: int, epoch_ends: bool) -> bool:
-    """Return True once every so many steps or, for 0, at the end of each epoch."""
-    return done % every == 0 if every else epoch_ends
 
 
 @click.command(cls=Command)
@@ -289,7 +281,7 @@ def train(
         if devices is None and where[0].type == "cpu" and torch.version.cuda and world.is_main:
             click.echo(f"training on the CPU: {missing_device(0)}", err=True)
         with remedies(run, world):
-            main(Settings(data, run, chosen, where, resumed, other_data, initial, layers), world)
+            main(runs.Settings(data, run, chosen, where, resumed, other_data, initial, layers), world)
     if world.is_main:
         try:
             click.echo(f"page: {drawn(data, run, where)[-1]}")
