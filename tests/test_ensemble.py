@@ -24,7 +24,7 @@ from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint
 from trainer.ensemble import fitted_weights
 from trainer.model import Grouped
-from trainer.probabilities import Origin
+from trainer.probabilities import Origin, Probabilities
 
 WIDTHS = {"conv1": 4, "conv2": 4, "conv3": 4, "conv4": 4, "conv5": 4, "fc6": 8, "fc7": 8}
 RECIPE = recipes.load("original", [f"model.layers.{name}.width={width}" for name, width in WIDTHS.items()])
@@ -93,8 +93,7 @@ def save(
     views: str = "ten",
 ) -> Path:
     origin = Origin(dataset * 64, split, views, ("a run",), tuple(classes))
-    n = len(labels)
-    probabilities.save(path, origin, n, lambda add: add(np.array(labels), np.full((n, 3), 1 / 3)))
+    probabilities.save(path, Probabilities(origin, np.array(labels), np.full((len(labels), 3), 1 / 3)))
     return path
 
 

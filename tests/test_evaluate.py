@@ -271,7 +271,7 @@ def test_a_reader_who_leaves_does_not_keep_the_run_from_its_evaluation(own: Made
     def leave(*_: object, **__: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("trainer.commands.evaluate.click.echo", leave)
+    monkeypatch.setattr("trainer.evaluate.click.echo", leave)
     trainer("evaluate", *own.options)
     assert json.loads((own.run / "evaluation.json").read_text())["ten"]["samples"] == sum(VAL)
 

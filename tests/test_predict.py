@@ -22,21 +22,21 @@ from tars import tar_bytes, tree
 from trainer import checkpoint as checkpoints
 from trainer.network import load_network
 from trainer.pictures import Pictures
-from trainer.predict import BATCH_SIZE, THREADS, Prediction, fits, top
-from trainer.raw import Failure, Raw
+from trainer.predict import BATCH_SIZE, THREADS, Failure, Prediction, Raw, fits
+from trainer.probabilities import top
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """What the network is given."""
     given = []
-    honest = module.probabilities
+    honest = module.view_probabilities
 
     def noting(network: object, images: torch.Tensor) -> torch.Tensor:
         given.append(images.numpy().copy())
         return honest(network, images)
 
-    monkeypatch.setattr(module, "probabilities", noting)
+    monkeypatch.setattr(module, "view_probabilities", noting)
     return given
 
 
@@ -191,7 +191,7 @@ def test_results_come_while_pictures_are_still_found(world: World):
 
     checkpoint = checkpoints.load(world.run)
     network = load_network(checkpoint, world.dataset, (torch.device("cpu"),) * 2, world.run)
-    found = module.predict(network, Pictures(world.dataset, checkpoint.recipe), endless(), "ten")
+    found = module.classify(network, Pictures(world.dataset, checkpoint.recipe), endless(), "ten")
     some = list(itertools.islice(found, 20))
     assert [each.name for each in some] == [f"{number}" for number in range(20)]
     assert [isinstance(each, Prediction) for each in some] == [bool(number % 3) for number in range(20)]

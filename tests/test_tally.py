@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.tally import Confusion, Evaluation, Tally, top_k_errors
+from trainer.evaluate import Confusion, Evaluation, Tally, top_k_errors
 
 SEEDS = range(40)
 

@@ -15,10 +15,10 @@ from runs import assert_same_end, one_line, resume, train, trainer
 from trainer import checkpoint as checkpoints
 from trainer import data as feed
 from trainer import recipe as recipes
+from trainer.evaluate import top_k_errors
 from trainer.metrics import read
 from trainer.model import Grouped
 from trainer.step import update
-from trainer.tally import top_k_errors
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,13 @@ COMMANDS = {
 
 MODULES = {
     "train": "commands.train",
-    "evaluate": "commands.evaluate",
-    "ensemble": "commands.ensemble",
-    "predict": "commands.predict",
+    "evaluate": "evaluate",
+    "ensemble": "ensemble",
+    "predict": "predict",
     "figures": "commands.figures",
     "index": "commands.index",
     "similar": "commands.similar",
-    "export": "commands.export",
+    "export": "export",
 }
 
 

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from trainer import checkpoint as checkpoints
 from trainer import data as feed
 from trainer.checkpoint import Checkpoint
 from trainer.distributed import SINGLE, AnyRank, RankLost, World
-from trainer.evaluate import evaluate
+from trainer.evaluate import error_rates
 from trainer.journal import Journal
 from trainer.layers import multiply_adds, parameter_count
 from trainer.model import initial_weights
@@ -193,14 +193,14 @@ def _train(
             if validated and (_due(recipe.train.validate_every, done, epoch_ends) or ended):
                 watched.check()
                 with window.paused():
-                    errors = evaluate(network, dataset, recipe, "val", "centre", world)
+                    errors = error_rates(network, dataset, recipe, "val", "centre", world)
                 best = schedule.is_best(errors.top1_error)
                 what = schedule.validated(errors.top1_error)
                 over = what == "end"
                 ended = ended or over
                 with world.raise_together():
                     if journal:
-                        journal.validation({"step": done, "epoch": batch.epoch, **errors.to_dict()})
+                        journal.validation({"step": done, "epoch": batch.epoch, **asdict(errors)})
                 if journal and what == "drop":
                     journal.say(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
             asked = vote(stop.asked)  # now: a validation takes long
