@@ -32,22 +32,7 @@ WNIDS = [f"n{number:08d}" for number in (11, 12, 25, 31, 47, 58, 63)]
 WORDS = "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"  # as ImageNet has them
 SIDES = [(40, 30), (256, 256), (256, 256), (700, 200), (201, 333), (257, 255), (300, 300), (512, 512), (640, 480),
          (256, 400), (255, 255), (400, 256), (600, 31), (300, 451)]  # fmt: skip
-KINDS = [
-    "JPEG",
-    "JPEG",
-    "PNG",
-    "PNG",
-    "GIF",
-    "CMYK",
-    "L",
-    "WEBP",
-    "progressive",
-    "JPEG",
-    "TIFF",
-    "turned",
-    "BMP",
-    "JPEG",
-]
+KINDS = "JPEG JPEG PNG PNG GIF CMYK L WEBP progressive JPEG TIFF turned BMP JPEG".split()
 
 
 @dataclass

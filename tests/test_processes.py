@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def jobs(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """31 images; in batches of 7 among two, and of 15 among three, of which the last has one image, for the first."""
     folder = tmp_path_factory.mktemp("jobs")
-    two = Made(made.data, Path(shutil.copytree(made.run, folder / "run")))
+    two = replace(made, run=Path(shutil.copytree(made.run, folder / "run")))
     found = {
         "two": Job(2, *two.options, "--batch-size", 7, "--save-probabilities", folder / "two.npz"),
         "three": Job(3, *made.options, "--batch-size", 15, "--save-probabilities", folder / "three.npz", "--json"),
@@ -93,7 +94,7 @@ def test_a_job_that_nobody_started(made: Made, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_where_one_process_fails_the_other_ends_in_a_line_too(made: Made, tmp_path: Path):
     """What else there is to read is torchrun's."""
-    damaged = Made(Path(shutil.copytree(made.data, tmp_path / "damaged")), made.run)
+    damaged = replace(made, data=Path(shutil.copytree(made.data, tmp_path / "damaged")))
     spoil(damaged.data, 4)  # of the first batch of 7, and the second process
     job = Job(2, *damaged.options, "--batch-size", 7, "--save-probabilities", tmp_path / "a.npz")
     job.end()
