@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ PLACES = {  # views → top, left, and the step along a row
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Made:
     data: Path
     run: Path
@@ -152,6 +153,7 @@ def logits(values: dict[str, torch.Tensor], images: np.ndarray) -> np.ndarray:
         return network.double()(torch.from_numpy(images)).numpy()
 
 
+@cache
 def known(made: Made, split: str, views: str) -> np.ndarray:
     """(n, classes): the mean over the views of the softmax of the grouped network in float64."""
     saved = load_file(made.run / f"checkpoints/step-{STEP:08d}.safetensors")

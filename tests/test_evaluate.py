@@ -33,17 +33,17 @@ from evaluated import (
     stored,
     weights,
 )
+from forgery import remake
 from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png
 from runs import one_line, trainer
 from tars import tree
 from trainer import probabilities
-from trainer.evaluate import Tally, top_k_errors
+from trainer.evaluate import VIEWS, Tally, top_k_errors
 from trainer.probabilities import Origin
 
 WRITTEN = shutil.ignore_patterns("evaluation.json")
-TOLD = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_default_is_the_centre_and_ten_views(own: Made, labels: np.ndarray, 
         wanted = errors(labels, expected[views])
         equal(written[views], wanted, FLOAT32)
         said = f"{wanted['top1_error']:.1f} % {wanted['top5_error']:.1f} % {-wanted['nll']:.4f}"
-        assert " ".join(line.split()) == f"{TOLD[views]} {said}"
+        assert " ".join(line.split()) == f"{VIEWS[views]} {said}"
 
 
 def test_the_errors_of_each_class_and_the_confused_pairs(made: Made, labels: np.ndarray, expected: dict):
@@ -135,12 +135,12 @@ def test_probabilities_of_every_image_once(
 ):
     """In the order of the shards, of the last of the views; errors of each view, whatever the batches."""
     last, file = (
-        sorted(views.split(", " if " " in views else ","), key=list(TOLD).index)[-1],
+        sorted(views.split(", " if " " in views else ","), key=list(VIEWS).index)[-1],
         tmp_path / "new" / "a.npz",
     )
     result = evaluate(made, "--views", views, "--batch-size", batch, "--save-probabilities", file)
-    assert set(result) & set(TOLD) == {name.strip() for name in views.split(",")}
-    for name in set(result) & set(TOLD):
+    assert set(result) & set(VIEWS) == {name.strip() for name in views.split(",")}
+    for name in set(result) & set(VIEWS):
         equal(result[name], errors(labels, expected[name]), FLOAT32)
     np.testing.assert_allclose(saved(file), expected[last], rtol=0, atol=FLOAT32)
     loaded = probabilities.load(file)
@@ -150,6 +150,10 @@ def test_probabilities_of_every_image_once(
 
 def test_a_failure_half_way_leaves_the_old_files(own: Made, tmp_path: Path):
     data, file = Path(shutil.copytree(own.data, tmp_path / "data")), tmp_path / "saved" / "a.npz"
+    evaluate(own, "--views", "ten")
+    (checkpoint,) = (own.run / "checkpoints").iterdir()
+    evaluate(replace(own, run=checkpoint))
+    assert not (own.run / "evaluation.json").exists()  # neither was the run's own evaluation
     evaluate(own, "--save-probabilities", file)
     before = file.read_bytes(), (own.run / "evaluation.json").read_bytes()
     spoil(data, 25)  # of the last batch
@@ -174,13 +178,6 @@ def test_a_split_without_labels(own: Made, tmp_path: Path):
     told = evaluate(own, *options[len(own.options) :])
     assert (told["split"], told["samples"]) == ("test", 5)
     assert not {"centre", "ten", "classes"} & set(told)
-    assert not (own.run / "evaluation.json").exists()
-
-
-def test_what_is_not_the_runs_own_evaluation_leaves_it_alone(own: Made):
-    evaluate(own, "--views", "ten")
-    (checkpoint,) = (own.run / "checkpoints").iterdir()
-    evaluate(replace(own, run=checkpoint))
     assert not (own.run / "evaluation.json").exists()
 
 
@@ -212,48 +209,42 @@ def test_mistakes_are_one_clear_line(made: Made, own: Made, tmp_path: Path):
 
 
 def test_weights_of_another_network(own: Made):
-    """As one number for all classes they would fit, and be wrong."""
-    whole = weights(own.data)
-    lacking = {name: value for name, value in whole.items() if name != "fc8.bias"}
-    for found, words in (
-        (lacking, "fc8.bias is missing, its recipe says (7,)"),
-        (whole | {"fc8.bias": whole["fc8.bias"][:1]}, "fc8.bias is (1,), its recipe says (7,)"),
-        (whole | {"fc9.bias": whole["fc8.bias"]}, "fc9.bias is (7,), its recipe says none"),
+    """As one number for all classes a bias would fit, and be wrong."""
+    values = weights(own.data)
+    for name, value, words in (
+        ("fc8.bias", values["fc8.bias"][:1], "fc8.bias is (1,), its recipe says (7,)"),
+        ("fc9.bias", values["fc8.bias"], "fc9.bias is (7,), its recipe says none"),
     ):
-        save_run(own.run, own.data, found)
+        save_run(own.run, own.data, values | {name: value})
         one_line(trainer("evaluate", *own.options), "damaged", words)
 
 
-def test_a_run_that_cannot_be_written_to_is_told_all_the_same(own: Made):
-    """A directory stands where evaluation.json would."""
+def test_a_run_that_cannot_be_written_to_is_told_all_the_same(own: Made, monkeypatch: pytest.MonkeyPatch):
+    """A directory stands where evaluation.json would; then it is gone, and the reader leaves."""
     (own.run / "evaluation.json").mkdir()
     result = trainer("evaluate", *own.options)
-    assert result.exit_code == 2
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
     assert result.stderr.startswith("Error: ")
     assert "evaluation.json" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
     for word in ("centre view", "ten views", "most confused"):
         assert word in result.stdout
 
-
-def test_a_reader_who_leaves_does_not_keep_the_run_from_its_evaluation(own: Made, monkeypatch: pytest.MonkeyPatch):
     def leave(*_: object, **__: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
+    (own.run / "evaluation.json").rmdir()
     monkeypatch.setattr("trainer.evaluate.click.echo", leave)
     trainer("evaluate", *own.options)
     assert json.loads((own.run / "evaluation.json").read_text())["ten"]["samples"] == sum(VAL)
 
 
 @pytest.mark.proof
-def test_a_terminal_that_lacks_letters(made: Made, tmp_path: Path):
-    from forgery import remake
-
-    root = Path(shutil.copytree(made.data, tmp_path / "data"))
+def test_a_terminal_that_lacks_letters(own: Made, tmp_path: Path):
+    root = Path(shutil.copytree(own.data, tmp_path / "data"))
     remake(root, lambda body: [record.update(words="ânè") for record in body["classes"]])
-    options = replace(made, data=root).options
-    command = [sys.executable, "-m", "trainer", "evaluate", *map(str, options), "--views", "centre", "--per-class"]
+    options = map(str, (*replace(own, data=root).options, "--views", "centre", "--per-class"))
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "trainer", "evaluate", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "?n?" in done.stdout

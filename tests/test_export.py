@@ -26,7 +26,7 @@ from trainer import checkpoint as checkpoints
 from trainer import export
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint
-from trainer.layers import LayerRecipe, ModelRecipe
+from trainer.layers import ModelRecipe
 from trainer.model import Grouped
 
 RECIPE, STEP, SHAPE = narrow("original", size=224), 4321, (3, 224, 224)
@@ -34,8 +34,7 @@ TWO_LOCAL = ('model.layers.local3={sees="own"}', "model.columns=2", "model.layer
 CASES = [
     *((name, ()) for name in (*recipes.names(), HALVES)),
     ("original", ("model.dropout=0.3", "model.lrn_size=1")),
-    ("original", ("model.lrn_size=21",)),  # more maps than a column has
-    ("original", ("model.lrn_alpha=0", "model.lrn_k=3.0")),
+    ("original", ("model.lrn_size=21", "model.lrn_k=3.0")),  # more maps than a column has
     *((name, (pool,)) for name in ("tanh", "figure1-tanh") for pool in ("model.pool_size=4", "model.pool_stride=3")),
     ("cifar-13", TWO_LOCAL),
 ]
@@ -60,10 +59,9 @@ class Trained:
 def saved(data: Path, run: Path) -> Trained:
     """A run directory of random weights, by which the pictures differ."""
     dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
-    velocity = {name: torch.ones_like(value) for name, value in weights.items()}
     classes = tuple(record.wnid for record in dataset.classes)
-    plain: tuple = ({}, {"steps": STEP}, ())
-    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
+    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, weights, {}, {"steps": STEP}, ())
+    checkpoints.save(run, checkpoint)
     return Trained(data, run, dataset, weights)
 
 
@@ -315,17 +313,3 @@ def test_old_runtimes_can_read_the_graph():
     assert (pixels.name, pixels.shape) == ("pixels", ["n", 3, 100, 100])
     assert [(output.name, output.shape) for output in outputs] == [("probabilities", ["n", 7]), ("logits", ["n", 7])]
     assert [(pair.key, pair.value) for pair in graph.metadata_props] == [("about", "π")]
-
-
-def test_layers_may_have_the_names_of_other_values():
-    """`pixels`, `mean` and `logits` are names that the graph has for values of its own."""
-    layers = {
-        "pixels": LayerRecipe(kernel=3, width=4, then=("pool", "relu", "pool")),
-        "mean": LayerRecipe("linear", width=5),
-        "logits": LayerRecipe("linear"),
-    }
-    model = ModelRecipe(size=12, columns=1, order=tuple(layers), layers=layers)
-    network, x = Grouped(model, 7), images(model, 2, torch.float32)
-    network.load(drawn(model, 7, torch.float32))
-    logits = session(built(model).SerializeToString()).run(["logits"], {"pixels": (x + mean_of(model)).numpy()})[0]
-    assert apart(torch.from_numpy(logits), network(x)) < 1e-5
