@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,41 +48,18 @@ def session(graph: bytes) -> onnxruntime.InferenceSession:
 
 
 @dataclass
-class Trained:
-    """A data set, a run of it, and the run's weights."""
+class Exported:
+    """A run of random weights, by which the pictures differ; the files that `export` wrote of it; what it said."""
 
     data: Path
     run: Path
-    dataset: Manifest
     weights: dict[str, torch.Tensor]
-
-
-def saved(data: Path, run: Path) -> Trained:
-    """A run directory of random weights, by which the pictures differ."""
-    dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
-    classes = tuple(record.wnid for record in dataset.classes)
-    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, weights, {}, {"steps": STEP}, ())
-    checkpoints.save(run, checkpoint)
-    return Trained(data, run, dataset, weights)
-
-
-@pytest.fixture(scope="module")
-def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return saved(dataset, tmp_path_factory.mktemp("trained") / "run 1")
-
-
-@dataclass
-class Files:
-    """The two files that `export` wrote of the run of `trained`, and what it said."""
-
     folder: Path
-    output: str
-    noise: str  # past click, on the descriptors
+    output: str = ""
 
-    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Tensors and metadata."""
-        with safe_open(self.folder / "model.safetensors", framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    @property
+    def dataset(self) -> Manifest:
+        return manifest.load(self.data)
 
     def graph(self) -> onnxruntime.InferenceSession:
         return session((self.folder / "model.onnx").read_bytes())
@@ -90,12 +68,21 @@ class Files:
         return self.graph().run(["probabilities"], {"pixels": pixels})[0]
 
 
-@pytest.fixture
-def files(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Files:
-    result = trainer("export", trained.run, "--data", trained.data, "--out", tmp_path / "out")
+def exported(data: Path, run: Path) -> Exported:
+    dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
+    classes = tuple(record.wnid for record in dataset.classes)
+    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, weights, {}, {"steps": STEP}, ())
+    checkpoints.save(run, checkpoint)
+    result = trainer("export", run, "--data", data)
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "model.safetensors"]
-    return Files(tmp_path / "out", result.output, "".join(capfd.readouterr()))
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["model.onnx", "model.safetensors"]
+    return Exported(data, run, weights, run / "export", result.output)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Read only."""
+    return exported(dataset, tmp_path_factory.mktemp("trained") / "run 1")
 
 
 def centres(dataset: Manifest) -> tuple[list[bytes], np.ndarray]:
@@ -114,22 +101,23 @@ def of_the_loader(dataset: Manifest, weights: dict[str, torch.Tensor], **options
         return torch.cat([network(batch.images.double()) for batch in loader]).softmax(1).numpy()
 
 
-def test_the_graph_takes_raw_pixels_and_gives_what_evaluation_sees(files: Files, trained: Trained):
+def test_the_graph_takes_raw_pixels_and_gives_what_evaluation_sees(trained: Exported):
     pixels = centres(trained.dataset)[1]
     expected = of_the_loader(trained.dataset, trained.weights)
     assert expected.std(0).max() > 0.1  # pictures differ
-    np.testing.assert_allclose(files.probabilities(pixels), expected, atol=2e-5)
-    assert np.abs(files.probabilities(pixels + 1) - expected).max() > 1e-3  # and a grey level shows
+    np.testing.assert_allclose(trained.probabilities(pixels), expected, atol=2e-5)
+    assert np.abs(trained.probabilities(pixels + 1) - expected).max() > 1e-3  # and a grey level shows
 
 
-def test_the_files_hold_the_weights_the_mean_and_what_they_are(files: Files, trained: Trained):
-    tensors, metadata = files.tensors()
+def test_the_files_hold_the_weights_the_mean_and_what_they_are(trained: Exported):
+    with safe_open(trained.folder / "model.safetensors", framework="numpy") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     mean = trained.dataset.statistics().mean_image[16:240, 16:240].transpose(2, 0, 1)
     assert tensors.keys() == trained.weights.keys() | {"mean"}
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
     assert all((tensors[name] == value.numpy()).all() for name, value in trained.weights.items())
     assert (tensors["mean"] == mean.astype(np.float32)).all()
-    assert metadata == files.graph().get_modelmeta().custom_metadata_map
+    assert metadata == trained.graph().get_modelmeta().custom_metadata_map
     assert metadata.keys() == {"penstock"}
     about = json.loads(metadata["penstock"])
     assert about["classes"] == [{"wnid": each.wnid, "words": each.words} for each in trained.dataset.classes]
@@ -139,38 +127,37 @@ def test_the_files_hold_the_weights_the_mean_and_what_they_are(files: Files, tra
     assert [about["input"][key] for key in ("colours", "range", "shape")] == ["RGB", [0, 255], ["n", 3, 224, 224]]
 
 
-def test_the_command_says_what_it_wrote_and_nothing_speaks_past_it(files: Files, trained: Trained):
-    graph = onnx.load(files.folder / "model.onnx")
+def test_the_command_says_what_it_wrote_and_nothing_speaks_past_it(
+    trained: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """And writes the same bytes again."""
+    (file,) = checkpoints.files(trained.run)
+    result = trainer("export", file, "--data", trained.data, "--out", tmp_path / "out")
+    assert "".join(capfd.readouterr()) == ""
+    assert digests(tmp_path / "out") == digests(trained.folder)
     parameters = sum(value.numel() for value in trained.weights.values())
-    lines = files.output.splitlines()
-    assert f"{files.folder}/model.safetensors" in lines[0]
-    assert f"{parameters:,} parameters of step {STEP:,}" in lines[0]
-    assert f"{len(graph.graph.node)} nodes" in lines[1]
+    nodes = len(onnx.load(trained.folder / "model.onnx").graph.node)
+    lines = result.output.splitlines()
+    assert lines[0].startswith(f"{tmp_path}/out/model.safetensors  ")
+    assert lines[0].endswith(f"{parameters:,} parameters of step {STEP:,}, and mean")
+    assert lines[1].endswith(f"{nodes} nodes")
     differences = re.search(r"on 9 pictures of val: .* at most (\S+) and (\S+)$", lines[2])
     assert differences is not None
     assert all(float(number) < 1e-5 for number in differences.groups())
-    assert files.noise == ""
-
-
-def test_the_same_checkpoint_gives_the_same_bytes(files: Files, trained: Trained):
-    before = digests(files.folder)
-    (file,) = checkpoints.files(trained.run)
-    assert trainer("export", file, "--data", trained.data, "--out", files.folder).exit_code == 0
-    assert digests(files.folder) == before
 
 
 def test_the_examples_of_the_document_compute_the_network(
-    files: Files, trained: Trained, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trained: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """The code stands in docs/export.md, and runs without us."""
     torch_code, onnx_code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
     imported = set(re.findall(r"^(?:import|from) (\w+)", torch_code + onnx_code, re.MULTILINE))
     assert imported == {"torch", "safetensors", "json", "numpy", "onnxruntime", "PIL"}
     jpegs, pixels = centres(trained.dataset)
-    (files.folder / "picture.jpg").write_bytes(jpegs[0])
-    monkeypatch.chdir(files.folder)
-    plain: dict[str, Any] = {}
-    exec(torch_code, plain)
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "picture.jpg").write_bytes(jpegs[0])
+    monkeypatch.chdir(tmp_path)
+    exec(torch_code, plain := dict[str, Any]())
     expected = of_the_loader(trained.dataset, trained.weights)
     with torch.inference_mode():
         np.testing.assert_allclose(plain["alexnet"](torch.from_numpy(pixels)).numpy(), expected, atol=2e-5)
@@ -180,7 +167,7 @@ def test_the_examples_of_the_document_compute_the_network(
 
 
 @pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
-def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Trained, mean: str):
+def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Exported, mean: str):
     recipe = replace(RECIPE, data=replace(RECIPE.data, mean=mean))
     with Loader(trained.dataset, "val", batch_size=9, views="centre", mean=mean) as loader:
         seen = next(loader).images.numpy()
@@ -191,10 +178,7 @@ def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Trained, mean: 
 
 def test_a_data_set_without_validation_is_compared_on_training_pictures(raw: Path, tmp_path: Path):
     assert build(raw / "train", tmp_path / "data", "--workers", 1, "--holdout", 0).exit_code == 0
-    saved(tmp_path / "data", tmp_path / "run")
-    result = trainer("export", tmp_path / "run", "--data", tmp_path / "data")
-    assert "on 16 pictures of train" in result.output
-    assert (tmp_path / "run/export/model.onnx").exists()
+    assert "on 16 pictures of train" in exported(tmp_path / "data", tmp_path / "run").output
 
 
 def refused(data: Path, run: Path, out: Path, *words: str) -> None:
@@ -203,13 +187,13 @@ def refused(data: Path, run: Path, out: Path, *words: str) -> None:
     assert not out.exists()
 
 
-def copied(trained: Trained, run: Path, **changes: Any) -> Path:
+def copied(trained: Exported, run: Path, **changes: Any) -> Path:
     """The run of `trained` with another checkpoint."""
     checkpoints.save(run, replace(checkpoints.load(trained.run), **changes))
     return run
 
 
-def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_there_is_refused(trained: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out"
     refused(trained.data, tmp_path, out, "no checkpoint in", "train first")
     refused(tmp_path, trained.run, out, "not a dataset directory")
@@ -223,7 +207,7 @@ def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypa
             refused(trained.data, trained.run, out, *words)
 
 
-def test_other_data_is_refused(trained: Trained, tmp_path: Path):
+def test_other_data_is_refused(trained: Exported, tmp_path: Path):
     """Other classes, other pictures, pictures that are too small."""
     out, classes = tmp_path / "out", ("one", "three", "two")
     refused(trained.data, copied(trained, tmp_path / "1", classes=classes), out, "3 classes", "label 0 is one")
@@ -235,7 +219,7 @@ def test_other_data_is_refused(trained: Trained, tmp_path: Path):
     refused(trained.data, run, out, "images of 256 pixels, and the network sees 300", "--size")
 
 
-def test_a_network_that_has_diverged_is_refused(trained: Trained, tmp_path: Path):
+def test_a_network_that_has_diverged_is_refused(trained: Exported, tmp_path: Path):
     """Numbers that are not finite, in the weights or only in what they give."""
     for number, value, words in ((1, np.nan, "conv3.bias"), (2, 3e38, "outputs")):
         weights = {name: each.clone() for name, each in trained.weights.items()}
@@ -264,7 +248,7 @@ export_graph = export.onnx_model
     ],
 )
 def test_a_file_that_would_not_be_the_network_is_not_written(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
+    trained: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
 ):
     monkeypatch.setattr(export, name, value)
     refused(trained.data, trained.run, tmp_path / "out", words)

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import one_line
 from pipeline import UserError
-from trainer.probabilities import Origin, Probabilities, load, save
+from trainer.probabilities import Origin, Probabilities, load, save, top
 
 ORIGIN = Origin("0123abc", "val", "ten", ("runs/1, step 40", "runs/2, step 80"), ("blobs", "größe", "stripes"))
 LABELS = np.array([0, 2, -1, 1])
@@ -71,6 +71,13 @@ def test_numpy_reads_ours_and_we_read_numpys(file: Path, tmp_path: Path):
         assert loaded.origin == ORIGIN
         assert (loaded.labels == LABELS).all()
         assert (loaded.values == VALUES).all()
+
+
+def test_the_most_probable_labels():
+    values = np.array([0.1, 0.3, 0.1, 0.2, 0.05, 0.25, 0.0])
+    assert top(values).tolist() == [1, 5, 3, 0, 2]  # equal ones by label
+    assert top(values[:2]).tolist() == [1, 0]
+    assert top(np.stack([values, values[::-1]]), 1).tolist() == [[1], [5]]
 
 
 def test_the_same_probabilities_are_the_same_bytes(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
