@@ -22,7 +22,7 @@ DAMAGE = (zipfile.BadZipFile, TokenError, ValueError, KeyError, TypeError, EOFEr
 
 @dataclass(frozen=True)
 class Origin:
-    """Where probabilities come from."""
+    """The data set, split, views and networks of probabilities."""
 
     dataset: str  # identity of the dataset directory
     split: str
