@@ -1,9 +1,13 @@
-"""A data set and a run to evaluate; what `evaluate` finds of it, and what plain Pillow, numpy and float64 find."""
+"""Pictures of odd kinds, a data set and a run of them; what commands say of it, and what Pillow and numpy compute.
+
+A test that wants the fixture `made` imports `shared_made`.
+"""
 
 import io
 import json
 import tarfile
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import drawn as picture_of
+from conftest import saved as encoded
 from networks import drawn, narrow
 from pipeline import manifest
 from pipeline.manifest import BuildRecipe
@@ -29,6 +34,9 @@ from trainer.model import Grouped
 SIZE, VIEW = 112, 100
 CLASSES = ("[bold]ant", "[red]bee", "cow", "dog", "eel", "fox", "gnu")  # a terminal's markup, where it is not escaped
 VAL = (6, 5, 5, 5, 5, 5, 0)  # images of each; batches of 15 leave one
+KINDS = "JPEG PNG GIF CMYK L WEBP progressive TIFF turned BMP".split()  # of validation pictures, in turn
+ENDINGS = {"L": "png", "CMYK": "jpg", "turned": "jpg", "progressive": "JPG"}
+SIDES = [(150, 130), (112, 112), (40, 30), (300, 90), (90, 301), (113, 111), (600, 31)]  # in turn; one as stored
 RECIPE = narrow("original", size=VIEW)
 STEP = 40
 FLOAT32 = 1e-5  # between it and float64, in a probability, and in nats
@@ -42,40 +50,60 @@ PLACES = {  # views → top, left, and the step along a row
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Made:
     data: Path
     run: Path
+    raw: Path  # raw/val/CLASS/KEY.ENDING
 
     @property
     def options(self) -> tuple[object, ...]:
         return "--data", self.data, "--checkpoint", self.run, "--devices", "cpu,cpu"
 
 
-def draw(raw: Path) -> None:
-    """Three training pictures of each class, VAL, and five of no class; the patterns are of no use."""
-    for label, name in enumerate(CLASSES):
-        kind = ("blobs", "checks", "stripes")[label % 3]
-        for split, count in (("train", 3), ("val", VAL[label])):
-            (raw / split / name).mkdir(parents=True)
-            for i in range(count):
-                picture_of(kind, f"{split}{name}{i}", 150, 130).save(raw / split / name / f"{i}.png")
-    (raw / "test").mkdir()
-    for i in range(5):
-        picture_of("blobs", f"test{i}", 130, 140).save(raw / "test" / f"{i}.png")
+@pytest.fixture(scope="session", name="made")
+def shared_made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Read only."""
+    return make(tmp_path_factory.mktemp("evaluated"))
 
 
 def make(folder: Path) -> Made:
-    draw(folder / "raw")
+    """Three training pictures of each class, VAL, and five of no class; the patterns are of no use."""
+    raw, data = folder / "raw", folder / "data"
+    for label, name in enumerate(CLASSES):
+        pattern = ("blobs", "checks", "stripes")[label % 3]
+        for split, count in (("train", 3), ("val", VAL[label])):
+            (raw / split / name).mkdir(parents=True)
+            for i in range(count):
+                n = sum(VAL[:label]) + i
+                sides, kind = (SIDES[n % 7], KINDS[n % 10]) if split == "val" else ((150, 130), "PNG")
+                image, ending = picture_of(pattern, f"{split}{name}{i}", *sides), ENDINGS.get(kind, kind.lower())
+                (raw / split / name / f"{split}{label}{i}.{ending}").write_bytes(encode(image, kind))
+    (raw / "test").mkdir()
+    for i in range(5):
+        picture_of("blobs", f"test{i}", 130, 140).save(raw / "test" / f"{i}.png")
     rules = BuildRecipe(size=SIZE, samples_per_shard=10)
-    build(make_plan(find_sources(folder / "raw"), rules), folder / "data", workers=1)
-    save_run(folder / "run", folder / "data", weights(folder / "data"))
-    return Made(folder / "data", folder / "run")
+    build(make_plan(find_sources(raw), rules), data, workers=1)
+    save_run(folder / "run", data, weights(data))
+    return Made(data, folder / "run", raw)
 
 
-def weights(data: Path) -> dict[str, torch.Tensor]:
+def encode(image: Image.Image, kind: str) -> bytes:
+    if kind in ("CMYK", "L"):
+        return encoded(image.convert(kind), "JPEG" if kind == "CMYK" else "PNG")
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        return encoded(image, "JPEG", exif=exif)
+    if kind == "progressive":
+        return encoded(image, "JPEG", progressive=True)
+    return encoded(image, kind, quality=95) if kind == "JPEG" else encoded(image, kind)  # 95: as the builder
+
+
+def weights(data: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random; but for the last layer, which makes no class likelier than the others, and nothing certain."""
     found = drawn(RECIPE.model, len(CLASSES), torch.float32)
+    found["fc8.weight"] = found["fc8.weight"].roll(seed, 1)
     found["fc8.bias"].zero_()
     raw = logits(found, views_of(data, "val", "centre")[0])
     scale = 1.5 / float((raw - raw.mean(0)).std())
@@ -90,8 +118,8 @@ def save_run(run: Path, data: Path, values: dict[str, torch.Tensor], classes: tu
     checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, values, velocity, {}, {}, ()))
 
 
-def stored(data: Path, split: str) -> tuple[np.ndarray, list[int | None]]:
-    """(n, SIZE, SIZE, 3) uint8 and the labels, as tarfile and Pillow find them in the shards, in their order."""
+def stored(data: Path, split: str) -> tuple[np.ndarray, list[int | None], list[str]]:
+    """(n, SIZE, SIZE, 3) uint8, labels and keys, as tarfile and Pillow find them in the shards, in their order."""
     pictures, labels = [], {}
     for shard in sorted((data / split).glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -103,12 +131,12 @@ def stored(data: Path, split: str) -> tuple[np.ndarray, list[int | None]]:
                     labels[key] = None
                 else:
                     labels[key] = int(content)
-    return np.stack(pictures), list(labels.values())
+    return np.stack(pictures), list(labels.values()), list(labels)
 
 
 def views_of(data: Path, split: str, views: str) -> list[np.ndarray]:
     """Of each view (n, 3, VIEW, VIEW) float64: the window less the centre of the mean image."""
-    pictures, _ = stored(data, split)
+    pictures = stored(data, split)[0]
     with np.load(data / "statistics.npz", allow_pickle=False) as statistics:
         mean = statistics["mean_image"][MIDDLE : MIDDLE + VIEW, MIDDLE : MIDDLE + VIEW]
     found = []
@@ -125,6 +153,7 @@ def logits(values: dict[str, torch.Tensor], images: np.ndarray) -> np.ndarray:
         return network.double()(torch.from_numpy(images)).numpy()
 
 
+@cache
 def known(made: Made, split: str, views: str) -> np.ndarray:
     """(n, classes): the mean over the views of the softmax of the grouped network in float64."""
     saved = load_file(made.run / f"checkpoints/step-{STEP:08d}.safetensors")

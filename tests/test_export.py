@@ -27,16 +27,15 @@ from trainer import checkpoint as checkpoints
 from trainer import export
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint
-from trainer.layers import LayerRecipe, ModelRecipe
+from trainer.layers import ModelRecipe
 from trainer.model import Grouped
 
-RECIPE, STEP = narrow("original", size=224), 4321
+RECIPE, STEP, SHAPE = narrow("original", size=224), 4321, (3, 224, 224)
 TWO_LOCAL = ('model.layers.local3={sees="own"}', "model.columns=2", "model.layers.local3.overhang=1")
 CASES = [
     *((name, ()) for name in (*recipes.names(), HALVES)),
     ("original", ("model.dropout=0.3", "model.lrn_size=1")),
-    ("original", ("model.lrn_size=21",)),  # more maps than a column has
-    ("original", ("model.lrn_alpha=0", "model.lrn_k=3.0")),
+    ("original", ("model.lrn_size=21", "model.lrn_k=3.0")),  # more maps than a column has
     *((name, (pool,)) for name in ("tanh", "figure1-tanh") for pool in ("model.pool_size=4", "model.pool_stride=3")),
     ("cifar-13", TWO_LOCAL),
 ]
@@ -49,64 +48,41 @@ def session(graph: bytes) -> onnxruntime.InferenceSession:
 
 
 @dataclass
-class Trained:
-    """A data set, a run of it, and the run's weights."""
+class Exported:
+    """A run of random weights, by which the pictures differ; the files that `export` wrote of it; what it said."""
 
     data: Path
     run: Path
-    dataset: Manifest
     weights: dict[str, torch.Tensor]
+    folder: Path
+    output: str = ""
+
+    @property
+    def dataset(self) -> Manifest:
+        return manifest.load(self.data)
+
+    def graph(self) -> onnxruntime.InferenceSession:
+        return session((self.folder / "model.onnx").read_bytes())
+
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        return self.graph().run(["probabilities"], {"pixels": pixels})[0]
 
 
-def saved(data: Path, run: Path) -> Trained:
-    """A run directory of random weights, by which the pictures differ."""
+def exported(data: Path, run: Path) -> Exported:
     dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
-    velocity = {name: torch.ones_like(value) for name, value in weights.items()}
     classes = tuple(record.wnid for record in dataset.classes)
-    plain: tuple = ({}, {"steps": STEP}, ())
-    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
-    return Trained(data, run, dataset, weights)
+    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, weights, {}, {"steps": STEP}, ())
+    checkpoints.save(run, checkpoint)
+    result = trainer("export", run, "--data", data)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["model.onnx", "model.safetensors"]
+    return Exported(data, run, weights, run / "export", result.output)
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return saved(dataset, tmp_path_factory.mktemp("trained") / "run 1")
-
-
-@dataclass
-class Files:
-    """What `export` wrote of the run of `trained`, and said."""
-
-    folder: Path
-    output: str
-    noise: str  # past click, on the descriptors
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        with safe_open(self.folder / "model.safetensors", framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def about(self) -> tuple[str, str]:
-        """The metadata of both."""
-        with safe_open(self.folder / "model.safetensors", framework="numpy") as file:
-            weights = file.metadata()
-        graph = session((self.folder / "model.onnx").read_bytes()).get_modelmeta().custom_metadata_map
-        assert weights.keys() == graph.keys() == {"penstock"}
-        return weights["penstock"], graph["penstock"]
-
-    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        return session((self.folder / "model.onnx").read_bytes()).run(["probabilities"], {"pixels": pixels})[0]
-
-
-def exported(run: Path, data: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> Files:
-    result = trainer("export", run, "--data", data, "--out", folder)
-    assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.safetensors"]
-    return Files(folder, result.output, "".join(capfd.readouterr()))
-
-
-@pytest.fixture
-def files(trained: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Files:
-    return exported(trained.run, trained.data, tmp_path / "out", capfd)
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Read only."""
+    return exported(dataset, tmp_path_factory.mktemp("trained") / "run 1")
 
 
 def centres(dataset: Manifest) -> tuple[list[bytes], np.ndarray]:
@@ -125,28 +101,25 @@ def of_the_loader(dataset: Manifest, weights: dict[str, torch.Tensor], **options
         return torch.cat([network(batch.images.double()) for batch in loader]).softmax(1).numpy()
 
 
-def test_the_graph_takes_raw_pixels_and_gives_what_evaluation_sees(files: Files, trained: Trained):
+def test_the_graph_takes_raw_pixels_and_gives_what_evaluation_sees(trained: Exported):
     pixels = centres(trained.dataset)[1]
     expected = of_the_loader(trained.dataset, trained.weights)
     assert expected.std(0).max() > 0.1  # pictures differ
-    np.testing.assert_allclose(files.probabilities(pixels), expected, atol=2e-5)
-    assert np.abs(files.probabilities(pixels + 1) - expected).max() > 1e-3  # and a grey level shows
+    np.testing.assert_allclose(trained.probabilities(pixels), expected, atol=2e-5)
+    assert np.abs(trained.probabilities(pixels + 1) - expected).max() > 1e-3  # and a grey level shows
 
 
-def test_the_weights_are_those_of_the_checkpoint_and_nothing_else(files: Files, trained: Trained):
-    tensors, size = files.tensors(), trained.dataset.recipe.size
+def test_the_files_hold_the_weights_the_mean_and_what_they_are(trained: Exported):
+    with safe_open(trained.folder / "model.safetensors", framework="numpy") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     mean = trained.dataset.statistics().mean_image[16:240, 16:240].transpose(2, 0, 1)
-    assert size == 256
     assert tensors.keys() == trained.weights.keys() | {"mean"}
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
     assert all((tensors[name] == value.numpy()).all() for name, value in trained.weights.items())
     assert (tensors["mean"] == mean.astype(np.float32)).all()
-
-
-def test_both_say_what_they_are(files: Files, trained: Trained):
-    weights, graph = files.about()
-    assert weights == graph
-    about = json.loads(weights)
+    assert metadata == trained.graph().get_modelmeta().custom_metadata_map
+    assert metadata.keys() == {"penstock"}
+    about = json.loads(metadata["penstock"])
     assert about["classes"] == [{"wnid": each.wnid, "words": each.words} for each in trained.dataset.classes]
     assert (about["step"], about["dataset"], about["model"]["dropout"]) == (STEP, trained.dataset.identity, 0.5)
     assert about["model"]["layers"]["conv1"]["then"] == ["lrn", "pool", "relu"]
@@ -154,38 +127,37 @@ def test_both_say_what_they_are(files: Files, trained: Trained):
     assert [about["input"][key] for key in ("colours", "range", "shape")] == ["RGB", [0, 255], ["n", 3, 224, 224]]
 
 
-def test_the_command_says_what_it_wrote_and_nothing_speaks_past_it(files: Files, trained: Trained):
-    graph = onnx.load(files.folder / "model.onnx")
+def test_the_command_says_what_it_wrote_and_nothing_speaks_past_it(
+    trained: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """And writes the same bytes again."""
+    (file,) = checkpoints.files(trained.run)
+    result = trainer("export", file, "--data", trained.data, "--out", tmp_path / "out")
+    assert "".join(capfd.readouterr()) == ""
+    assert digests(tmp_path / "out") == digests(trained.folder)
     parameters = sum(value.numel() for value in trained.weights.values())
-    lines = files.output.splitlines()
-    assert f"{files.folder}/model.safetensors" in lines[0]
-    assert f"{parameters:,} parameters of step {STEP:,}" in lines[0]
-    assert f"{len(graph.graph.node)} nodes" in lines[1]
+    nodes = len(onnx.load(trained.folder / "model.onnx").graph.node)
+    lines = result.output.splitlines()
+    assert lines[0].startswith(f"{tmp_path}/out/model.safetensors  ")
+    assert lines[0].endswith(f"{parameters:,} parameters of step {STEP:,}, and mean")
+    assert lines[1].endswith(f"{nodes} nodes")
     differences = re.search(r"on 9 pictures of val: .* at most (\S+) and (\S+)$", lines[2])
     assert differences is not None
     assert all(float(number) < 1e-5 for number in differences.groups())
-    assert files.noise == ""
-
-
-def test_the_same_checkpoint_gives_the_same_bytes(files: Files, trained: Trained, capfd: pytest.CaptureFixture[str]):
-    before = digests(files.folder)
-    (file,) = checkpoints.files(trained.run)
-    exported(file, trained.data, files.folder, capfd)
-    assert digests(files.folder) == before
 
 
 def test_the_examples_of_the_document_compute_the_network(
-    files: Files, trained: Trained, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trained: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """The code stands in docs/export.md, and runs without us."""
     torch_code, onnx_code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
     imported = set(re.findall(r"^(?:import|from) (\w+)", torch_code + onnx_code, re.MULTILINE))
     assert imported == {"torch", "safetensors", "json", "numpy", "onnxruntime", "PIL"}
     jpegs, pixels = centres(trained.dataset)
-    (files.folder / "picture.jpg").write_bytes(jpegs[0])
-    monkeypatch.chdir(files.folder)
-    plain: dict[str, Any] = {}
-    exec(torch_code, plain)
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "picture.jpg").write_bytes(jpegs[0])
+    monkeypatch.chdir(tmp_path)
+    exec(torch_code, plain := dict[str, Any]())
     expected = of_the_loader(trained.dataset, trained.weights)
     with torch.inference_mode():
         np.testing.assert_allclose(plain["alexnet"](torch.from_numpy(pixels)).numpy(), expected, atol=2e-5)
@@ -195,7 +167,7 @@ def test_the_examples_of_the_document_compute_the_network(
 
 
 @pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
-def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Trained, mean: str):
+def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Exported, mean: str):
     recipe = replace(RECIPE, data=replace(RECIPE.data, mean=mean))
     with Loader(trained.dataset, "val", batch_size=9, views="centre", mean=mean) as loader:
         seen = next(loader).images.numpy()
@@ -206,24 +178,7 @@ def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Trained, mean: 
 
 def test_a_data_set_without_validation_is_compared_on_training_pictures(raw: Path, tmp_path: Path):
     assert build(raw / "train", tmp_path / "data", "--workers", 1, "--holdout", 0).exit_code == 0
-    saved(tmp_path / "data", tmp_path / "run")
-    result = trainer("export", tmp_path / "run", "--data", tmp_path / "data")
-    assert "on 16 pictures of train" in result.output
-    assert (tmp_path / "run/export/model.onnx").exists()
-
-
-def test_real_photographs(shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """Six photographs of each of three classes, of all sizes."""
-    for name in ("dress", "hat", "shoes"):
-        (tmp_path / "raw" / name).mkdir(parents=True)
-        for path in sorted((shared / "clothing10/train" / name).iterdir())[:6]:
-            shutil.copy(path, tmp_path / "raw" / name)
-    assert build(tmp_path / "raw", tmp_path / "data", "--workers", 1, "--holdout", 0.5).exit_code == 0
-    own = saved(tmp_path / "data", tmp_path / "run")
-    files = exported(own.run, own.data, tmp_path / "out", capfd)
-    expected = of_the_loader(own.dataset, own.weights)
-    assert expected.std(0).max() > 0.1
-    np.testing.assert_allclose(files.probabilities(centres(own.dataset)[1]), expected, atol=2e-5)
+    assert "on 16 pictures of train" in exported(tmp_path / "data", tmp_path / "run").output
 
 
 def refused(data: Path, run: Path, out: Path, *words: str) -> None:
@@ -232,13 +187,13 @@ def refused(data: Path, run: Path, out: Path, *words: str) -> None:
     assert not out.exists()
 
 
-def copied(trained: Trained, run: Path, **changes: Any) -> Path:
+def copied(trained: Exported, run: Path, **changes: Any) -> Path:
     """The run of `trained` with another checkpoint."""
     checkpoints.save(run, replace(checkpoints.load(trained.run), **changes))
     return run
 
 
-def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_there_is_refused(trained: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out"
     refused(trained.data, tmp_path, out, "no checkpoint in", "train first")
     refused(tmp_path, trained.run, out, "not a dataset directory")
@@ -248,16 +203,11 @@ def test_what_is_not_there_is_refused(trained: Trained, tmp_path: Path, monkeypa
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            refused(
-                trained.data,
-                trained.run,
-                out,
-                f"needs the package {package}:",
-                "pip install 'penstock-imagenet[export]'",
-            )
+            words = f"needs the package {package}:", "pip install 'penstock-imagenet[export]'"
+            refused(trained.data, trained.run, out, *words)
 
 
-def test_other_data_is_refused(trained: Trained, tmp_path: Path):
+def test_other_data_is_refused(trained: Exported, tmp_path: Path):
     """Other classes, other pictures, pictures that are too small."""
     out, classes = tmp_path / "out", ("one", "three", "two")
     refused(trained.data, copied(trained, tmp_path / "1", classes=classes), out, "3 classes", "label 0 is one")
@@ -269,9 +219,9 @@ def test_other_data_is_refused(trained: Trained, tmp_path: Path):
     refused(trained.data, run, out, "images of 256 pixels, and the network sees 300", "--size")
 
 
-def test_a_network_that_has_diverged_is_refused(trained: Trained, tmp_path: Path):
+def test_a_network_that_has_diverged_is_refused(trained: Exported, tmp_path: Path):
     """Numbers that are not finite, in the weights or only in what they give."""
-    for number, value, words in ((1, np.nan, "conv3.bias"), (2, np.inf, "conv3.bias"), (3, 3e38, "outputs")):
+    for number, value, words in ((1, np.nan, "conv3.bias"), (2, 3e38, "outputs")):
         weights = {name: each.clone() for name, each in trained.weights.items()}
         weights["conv3.bias"][:4] = value
         run = copied(trained, tmp_path / f"{number}", weights=weights)
@@ -287,23 +237,21 @@ def shifted_graph(network: export.PlainNetwork, text: dict[str, str]) -> onnx.Mo
 
 
 export_graph = export.onnx_model
-SHAPE = (3, 224, 224)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("onnx_model", shifted_graph, ("model.onnx: its probabilities differ", "nothing was written")),
-        ("mean_view", lambda *_: np.zeros(SHAPE, np.float32), ("model.safetensors: its", "nothing was written")),
-        ("mean_view", lambda *_: np.full(SHAPE, np.nan, np.float32), ("differ from", "by nan")),
-        ("MAX_GRAPH_BYTES", 10_000, ("weights of 0.00 GiB", "an ONNX file holds")),
+        ("onnx_model", shifted_graph, "model.onnx: its probabilities differ"),
+        ("mean_view", lambda *_: np.full(SHAPE, np.nan, np.float32), "model.safetensors: its probabilities differ"),
+        ("MAX_GRAPH_BYTES", 10_000, "weights of 0.00 GiB; an ONNX file holds"),
     ],
 )
 def test_a_file_that_would_not_be_the_network_is_not_written(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: tuple
+    trained: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
 ):
     monkeypatch.setattr(export, name, value)
-    refused(trained.data, trained.run, tmp_path / "out", *words)
+    refused(trained.data, trained.run, tmp_path / "out", words)
 
 
 # The graph of any recipe
@@ -349,17 +297,3 @@ def test_old_runtimes_can_read_the_graph():
     assert (pixels.name, pixels.shape) == ("pixels", ["n", 3, 100, 100])
     assert [(output.name, output.shape) for output in outputs] == [("probabilities", ["n", 7]), ("logits", ["n", 7])]
     assert [(pair.key, pair.value) for pair in graph.metadata_props] == [("about", "π")]
-
-
-def test_layers_may_have_the_names_of_other_values():
-    """`pixels`, `mean` and `logits` are names that the graph has for values of its own."""
-    layers = {
-        "pixels": LayerRecipe(kernel=3, width=4, then=("pool", "relu", "pool")),
-        "mean": LayerRecipe("linear", width=5),
-        "logits": LayerRecipe("linear"),
-    }
-    model = ModelRecipe(size=12, columns=1, order=tuple(layers), layers=layers)
-    network, x = Grouped(model, 7), images(model, 2, torch.float32)
-    network.load(drawn(model, 7, torch.float32))
-    logits = session(built(model).SerializeToString()).run(["logits"], {"pixels": (x + mean_of(model)).numpy()})[0]
-    assert apart(torch.from_numpy(logits), network(x)) < 1e-5

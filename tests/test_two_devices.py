@@ -82,7 +82,7 @@ def load_devices(library: str) -> None:
 def steps(name: str) -> list[int]:
     """Train, evaluate, save and load a recipe's network; return the count of parameters on each of its devices."""
     import torch
-    from trainer.step import update
+    from trainer.train import train_step
 
     from pipeline.online.batch import Batch
     from trainer import recipe as recipes
@@ -105,7 +105,7 @@ def steps(name: str) -> list[int]:
     copies = [{unit: mask.to(device) for unit, mask in masks.items()} for device in devices]
     for drop in (masks, copies):  # of the host, or of each device
         batch = Batch(0, 0, 0, BATCH, torch.arange(BATCH), labels, tuple(view[:, 0] for view in views))
-        assert update(network, optimiser, batch, drop, rates, recipe.train, watch).device == devices[0]
+        assert train_step(network, optimiser, batch, drop, rates, recipe.train, watch).device == devices[0]
     for part, velocity, device in zip(network.parts(), optimiser.velocity, devices):
         assert {value.device for value in (*part.values(), *velocity.values())} == {device}
     with torch.no_grad():

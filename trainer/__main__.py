@@ -11,13 +11,13 @@ import click
 
 MODULES = {  # command → its module, and one line of help
     "train": ("train", "Train on DATA's training split."),
-    "evaluate": ("commands.evaluate", "Compute top-1 and top-5 error over every image of a split."),
-    "ensemble": ("commands.ensemble", "Average the probabilities of several networks."),
-    "predict": ("commands.predict", "Print the five most probable labels of each picture."),
+    "evaluate": ("evaluate", "Compute top-1 and top-5 error over every image of a split."),
+    "ensemble": ("ensemble", "Average the probabilities of several networks."),
+    "predict": ("predict", "Print the five most probable labels of each picture."),
     "figures": ("commands.figures", "Draw RUN/figures/*.png and the page RUN/report.html."),
     "index": ("commands.index", "Write the features of every image of a split."),
     "similar": ("commands.similar", "Find the images of an index nearest to each PICTURE."),
-    "export": ("commands.export", "Write a run's network for other programs."),
+    "export": ("export", "Write a run's network for other programs."),
 }
 COMMANDS = {name: line for name, (_, line) in MODULES.items()}
 

@@ -1,190 +1,106 @@
-"""Several networks as one: the weighted mean of their probabilities (paper, section 6; the 2012 code's averages)."""
+"""Several networks as one: the weighted mean of their probabilities (paper, section 6); the command ensemble."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import torch
 
-from pipeline import UserError
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable, progress_bars
+from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint, load_network, require_classes
 from trainer.data import require_pictures
 from trainer.devices import choose_devices
-from trainer.evaluate import Progress, labelled, predictions
-from trainer.probabilities import Origin, Probabilities
-from trainer.tally import Evaluation, Tally
+from trainer.evaluate import LEAST, VIEWS, Evaluation, Tally, labelled, predictions
+from trainer.options import DEVICES, JSON, PATH, require_npz, require_writable
+from trainer.probabilities import Origin, Probabilities, top
 
 ROUNDS, CHANGE = 10_000, 1e-10  # of fitting: it ends where no weight changes by more
-LEAST = float(np.finfo(np.float64).tiny)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A network, or what was saved of one."""
-
-    place: Path
-    source: Checkpoint | Probabilities
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.source.classes if isinstance(self.source, Checkpoint) else self.source.origin.classes
-
-    @property
-    def name(self) -> str:
-        return f"{self.place}, step {self.source.step}" if isinstance(self.source, Checkpoint) else str(self.place)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """What an ensemble finds on a split; errors are None where not every image has a label."""
-
-    whole: Probabilities
-    together: Evaluation | None
-    alone: tuple[Evaluation | None, ...]
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks of the same classes.
+    """Networks, or saved probabilities of networks, and what they are computed on."""
 
-    Args:
-        dataset: what runs compute on, and saved probabilities must be of; None: there are saved ones alone.
-        views, devices: of runs; see `evaluate.predictions` and `devices.choose_devices`.
-    Raises:
-        UserError: their classes differ, or a run has no data set, or one that it cannot see, or no devices.
-    """
+    members: list[tuple[Path, Checkpoint | Probabilities]]
+    dataset: Manifest | None  # of saved probabilities too; None: all are saved
+    views: str
+    devices: str | None
+    progress: Callable[..., None]
 
-    members: tuple[Member, ...]
-    dataset: Manifest | None
-    views: str = "ten"
-    devices: str | None = None
-    progress: Progress | None = None
-    _kept: dict[tuple[int, str], Probabilities] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        first = self.members[0]
-        for member in self.members:
-            require_classes(member.classes, first.classes, member.place, first.place)
-            if self.dataset is None and isinstance(member.source, Checkpoint):
-                raise UserError(f"{member.place}: name the data set that it is to see, too: --data DATASET")
+    def require(self, split: str, with_labels: bool) -> None:
+        """Raise UserError, before anything is computed, where a split or a member of it cannot be used."""
+        path, source = self.members[0]
+        root, classes, identity, unlabelled = str(path), source.classes, "", False
         if self.dataset is not None:
-            wnids = tuple(record.wnid for record in self.dataset.classes)
-            require_classes(first.classes, wnids, first.place, self.dataset.root)
-            for recipe in (each.source.recipe for each in self.members if isinstance(each.source, Checkpoint)):
-                require_pictures(self.dataset, recipe)
-                choose_devices(self.devices, recipe.model.columns)
-
-    def require_split(self, split: str, labels: bool = False) -> None:
-        """Raise UserError where a split is not there, empty or without the `labels` that are needed, or where saved
-        probabilities are of another split or data set than they are asked for."""
-        if self.dataset is not None:
+            root, identity = str(self.dataset.root), self.dataset.identity
+            classes = tuple(record.wnid for record in self.dataset.classes)
             if not self.dataset.split(split).samples:
-                raise UserError(f"{self.dataset.root}: the split {split!r} is empty; name another")
-            if labels and not labelled(self.dataset, split):
-                raise _unlabelled(self.dataset.root, split)
-        identity = self.dataset.identity if self.dataset else None
-        for member in self.members:
-            if isinstance(member.source, Probabilities):
-                origin = member.source.origin
-                identity = identity or origin.dataset
-                if origin.split != split:
-                    raise UserError(
-                        f"{member.place}: probabilities of the split {origin.split!r}, not of {split!r}; "
-                        f"save those with evaluate --split {split} --save-probabilities, or name the run"
-                    )
-                if origin.dataset != identity:
-                    raise UserError(
-                        f"{member.place}: probabilities of the data set {origin.dataset[:12]}, not of {identity[:12]}; "
-                        "save them anew"
-                    )
+                raise UserError(f"{root}: the split {split!r} is empty; name another")
+            unlabelled = not labelled(self.dataset, split)
+        for path, source in self.members:
+            require_classes(source.classes, classes, path, root)
+            if isinstance(source, Checkpoint):
+                if self.dataset is None:
+                    raise UserError(f"{path}: name the data set that it is to see, too: --data DATASET")
+                require_pictures(self.dataset, source.recipe)
+                choose_devices(self.devices, source.recipe.model.columns)
+                continue
+            origin, unlabelled = source.origin, unlabelled or source.labels.min() < 0
+            identity = identity or origin.dataset
+            if origin.split != split:
+                remedy = f"save those with evaluate --split {split} --save-probabilities, or name the run"
+                raise UserError(f"{path}: probabilities of the split {origin.split!r}, not of {split!r}; {remedy}")
+            if origin.dataset != identity:
+                sets = f"the data set {origin.dataset[:12]}, not of {identity[:12]}"
+                raise UserError(f"{path}: probabilities of {sets}; save them anew")
+        if with_labels and unlabelled:
+            raise UserError(f"{root}: the split {split!r} has images without a label; fit on one that has")
 
-    def fitted(self, split: str, keep: bool) -> np.ndarray:
-        """(members,) float64: `fitted_weights` on a split. `keep` its probabilities for `mean`, in memory.
-
-        Raises:
-            UserError: an image of it has no label; as `mean`.
-        """
-        true: list[np.ndarray] = []
-        labels = np.zeros(0)
-        for i, member in enumerate(self.members):
-            mine = self._values(i, split)
-            if mine.labels.min() < 0:
-                raise _unlabelled(member.place, split)
-            labels = labels if i else mine.labels
-            self._require_labels(i, mine.labels, labels)
-            true.append(mine.values[np.arange(len(mine.labels)), mine.labels])
-            if keep:
-                self._kept[i, split] = mine
-        return fitted_weights(np.stack(true))
-
-    def mean(self, weights: np.ndarray, split: str) -> Mean:
-        """The mean of all on a split, and how each errs. One network's probabilities are in memory at a time.
+    def probabilities(self, split: str) -> Iterator[Probabilities]:
+        """Yield the probabilities of each member; networks are computed when their turn comes.
 
         Raises:
-            UserError: data and networks do not fit together; the split is empty; labels differ.
+            UserError: the labels of two members differ.
             Diverged: a network's outputs are not finite numbers.
         """
-        alone, views, first = [], [], self._values(0, split)
-        total = np.zeros_like(first.values)
-        for i, weight in enumerate(weights):
-            mine = self._values(i, split) if i else first
-            self._require_labels(i, mine.labels, first.labels)
-            total += weight * mine.values
-            alone.append(errors(mine))
-            views.append(mine.origin.views)
-        names = tuple(member.name for member in self.members)
-        origin = replace(first.origin, networks=names, views=", ".join(dict.fromkeys(views)))
-        whole = Probabilities(origin, first.labels, total)
-        return Mean(whole, errors(whole), tuple(alone))
+        labels = None
+        for path, source in self.members:
+            part = self._computed(path, source, split) if isinstance(source, Checkpoint) else source
+            labels = part.labels if labels is None else labels
+            if not np.array_equal(part.labels, labels):
+                raise UserError(f"{path}: has other labels than {self.members[0][0]}; save both anew")
+            yield part
 
-    def _require_labels(self, i: int, mine: np.ndarray, first: np.ndarray) -> None:
-        if not np.array_equal(mine, first):
-            raise UserError(f"{self.members[i].place}: has other labels than {self.members[0].place}; save both anew")
-
-    def _values(self, i: int, split: str) -> Probabilities:
-        member = self.members[i]
-        if isinstance(member.source, Probabilities):
-            return member.source
-        assert self.dataset is not None
-        return self._kept.get((i, split)) or self._computed(member, member.source, self.dataset, split)
-
-    def _computed(self, member: Member, checkpoint: Checkpoint, dataset: Manifest, split: str) -> Probabilities:
-        where = choose_devices(self.devices, checkpoint.recipe.model.columns)
-        network = load_network(checkpoint, dataset, where, member.place)
-        found = predictions(network, dataset, checkpoint.recipe, split, [self.views], progress=self.progress)
-        batches = [(batch.labels.numpy(), batch.chances[self.views].numpy()) for batch in found]
-        labels, values = (np.concatenate(each) for each in zip(*batches))
-        origin = Origin(dataset.identity, split, self.views, (member.name,), checkpoint.classes)
-        return Probabilities(origin, labels, values)
+    def _computed(self, path: Path, checkpoint: Checkpoint, split: str) -> Probabilities:
+        dataset, recipe = self.dataset, checkpoint.recipe
+        assert dataset is not None
+        network = load_network(checkpoint, dataset, choose_devices(self.devices, recipe.model.columns), path)
+        batches = predictions(network, dataset, recipe, split, [self.views], progress=self.progress)
+        pairs = [(labels.numpy(), by_views[self.views].numpy()) for labels, by_views in batches]
+        labels, values = (np.concatenate(arrays) for arrays in zip(*pairs))
+        return Probabilities(Origin(dataset.identity, split, self.views, (), checkpoint.classes), labels, values)
 
 
-def load(places: Sequence[Path]) -> tuple[Member, ...]:
-    """Run directories, checkpoint files, or .npz files of `evaluate --save-probabilities`. Raises UserError."""
-    return tuple(
-        Member(place, probabilities.load(place) if place.suffix == ".npz" else checkpoints.load(place))
-        for place in places
-    )
-
-
-def _unlabelled(where: object, split: str) -> UserError:
-    return UserError(f"{where}: the split {split!r} has images without a label; fit on one that has")
-
-
-def errors(found: Probabilities) -> Evaluation | None:
-    """None where not every image has a label."""
-    if found.labels.min() < 0:
+def errors(part: Probabilities) -> Evaluation | None:
+    """Return the error rates; None where not every image has a label."""
+    if part.labels.min() < 0:
         return None
-    tally = Tally(found.values.shape[1])
-    tally.add(torch.from_numpy(found.labels), torch.from_numpy(found.values))
-    return tally.whole()
+    tally = Tally(part.values.shape[1])
+    tally.add(torch.from_numpy(part.labels), torch.from_numpy(part.values))
+    return tally.errors()
 
 
 def parse_weights(text: str, members: int) -> np.ndarray:
-    """`2,1,1` → (members,) float64 that sum to 1. Raises UserError where it is something else."""
+    """Return `2,1,1` as (members,) float64 that sum to 1. Raises UserError where it is something else."""
     try:
         weights = np.array([float(word) for word in text.split(",")])
     except ValueError as error:
@@ -197,7 +113,7 @@ def parse_weights(text: str, members: int) -> np.ndarray:
 
 
 def fitted_weights(true: np.ndarray) -> np.ndarray:
-    """The weights of the mixture that makes the true labels likeliest, by expectation and maximisation.
+    """Return the weights of the mixture that makes the true labels likeliest, by expectation and maximisation.
 
     The likelihood is concave in the weights, and every round raises it: w_m ← mean over the images of
     w_m p_m / Σ w p (Dempster, Laird and Rubin, 1977), from equal weights.
@@ -216,3 +132,117 @@ def fitted_weights(true: np.ndarray) -> np.ndarray:
         if change < CHANGE:
             break
     return weights
+
+
+def devkit_ids(dataset: Manifest, split: str) -> np.ndarray:
+    """Return the devkit ids (classes,) int64, by label.
+
+    Raises UserError where classes have none, or where images of the split are missing or shuffled: the lines of a
+    submission stand for the images in the order of the file names.
+    """
+    ids, root = np.array([record.devkit_id or 0 for record in dataset.classes]), dataset.root
+    skipped, limit = dataset.split(split).skipped, dataset.recipe.limit
+    if not ids.all():
+        remedy = "and a submission is made of them; build from ILSVRC's archives with their devkit"
+        raise UserError(f"{root}: its classes have no devkit ids, {remedy}")
+    if split == "train":
+        raise UserError(
+            f"{root}: the split 'train' is shuffled; a submission is of val or test, in the order of the files"
+        )
+    if skipped or limit:
+        reason = f"{skipped} of its images were skipped" if skipped else f"it was built with --limit {limit}"
+        raise UserError(f"{root}: the split {split!r} is not whole ({reason}); a submission has a line for each image")
+    return ids
+
+
+@click.command(cls=Command)
+@click.argument("members", nargs=-1, required=True, type=PATH, metavar="RUN…")
+@click.option("--data", type=PATH, help="A dataset directory; of saved probabilities alone, only for --submission.")
+@click.option("--split", default="val", show_default=True)
+@click.option("--views", type=click.Choice(list(VIEWS)), default="ten", show_default=True)
+@click.option("--weights", "numbers", metavar="2,1,…", help="How much each counts.  [default: all alike]")
+@click.option("--fit", metavar="SPLIT", help="Take the weights that make the true labels of this split likeliest.")
+@click.option("--submission", type=PATH, metavar="OUT.txt", help="Write five devkit ids an image, for ILSVRC.")
+@click.option("--save-probabilities", "saved", type=PATH, metavar="OUT.npz", help="Write the mean of every image's.")
+@JSON
+@DEVICES
+def ensemble(
+    members: tuple[Path, ...],
+    data: Path | None,
+    split: str,
+    views: str,
+    numbers: str | None,
+    fit: str | None,
+    submission: Path | None,
+    saved: Path | None,
+    as_json: bool,
+    devices: str | None,
+) -> None:
+    """Average the probabilities of several networks: run directories, checkpoints, or what evaluate saved of them.
+
+    \b
+    Examples:
+      python -m trainer ensemble runs/1 runs/2 runs/3 --data /data/imagenet-256
+      python -m trainer ensemble runs/1 runs/2 --data D --fit val --split test --submission test.txt
+      python -m trainer ensemble val-1.npz val-2.npz --weights 2,1
+    """
+    if numbers and fit:
+        raise UserError(f"--weights {numbers}, --fit {fit}: give one of the two")
+    dataset = None if data is None else manifest.load(data)
+    if submission is not None:
+        if dataset is None:
+            raise UserError(f"--submission {submission}: name the data set, whose devkit ids it needs: --data DATASET")
+        devkit_ids(dataset, split)  # it refuses before anything is computed
+    require_writable(submission)
+    require_npz(saved)
+    weights = np.full(len(members), 1 / len(members)) if numbers is None else parse_weights(numbers, len(members))
+    sources = [probabilities.load(path) if path.suffix == ".npz" else checkpoints.load(path) for path in members]
+    with progress_bars() as progress:
+        networks = Ensemble(list(zip(members, sources)), dataset, views, devices, progress)
+        for name in dict.fromkeys([split, fit or split]):
+            networks.require(name, with_labels=name == fit)
+        parts: Iterable[Probabilities] = networks.probabilities(split)
+        if fit:
+            parts = list(parts) if fit == split else parts  # computed once, though all are in memory
+            fitted_on = parts if fit == split else networks.probabilities(fit)
+            weights = fitted_weights(np.stack([part.of_labels() for part in fitted_on]))
+        alone, seen, values = [], [], np.zeros(())
+        for weight, part in zip(weights, parts):
+            alone.append(errors(part))
+            seen.append(part.origin.views)
+            values = values + weight * part.values
+    names = [f"{p}, step {s.step}" if isinstance(s, Checkpoint) else str(p) for p, s in zip(members, sources)]
+    origin = replace(part.origin, networks=tuple(names), views=", ".join(dict.fromkeys(seen)))
+    mean = Probabilities(origin, part.labels, values)
+    together = errors(mean)
+    rows = [{"network": n, "weight": w, "errors": e and asdict(e)} for n, w, e in zip(names, weights.tolist(), alone)]
+    about = {"split": split, "dataset": origin.dataset, "samples": len(mean.labels), "fitted_on": fit}
+    result = about | {"networks": rows, "together": together and asdict(together)}
+    try:
+        click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else _text(result))
+    finally:  # write the files even if stdout is closed (`| head`), and print the errors even if the disk is full
+        if submission is not None and dataset is not None:
+            lines = [" ".join(map(str, row)) + "\n" for row in devkit_ids(dataset, split)[top(mean.values)].tolist()]
+            write_bytes_aside(submission, "".join(lines).encode())
+        if saved is not None:
+            probabilities.save(saved, mean)
+    if as_json:
+        return
+    if fit == split:
+        click.echo(f"The weights are fitted on {split!r} itself: on other images the errors will be larger.")
+    for kind, path in (("submission", submission), ("probabilities", saved)):
+        if path is not None:
+            click.echo(f"{kind}: {printable(str(path))}")
+
+
+def _text(result: dict[str, Any]) -> str:
+    """Return the errors in columns; the names come last, because they may be longer than a line."""
+    head = f"{'weight':>6}{'top-1 error':>13}{'top-5 error':>13}{'log-likelihood':>16}"
+    lines = [f"{head}   ({result['split']}, {result['samples']:,} images)"]
+    rows = [(f"{row['weight']:6.3f}", row["errors"], printable(row["network"])) for row in result["networks"]]
+    for weight, rates, name in [*rows, (" " * 6, result["together"], "together")]:
+        columns = f"{rates['top1_error']:11.1f} %{rates['top5_error']:11.1f} %{-rates['nll']:16.4f}" if rates else ""
+        lines.append(f"{weight}{columns:42}   {name}")
+    if result["together"] is None:
+        lines.append("Not every image has a label, so there are no errors.")
+    return "\n".join(lines)

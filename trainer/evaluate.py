@@ -1,91 +1,142 @@
-"""A network's probabilities for every image of a split, and its error rates."""
+"""A network's probabilities for every image of a split, and its error rates; the command evaluate."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import click
 import torch
 from torch import Tensor
 
-from pipeline import UserError
-from pipeline.manifest import Manifest
-from pipeline.online.augment import nine_views, ten_views
-from pipeline.online.stall import Wait
-from trainer import data as feed
-from trainer.distributed import SINGLE, World
+from pipeline import UserError, manifest
+from pipeline.cli import Command, printable, progress_bars
+from pipeline.files import write_bytes_aside
+from pipeline.manifest import ClassRecord, DatasetError, Manifest
+from trainer import checkpoint as checkpoints
+from trainer import probabilities
+from trainer.checkpoint import load_network
+from trainer.data import evaluation
+from trainer.devices import choose_devices
+from trainer.distributed import SINGLE, World, join
 from trainer.nonfinite import Diverged
+from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, require_npz
 from trainer.parallel import TwoColumnNet
+from trainer.probabilities import Origin, Probabilities
 from trainer.recipe import Recipe
-from trainer.tally import Evaluation, Tally
 
-VIEWS = ("centre", "ten", "nine")
-Progress = Callable[[str, int, int], None]  # what is done, how many images, of how many
+VIEWS = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
+CENTRE = {"centre": 0, "ten": 2, "nine": 4}  # position of the centre view among those of pipeline.online.augment
+LEAST = torch.finfo(torch.float64).tiny  # of a probability: its logarithm is finite
+RECORDED = 1000  # confused pairs in evaluation.json
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """A batch of predictions, on the CPU."""
+class Evaluation:
+    """Error rates in percent, and the mean negative log-likelihood in nats, over `samples` images."""
 
-    ids: np.ndarray  # (n,) int64
-    labels: Tensor  # (n,) int64; −1: none
-    chances: dict[str, Tensor]  # by views: probabilities (n, classes) float64
+    samples: int
+    top1_error: float
+    top5_error: float
+    nll: float
 
 
-@dataclass
-class Pace:
-    """How fast a split was gone through: images a second, and the stall; a process's own."""
+class Tally:
+    """Sums of errors by class, and counts of confused pairs, batch by batch; `sums` of several processes add up."""
 
-    images: int = 0
-    seconds: float = 0.0
-    waited: Wait = field(default_factory=Wait)
+    def __init__(self, classes: int) -> None:
+        self.sums = torch.zeros((classes, 4), dtype=torch.float64)  # images, wrong by top-1, wrong by top-5, nats
+        self._confused: Counter[tuple[int, int]] = Counter()
 
-    def said(self) -> str:
-        speed = self.images / self.seconds if self.seconds else 0.0
-        return (
-            f"{self.images:,} images in {self.seconds:.1f} s, {speed:,.0f} images/s, {self.waited.said(self.seconds)}"
-        )
+    def add(self, labels: Tensor, values: Tensor) -> None:
+        """Add labels (n,) int64, none of which is −1, and probabilities (n, classes) float64, both on the CPU."""
+        nats = -values.gather(1, labels[:, None])[:, 0].clamp_min(LEAST).log()
+        wrong = [top_k_errors(values, labels, k) for k in (1, 5)]
+        self.sums.index_add_(0, labels, torch.stack([torch.ones_like(nats), *wrong, nats], 1))
+        predicted = values.argmax(1)  # the first of several that are level
+        missed = predicted != labels
+        self._confused.update(zip(labels[missed].tolist(), predicted[missed].tolist()))
+
+    def errors(self, label: int | slice = slice(None)) -> Evaluation:
+        """Return the errors over all images, or over those of a label; there must be one at least."""
+        images, wrong1, wrong5, nats = self.sums[label].view(-1, 4).sum(0).tolist()
+        return Evaluation(int(images), 100 * wrong1 / images, 100 * wrong5 / images, nats / images)
+
+    def details(self, classes: Sequence[ClassRecord]) -> dict[str, Any]:
+        """Return, as JSON values, the errors by label and the pairs confused most often, level ones by label."""
+        by_class = []
+        for label, record in enumerate(classes):
+            about = {"label": label, "wnid": record.wnid, "words": record.words}
+            by_class.append(about | (asdict(self.errors(label)) if self.sums[label, 0] else {"samples": 0}))
+        pairs = sorted(self._confused.items(), key=lambda item: (-item[1], item[0]))[:RECORDED]
+        confused = [
+            {
+                "true": true,
+                "predicted": predicted,
+                "images": images,
+                "share": 100 * images / float(self.sums[true, 0]),  # of the images of the class, in percent
+                "true_words": classes[true].words,
+                "predicted_words": classes[predicted].words,
+            }
+            for (true, predicted), images in pairs
+        ]
+        return {"classes": by_class, "confused": confused}
+
+
+def top_k_errors(values: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return errors (n,) in [0, 1] of (n, classes), (n,): 1 if k classes or more are strictly likelier; ties share.
+
+    As in the 2012 code: with `larger` classes strictly above and `equal` level with the true one (itself included),
+    the credit is (k − larger) / equal, at most 1.
+    """
+    true = values.gather(1, labels[:, None])
+    larger = (values > true).sum(1)
+    equal = (values == true).sum(1)
+    return 1 - ((k - larger).double() / equal).clamp(0, 1)
 
 
 @torch.inference_mode()
 def predictions(
     network: TwoColumnNet,
-    data: Manifest,
+    dataset: Manifest,
     recipe: Recipe,
     split: str,
     views: Sequence[str],
     batch_size: int | None = None,
     world: World = SINGLE,
-    pace: Pace | None = None,
-    progress: Progress | None = None,
+    progress: Callable[..., None] | None = None,
+    report: Callable[[str], None] | None = None,
     gather: bool = True,
-) -> Iterator[Predicted]:
-    """Every image of `split` exactly once, in the order of the ids: all in the first process, its share in the others.
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield labels (n,) int64, −1: none, and by views probabilities (n, classes) float64, on the CPU, batch by batch.
+
+    Every image of `split` comes exactly once, in the order of the ids: all in the first process, its share in others.
 
     Args:
         views: "centre", and "ten" or "nine", whose probabilities are averaged; the centre view is one of those, and
             pictures are decoded once for both.
         batch_size: images that all processes together take at a time.
-        pace: takes the speed, once the last batch is taken.
-        progress: is told what is done, and how far that is.
+        progress: called with the split, the images done, and those of the split, after each batch.
+        report: called once, after the last batch, with a line: this process's speed and stall.
         gather: else the first process, too, gets its share alone.
     Raises:
         UserError: the split is empty; data and recipe do not fit together.
         Diverged: an output is not a finite number.
     """
-    shown = next((each for each in views if each != "centre"), "centre")
-    assert {*views} <= {shown, "centre"}, views
-    centre = _centre(shown, data.recipe.size, recipe.model.size)
-    with feed.evaluation(data, recipe, split, shown, network.devices, batch_size, world) as loader:
+    decoded = next((name for name in views if name != "centre"), "centre")
+    assert {*views} <= {decoded, "centre"}, views
+    with evaluation(dataset, recipe, split, decoded, network.devices, batch_size, world) as loader:
         began, images = time.perf_counter(), 0
         for batch in loader:
-            rows = torch.stack([torch.from_numpy(batch.ids), batch.labels.cpu()], 1).double()
-            if len(rows):  # a process may have none of a short last batch
-                each = view_probabilities(network, batch.replicas)
-                found = [each[:, centre] if name == "centre" else each.mean(1) for name in views]
-                rows = torch.cat([rows, *(chances.cpu() for chances in found)], 1)
-            else:
-                rows = rows.new_zeros(0, 2 + network.classes * len(views))
+            rows = torch.zeros(0, 1 + network.classes * len(views), dtype=torch.float64)  # of a label and probabilities
+            if len(batch.ids):  # a process may have none of a short last batch
+                values = view_probabilities(network, batch.replicas)
+                by_views = [values[:, CENTRE[decoded]] if name == "centre" else values.mean(1) for name in views]
+                rows = torch.cat([batch.labels.cpu()[:, None].double(), *(each.cpu() for each in by_views)], 1)
             if not bool(rows.isfinite().all()):
                 raise Diverged("the network's outputs are not finite numbers: its training has diverged")
             images += len(batch.ids)
@@ -93,60 +144,167 @@ def predictions(
                 progress(split, batch.step * loader.order.batch_size + batch.whole, loader.order.samples)
             if gather:
                 rows = world.gather_rows(rows, batch.whole)
-            chances = rows[:, 2:].chunk(len(views), 1)
-            yield Predicted(rows[:, 0].long().numpy(), rows[:, 1].long(), dict(zip(views, chances)))
-        if pace is not None:
-            pace.images, pace.seconds, pace.waited = images, time.perf_counter() - began, loader.meter.total
+            yield rows[:, 0].long(), dict(zip(views, rows[:, 1:].chunk(len(views), 1)))
+        if report:
+            seconds = time.perf_counter() - began
+            stall = loader.meter.total.said(seconds)
+            report(f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s, {stall}")
 
 
-def evaluate(
-    network: TwoColumnNet, data: Manifest, recipe: Recipe, split: str, views: str, world: World = SINGLE
+def error_rates(
+    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str, views: str, world: World = SINGLE
 ) -> Evaluation:
-    """The error rates over every image of `split`, found by all processes, in each.
-
-    Raises UserError where it is empty or has images without a label.
-    """
-    require_labels(data, split)
+    """Return, in each process, the error rates over every image of `split`. Raises UserError: one has no label."""
+    require_labels(dataset, split)
     tally = Tally(network.classes)
     with world.raise_together():
-        for batch in predictions(network, data, recipe, split, [views], world=world, gather=False):
-            tally.add(batch.labels, batch.chances[views])
+        for labels, by_views in predictions(network, dataset, recipe, split, [views], world=world, gather=False):
+            tally.add(labels, by_views[views])
     world.sum(tally.sums)
-    return tally.whole()
+    return tally.errors()
 
 
-def require_labels(data: Manifest, split: str) -> None:
-    """Raise UserError where an image has none."""
-    if not labelled(data, split):
-        raise UserError(
-            f"{data.root}: the split {split!r} has images without a label; they can be predicted "
-            "(--save-probabilities, or the command ensemble), not evaluated"
-        )
+def labelled(dataset: Manifest, split: str) -> bool:
+    """Return True if every image of the split has a label."""
+    return bool((dataset.samples(split)["label"] >= 0).all())
 
 
-def labelled(data: Manifest, split: str) -> bool:
-    """Whether every image of the split has a label."""
-    return bool((data.samples(split)["label"] >= 0).all())
-
-
-def _centre(views: str, size: int, view: int) -> int:
-    """Which of several views is the centre view."""
-    if views == "centre":
-        return 0
-    middle = (size - view) // 2
-    return {"ten": ten_views, "nine": nine_views}[views](size, view).index((middle, middle, False))
+def require_labels(dataset: Manifest, split: str) -> None:
+    """Raise UserError where an image of the split has no label."""
+    if not labelled(dataset, split):
+        remedy = "they can be predicted (--save-probabilities, or the command ensemble), not evaluated"
+        raise UserError(f"{dataset.root}: the split {split!r} has images without a label; {remedy}")
 
 
 def view_probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor]) -> Tensor:
-    """(n, 3, size, size), or (n, views, 3, size, size), or the same for each column → softmax (n, views, classes)
-    float64, of one view where there is no such dimension."""
-    each = [images] * len(network.devices) if isinstance(images, Tensor) else images
-    n = len(each[0])
-    views = each[0].shape[1] if each[0].dim() == 5 else 1
-    flat = [image.reshape(n * views, *image.shape[-3:]) for image in each]
-    return network(flat).double().softmax(1).unflatten(0, (n, views))
+    """Return the softmax (n, views, classes) float64 of (n, views, 3, size, size), or of one view (n, 3, size, size).
+
+    `images` may be a sequence: the same images on each column's device.
+    """
+    replicas = [images] * len(network.devices) if isinstance(images, Tensor) else images
+    flat = [replica.reshape(-1, *replica.shape[-3:]) for replica in replicas]
+    return network(flat).double().softmax(1).unflatten(0, (len(replicas[0]), -1))
 
 
-def probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor]) -> Tensor:
-    """As `view_probabilities`, the mean over the views: (n, classes) float64."""
-    return view_probabilities(network, images).mean(1)
+@click.command(cls=Command)
+@DATA
+@CHECKPOINT
+@click.option("--split", default="val", show_default=True)
+@click.option("--views", default="centre,ten", show_default=True, help="centre, ten, nine; or centre and another.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Images of all processes at a time.  [default: each 128; of views 16]"
+)
+@click.option("--confused", default=10, show_default=True, type=click.IntRange(0), help="Pairs of classes to show.")
+@click.option("--per-class", is_flag=True, help="Show the errors of each class.")
+@click.option("--save-probabilities", "saved", type=PATH, metavar="OUT.npz", help="Write every image's.")
+@JSON
+@DEVICES
+def evaluate(
+    data: Path,
+    run: Path,
+    split: str,
+    views: str,
+    batch_size: int | None,
+    confused: int,
+    per_class: bool,
+    saved: Path | None,
+    as_json: bool,
+    devices: str | None,
+) -> None:
+    """Compute top-1 and top-5 error over every image of a split, for the centre view and the ten views.
+
+    \b
+    Examples:
+      python -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
+      torchrun --nproc-per-node 4 -m trainer evaluate --data /data/imagenet-256 --checkpoint runs/1
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(join())
+        with world.raise_together():
+            names, dataset, checkpoint = _parse_views(views), manifest.load(data), checkpoints.load(run)
+            samples = dataset.split(split).samples
+            if samples == 0:
+                raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
+            if world.is_main:
+                require_npz(saved)
+            has_labels = labelled(dataset, split)
+            if not saved:
+                require_labels(dataset, split)
+            network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
+        facts = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
+        world.require_equal_settings(facts | {"--split": split, "--views": names, "--batch-size": batch_size})
+        origin = Origin(dataset.identity, split, names[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
+        keep = Probabilities.empty(origin, samples if saved and world.is_main else 0)
+        tallies, speed, done = {name: Tally(network.classes) for name in names}, list[str](), 0
+        progress = stack.enter_context(progress_bars()) if world.is_main else None
+        for labels, by_views in predictions(
+            network, dataset, checkpoint.recipe, split, names, batch_size, world, progress, speed.append
+        ):
+            if saved and world.is_main:
+                keep.labels[done : done + len(labels)] = labels
+                keep.values[done : done + len(labels)] = by_views[names[-1]]
+                done += len(labels)
+            for name in names if has_labels else ():
+                tallies[name].add(labels, by_views[name])
+    if not world.is_main:
+        return
+    if saved:
+        probabilities.save(saved, keep)
+    result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
+    if not has_labels:
+        count = f"{printable(str(saved))}: the probabilities of {samples:,} images"
+        text = f"{count}; not all have a label, so there are no errors"
+        click.echo(json.dumps(result | {"samples": samples}, indent=1) if as_json else text)
+        return
+    result |= {name: asdict(tally.errors()) for name, tally in tallies.items()}
+    result |= {"details_of": names[-1], **tallies[names[-1]].details(dataset.classes)}
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    try:
+        if as_json:
+            click.echo(text, nl=False)
+        else:
+            _print(result, names, per_class, confused)
+            click.echo(speed[0] + (f"; of {world.size} processes, the first's" if world.size > 1 else ""))
+    finally:  # write the evaluation even if stdout is closed (`| head`), and print it even if the run is read-only
+        if run.is_dir() and names == ["centre", "ten"]:
+            name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"
+            write_bytes_aside(run / name, text.encode())
+
+
+def _parse_views(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not {*names} <= VIEWS.keys() or len({*names}) < len(names) or {"ten", "nine"} <= {*names}:
+        raise UserError(f"--views {text}: give centre, ten or nine, or centre and another, such as centre,ten")
+    return sorted(names, key=list(VIEWS).index)
+
+
+def _print(result: dict[str, Any], names: list[str], per_class: bool, confused: int) -> None:
+    head = f"{'':12}{'top-1 error':>12}{'top-5 error':>12}{'log-likelihood':>16}"
+    click.echo(f"{head}   ({result['split']}, {result[names[0]]['samples']:,} images, step {result['step']})")
+    for name in names:
+        top1, top5, nll = (result[name][key] for key in ("top1_error", "top5_error", "nll"))
+        click.echo(f"{VIEWS[name]:12}{top1:>10.1f} %{top5:>10.1f} %{-nll:>16.4f}")
+    if per_class:
+        rows = [["class", "images", "top-1 error", "top-5 error"]]
+        for record in result["classes"]:
+            name = record["words"] if record["words"] == record["wnid"] else f"{record['wnid']} {record['words']}"
+            errors = [f"{record[key]:.1f} %" if record["samples"] else "" for key in ("top1_error", "top5_error")]
+            rows.append([name, f"{record['samples']:,}", *errors])
+        _print_table(f"by class ({VIEWS[names[-1]]})", rows)
+    rows = [["images", "of its class", "true", "taken for"]]
+    for pair in result["confused"][:confused]:
+        rows.append([str(pair["images"]), f"{pair['share']:.1f} %", pair["true_words"], pair["predicted_words"]])
+    _print_table(f"most confused ({VIEWS[names[-1]]})", rows)
+
+
+def _print_table(title: str, rows: list[list[str]]) -> None:
+    """Print rows below a header, the first row; nothing where there is no other."""
+    from rich.console import Console  # here, for training, which prints no table
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows[1:]:
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: the words of a class hold no markup
+    if rows[1:]:
+        Console().print(table)

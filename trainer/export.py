@@ -1,14 +1,14 @@
-"""Write a run's network for other programs: safetensors and ONNX, compared with our network before they appear."""
+"""Write a run's network for other programs: safetensors and ONNX, compared with ours before they appear."""
 
 import io
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib import import_module
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from pipeline import UserError, manifest
+from pipeline.cli import Command
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
@@ -25,28 +26,15 @@ from trainer.layers import ModelRecipe, parameter_count
 from trainer.lrn import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
 from trainer.model import Grouped, Weights
 from trainer.nonfinite import Diverged
+from trainer.options import DATA, PATH, RUN
 from trainer.pictures import Pictures, pixels
 from trainer.recipe import Recipe
 
 WEIGHTS_FILE, GRAPH_FILE = "model.safetensors", "model.onnx"
-MEAN = "mean"  # name of the mean beside the weights
 OPSET = 17  # of 2022, so that older runtimes read it too
 MAX_GRAPH_BYTES = 2**31 - 2**24  # 2 GiB, the limit of protobuf, with room for what is not weights
 SAMPLES = 16  # pictures on which the files are compared with our network
 MAX_DIFFERENCE = 1e-4  # of a probability
-ERRORS_ONLY = 3  # severity for ONNX Runtime, whose warnings about devices and threads do not concern our users
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written: `differences` has the greatest difference of a probability from ours, by file."""
-
-    step: int
-    parameters: int
-    nodes: int
-    split: str
-    pictures: int
-    differences: dict[Path, float]
 
 
 class PlainNetwork(Grouped):
@@ -60,10 +48,10 @@ class PlainNetwork(Grouped):
     def __init__(self, recipe: ModelRecipe, classes: int, tensors: Weights) -> None:
         super().__init__(recipe, classes)
         self.load(tensors)
-        self.register_buffer(MEAN, tensors[MEAN])
+        self.register_buffer("mean", tensors["mean"])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(n, 3, size, size) float32, RGB grey levels → probabilities and logits, (n, classes) float32."""
+        """Return probabilities and logits, (n, classes) float32, of (n, 3, size, size) float32, RGB grey levels."""
         x = pixels - self.mean
         for layer in self.layers:
             x = self.layer(layer, x, None)
@@ -81,13 +69,12 @@ class PlainNetwork(Grouped):
         return super()._then(word, x, columns, mask)
 
 
-def onnx_model(network: PlainNetwork, text: Mapping[str, str]) -> Any:
+def onnx_model(network: PlainNetwork, text: dict[str, str]) -> Any:
     """Return the onnx.ModelProto of `network`, with `text` as its metadata.
 
     `pixels` (n, 3, size, size) float32 → `probabilities` and `logits`, (n, classes) float32, for any n.
 
-    Raises:
-        UserError: more weights than an ONNX file can hold.
+    Raises UserError: more weights than an ONNX file can hold.
     """
     import onnx  # optional
 
@@ -105,56 +92,17 @@ def onnx_model(network: PlainNetwork, text: Mapping[str, str]) -> Any:
         warnings.simplefilter("ignore")  # that this exporter is the old one, as docs/export.md says
         torch.onnx.export(network, (example,), file, dynamo=False, opset_version=OPSET, **names)  # type: ignore[arg-type]
     model = onnx.load_from_string(file.getvalue())
-    onnx.helper.set_model_props(model, dict(text))
+    onnx.helper.set_model_props(model, text)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def export(run: Path, data: Path, out: Path) -> Exported:
-    """Write OUT/model.safetensors and OUT/model.onnx of the checkpoint `run`, or of the newest in it.
-
-    Raises:
-        UserError: a missing package, checkpoint or data set; other data than it was trained on; numbers that are not
-            finite; a network too large for ONNX; a file whose probabilities are not ours. Nothing is written then.
-    """
-    for package in ("onnx", "onnxruntime"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"trainer export needs the package {package}: pip install 'penstock-imagenet[export]'"
-            ) from error
-    checkpoint, dataset = checkpoints.load(run), manifest.load(data)
-    recipe, classes = checkpoint.recipe, len(checkpoint.classes)
-    network = load_network(checkpoint, dataset, (torch.device("cpu"),) * recipe.model.columns, run)
-    _require_fit(checkpoint, dataset, run)
-    split, jpegs = _samples(dataset)
-    views = Pictures(dataset, recipe).views(jpegs)  # (n, 3, size, size) float32, less the mean
-    raw = np.stack([_centre(pixels(jpeg), recipe.model.size) for jpeg in jpegs])
-    text = {META: json.dumps(metadata(checkpoint, dataset), allow_nan=False)}
-    weights = safetensors.save(checkpoint.weights | {MEAN: torch.from_numpy(mean_view(dataset, recipe))}, text)
-    plain = PlainNetwork(recipe.model, classes, safetensors.load(weights))
-    graph = (model := onnx_model(plain, text)).SerializeToString()
-    with torch.inference_mode():
-        ours = network(views).double().softmax(1)
-        theirs = {WEIGHTS_FILE: plain(torch.from_numpy(raw))[0], GRAPH_FILE: _onnx_probabilities(graph, raw)}
-    differences = {out / name: _difference(name, ours, probabilities) for name, probabilities in theirs.items()}
-    for path, content in zip(differences, (weights, graph)):
-        write_bytes_aside(path, content)
-    parameters = parameter_count(recipe.model, classes)
-    return Exported(checkpoint.step, parameters, len(model.graph.node), split, len(jpegs), differences)
-
-
 def mean_view(dataset: Manifest, recipe: Recipe) -> np.ndarray:
-    """Return the mean that is subtracted from a centre view: (3, size, size) float32, in grey levels of RGB.
-
-    The centre of the mean image, also where `data.mean` is "aligned": the centre view was cut from there.
-    """
+    """Return the mean, (3, size, size) float32, that is subtracted from a centre view, in grey levels of RGB."""
     statistics, size = dataset.statistics(), recipe.model.size
     if recipe.data.mean == "colour":
-        colour = statistics.mean_color.astype(np.float32)[:, None, None]
-        return np.ascontiguousarray(np.broadcast_to(colour, (3, size, size)))
-    return _centre(statistics.mean_image, size)
+        return np.tile(statistics.mean_color.astype(np.float32)[:, None, None], (1, size, size))
+    return _centre(statistics.mean_image, size)  # also where the mean is "aligned": the centre view was cut from there
 
 
 def metadata(checkpoint: Checkpoint, dataset: Manifest) -> dict[str, Any]:
@@ -177,18 +125,6 @@ def metadata(checkpoint: Checkpoint, dataset: Manifest) -> dict[str, Any]:
     }
 
 
-def _require_fit(checkpoint: Checkpoint, dataset: Manifest, run: Path) -> None:
-    """Raise UserError where the network was trained on another data set, or has diverged."""
-    if checkpoint.dataset != dataset.identity:
-        raise UserError(
-            f"{run}: trained on the data set {checkpoint.dataset[:12]}…, {dataset.root} is {dataset.identity[:12]}…, "
-            "whose mean image the network has never seen subtracted; name the one that it was trained on"
-        )
-    for name, value in checkpoint.weights.items():
-        if not bool(value.isfinite().all()):
-            raise Diverged(f"{run}: {name} is not finite: its training has diverged; name an older checkpoint")
-
-
 def _samples(dataset: Manifest) -> tuple[str, list[bytes]]:
     """Return stored pictures spread evenly over the validation split, or else the training split, and its name."""
     split = next((name for name in ("val", "train") if name in dataset.splits and dataset.splits[name].samples), None)
@@ -201,7 +137,7 @@ def _samples(dataset: Manifest) -> tuple[str, list[bytes]]:
 
 
 def _centre(picture: np.ndarray, size: int) -> np.ndarray:
-    """(side, side, 3) → its middle, (3, size, size) float32."""
+    """Return the middle (3, size, size) float32 of (side, side, 3)."""
     start = (len(picture) - size) // 2
     middle = picture[start : start + size, start : start + size]
     return np.ascontiguousarray(middle.transpose(2, 0, 1), np.float32)
@@ -212,7 +148,8 @@ def _onnx_probabilities(graph: bytes, raw: np.ndarray) -> Tensor:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = ERRORS_ONLY, 1  # more would be bound to cores
+    options.log_severity_level = 3  # errors: warnings about devices and threads do not concern our users
+    options.intra_op_num_threads = 1  # more would be bound to cores
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["probabilities"], {"pixels": raw})[0])
 
@@ -228,3 +165,63 @@ def _difference(name: str, ours: Tensor, theirs: Tensor) -> float:
             "most; nothing was written; a defect of ours, or of the package onnxruntime: try another version of it"
         )
     return greatest
+
+
+@click.command(cls=Command, interrupted="nothing was written, or whole files")
+@RUN
+@DATA
+@click.option("--out", type=PATH, help="The folder of the two files.  [default: RUN/export]")
+def export(run: Path, data: Path, out: Path | None) -> None:
+    """Write a run's network for other programs: model.safetensors and model.onnx.
+
+    RUN is a run directory, of which the newest checkpoint is taken, or a checkpoint file; DATA is what it was trained
+    on. On pictures of it both files must give the network's own probabilities before they are written.
+
+    \b
+    Examples:
+      python -m trainer export runs/1 --data /data/imagenet-256
+      python -m trainer export runs/1/checkpoints/best.safetensors --data /data/imagenet-256 --out best
+    """
+    if out is None and run.is_file():
+        raise UserError(f"{run}: is a checkpoint file; name a folder for what is exported, too: --out FOLDER")
+    if out is not None and out.is_file():
+        raise UserError(f"--out {out}: is a file; name a folder for the two files")
+    for package in ("onnx", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(f"trainer export needs the package {package}: pip install 'penstock-imagenet[export]'")
+    checkpoint, dataset = checkpoints.load(run), manifest.load(data)
+    recipe, classes = checkpoint.recipe, len(checkpoint.classes)
+    network = load_network(checkpoint, dataset, (torch.device("cpu"),) * recipe.model.columns, run)
+    if checkpoint.dataset != dataset.identity:
+        sets = f"trained on the data set {checkpoint.dataset[:12]}…, {dataset.root} is {dataset.identity[:12]}…"
+        remedy = "whose mean image the network has never seen subtracted; name the one that it was trained on"
+        raise UserError(f"{run}: {sets}, {remedy}")
+    for name, value in checkpoint.weights.items():
+        if not bool(value.isfinite().all()):
+            raise Diverged(f"{run}: {name} is not finite: its training has diverged; name an older checkpoint")
+    split, jpegs = _samples(dataset)
+    views = Pictures(dataset, recipe).views(jpegs)  # (n, 3, size, size) float32, less the mean
+    raw = np.stack([_centre(pixels(jpeg), recipe.model.size) for jpeg in jpegs])
+    text = {META: json.dumps(metadata(checkpoint, dataset), allow_nan=False)}
+    weights = safetensors.save(checkpoint.weights | {"mean": torch.from_numpy(mean_view(dataset, recipe))}, text)
+    plain = PlainNetwork(recipe.model, classes, safetensors.load(weights))
+    graph = (model := onnx_model(plain, text)).SerializeToString()
+    with torch.inference_mode():
+        ours = network(views).double().softmax(1)
+        of_weights = _difference(WEIGHTS_FILE, ours, plain(torch.from_numpy(raw))[0])
+        of_graph = _difference(GRAPH_FILE, ours, _onnx_probabilities(graph, raw))
+    folder = run / "export" if out is None else out
+    paths = folder / WEIGHTS_FILE, folder / GRAPH_FILE
+    for path, content in zip(paths, (weights, graph)):
+        write_bytes_aside(path, content)
+    parameters = parameter_count(recipe.model, classes)
+    lines = [
+        f"{paths[0]}  {len(weights) / 1e6:,.1f} MB: {parameters:,} parameters of step {checkpoint.step:,}, and mean",
+        f"{paths[1]}  {len(graph) / 1e6:,.1f} MB: {len(model.graph.node)} nodes",
+        f"compared with the network on {len(jpegs)} pictures of {split}: probabilities differ by at most "
+        f"{of_weights:.1e} and {of_graph:.1e}",
+        f'load: safetensors.torch.load_file("{paths[0]}")',
+        f'      onnxruntime.InferenceSession("{paths[1]}").run(["probabilities"], {{"pixels": pixels}})',
+        "docs/export.md has an example of each, and what they are to be given",
+    ]
+    click.echo("\n".join(lines))

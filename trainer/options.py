@@ -1,19 +1,12 @@
 """What several commands ask for, and what they make of it."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from pipeline import UserError, storage
-from trainer.evaluate import Progress
 
 
 class Local(click.Path):
@@ -44,22 +37,6 @@ DEVICES = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON, for programs, instead of text for people.")
 
 
-@contextmanager
-def followed() -> Iterator[Progress]:
-    """How far a long command is, on a terminal, on stderr, until the context ends."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    console = Console(stderr=True)
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def follow(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(escape(what), total=of)
-            bars.update(tasks[what], completed=done)
-
-        yield follow
-
-
 def require_writable(path: Path | None) -> None:
     """Meet what keeps a file from being written now, and not once its content is computed.
 
@@ -76,3 +53,10 @@ def require_writable(path: Path | None) -> None:
         raise UserError(f"{path}: {above} is a file, not a directory; name another place")
     with tempfile.TemporaryFile(dir=above):
         pass
+
+
+def require_npz(path: Path | None) -> None:
+    """Raise, before probabilities are computed, what would keep them from being saved: UserError or OSError."""
+    if path is not None and path.suffix != ".npz":
+        raise UserError(f"--save-probabilities {path}: give a name that ends in .npz")
+    require_writable(path)

@@ -1,47 +1,189 @@
-"""The most probable labels of single pictures, raw or stored: each is seen exactly as if the builder had stored it."""
+"""Labels of pictures in files, folders and tars, each seen as if the builder had stored it; the command predict."""
 
+import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import torch
 
-from pipeline.decode import ImageError, decode
-from pipeline.manifest import BuildRecipe
-from pipeline.storage import read_ahead
-from trainer.evaluate import probabilities
+from pipeline import SourceError, UserError, archives, manifest, storage
+from pipeline.cli import Command, printable
+from pipeline.decode import REASONS, ImageError, decode
+from pipeline.manifest import BuildRecipe, ClassRecord
+from pipeline.storage import Location, read_ahead
+from trainer import checkpoint as checkpoints
+from trainer.checkpoint import load_network
+from trainer.devices import choose_devices
+from trainer.evaluate import view_probabilities
 from trainer.nonfinite import Diverged
+from trainer.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
-from trainer.raw import Failure, Raw, unreadable, useless
+from trainer.probabilities import top
 
 BATCH_SIZE = {"centre": 32, "ten": 8}  # pictures; results come a batch at a time
 THREADS = min(4, os.cpu_count() or 1)  # that decode, each with as much memory as the builder's worker
-SHOWN = 5  # labels
-JPEG = b"\xff\xd8"  # how one begins
+TARS = (".tar", ".tar.gz", ".tgz")  # of which the packed ones are refused
+BESIDE = (  # endings of files that lie beside pictures and are none
+    *(".cls", ".csv", ".html", ".idx", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet", ".py"),
+    *(".safetensors", ".toml", ".tsv", ".txt", ".xml", ".yaml", ".yml"),
+)
+TAKEN = ("", archives.UNSAFE_NAME, archives.SECOND_OF_NAME)  # no picture is written to a path of its name
+TOO_LARGE = "too_many_bytes", REASONS["too_many_bytes"]
+SILENT = (archives.FOLDER, archives.DATA_AFTER_END)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A file that should be a picture."""
+
+    picture: str  # the file's path or URL; of a member of a tar, after the tar's own
+    size: int  # bytes
+    read: Callable[[], bytes]  # raises OSError, StorageError; any thread may call it
+    stored: bool = False  # a manifest says that the builder stored it: of its own size, it is taken as it is
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A picture's most probable labels, the first first: (label, probability) each; all where there are fewer."""
+    """A picture and its five most probable labels, the most probable first."""
 
-    name: str
-    labels: tuple[tuple[int, float], ...]
+    picture: str  # as of `Raw`
+    labels: list[dict[str, Any]]  # label, wnid, words, probability
 
 
 @dataclass(frozen=True)
-class _Ready:
-    name: str
-    jpeg: bytes
+class Failure:
+    """A picture, a folder or a tar that cannot be predicted."""
+
+    picture: str
+    error: str  # of pipeline.decode.REASONS, or "unreadable", or "bad_tar"
+    reason: str
 
 
-def predict(
-    network: TwoColumnNet, pictures: Pictures, raws: Iterable[Raw | Failure], views: str
+class RawPictures:
+    """Every picture at locations that exist, one after the other, in the order of paths and of members.
+
+    In folders and tars, what is hidden, ends as in BESIDE or is no file is counted in `left_out`; all else should be
+    pictures. `empty` lists locations without any. Raises StorageError: the object store fails.
+    """
+
+    def __init__(self, locations: Sequence[Location], rules: BuildRecipe) -> None:
+        """`rules` are those of the data set that the network was trained on."""
+        self._locations, self._rules = locations, rules
+        self.left_out: Counter[str] = Counter()
+        self.empty: list[str] = []
+
+    def __iter__(self) -> Iterator[Raw | Failure]:
+        for location in self._locations:
+            empty = True
+            for picture in self._at(location):
+                empty = False
+                yield picture
+            if empty:
+                self.empty.append(str(location))
+
+    def _at(self, location: Location) -> Iterator[Raw | Failure]:
+        try:
+            if storage.is_dir(location):
+                yield from self._below(location, set())
+            elif storage.is_file(location):
+                yield from self._file(location, storage.stamp(location)[0])
+            else:
+                yield Failure(str(location), "unreadable", "neither a file nor a folder")
+        except OSError as error:
+            yield unreadable(location, error)
+
+    def _below(self, folder: Location, seen: set[Location]) -> Iterator[Raw | Failure]:
+        """Yield the pictures of a folder and its folders. Links to folders are followed, each folder once."""
+        resolved = folder.resolve() if isinstance(folder, Path) else folder
+        try:
+            entries = [] if resolved in seen else storage.scan(folder)
+        except OSError as error:
+            yield unreadable(folder, error)
+            return
+        seen.add(resolved)
+        for entry in entries:
+            if entry.is_dir and not entry.name.startswith("."):
+                yield from self._below(folder / entry.name, seen)
+            elif not self._counted(entry.name, entry.is_file):
+                yield from self._file(folder / entry.name, entry.size)
+
+    def _file(self, path: Location, size: int) -> Iterator[Raw | Failure]:
+        if path.name.lower().endswith(TARS):
+            yield from self._tar(path)
+        elif size > self._rules.max_bytes:  # it is not even read
+            yield Failure(str(path), *TOO_LARGE)
+        else:
+            yield Raw(str(path), size, lambda: storage.read_range(str(path), 0, size))
+
+    def _tar(self, tar: Location) -> Iterator[Raw | Failure]:
+        """Yield the members that should be pictures; and why there are no more, where the tar is damaged."""
+        stored = is_shard(tar)
+        try:
+            with storage.opened(tar) as (read, size):
+                for member in archives.members(read, 0, size, str(tar)):
+                    name = f"{tar}/{member.name}"
+                    if member.reason == archives.NO_END:
+                        raise SourceError(f"cut short at byte {member.offset:,}: it has no end mark; fetch it again")
+                    if member.reason not in TAKEN:
+                        if member.reason not in SILENT:
+                            self.left_out["link, device or sparse file in a tar"] += 1
+                    elif self._counted(member.name):
+                        continue
+                    elif member.size > self._rules.max_bytes:
+                        yield Failure(name, *TOO_LARGE)
+                    else:  # read now: other threads would leap about in the tar
+                        yield Raw(name, member.size, partial(bytes, read(member.size, member.offset)), stored)
+        except OSError as error:
+            yield unreadable(tar, error)
+        except SourceError as error:
+            yield Failure(str(tar), "bad_tar", f"not a whole, plain tar ({str(error).removeprefix(f'{tar}: ')})")
+
+    def _counted(self, name: str, is_file: bool = True) -> bool:
+        """Return True, and count the file, if it is none, or no picture by its name."""
+        last, other = name.rpartition("/")[2].lower(), "" if is_file else "link to nothing, pipe or device"
+        kind = "hidden" if last.startswith(".") else next((f"*{end}" for end in BESIDE if last.endswith(end)), other)
+        self.left_out.update([kind] if kind else [])
+        return bool(kind)
+
+
+def is_shard(tar: Location) -> bool:
+    """Return True if the manifest of a dataset directory lists a tar: the builder has rescaled its pictures already.
+
+    Where a picture comes from decides, not how it looks: the builder would encode a raw JPEG of size × size again.
+    """
+    path = tar.resolve() if isinstance(tar, Path) else tar
+    root = path.parent.parent
+    try:
+        dataset = manifest.parse(storage.read_bytes(root / manifest.FILE_NAME), root)
+    except (OSError, UserError):  # none, or not one of ours: then it vouches for nothing
+        return False
+    names = {shard.name for split in dataset.splits.values() for shard in split.shards}
+    return f"{path.parent.name}/{path.name}" in names
+
+
+def unreadable(name: object, error: OSError) -> Failure:
+    return Failure(str(name), "unreadable", error.strerror or str(error))
+
+
+@torch.inference_mode()
+def classify(
+    network: TwoColumnNet,
+    pictures: Pictures,
+    raws: Iterable[Raw | Failure],
+    views: str,
+    classes: Sequence[ClassRecord],
 ) -> Iterator[Prediction | Failure]:
-    """Each of `raws` in its order: predicted, or why it cannot be. Few are in memory at a time.
+    """Yield, for each of `raws` in its order, its prediction or why there is none. Few are in memory at a time.
 
     Args:
         views: "centre", or "ten", whose probabilities are averaged.
@@ -49,50 +191,99 @@ def predict(
         Diverged: an output is not a finite number.
         StorageError: the object store fails.
     """
-    ready = (found for _, found in read_ahead(raws, partial(_ready, pictures), THREADS, _bytes))
+    ready = read_ahead(raws, partial(_jpeg, pictures), THREADS, lambda raw: raw.size if isinstance(raw, Raw) else 0)
     while batch := list(islice(ready, BATCH_SIZE[views])):
-        jpegs = [each.jpeg for each in batch if isinstance(each, _Ready)]
-        rows = iter(_chances(network, pictures, jpegs, views) if jpegs else ())
-        for each in batch:
-            yield _prediction(each.name, next(rows)) if isinstance(each, _Ready) else each
+        jpegs = [jpeg for _, jpeg in batch if isinstance(jpeg, bytes)]
+        values = np.zeros(0)
+        if jpegs:
+            values = view_probabilities(network, pictures.views(jpegs, views)).mean(1).cpu().numpy()
+        if not np.isfinite(values).all():
+            raise Diverged("the network's outputs are not finite numbers: its training has diverged")
+        rows: Iterator[np.ndarray] = iter(values)
+        for raw, jpeg in batch:
+            if isinstance(jpeg, Failure):
+                yield jpeg
+            else:
+                row = next(rows)
+                labels = [
+                    {"label": i, "wnid": classes[i].wnid, "words": classes[i].words, "probability": float(row[i])}
+                    for i in top(row).tolist()
+                ]
+                yield Prediction(raw.picture, labels)
 
 
-@torch.inference_mode()
-def _chances(network: TwoColumnNet, pictures: Pictures, jpegs: list[bytes], views: str) -> np.ndarray:
-    """Stored JPEGs → (n, classes) float64."""
-    found = probabilities(network, pictures.views(jpegs, views)).cpu().numpy()
-    if not np.isfinite(found).all():
-        raise Diverged("the network's outputs are not finite numbers: its training has diverged")
-    return found
-
-
-def _prediction(name: str, chances: np.ndarray) -> Prediction:
-    return Prediction(name, tuple((int(label), float(chances[label])) for label in top(chances)))
-
-
-def top(chances: np.ndarray, k: int = SHOWN) -> np.ndarray:
-    """(classes,) → the labels of the k most probable, the first first, equal ones by label; (≤ k,) int64."""
-    return np.argsort(-chances, kind="stable")[:k]
-
-
-def _bytes(raw: Raw | Failure) -> int:
-    return raw.size if isinstance(raw, Raw) else 0
-
-
-def _ready(pictures: Pictures, raw: Raw | Failure) -> _Ready | Failure:
+def _jpeg(pictures: Pictures, raw: Raw | Failure) -> bytes | Failure:
+    """Return a picture as the builder would store it, or why it cannot."""
     if isinstance(raw, Failure):
         return raw
     try:
         data = raw.read()
-        kept = raw.stored and fits(data, pictures.rules)
-        return _Ready(raw.name, data if kept else pictures.stored(data))
+        return data if raw.stored and fits(data, pictures.rules) else pictures.stored(data)
     except ImageError as error:
-        return useless(raw.name, error.code)
+        return Failure(raw.picture, error.code, REASONS[error.code])
     except OSError as error:
-        return unreadable(raw.name, error)
+        return unreadable(raw.picture, error)
 
 
 def fits(data: bytes, rules: BuildRecipe) -> bool:
-    """Whether a picture is a JPEG as the builder stores it: RGB of size × size, and not gzipped. Raises ImageError."""
+    """Return True for a JPEG as the builder stores it: RGB of size × size, and not gzipped. Raises ImageError."""
     image = decode(data, max_bytes=rules.max_bytes, max_pixels=rules.max_pixels, max_scans=rules.max_scans)
-    return data.startswith(JPEG) and image.format == "JPEG" and image.size == (rules.size, rules.size)
+    return data.startswith(b"\xff\xd8") and image.format == "JPEG" and image.size == (rules.size, rules.size)
+
+
+@click.command(cls=Command)
+@click.argument("words", metavar="PICTURES...", nargs=-1, required=True)
+@DATA
+@CHECKPOINT
+@click.option("--views", type=click.Choice(["centre", "ten"]), default="centre", show_default=True)
+@JSON
+@DEVICES
+def predict(words: tuple[str, ...], data: Path, run: Path, views: str, as_json: bool, devices: str | None) -> None:
+    """Print the five most probable labels of each picture. DATA is the data set that RUN was trained on.
+
+    PICTURES are files, folders, tars of pictures, or shards, as paths or as URLs of an object store. Pictures of any
+    size are rescaled as the builder does it. With --json, each is a line of its own.
+
+    \b
+    Examples:
+      python -m trainer predict cat.jpg holidays/ --data /data/imagenet-256 --checkpoint runs/1
+      python -m trainer predict s3://bucket/set/val/val-000000.tar --json --data … --checkpoint …
+    """
+    locations = [storage.location(word) for word in words]
+    for location, exists in read_ahead(locations, storage.exists):
+        if not exists:
+            raise UserError(f"{printable(str(location))}: no such file or folder")
+    dataset, checkpoint = manifest.load(data), checkpoints.load(run)
+    network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
+    raws, pictures = RawPictures(locations, dataset.recipe), Pictures(dataset, checkpoint.recipe)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it tells of bad pictures, as we do
+    predicted = failed = 0
+    for result in classify(network, pictures, raws, views, dataset.classes):
+        failed += isinstance(result, Failure)
+        predicted += isinstance(result, Prediction)
+        if as_json:
+            click.echo(json.dumps(asdict(result), allow_nan=False))
+        elif isinstance(result, Failure):
+            click.echo(f"{printable(result.picture)}: {result.error}: {printable(result.reason)}", err=True)
+        else:
+            click.echo(_text(result))
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in sorted(raws.left_out.items()))
+    left_out = f"left out: {printable(left_out)}" if left_out else ""
+    problems = [f"{failed:,} could not be predicted, for the reasons above; {predicted:,} were"] if failed else []
+    problems += [f"no pictures in {', '.join(map(printable, raws.empty))}"] if raws.empty else []
+    if not predicted and not failed:
+        also = f" ({left_out})" if left_out else ""
+        raise UserError(f"{problems[0]}; name files, folders or tars of pictures{also}")
+    if left_out:
+        click.echo(left_out, err=True)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _text(prediction: Prediction) -> str:
+    """Return the picture's name and a line for each label."""
+    lines = [click.style(printable(prediction.picture), bold=True)]
+    for label in prediction.labels:
+        words, wnid = printable(label["words"]), printable(label["wnid"])
+        lines.append(f"{100 * label['probability']:6.1f} %  {words}" + (f" ({wnid})" if wnid != words else ""))
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from trainer.commands.figures import drawn
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
 from trainer.dropout import masks as drawn_masks
-from trainer.evaluate import evaluate, labelled
+from trainer.evaluate import error_rates, labelled
 from trainer.metrics import LogInterval
 from trainer.model import Masks, initial_weights
 from trainer.optim import Momentum, Rates, Schedule
@@ -197,11 +198,11 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             best, plateau = False, None
             if validating:
                 with interval.paused():
-                    errors = evaluate(network, dataset, recipe, "val", "centre", world)
+                    errors = error_rates(network, dataset, recipe, "val", "centre", world)
                 best, plateau = schedule.is_best(errors.top1_error), schedule.validated(errors.top1_error)
                 with world.raise_together():
                     if writers:
-                        line = {"step": done, "epoch": batch.epoch, **errors.to_dict()}
+                        line = {"step": done, "epoch": batch.epoch, **asdict(errors)}
                         writers.metrics.validation(line)
                         writers.console.validation(line)
                 if writers and plateau == "drop":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from math import gcd, isfinite
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import metrics
 from trainer.checkpoint import Checkpoint, require_same_data
-from trainer.evaluate import probabilities
+from trainer.evaluate import Evaluation, view_probabilities
 from trainer.nonfinite import Diverged, require_finite
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
@@ -24,7 +24,6 @@ from trainer.recipe import Recipe
 from trainer.retrieval.features import features, hidden
 from trainer.retrieval.index import BadIndex, Index, digest
 from trainer.retrieval.search import nearest
-from trainer.tally import Evaluation
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
 SEARCHED = 20_000  # training images that are searched for a figure at most; more need an index
@@ -142,7 +141,7 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
     """Return the content of evaluation.json, of a network of so many classes; None if there is no such file.
 
     Returns:
-        {"step", "split", "dataset", "centre" and "ten": as `tally.Evaluation`, "confused": [(true, taken for, images)]}
+        {"step", "split", "dataset", "centre" and "ten": an `Evaluation`, "confused": [(true, taken for, images)]}
     Raises:
         UserError: the file is damaged.
     """
@@ -151,7 +150,7 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        views = {name: Evaluation(**content[name]).to_dict() for name in ("centre", "ten")}
+        views = {name: asdict(Evaluation(**content[name])) for name in ("centre", "ten")}
         _require_finite(*(value for view in views.values() for value in view.values()))
         pairs = content.get("confused", ())
         confused = [tuple(int(pair[key]) for key in ("true", "predicted", "images")) for pair in pairs]
@@ -199,7 +198,7 @@ def _answers(dataset: Manifest, network: TwoColumnNet, recipe: Recipe, split: st
         for start in range(0, samples, AT_ONCE):
             ids = order[start : start + AT_ONCE]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
-            answers = probabilities(network, pictures.views(jpegs)).cpu().numpy()
+            answers = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
             if not np.isfinite(answers).all():
                 raise Diverged("the network's outputs are not finite numbers: its training has diverged")
             for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), answers):

@@ -20,7 +20,7 @@ from trainer.figures.drawing import png
 from trainer.figures.gather import FigureData
 from trainer.figures.sheets import distance, measured
 from trainer.layers import plan
-from trainer.predict import top
+from trainer.probabilities import top
 
 TRAINING_SAMPLES, CONFUSED = 16, 8  # the numbers shown
 NO_VALIDATION = "<p>The data set has no images in val.</p>"

@@ -9,7 +9,7 @@ from trainer.figures import drawing, selectivity
 from trainer.figures.drawing import INK, MARGIN, PALE, RED, SMALL, SOFT, TEXT, TITLE, WIDTH
 from trainer.figures.gather import Example, Neighbour, Similar
 from trainer.pictures import pixels
-from trainer.predict import top
+from trainer.probabilities import top
 
 KERNEL, KERNEL_GAP = 44, 6  # pixels: of a kernel at most, between two: 12 kernels of 11 × 11 weights in a row
 NOISE = 200  # kernels of noise, to compare with
