@@ -1,8 +1,6 @@
 """A Ray cluster here: the same bytes with a node lost on the way, and errors of one line that name the node."""
 
-import contextlib
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
@@ -19,12 +17,6 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SHARDS, build, digests, gone
-from pipeline.image import codec_versions
-from pipeline.manifest import BuildRecipe
-from pipeline.offline.build import shard_tasks
-from pipeline.offline.plan import make_plan, slots
-from pipeline.offline.shards import write_shard
-from pipeline.offline.sources import find_sources
 
 pytestmark = [pytest.mark.skipif(find_spec("ray") is None, reason="needs the package ray"), pytest.mark.proof]
 COMMAND = (str(ROOT / "tools/build_shards.py"),)
@@ -86,34 +78,6 @@ def recorded(root: Path) -> set[str]:
     return {path.stem for path in (root / ".build").glob("*.npz")}
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def shard_written_by(pid: int, root: Path) -> str:
-    """Return the name of the shard whose tar a process has open under its temporary name; "" if there is none."""
-    with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(entry)
-            if target.startswith(str(root)) and ".tar." in target:
-                return Path(target).name.partition(".")[0]
-    return ""
-
-
-def stopped_while_writing(workers: Callable[[], list[int]], root: Path) -> tuple[int, str]:
-    """Stop one of these processes while it writes a shard. Return the process and the shard."""
-
-    def stop() -> tuple[int, str] | None:
-        for pid in filter(lambda pid: shard_written_by(pid, root), workers()):
-            os.kill(pid, signal.SIGSTOP)
-            if shard := shard_written_by(pid, root):  # still, and from now on for ever
-                return pid, shard
-            os.kill(pid, signal.SIGCONT)
-        return None
-
-    return until(stop, pause=0.001)
-
-
 @pytest.mark.parametrize("address", [None, "127.0.0.1:{closed}", "head", "auto"])
 def test_a_wrong_address_is_one_line(raw: Path, tmp_path: Path, address: str | None):
     """The first test: where no address is named, Ray would find the cluster that the fixture starts here."""
@@ -145,40 +109,22 @@ def test_a_node_is_killed_in_the_middle_of_a_build_and_the_bytes_are_the_same(
     options = ("--samples-per-shard", 8, "--executor", "ray", "--ray-address", head.address, "--json")
     process = begun(pictures, root, *options)
 
-    def workers() -> list[int]:
-        return [pid for pid in children(raylet) if b"ray::_on_node" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
     try:
-        until(lambda: recorded(root))
-        _, shard = stopped_while_writing(workers, root)
-        before = recorded(root)
-        assert shard not in before
-        assert len(before) < SHARDS - 1
-        assert len(head.global_state._live_node_ids()) == 2
-        for pid in (raylet, *children(raylet)):
+        until(lambda: recorded(root) and any(root.rglob("*.tmp")), pause=0.001)
+        assert len(recorded(root)) < SHARDS - 1
+        workers = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+        for pid in (raylet, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
         code, out, errors = ended(process)
     finally:
         head.remove_node(node, allow_graceful=False)
     assert code == 0, errors
-    until(lambda: len(head.global_state._live_node_ids()) == 1)
     events = [json.loads(line) for line in out.splitlines()]
     assert sorted(event["name"] for event in events if event["event"] == "shard") == sorted(
         path.relative_to(plain).with_suffix("").as_posix() for path in plain.rglob("*.tar")
     )
     assert digests(root) == digests(plain)
     assert gone(process.pid)
-
-
-def test_a_worker_with_other_codecs_is_refused(pictures: Path, head: Any, tmp_path: Path):
-    """Here it is the command that has others than the workers of the cluster."""
-    (tmp_path / "sitecustomize.py").write_text("import simplejpeg; simplejpeg.__version__ = '0.0.1'")
-    path = f"{tmp_path}{os.pathsep}{ROOT}"
-    line = refused(pictures, tmp_path / "dataset", "--ray-address", head.address, PYTHONPATH=path)
-    assert f"a worker on {os.uname().nodename} has other codecs than the build began with" in line
-    assert f"(simplejpeg 0.0.1 → {codec_versions()['simplejpeg']})" in line
-    assert line.endswith("install the same environment there")
-    assert not list((tmp_path / "dataset").rglob("*.tar"))
 
 
 def test_a_signal_while_ray_is_imported_ends_the_build(raw: Path, tmp_path: Path):
@@ -331,24 +277,3 @@ time.sleep(0.5)
 report["stopped"] = before == tries("long")
 print(json.dumps(report))
 """
-
-
-def test_a_node_cut_off_writes_the_same_shard_again_and_harms_nothing(pictures: Path, tmp_path: Path):
-    """Two write one shard: the first is stopped in the middle, and goes on when the second has ended."""
-    plan = make_plan(find_sources(pictures), BuildRecipe(samples_per_shard=40))
-    task = next(shard_tasks(plan, tmp_path, slots(plan)))
-    cut_off = multiprocessing.get_context("spawn").Process(target=write_shard, args=(task,))
-    cut_off.start()
-    assert cut_off.pid
-    pid, _ = stopped_while_writing(lambda: [cut_off.pid], tmp_path)
-    try:
-        assert write_shard(task).resumed is False
-        once = digests(tmp_path)
-        assert {Path(name).suffix for name in once} == {".tar", ".idx", ".npz", ".tmp"}
-        assert sum(name.endswith(".tmp") for name in once) == 1
-    finally:
-        os.kill(pid, signal.SIGCONT)
-        cut_off.join(30)
-    assert cut_off.exitcode == 0
-    assert digests(tmp_path) == {name: digest for name, digest in once.items() if not name.endswith(".tmp")}
-    assert write_shard(task).resumed
