@@ -76,7 +76,7 @@ def test_repetitions_are_interleaved_and_one_failure_ends_no_other_row(capsys: p
 
 
 def test_operations_are_those_that_torch_counts():
-    """Of two columns: of a grouped convolution's gradient torch counts too many."""
+    """Use two columns: torch counts too many for the gradient of a grouped convolution."""
     recipe, classes, size = narrow("original").model, 7, 3
     columns, counter = TwoColumnNet(recipe, classes, (torch.device("cpu"),) * 2), FlopCounterMode(display=False)
     columns.load(drawn(recipe, classes))
@@ -98,15 +98,25 @@ def test_the_plain_network_is_torchvisions():
 # Parts
 
 
-@pytest.mark.parametrize(("count", "shards"), [(15, ()), (100, (7,))])
-def test_a_dataset_of_so_many_images(count: int, shards: tuple[int, ...], dataset: Path, tmp_path: Path):
-    source, built = manifest.load(dataset), load.of_images(dataset, count, tmp_path / "part", *shards)
+def stored(root: Path, count: int) -> list[bytes]:
+    """Return the JPEGs of a training split, from the first again where it has fewer."""
+    built = manifest.load(root)
+    with SampleReader(built, "train") as reader:
+        return [bytes(jpeg) for jpeg in reader.read(np.arange(count) % built.split("train").samples)]
+
+
+@pytest.mark.parametrize(("count", "shards"), [(15, 1), (100, 3)])  # 15 + 16 + 10
+def test_a_dataset_of_so_many_images(count: int, shards: int, dataset: Path, tmp_path: Path):
+    source, built = manifest.load(dataset), load.of_images(dataset, count, tmp_path / "part")
     assert manifest.load(tmp_path / "part") == built
     assert built.split("train").samples == sum(shard.samples for shard in built.split("train").shards) == count
-    assert len(built.split("train").shards) == (shards or (1,))[0]
-    with SampleReader(source, "train") as every, SampleReader(built, "train") as part:
-        expected = [bytes(jpeg) for jpeg in every.read(np.arange(count) % source.split("train").samples)]
-        assert [bytes(jpeg) for jpeg in part.read(np.arange(count))] == expected
+    assert len(built.split("train").shards) == shards
+    expected = stored(dataset, count)
+    assert stored(tmp_path / "part", count) == expected
+    if shards == 1:  # of which a larger one is made
+        large = load.of_images(tmp_path / "part", 100, tmp_path / "large", 7)
+        assert [shard.samples for shard in large.split("train").shards] == [15, 14, 14, 15, 14, 14, 14]
+        assert stored(tmp_path / "large", 100) == stored(tmp_path / "part", 100)
     world = Job("", str(tmp_path / "part"), "", 1)
     jpegs = list(peers_load.stored_jpegs(world))
     assert jpegs[: len(expected)] == expected[: len(jpegs)]

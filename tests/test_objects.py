@@ -166,7 +166,7 @@ def test_every_byte_is_right_though_a_third_of_the_answers_fail(
 @pytest.mark.proof
 @pytest.mark.parametrize(("kind", "length"), [("cut", 1000), ("short", 1000), ("short", len(DATA))])
 def test_a_torn_answer_is_asked_for_again(kind: str, length: int, s3: Store, bucket: Location):
-    """Of a whole object the checksum tells (botocore checks it), of a part of one only the length."""
+    """A whole object has a checksum, which botocore checks; a part of one has only its length."""
     files.write_bytes_aside(bucket / "raw", DATA)
     s3.faults(1, kinds=[kind], only=f"GET /{s3.bucket}/raw", times=1)
     assert storage.read_range(f"{s3.url}/raw", 0, length) == DATA[:length]

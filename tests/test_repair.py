@@ -84,7 +84,7 @@ def test_repair_from_other_pictures_or_codecs_is_refused(
 
 
 def test_repair_takes_the_layout_and_the_classes_of_the_build(raw: Path, tmp_path: Path):
-    """Of `raw`, whose train/ is read as plain class folders, two classes of three."""
+    """Two classes of three of `raw`, whose train/ is read as plain class folders."""
     classes = tmp_path / "classes.txt"
     classes.write_text("blobs\nstripes\n")
     source = ("--layout", "class-folders", "--classes", classes)

@@ -57,32 +57,26 @@ def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("options", "change", "words"),
     [
-        ("--quality", 80, "quality 95 → 80"),
-        ("--limit", 100, "limit 0 → 100, raw images of train 144 →"),
+        (("--quality", 80), str, "holds an unfinished build that differs in quality 95 → 80; run that one again, or"),
+        (
+            ("--size", 33, "--seed", 7, "--samples-per-shard", 7),
+            str,
+            "size 32 → 33, samples_per_shard 6 → 7, seed 2012",
+        ),
+        (("--limit", 100), str, "differs in limit 0 → 100, raw images of train 144 →"),
+        ((), lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "of val 24 → 25"),
+        ((), lambda raw: (raw / "val/blobs/blobs_val1.jpg").rename(raw / "val/blobs/new.jpg"), "names of its raw"),
+        ((), lambda raw: [(raw / s / "checks").rename(raw / s / "dots") for s in ("train", "val")], "checks → dots"),
     ],
 )
-def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: int, words: str):
-    error = refusal(*half, option, value)
-    assert f"holds an unfinished build that differs in {words}" in error
-    assert "run that one again, or delete" in error
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "images of val 24 → 25"),
-        (lambda raw: (raw / "val/blobs/blobs_val1.jpg").rename(raw / "val/blobs/new.jpg"), "names of its raw images"),
-        (lambda raw: [(raw / s / "checks").rename(raw / s / "squares") for s in ("train", "val")], "checks → squares"),
-    ],
-)
-def test_other_raw_images_are_refused(
-    half: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], object], words: str
+def test_another_build_is_refused(
+    half: tuple[Path, Path], tmp_path: Path, options: tuple[object, ...], change: Callable[[Path], object], words: str
 ):
     raw = Path(shutil.copytree(half[0], tmp_path / "raw"))
     change(raw)
-    assert words in refusal(raw, half[1])
+    assert words in refusal(raw, half[1], *options)
 
 
 def test_a_raw_file_of_another_size_is_refused_where_its_shard_is_finished(
@@ -120,30 +114,22 @@ def test_a_second_build_of_one_dataset_is_refused(
 ):
     """Another part of the same build may run beside a part."""
     monkeypatch.setattr(lock, "PATIENCE", 0.1)  # of a part
-    root = tmp_path / "dataset"
-    for part in (("--part", "1/2"), ()):
-        first = begun(command(little, root, "--workers", 1, *part))
-        recorded = len(list(root.rglob("*.npz")))
-        until(first, lambda recorded=recorded: len(list(root.rglob("*.npz"))) >= recorded + 2)
+    for options, others in ((("--part", "1/2"), [(), ("--merge",)]), ((), [(), ("--merge",), ("--part", "1/2")])):
+        root = tmp_path / f"dataset{len(options)}"
+        first = begun(command(little, root, "--workers", 1, *options))
+        until(first, lambda root=root: len(list(root.rglob("*.npz"))) >= 2)
         os.kill(first.pid, signal.SIGSTOP)
-        for options in ((), ("--merge",)) if part else ((), ("--part", "1/2"), ("--merge",)):
-            assert "another build is writing there; wait for it, or stop it" in refusal(little, root, *options)
-        if part:
+        for other in others:
+            assert "another build is writing there; wait for it, or stop it" in refusal(little, root, *other)
+        if options:
             resumed(little, root, "--workers", 1, "--part", "2/2")
         os.kill(first.pid, signal.SIGCONT)
         _, errors = first.communicate(timeout=60)
         assert first.returncode == 0, errors
-    assert digests(root) == little_dataset
-    assert "a finished dataset is there already" in refusal(little, root)
-
-
-def test_finished_shards_are_not_built_again(half: tuple[Path, Path], root: Path, little_dataset: dict[str, str]):
-    before = times(root)
-    with pytest.raises(DatasetError, match="its build has not finished"):
-        manifest.load(root)
-    assert resumed(half[0], root, "--workers", 1) == little_dataset
-    assert before
-    assert before.items() <= times(root).items()
+        if options:
+            resumed(little, root, "--merge")
+        assert digests(root) == little_dataset
+        assert "a finished dataset is there already" in refusal(little, root)
 
 
 def test_damage_to_a_record_or_a_shard_costs_this_shard_and_nothing_else(
@@ -158,6 +144,8 @@ def test_damage_to_a_record_or_a_shard_costs_this_shard_and_nothing_else(
     os.truncate(root / "train" / f"{torn}.tar", 1024)
     (root / "train" / f"{lacking}.idx").unlink()
     assert b'"raw"' in data
+    with pytest.raises(DatasetError, match="its build has not finished"):
+        manifest.load(root)
     assert resumed(half[0], root, "--workers", 1) == little_dataset
     after = times(root)
     assert {name for name in before if after[name] != before[name]} == {empty, changed, torn, lacking}
