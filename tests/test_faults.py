@@ -249,6 +249,7 @@ def test_a_raw_file_that_cannot_be_read(
 # Decodes without end
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_decode_without_end_fails_the_build_and_skips_nothing(
     half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path, workers: int

@@ -63,7 +63,7 @@ def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
         (
             ("--size", 33, "--seed", 7, "--samples-per-shard", 7),
             str,
-            "size 32 → 33, samples_per_shard 6 → 7, seed 2012",
+            "samples_per_shard 6 → 7, seed 2012 → 7, size 32 → 33",
         ),
         (("--limit", 100), str, "differs in limit 0 → 100, raw images of train 144 →"),
         ((), lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "of val 24 → 25"),
