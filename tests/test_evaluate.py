@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from forgery import remake
 
 from conftest import ROOT, build
 from evaluated import (
@@ -34,7 +35,6 @@ from evaluated import (
     stored,
     weights,
 )
-from forgery import remake
 from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png

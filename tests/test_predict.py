@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from forgery import remake
 
 import trainer.predict as module
 from conftest import ROOT, build, drawn, reason, saved
 from evaluated import CLASSES, FLOAT32, Made, known, save_run, shared_made, stored, views_of, weights  # noqa: F401  # a fixture
-from forgery import remake
 from pipeline import manifest, storage
 from pipeline.cli import printable
 from pipeline.decode import ImageError, decode
