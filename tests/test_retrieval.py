@@ -9,13 +9,9 @@ import torch
 from conftest import one_line
 from pipeline import UserError
 from trainer.retrieval import codes, search
-from trainer.retrieval.codes import AutoEncoder, learnt, principal
-from trainer.retrieval.hamming import Hamming
-from trainer.retrieval.index import CODES, FEATURES, Index, Meta, write_meta
-from trainer.retrieval.make import rounded, sample, write_codes
-from trainer.retrieval.recall import measured
-from trainer.retrieval.rows import Rows
-from trainer.retrieval.search import exact, nearest, similar
+from trainer.retrieval.codes import principal
+from trainer.retrieval.index import rounded, write_codes, write_meta
+from trainer.retrieval.search import CODES, FEATURES, Index, Meta, exact, nearest, similar
 
 Answer = tuple[np.ndarray, np.ndarray]
 

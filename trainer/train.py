@@ -20,7 +20,6 @@ from trainer import data as loaders
 from trainer import nonfinite
 from trainer import recipe as recipes
 from trainer import run as runs
-from trainer.commands.figures import drawn
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
 from trainer.dropout import masks as drawn_masks
@@ -284,9 +283,11 @@ def train(
         with remedies(run, world):
             main(runs.Settings(data, run, chosen, where, resumed, other_data, initial, layers), world)
     if world.is_main:
+        from trainer.figures import page  # imports plotly
+
         try:
-            click.echo(f"page: {drawn(data, run, where)[-1]}")
-        except UserError as error:  # a sample that does not decode, say: the run is whole, and saved
+            click.echo(f"page: {page.draw(data, run, where)[-1]}")
+        except (UserError, OSError) as error:  # the run is whole, and saved, whatever happens to its page
             click.echo(f"no page: {error}", err=True)
 
 
