@@ -280,7 +280,7 @@ def test_refusals(networks: list[Path], data: Path, dataset: Path, tmp_path: Pat
 
 
 def test_a_submission_needs_devkit_ids_and_every_image(networks: list[Path], data: Path, dataset: Path, tmp_path: Path):
-    from forgery import remake
+    from stored import remake
 
     root = Path(shutil.copytree(data, tmp_path / "data"))
     remake(root, lambda body: body["splits"]["test"].update(skipped=1))

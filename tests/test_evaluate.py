@@ -277,7 +277,7 @@ def test_a_reader_who_leaves_does_not_keep_the_run_from_its_evaluation(own: Made
 
 
 def test_a_terminal_that_lacks_letters(made: Made, tmp_path: Path):
-    from forgery import remake
+    from stored import remake
 
     root = Path(shutil.copytree(made.data, tmp_path / "data"))
     remake(root, lambda body: [record.update(words="ânè") for record in body["classes"]])
