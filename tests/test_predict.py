@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from forgery import remake
 
 import trainer.predict as module
 from conftest import ROOT, build, drawn, reason, saved
@@ -27,6 +26,7 @@ from pipeline.cli import printable
 from pipeline.decode import ImageError, decode
 from runs import one_line, trainer
 from s3 import Store, empty_bucket, running_server  # noqa: F401  # fixtures
+from stored import remake
 from tars import tar_bytes, tree
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import load_network
