@@ -31,9 +31,7 @@ from trainer.figures.sheets import (
     paragraph,
     picture,
     predictions,
-    put,
     tick,
-    write,
 )
 
 FONT = ImageFont.load_default(size=19)
@@ -86,14 +84,6 @@ def test_text_fits(words: str, width: int) -> None:
         assert shortened in (full, full.split(",")[0])
 
 
-def test_text_stays_in_its_width() -> None:
-    sheet = blank(30)
-    write(sheet, (10, 5), "whale " * 30, bold=True, width=150)
-    dark = (np.asarray(sheet) < 255).any(2).any(0).nonzero()[0]
-    assert dark.min() >= 10
-    assert 130 < dark.max() <= 160
-
-
 def test_paragraphs_are_full_lines_within_the_margins() -> None:
     words, height = " ".join([WHALE] * 8), round(1.4 * 17)
     part = (np.asarray(paragraph(words)) < 255).any(2)
@@ -121,14 +111,6 @@ def test_small_pictures_are_magnified_exactly_and_large_ones_fit() -> None:
     assert picture(even, 90).size == (30, 90)
     assert (np.asarray(picture(even, 90)) == 77).all()
     assert picture(noise(1, 5000), 100).size == (100, 1)
-
-
-def test_a_picture_is_in_the_middle_of_its_box() -> None:
-    sheet = blank(120)
-    put(sheet, (30, 10), noise(20, 40), 100)
-    expected = np.full((120, WIDTH, 3), 255, np.uint8)
-    expected[40:80, 40:120] = noise(20, 40).repeat(2, 0).repeat(2, 1)
-    assert (np.asarray(sheet) == expected).all()
 
 
 # Predictions and neighbours
