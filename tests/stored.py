@@ -1,12 +1,12 @@
-"""Stored pictures, and their views through the graph."""
+"""Stored pictures, and their views through a decoder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline import manifest
-from pipeline.online.batch import Crops
-from pipeline.online.graph import Graph, GraphOptions
+from pipeline.online.batch import Batch, Crops
 
 
 def jpegs(root: Path, split: str) -> list[bytes]:
@@ -18,7 +18,10 @@ def jpegs(root: Path, split: str) -> list[bytes]:
     return found
 
 
-def views(pictures: list[bytes], crops: Crops, *, normalised: bool, resize: bool = True) -> np.ndarray:
-    graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
-    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], crops)
-    return graph.result().numpy().copy()
+def decoded(decoder: Any, pictures: list[bytes], crops: Crops) -> np.ndarray:
+    """The views that a decoder makes of a batch of pictures."""
+    batch = Batch(0, 0, 0, len(pictures), np.arange(len(pictures)))
+    batch.jpegs, batch.crops = [np.frombuffer(data, np.uint8) for data in pictures], crops
+    decoder.submit(batch)
+    _, (views, *_) = decoder.result()
+    return np.asarray(views.cpu())

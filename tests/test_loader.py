@@ -14,7 +14,6 @@ import torch
 from pipeline import UserError, manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Batch, Loader, augment
-from pipeline.online.graph import Decoder, GraphOptions
 from pipeline.online.normalise import Normaliser, fused, normalise, normalise_aligned
 from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels
@@ -87,26 +86,6 @@ def test_training_batches_equal_pillow_and_numpy(dataset: Path, options: dict, d
                 bits = augment.reference(pixels, crops, i, rest, recipe.aligned)
                 assert all((images[i].numpy() == bits).all() for images in batch.replicas)
     assert seen == [8, 8, 8, 8, 8, 1, 8]
-
-
-@pytest.mark.parametrize("replicate", [False, True])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_devices_share_out_a_batch_or_decode_all_of_it(dataset: Path, replicate: bool, normalised: bool):
-    """Batches of 3, 1 and 0 samples, on one device and on two: parts may be empty; the order is kept."""
-    built, cpu = manifest.load(dataset), torch.device("cpu")
-    recipe = augment.AlexNet(augment.Transform(), built.statistics(), 256, 3)
-    decoders = [Decoder((cpu,) * n, GraphOptions(224, normalised=normalised), 3, replicate) for n in (1, 2)]
-    with SampleReader(built, "train") as reader:
-        for decoder in decoders:
-            for step, n in enumerate((3, 1, 0)):
-                batch = Batch(step, 0, 0, n, np.arange(n))
-                batch.jpegs = reader.read(batch.ids)
-                batch.crops = recipe.crops(step, 0, batch.ids, None, np.full((n, 2), 256))
-                decoder.submit(batch)
-    for step, n in enumerate((3, 1, 0)):
-        (one, (whole,)), (other, views) = (decoder.result() for decoder in decoders)
-        assert (one.step, other.step, len(whole), len(views)) == (step, step, n, 2)
-        assert all(torch.equal(view, whole) for view in views)
 
 
 @pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])

@@ -1,18 +1,15 @@
-"""Other models' views against a scalar RandomResizedCrop, Pillow and numpy."""
+"""Other models' crop boxes against a scalar RandomResizedCrop and numpy."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from conftest import one_line, picture, saved
+from conftest import one_line
 from pipeline import UserError
 from pipeline.online.batch import Recipe
 from pipeline.online.plain import ImageNet, draw_regions
-from reference import jpeg_pixels, philox_words
-from stored import jpegs, views
+from reference import philox_words
 
 REGION, VIEW = 5, 1  # first counter words
 
@@ -37,14 +34,6 @@ def scalar_window(seed: int, epoch: int, sample: int, height: int, width: int) -
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w, flip, 11
-
-
-def reference_view(image: np.ndarray, start: np.ndarray, shape: np.ndarray, flip: int) -> np.ndarray:
-    """(h, w, 3) → (224, 224, 3) uint8: the window, resized bilinearly with antialiasing, mirrored; by Pillow."""
-    (top, left), (height, width) = start.tolist(), shape.tolist()
-    window = Image.fromarray(image).crop((left, top, left + width, top + height))
-    view = np.asarray(window.resize((224, 224), Image.Resampling.BILINEAR))
-    return view[:, ::-1] if flip else view
 
 
 def squares(n: int) -> np.ndarray:
@@ -143,36 +132,3 @@ def test_centre_windows():
     one_line(caught, "sample 77", "300 × 223", "224", "--size 256")
     with pytest.raises(UserError, match="views='ten': must be one of random, centre"):
         ImageNet("ten", 1)
-
-
-def test_random_views_equal_pillow(dataset: Path):
-    """DALI resizes in one step in float, Pillow in two with 8 bits between; both antialias with a triangle."""
-    stored = jpegs(dataset, "train")
-    whole = [saved(picture(f"whole{i}", *size), "JPEG", quality=95) for i, size in enumerate([(256, 900), (640, 256)])]
-    pictures = stored + whole
-    decoded = [jpeg_pixels(data) for data in pictures]
-    sizes = np.array([image.shape[:2] for image in decoded])
-    crops = ImageNet("random", 4).crops(0, 1, np.arange(len(pictures)), None, sizes)
-    found = views(pictures, crops, normalised=False)
-    assert found.shape == (len(pictures), 224, 224, 3)
-    assert found.dtype == np.uint8
-    expected = [reference_view(*of) for of in zip(decoded, crops.start, crops.shape, crops.flip)]
-    for view, reference in zip(found, expected):
-        difference = view.astype(np.float64) - reference
-        assert np.abs(difference).mean() < 0.5  # grey levels
-        assert 10 * math.log10(255**2 / (difference**2).mean()) > 50  # dB
-
-    normal = views(pictures, crops, normalised=True)
-    levels = (found - crops.offset[:, None, None]) * (np.float32(1) / crops.std)[:, None, None]
-    assert normal.dtype == levels.dtype == np.float32
-    assert (normal == levels.transpose(0, 3, 1, 2)).all()
-
-
-def test_centre_views_equal_pillow_bit_for_bit(dataset: Path):
-    pictures = [*jpegs(dataset, "val"), saved(picture("wide", 341, 256), "JPEG", quality=95)]
-    decoded = [jpeg_pixels(data) for data in pictures]
-    sizes = np.array([image.shape[:2] for image in decoded])
-    crops = ImageNet("centre", 4).crops(0, 0, np.arange(len(pictures)), None, sizes)
-    found = views(pictures, crops, normalised=False, resize=False)
-    for view, image, (top, left) in zip(found, decoded, crops.start):
-        assert (view == image[top : top + 224, left : left + 224]).all()

@@ -7,10 +7,7 @@ import torch
 from torch import nn
 
 from conftest import CLASSES
-from pipeline import manifest
 from pipeline.online import Loader
-from pipeline.online.plain import ImageNet
-from stored import jpegs, views
 
 
 class Block(nn.Module):
@@ -58,13 +55,6 @@ def assert_learns(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     assert np.isfinite(losses).all()
     for first, last in zip(losses, losses[-len(batches) :]):
         assert last < first
-
-
-def test_a_resnet_learns_from_the_graph(dataset: Path):
-    pictures, labels = jpegs(dataset, "train")[:8], manifest.load(dataset).samples("train")["label"][:8]
-    crops = ImageNet("random", 1).crops(0, 0, np.arange(8), None, np.full((8, 2), 256))
-    images = torch.from_numpy(views(pictures, crops, normalised=True))
-    assert_learns([(images, torch.from_numpy(labels.astype(np.int64)))])
 
 
 def test_a_resnet_learns_from_the_loader(dataset: Path):

@@ -4,18 +4,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Recipe
-from pipeline.online.graph import Decoder
+from pipeline.online.batch import Batch, Recipe, Undecodable
 from pipeline.online.order import Order, part
 from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, SampleReader, jpeg_size
 
-IN_GRAPH = 3  # batches that DALI has at a time: it never waits for the next
+IN_DECODER = 3  # batches that the decoder has at a time: it never waits for the next
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,28 @@ class Sampler:
             [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64
         ).reshape(-1, 2)
         batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.planned_ids, batch.crop_owner_ids, sizes)
+
+
+class Decoder(Protocol):
+    """Batches in, views on every device out, in the same order: `turbo.Decoder` or `graph.Decoder`."""
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to decode a batch; it may be empty."""
+
+    def result(self) -> tuple[Batch, list[Tensor]]:
+        """Return the oldest batch, and its views on each device. Raises Undecodable: mend that batch and `retry`."""
+
+    def retry(self) -> None:
+        """Decode the oldest batch again."""
+
+    def streams(self) -> AbstractContextManager[None]:
+        """Return a context at whose end is ready what was computed in it."""
+
+    def stop(self) -> None:
+        """Let decoding under way end early."""
+
+    def close(self) -> None:
+        """End the threads, and free the memory."""
 
 
 class Prefetch:
@@ -99,7 +122,7 @@ class Prefetch:
 
     def _fill(self) -> None:
         while len(self._ahead) < self._depth and not self._past_end(self._next_decode):
-            while self._next_read < self._next_decode + IN_GRAPH and not self._past_end(self._next_read):
+            while self._next_read < self._next_decode + IN_DECODER and not self._past_end(self._next_read):
                 self._reading[self._next_read] = self._reads.submit(self._read, self._next_read)
                 self._next_read += 1
             self._ahead.append(self._decodes.submit(self._decode, self._next_decode))
@@ -157,7 +180,7 @@ class Prefetch:
 
     def _submit(self, step: int) -> None:
         """Give the decoder the batch of `step`, unless it has it, and those after it that have been read."""
-        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + IN_GRAPH:
+        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + IN_DECODER:
             if self._next_submit > step and not (future.done() and not future.exception()):
                 break
             self._decoder.submit(future.result())
@@ -169,9 +192,6 @@ class Prefetch:
         while True:
             try:
                 return self._decoder.result()
-            except RuntimeError:
-                batch, positions = self._decoder.undecodable()
-                if not positions:
-                    raise
-                self._replace(batch, positions, UNDECODABLE)
-                self._decoder.restart()
+            except Undecodable as error:
+                self._replace(error.batch, error.positions, UNDECODABLE)
+                self._decoder.retry()

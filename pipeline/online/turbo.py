@@ -1,0 +1,190 @@
+"""The CPU's decoder: libjpeg-turbo in threads. Each picture is cut, mirrored, normalised while it is in the cache."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.online.batch import Batch, Crops, Recipe, Undecodable
+from pipeline.online.normalise import in_place, normalise_planes
+
+KEPT = 8  # arrays of batches that the consumer has let go, for later batches: more than are ever under way
+
+
+@dataclass
+class _Job:
+    """A batch under way."""
+
+    batch: Batch
+    views: np.ndarray
+    boxes: list[tuple[list[int], list[int], int]]  # top and left, height and width, flip of each picture
+    scaled: tuple[np.ndarray, np.ndarray]  # what `normalise_planes` takes, of each picture
+    deviation: np.ndarray | None  # (3, h, w) float32
+    tasks: list[Future[None]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)  # positions of what does not decode
+
+
+class Decoder:
+    """Batches in, views out, in the same order: uint8 (n, h, w, 3), RGB; or normalised, (n, 3, h, w) float32.
+
+    `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch.
+    """
+
+    def __init__(self, recipe: Recipe, normalised: bool, most: int, threads: int) -> None:
+        self._recipe, self._normalised, self._threads = recipe, normalised, threads
+        side, deviations = recipe.decoded, recipe.mean_deviations.items()
+        self._shape = (most, 3, side, side) if normalised else (most, side, side, 3)
+        self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
+        self._scratch = _Scratch(side)
+        self._free: deque[np.ndarray] = deque(maxlen=KEPT)
+        self._jobs: deque[_Job] = deque()
+        self._stopped = False
+        self._pool = ThreadPoolExecutor(threads, "penstock-turbo")
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to decode a batch; it may be empty."""
+        deviation = self._deviations.get(self._recipe.divisor(batch.step))
+        views, scaled = self._memory(len(batch.ids)), in_place(batch.crops)
+        self._jobs.append(_Job(batch, views, _boxes(batch.crops), scaled, deviation))
+        self._start(self._jobs[-1], range(len(batch.ids)))
+
+    def result(self) -> tuple[Batch, list[Tensor]]:
+        """Return the oldest batch and its views. Raises Undecodable: mend that batch and `retry`."""
+        job = self._jobs[0]
+        for task in job.tasks:
+            task.result()
+        if job.failed:
+            raise Undecodable(job.batch, sorted(job.failed))
+        self._jobs.popleft()
+        job.batch.jpegs = []  # the consumer may keep the batch
+        return job.batch, [torch.from_numpy(job.views)]
+
+    def retry(self) -> None:
+        """Decode again what failed of the oldest batch."""
+        job = self._jobs[0]
+        job.boxes, failed, job.failed = _boxes(job.batch.crops), job.failed, []
+        self._start(job, failed)
+
+    def streams(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: a CPU has no streams."""
+        return nullcontext()
+
+    def stop(self) -> None:
+        """Let the threads end, each after its picture; `result` then raises RuntimeError."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """End the threads and free the memory."""
+        self.stop()
+        self._pool.shutdown()
+        self._jobs.clear()
+
+    def _memory(self, n: int) -> np.ndarray:
+        """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
+        array = self._free.pop() if self._free else np.empty(self._shape, (np.uint8, np.float32)[self._normalised])
+        views = array[:n]
+        weakref.finalize(views, self._free.append, array)  # the tensor made of `views` keeps them
+        return views
+
+    def _start(self, job: _Job, positions: Iterable[int]) -> None:
+        shared = iter(list(positions))  # each thread takes the next of them, which is atomic
+        job.tasks = [self._pool.submit(self._work, job, shared) for _ in range(self._threads)]
+
+    def _work(self, job: _Job, positions: Iterator[int]) -> None:
+        for i in positions:
+            if self._stopped:
+                raise RuntimeError("the loader is closed")
+            try:
+                self._normalise(job, i) if self._normalised else self._write(job, i)
+            except ValueError:
+                job.failed.append(i)
+
+    def _write(self, job: _Job, i: int) -> None:
+        *box, flip = job.boxes[i]
+        if self._recipe.resize:
+            job.views[i] = self._resized(job, i)[..., :3]
+        else:
+            copy(self._scratch.decode(job.batch.jpegs[i], "BGR" if flip else "RGB", *box), job.views[i], flip)
+
+    def _normalise(self, job: _Job, i: int) -> None:
+        (start, shape, flip), scratch, deviation = job.boxes[i], self._scratch, job.deviation
+        if self._recipe.resize:
+            view = self._resized(job, i)
+        else:
+            view = scratch.view
+            copy(scratch.decode(job.batch.jpegs[i], "XBGR" if flip else "RGBX", start, shape), view, flip)
+        if self._recipe.aligned and deviation is not None:
+            rows, columns = (slice(first, first + length) for first, length in zip(start, shape))
+            deviation = deviation[:, rows, columns][..., :: -1 if flip else 1]
+        offset, factor = (array[i] for array in job.scaled)
+        normalise_planes(view, offset, factor, deviation, job.views[i], scratch.levels, scratch.planes)
+
+    def _resized(self, job: _Job, i: int) -> np.ndarray:
+        """Return a view, RGBX, as torchvision makes it of Pillow's images: cut, then resized, then mirrored."""
+        start, shape, flip = job.boxes[i]
+        box = np.ascontiguousarray(self._scratch.decode(job.batch.jpegs[i], "RGBX", start, shape))
+        picture = Image.frombuffer("RGBX", (shape[1], shape[0]), box, "raw", "RGBX", 0, 1)
+        view = np.asarray(picture.resize((self._recipe.decoded,) * 2, Image.Resampling.BILINEAR))
+        return np.ascontiguousarray(view[:, ::-1]) if flip else view
+
+
+class _Scratch(threading.local):
+    """A thread's memory for one picture after another: in the cache, and never fresh pages."""
+
+    def __init__(self, side: int) -> None:
+        self.pixels = np.empty(0, np.uint8)
+        self.view = np.empty((side, side, 4), np.uint8)
+        self.levels, self.planes = np.empty((3, side, side), np.int32), np.empty((3, side, side), np.float32)
+
+    def decode(self, jpeg: np.ndarray, layout: str, start: list[int], shape: list[int]) -> np.ndarray:
+        """Return a crop box of a picture, (height, width · bytes of the layout) uint8: valid until the next one.
+
+        Raises ValueError: it does not decode without a warning, is neither RGB nor grey, or the box is outside.
+        """
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        (top, left), (rows, columns), pixel = start, shape, len(layout)
+        if colours in ("CMYK", "YCCK") or top + rows > height or left + columns > width:
+            raise ValueError(f"{height} × {width}, {colours}")
+        if (size := height * width * pixel) > self.pixels.size:
+            memory = np.empty(size + 31, np.uint8)
+            # libjpeg-turbo writes around the cache to rows that begin at a multiple of 32, and they are read at once
+            self.pixels = memory[(16 - memory.ctypes.data) % 32 :][:size]
+        # accurate DCT and smooth chroma, as Pillow and DALI have them
+        picture = simplejpeg.decode_jpeg(jpeg, layout, buffer=self.pixels, strict=True).reshape(height, -1)
+        return picture[top : top + rows, left * pixel : (left + columns) * pixel]
+
+
+def copy(rows: np.ndarray, out: np.ndarray, flip: int) -> None:
+    """Copy rows of bytes to `out` (h, w, c) uint8; where `flip`, each row back to front, and so the channels.
+
+    Whole words of at most 8 bytes are swapped and put in reverse order: much faster than single bytes.
+    """
+    out = out.reshape(rows.shape)
+    if flip:
+        word = next(size for size in (8, 4, 2, 1) if rows.shape[1] % size == 0)
+        out, rows = out.view(f">u{word}"), rows.view(f"<u{word}")[:, ::-1]
+    out[...] = rows
+
+
+def undecodable(batch: Batch) -> list[int]:
+    """Return the positions in a batch of what does not decode on a CPU."""
+    scratch, positions = _Scratch(0), []
+    for i, (jpeg, (start, shape, _)) in enumerate(zip(batch.jpegs, _boxes(batch.crops))):
+        try:
+            scratch.decode(jpeg, "RGB", start, shape)
+        except ValueError:
+            positions.append(i)
+    return positions
+
+
+def _boxes(crops: Crops) -> list[tuple[list[int], list[int], int]]:
+    return list(zip(crops.start.tolist(), crops.shape.tolist(), crops.flip.tolist()))
