@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import islice
@@ -188,9 +189,12 @@ def test_closing_ends_the_threads(dataset: Path):
     with Loader(dataset, batch_size=16, readers=2, threads=5) as loader:
         next(loader)
         assert {thread.name.split("_")[0] for thread in threading.enumerate()} > {"penstock-read", "penstock-decode"}
-        assert tasks() > counted + 5  # DALI's, too
+        assert tasks() > counted + 5
     assert {thread.name for thread in threading.enumerate()} <= before
-    assert tasks() <= counted + 1
+    deadline = time.monotonic() + 5  # the system ends a thread a little after Python does
+    while tasks() > counted + 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(RuntimeError, match="the loader is closed"):
         next(loader)
 

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import UserError, manifest, storage
 from pipeline.manifest import Manifest
+from pipeline.online import turbo
 from pipeline.online.augment import AlexNet, Transform
 from pipeline.online.batch import Batch, Recipe, require_at_least, require_one_of
 from pipeline.online.cache import ShardCache
@@ -23,7 +24,6 @@ from pipeline.online.plain import ImageNet
 from pipeline.online.prefetch import Decoder, Prefetch, Sampler
 from pipeline.online.samples import BadSamples, SampleReader
 from pipeline.online.stall import Meter, waited
-from pipeline.online.turbo import Decoder as TurboDecoder
 
 STATE = 1  # version of `Loader.state_dict`
 
@@ -90,20 +90,18 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
         self._normaliser = Normaliser(self.recipe, self._decoding, output)
-        self._decoder = self._decoders(-(-batch_size // ranks), threads, feed == "replicate", hardware_share)
+        self._decoder: Callable[[], Decoder]
+        most = -(-batch_size // ranks)
+        if self.devices[0].type == "cpu":
+            self._decoder = partial(turbo.Decoder, self.recipe, self._normaliser.in_decoder, most, threads)
+        else:
+            from pipeline.online import graph  # slow, and a CPU has no need of DALI
+
+            graph_options = graph.GraphOptions(self.recipe.decoded, self.recipe.resize, threads, hardware_share)
+            self._decoder = partial(graph.Decoder, self._decoding, graph_options, most, feed == "replicate")
         self._depth, self._max_bad = depth, max_bad
         self.meter = Meter()
         self._begin(step, ())
-
-    def _decoders(self, most: int, threads: int, replicate: bool, hardware_share: float) -> Callable[[], Decoder]:
-        """Return what makes a decoder of batches of at most `most` samples, on a GPU by DALI."""
-        recipe, devices = self.recipe, self._decoding
-        if devices[0].type == "cpu":
-            return partial(TurboDecoder, recipe, self._normaliser.in_decoder, most, threads)
-        from pipeline.online.graph import Decoder, GraphOptions  # slow, and not needed on a CPU
-
-        options = GraphOptions(recipe.decoded, recipe.resize, threads, hardware_share)
-        return partial(Decoder, devices, options, most, replicate)
 
     def _begin(self, step: int, bad: Iterable[int]) -> None:
         self._next = step

@@ -4,9 +4,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +14,11 @@ from torch import Tensor
 from pipeline.online.batch import Batch, Recipe, Undecodable
 from pipeline.online.order import Order, part
 from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, SampleReader, jpeg_size
+
+if TYPE_CHECKING:
+    from pipeline.online import graph, turbo  # the first is slow, and a CPU has no need of it
+
+Decoder: TypeAlias = "turbo.Decoder | graph.Decoder"  # of a CPU, or of GPUs
 
 IN_DECODER = 3  # batches that the decoder has at a time: it never waits for the next
 
@@ -43,28 +47,6 @@ class Sampler:
             [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64
         ).reshape(-1, 2)
         batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.planned_ids, batch.crop_owner_ids, sizes)
-
-
-class Decoder(Protocol):
-    """Batches in, views on every device out, in the same order: `turbo.Decoder` or `graph.Decoder`."""
-
-    def submit(self, batch: Batch) -> None:
-        """Begin to decode a batch; it may be empty."""
-
-    def result(self) -> tuple[Batch, list[Tensor]]:
-        """Return the oldest batch, and its views on each device. Raises Undecodable: mend that batch and `retry`."""
-
-    def retry(self) -> None:
-        """Decode the oldest batch again."""
-
-    def streams(self) -> AbstractContextManager[None]:
-        """Return a context at whose end is ready what was computed in it."""
-
-    def stop(self) -> None:
-        """Let decoding under way end early."""
-
-    def close(self) -> None:
-        """End the threads, and free the memory."""
 
 
 class Prefetch:

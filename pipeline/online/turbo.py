@@ -22,12 +22,9 @@ KEPT = 8  # arrays of batches that the consumer has let go, for later batches: m
 
 @dataclass
 class _Job:
-    """A batch under way."""
-
     batch: Batch
     views: np.ndarray
-    boxes: list[tuple[list[int], list[int], int]]  # top and left, height and width, flip of each picture
-    scaled: tuple[np.ndarray, np.ndarray]  # what `normalise_planes` takes, of each picture
+    scaled: tuple[np.ndarray, np.ndarray]  # `normalise.in_place`
     deviation: np.ndarray | None  # (3, h, w) float32
     tasks: list[Future[None]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)  # positions of what does not decode
@@ -52,10 +49,10 @@ class Decoder:
 
     def submit(self, batch: Batch) -> None:
         """Begin to decode a batch; it may be empty."""
-        deviation = self._deviations.get(self._recipe.divisor(batch.step))
-        views, scaled = self._memory(len(batch.ids)), in_place(batch.crops)
-        self._jobs.append(_Job(batch, views, _boxes(batch.crops), scaled, deviation))
-        self._start(self._jobs[-1], range(len(batch.ids)))
+        views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
+        job = _Job(batch, views, in_place(batch.crops), deviation)
+        self._jobs.append(job)
+        self._start(job, range(len(batch.ids)))
 
     def result(self) -> tuple[Batch, list[Tensor]]:
         """Return the oldest batch and its views. Raises Undecodable: mend that batch and `retry`."""
@@ -71,7 +68,7 @@ class Decoder:
     def retry(self) -> None:
         """Decode again what failed of the oldest batch."""
         job = self._jobs[0]
-        job.boxes, failed, job.failed = _boxes(job.batch.crops), job.failed, []
+        failed, job.failed = job.failed, []
         self._start(job, failed)
 
     def streams(self) -> AbstractContextManager[None]:
@@ -88,7 +85,7 @@ class Decoder:
         self._pool.shutdown()
         self._jobs.clear()
 
-    def _memory(self, n: int) -> np.ndarray:
+    def _array(self, n: int) -> np.ndarray:
         """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
         array = self._free.pop() if self._free else np.empty(self._shape, (np.uint8, np.float32)[self._normalised])
         views = array[:n]
@@ -104,37 +101,24 @@ class Decoder:
             if self._stopped:
                 raise RuntimeError("the loader is closed")
             try:
-                self._normalise(job, i) if self._normalised else self._write(job, i)
+                self._decode(job, i)
             except ValueError:
                 job.failed.append(i)
 
-    def _write(self, job: _Job, i: int) -> None:
-        *box, flip = job.boxes[i]
+    def _decode(self, job: _Job, i: int) -> None:
+        jpeg, crops, scratch = job.batch.jpegs[i], job.batch.crops, self._scratch
+        flip, view = bool(crops.flip[i]), scratch.view if self._normalised else job.views[i]
         if self._recipe.resize:
-            job.views[i] = self._resized(job, i)[..., :3]
+            view[...] = resized(scratch.crop_box(jpeg, crops, i, "RGBX"), self._recipe.decoded, flip, view.shape[2])
         else:
-            copy(self._scratch.decode(job.batch.jpegs[i], "BGR" if flip else "RGB", *box), job.views[i], flip)
-
-    def _normalise(self, job: _Job, i: int) -> None:
-        (start, shape, flip), scratch, deviation = job.boxes[i], self._scratch, job.deviation
-        if self._recipe.resize:
-            view = self._resized(job, i)
-        else:
-            view = scratch.view
-            copy(scratch.decode(job.batch.jpegs[i], "XBGR" if flip else "RGBX", start, shape), view, flip)
-        if self._recipe.aligned and deviation is not None:
-            rows, columns = (slice(first, first + length) for first, length in zip(start, shape))
-            deviation = deviation[:, rows, columns][..., :: -1 if flip else 1]
-        offset, factor = (array[i] for array in job.scaled)
-        normalise_planes(view, offset, factor, deviation, job.views[i], scratch.levels, scratch.planes)
-
-    def _resized(self, job: _Job, i: int) -> np.ndarray:
-        """Return a view, RGBX, as torchvision makes it of Pillow's images: cut, then resized, then mirrored."""
-        start, shape, flip = job.boxes[i]
-        box = np.ascontiguousarray(self._scratch.decode(job.batch.jpegs[i], "RGBX", start, shape))
-        picture = Image.frombuffer("RGBX", (shape[1], shape[0]), box, "raw", "RGBX", 0, 1)
-        view = np.asarray(picture.resize((self._recipe.decoded,) * 2, Image.Resampling.BILINEAR))
-        return np.ascontiguousarray(view[:, ::-1]) if flip else view
+            layouts = ("RGBX", "XBGR") if self._normalised else ("RGB", "BGR")
+            copy(scratch.crop_box(jpeg, crops, i, layouts[flip]), view, flip)
+        if self._normalised:
+            deviation, (offset, factor) = job.deviation, (array[i] for array in job.scaled)
+            if deviation is not None and self._recipe.aligned:
+                rows, columns = (slice(start, start + len(view)) for start in crops.start[i].tolist())
+                deviation = deviation[:, rows, columns][..., :: -1 if flip else 1]
+            normalise_planes(view, offset, factor, deviation, job.views[i], scratch.levels, scratch.planes)
 
 
 class _Scratch(threading.local):
@@ -145,25 +129,26 @@ class _Scratch(threading.local):
         self.view = np.empty((side, side, 4), np.uint8)
         self.levels, self.planes = np.empty((3, side, side), np.int32), np.empty((3, side, side), np.float32)
 
-    def decode(self, jpeg: np.ndarray, layout: str, start: list[int], shape: list[int]) -> np.ndarray:
-        """Return a crop box of a picture, (height, width · bytes of the layout) uint8: valid until the next one.
+    def crop_box(self, jpeg: np.ndarray, crops: Crops, i: int, layout: str) -> np.ndarray:
+        """Decode a picture; return crop box `i`, rows of the bytes of `layout`, (h, w · 3 or 4): until the next one.
 
         Raises ValueError: it does not decode without a warning, is neither RGB nor grey, or the box is outside.
         """
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-        (top, left), (rows, columns), pixel = start, shape, len(layout)
+        (top, left), (rows, columns) = crops.start[i].tolist(), crops.shape[i].tolist()
         if colours in ("CMYK", "YCCK") or top + rows > height or left + columns > width:
             raise ValueError(f"{height} × {width}, {colours}")
+        pixel = len(layout)
         if (size := height * width * pixel) > self.pixels.size:
             memory = np.empty(size + 31, np.uint8)
-            # libjpeg-turbo writes around the cache to rows that begin at a multiple of 32, and they are read at once
+            # libjpeg-turbo writes past the cache to rows that begin at a multiple of 32, and the next to read is here
             self.pixels = memory[(16 - memory.ctypes.data) % 32 :][:size]
         # accurate DCT and smooth chroma, as Pillow and DALI have them
         picture = simplejpeg.decode_jpeg(jpeg, layout, buffer=self.pixels, strict=True).reshape(height, -1)
         return picture[top : top + rows, left * pixel : (left + columns) * pixel]
 
 
-def copy(rows: np.ndarray, out: np.ndarray, flip: int) -> None:
+def copy(rows: np.ndarray, out: np.ndarray, flip: bool) -> None:
     """Copy rows of bytes to `out` (h, w, c) uint8; where `flip`, each row back to front, and so the channels.
 
     Whole words of at most 8 bytes are swapped and put in reverse order: much faster than single bytes.
@@ -175,16 +160,20 @@ def copy(rows: np.ndarray, out: np.ndarray, flip: int) -> None:
     out[...] = rows
 
 
+def resized(box: np.ndarray, side: int, flip: bool, channels: int) -> np.ndarray:
+    """Return (side, side, channels) of RGBX rows as torchvision does with Pillow's images: cut, resize, then mirror."""
+    size = box.shape[1] // 4, box.shape[0]
+    picture = Image.frombuffer("RGBX", size, np.ascontiguousarray(box), "raw", "RGBX", 0, 1)
+    view = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
+    return view[:, :: -1 if flip else 1, :channels]
+
+
 def undecodable(batch: Batch) -> list[int]:
     """Return the positions in a batch of what does not decode on a CPU."""
     scratch, positions = _Scratch(0), []
-    for i, (jpeg, (start, shape, _)) in enumerate(zip(batch.jpegs, _boxes(batch.crops))):
+    for i, jpeg in enumerate(batch.jpegs):
         try:
-            scratch.decode(jpeg, "RGB", start, shape)
+            scratch.crop_box(jpeg, batch.crops, i, "RGB")
         except ValueError:
             positions.append(i)
     return positions
-
-
-def _boxes(crops: Crops) -> list[tuple[list[int], list[int], int]]:
-    return list(zip(crops.start.tolist(), crops.shape.tolist(), crops.flip.tolist()))
