@@ -77,6 +77,8 @@ class Decoder:
     decodes everything (`replicate`).
     """
 
+    under_way = 3  # batches that it has at a time: DALI never waits for the next
+
     def __init__(self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool) -> None:
         self._devices, self._options, self._replicate = devices, options, replicate
         self._most = most if replicate else -(-most // len(devices))

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 Decoder: TypeAlias = "turbo.Decoder | graph.Decoder"  # of a CPU, or of GPUs
 
-IN_DECODER = 3  # batches that the decoder has at a time: it never waits for the next
-
 
 @dataclass(frozen=True)
 class Sampler:
@@ -104,7 +102,7 @@ class Prefetch:
 
     def _fill(self) -> None:
         while len(self._ahead) < self._depth and not self._past_end(self._next_decode):
-            while self._next_read < self._next_decode + IN_DECODER and not self._past_end(self._next_read):
+            while self._next_read < self._next_decode + self._decoder.under_way and not self._past_end(self._next_read):
                 self._reading[self._next_read] = self._reads.submit(self._read, self._next_read)
                 self._next_read += 1
             self._ahead.append(self._decodes.submit(self._decode, self._next_decode))
@@ -162,7 +160,7 @@ class Prefetch:
 
     def _submit(self, step: int) -> None:
         """Give the decoder the batch of `step`, unless it has it, and those after it that have been read."""
-        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + IN_DECODER:
+        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + self._decoder.under_way:
             if self._next_submit > step and not (future.done() and not future.exception()):
                 break
             self._decoder.submit(future.result())

@@ -36,6 +36,8 @@ class Decoder:
     `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch.
     """
 
+    under_way = 2  # batches that it has at a time: the threads never wait for the next
+
     def __init__(self, recipe: Recipe, normalised: bool, most: int, threads: int) -> None:
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
