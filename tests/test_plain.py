@@ -1,15 +1,24 @@
-"""Other models' crop boxes against a scalar RandomResizedCrop and numpy."""
+"""The same shards for other models: crop boxes against a scalar RandomResizedCrop, webdataset() against Pillow."""
 
 import math
+import pickle
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from conftest import one_line
-from pipeline import UserError
+from conftest import CLASSES, build, one_line, picture
+from pipeline import UserError, manifest
 from pipeline.online.batch import Recipe
-from pipeline.online.plain import ImageNet, draw_regions
-from reference import philox_words
+from pipeline.online.plain import ImageNet, draw_regions, webdataset
+from reference import jpeg_pixels, philox_words
+from stored import jpegs
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # webdataset warns of shards that it does not share
 
 REGION, VIEW = 5, 1  # first counter words
 
@@ -132,3 +141,104 @@ def test_centre_windows():
     one_line(caught, "sample 77", "300 × 223", "224", "--size 256")
     with pytest.raises(UserError, match="views='ten': must be one of random, centre"):
         ImageNet("ten", 1)
+
+
+Pairs = list[tuple[int, bytes]]  # label and pixels
+
+
+def pairs(samples: Iterable[tuple[Image.Image, int]]) -> Pairs:
+    return [(label, np.asarray(image).tobytes()) for image, label in samples]
+
+
+def stored_pairs(root: Path, split: str) -> Pairs:
+    labels = manifest.load(root).samples(split)["label"].tolist()
+    found = [(label, jpeg_pixels(data).tobytes()) for label, data in zip(labels, jpegs(root, split), strict=True)]
+    assert len(set(found)) == len(found)  # so that equal lists are equal keys
+    return found
+
+
+def as_it_is(sample: object) -> object:
+    return sample
+
+
+def worked(dataset: torch.utils.data.IterableDataset, workers: int) -> Pairs:
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    return pairs(loader)
+
+
+def test_webdataset_gives_every_sample_in_the_order_of_the_build(dataset: Path):
+    for split in ("train", "val"):
+        first, label = next(iter(webdataset(str(dataset), split)))
+        assert isinstance(first, Image.Image)
+        assert (first.mode, first.size, type(label)) == ("RGB", (256, 256), int)
+        assert pairs(webdataset(dataset, split)) == stored_pairs(dataset, split)
+
+
+def test_webdataset_shuffles(dataset: Path):
+    expected = stored_pairs(dataset, "train")
+    shuffled = webdataset(dataset, "train", shuffle=20, seed=3)
+    again, other = webdataset(dataset, "train", shuffle=20, seed=3), webdataset(dataset, "train", shuffle=20, seed=4)
+    orders = [pairs(shuffled), pairs(shuffled), pairs(other), expected]  # two passes differ, and from other seeds'
+    assert pairs(again) == orders[0]
+    assert all(Counter(order) == Counter(expected) for order in orders)
+    assert all(one != two for i, one in enumerate(orders) for two in orders[:i])
+
+
+def test_webdataset_workers_share_the_shards(dataset: Path):
+    for split, shuffle in (("train", 20), ("val", 0)):  # three shards; one, so that a worker has none
+        found = worked(webdataset(dataset, split, shuffle=shuffle), workers=2)
+        assert Counter(found) == Counter(stored_pairs(dataset, split))
+
+
+def test_webdataset_ranks_share_the_shards(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    found: Pairs = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        part = pairs(pickle.loads(pickle.dumps(webdataset(dataset, "train"))))  # as a spawned worker gets it
+        assert 0 < len(part) < 41
+        found += part
+    assert Counter(found) == Counter(stored_pairs(dataset, "train"))
+
+
+def test_webdataset_without_labels_and_with_whole_pictures(tmp_path: Path):
+    raw = tmp_path / "raw"
+    for name in CLASSES[:2]:
+        (raw / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            picture(f"{name}{i}", 90 + 30 * i, 80).save(raw / "train" / name / f"{name}{i}.jpg")
+    (raw / "test").mkdir()
+    for i in range(3):
+        picture(f"test{i}", 60, 80).save(raw / "test" / f"{i}.jpg")
+    root = tmp_path / "dataset"
+    result = build(raw, root, "--workers", 1, "--size", 32, "--crop", "none")
+    assert result.exit_code == 0, result.output
+    for split in ("train", "test"):
+        assert pairs(webdataset(root, split)) == stored_pairs(root, split)
+    assert {label for _, label in webdataset(root, "test")} == {-1}
+    assert [image.size for image, _ in webdataset(root, "test")] == [(32, 42)] * 3
+
+
+def test_impossible_webdatasets(small: Path, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        webdataset("s3://bucket/dataset", "train")
+    one_line(caught, "s3://bucket/dataset", "copy")
+    with pytest.raises(UserError, match="no split named 'other'; there are: train, val"):
+        webdataset(small, "other")
+    with pytest.raises(UserError, match="no such directory"):
+        webdataset(tmp_path / "nothing", "train")
+    with pytest.raises(UserError, match="shuffle=-1: must be at least 0"):
+        webdataset(small, "train", shuffle=-1)
+    odd = tmp_path / "a#b"
+    odd.symlink_to(small)
+    assert next(iter(webdataset(odd, "val")))[0].size == (32, 32)  # the link is followed
+    odd.unlink()
+    odd.mkdir()
+    for path in small.rglob("*"):
+        target = odd / path.relative_to(small)
+        if path.is_file():
+            target.parent.mkdir(exist_ok=True)
+            target.hardlink_to(path)
+    with pytest.raises(UserError) as caught:
+        webdataset(odd, "val")
+    one_line(caught, "a#b/val/val-000000.tar", "rename")
