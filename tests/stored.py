@@ -1,16 +1,16 @@
-"""Stored pictures: read back, as views through the graph, and replaced so that all hashes of the dataset fit."""
+"""Stored pictures: read back, as views of a decoder, and replaced so that all hashes of the dataset fit."""
 
 import json
 import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline import manifest
-from pipeline.online.batch import Crops
-from pipeline.online.graph import Graph, GraphOptions
+from pipeline.online.batch import Batch, Crops
 
 SHARD = "train/train-000000"
 Members = list[tuple[str, bytes]]
@@ -26,10 +26,13 @@ def jpegs(root: Path, split: str) -> list[bytes]:
     return pictures
 
 
-def views(pictures: list[bytes], crops: Crops, *, normalised: bool, resize: bool = True) -> np.ndarray:
-    graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
-    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], crops)
-    return graph.result().numpy().copy()
+def decoded(decoder: Any, pictures: list[bytes], crops: Crops) -> np.ndarray:
+    """Return the views that a decoder makes of a batch of pictures."""
+    batch = Batch(0, 0, 0, len(pictures), np.arange(len(pictures)))
+    batch.jpegs, batch.crops = [np.frombuffer(data, np.uint8) for data in pictures], crops
+    decoder.submit(batch)
+    _, (views, *_) = decoder.result()
+    return np.asarray(views.cpu())
 
 
 def remake(root: Path, change: Callable[[dict], object] = lambda body: None) -> None:

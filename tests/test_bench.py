@@ -180,7 +180,7 @@ def test_build(tmp_path: Path):
 @pytest.mark.proof
 def test_load(dataset: Path, tmp_path: Path):
     gives = {
-        "decode": "uint8, 224 × 224 × 3",
+        "decode": "uint8, 256 × 256 × 3",
         "penstock-uint8": "uint8, 3 × 224 × 224",
         "synthetic": "float32, 3 × 224 × 224",
     }

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forgery import remake
 from scipy.optimize import minimize
 
 from evaluated import CLASSES, FLOAT32, Made, equal, errors, known, save_run, shared_made, stored, weights  # noqa: F401  # a fixture
 from runs import one_line, trainer
+from stored import remake
 from trainer import probabilities
 from trainer.ensemble import fitted_weights
 from trainer.probabilities import Origin, Probabilities

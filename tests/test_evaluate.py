@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from forgery import remake
 
 from conftest import ROOT, build
 from evaluated import (
@@ -39,6 +38,7 @@ from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png
 from runs import one_line, trainer
+from stored import remake
 from tars import tree
 from trainer import probabilities
 from trainer.evaluate import VIEWS, Tally, top_k_errors

@@ -1,8 +1,8 @@
-"""Batches against numpy and Pillow, bit for bit: every option, any ranks, threads, devices; exact resume."""
+"""The loader: types of its output, the fused normalisation, its threads, interruptions, impossible options."""
 
 import shutil
 import threading
-from collections.abc import Iterator
+import time
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
@@ -11,146 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import UserError, manifest
-from pipeline.manifest import Manifest
-from pipeline.online import Batch, Loader, augment
-from pipeline.online.graph import Decoder, GraphOptions
+from pipeline import UserError
+from pipeline.online import Loader, augment
 from pipeline.online.normalise import Normaliser, fused, normalise, normalise_aligned
-from pipeline.online.samples import SampleReader
-from reference import jpeg_pixels
-
-CPUS = ("cpu:0", "cpu:1")  # two devices by name: two graphs, each with its part of a batch
-
-
-def expected(built: Manifest, batch: Batch, seed: int, options: dict) -> Iterator[np.ndarray]:
-    """What the 2012 network sees of each sample, (3, 224, 224) float64, by the formulas of the specification.
-
-    Training: (crop, flipped or not, − mean + lighting) / 1.1; `options` as in `augment.Transform`.
-    """
-    statistics, chunk = built.statistics(), options.get("crop_chunk", 1)
-    places = 33 if options.get("positions", "code") == "code" else 32
-    lighting = options.get("lighting", "code")
-    lit = lighting != "off" and batch.step < options.get("lighting_until", 10**9)
-    shrink = options.get("shrink", lighting == "code") and lit
-    draws = augment.draw(seed, batch.epoch, batch.ids, places)
-    mean = statistics.mean_image
-    with SampleReader(built, "train") as reader:
-        for i, data in enumerate(reader.read(batch.ids)):
-            head = i // chunk * chunk
-            (top, left), flip = draws.crop[head], draws.flip[head]
-            view = jpeg_pixels(data.tobytes())[top : top + 224, left : left + 224].astype(np.float64)
-            own = mean[top : top + 224, left : left + 224]
-            view, own = (view[:, ::-1], own[:, ::-1]) if flip else (view, own)
-            kind = options.get("mean", "centre")
-            view = view - {"centre": mean[16:240, 16:240], "aligned": own, "colour": statistics.mean_color}[kind]
-            if lit:
-                deviations = np.sqrt(statistics.eigenvalues) if lighting == "code" else statistics.eigenvalues / 255
-                view = view + statistics.eigenvectors @ (0.1 * draws.normals[i] * deviations)
-            yield (view / 1.1 if shrink else view).transpose(2, 0, 1)
-
-
-OPTIONS = [
-    {},
-    {"mean": "aligned"},
-    {"mean": "colour"},
-    {"lighting": "paper"},
-    {"lighting": "off"},
-    {"shrink": False},
-    {"lighting": "paper", "shrink": True, "mean": "aligned"},
-    {"positions": "paper"},
-    {"crop_chunk": 32},
-    {"crop_chunk": 3, "mean": "aligned"},
-    {"lighting_until": 3},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("device", ["cpu", CPUS])
-def test_training_batches_equal_pillow_and_numpy(dataset: Path, options: dict, device: str | tuple[str, str]):
-    """Within float32's rounding of the formula in float64, and bit for bit of `augment.reference`."""
-    built = manifest.load(dataset)
-    recipe = augment.AlexNet(augment.Transform(**options), built.statistics(), 256, 3)
-    seen = []
-    with (
-        Loader(built, batch_size=8, seed=3, device=device, **options) as loader,
-        SampleReader(built, "train") as reader,
-    ):
-        for batch in islice(loader, 7):  # an epoch, whose last batch is short, and one more
-            seen.append(len(batch.ids))
-            assert batch.labels.tolist() == built.samples("train")["label"][batch.ids].tolist()
-            for x, known in zip(batch.images.numpy(), expected(built, batch, 3, options), strict=True):
-                np.testing.assert_allclose(x, known, atol=1e-4)
-            heads = batch.ids[np.arange(len(batch.ids)) // recipe.options.crop_chunk * recipe.options.crop_chunk]
-            crops = recipe.crops(batch.step, batch.epoch, batch.ids, heads, np.empty((len(batch.ids), 2)))
-            for i, data in enumerate(reader.read(batch.ids)):
-                pixels, rest = jpeg_pixels(data.tobytes()), recipe.mean_deviations.get(recipe.divisor(batch.step))
-                bits = augment.reference(pixels, crops, i, rest, recipe.aligned)
-                assert all((images[i].numpy() == bits).all() for images in batch.replicas)
-    assert seen == [8, 8, 8, 8, 8, 1, 8]
-
-
-@pytest.mark.parametrize("replicate", [False, True])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_devices_share_out_a_batch_or_decode_all_of_it(dataset: Path, replicate: bool, normalised: bool):
-    """Batches of 3, 1 and 0 samples, on one device and on two: parts may be empty; the order is kept."""
-    built, cpu = manifest.load(dataset), torch.device("cpu")
-    recipe = augment.AlexNet(augment.Transform(), built.statistics(), 256, 3)
-    decoders = [Decoder((cpu,) * n, GraphOptions(224, normalised=normalised), 3, replicate) for n in (1, 2)]
-    with SampleReader(built, "train") as reader:
-        for decoder in decoders:
-            for step, n in enumerate((3, 1, 0)):
-                batch = Batch(step, 0, 0, n, np.arange(n))
-                batch.jpegs = reader.read(batch.ids)
-                batch.crops = recipe.crops(step, 0, batch.ids, None, np.full((n, 2), 256))
-                decoder.submit(batch)
-    for step, n in enumerate((3, 1, 0)):
-        (one, (whole,)), (other, views) = (decoder.result() for decoder in decoders)
-        assert (one.step, other.step, len(whole), len(views)) == (step, step, n, 2)
-        assert all(torch.equal(view, whole) for view in views)
-
-
-@pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
-def test_centre_and_ten_views_equal_numpy(dataset: Path, mean: str):
-    built = manifest.load(dataset)
-    statistics = built.statistics()
-    levels = statistics.mean_color if mean == "colour" else statistics.mean_image
-    with SampleReader(built, "val") as reader:
-        pictures = [jpeg_pixels(data.tobytes()).astype(np.float64) for data in reader.read(np.arange(9))]
-    corners = [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
-    ten = [(top, left, flip) for flip in (1, -1) for top, left in corners]
-    for views, places in (("centre", [(16, 16, 1)]), ("ten", ten)):
-        with Loader(dataset, "val", batch_size=4, views=views, mean=mean) as loader:
-            batches = list(loader)
-            assert list(loader) == []  # it is over
-        assert [batch.ids.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-        images = torch.cat([batch.images for batch in batches]).reshape(9, len(places), 3, 224, 224).numpy()
-        for picture, found in zip(pictures, images):
-            for (top, left, flip), image in zip(places, found):
-                inside = (slice(top, top + 224), slice(left, left + 224))
-                middle = levels[16:240, 16:240] if mean == "centre" else levels
-                own = levels[inside][:, ::flip] if mean == "aligned" else middle
-                np.testing.assert_allclose(image, (picture[inside][:, ::flip] - own).transpose(2, 0, 1), atol=1e-4)
-
-
-def test_uint8_views_are_those_of_the_pictures(dataset: Path):
-    built = manifest.load(dataset)
-    with Loader(built, batch_size=8, seed=3, output="uint8") as loader, SampleReader(built, "train") as reader:
-        for batch in islice(loader, 7):
-            draws = augment.draw(3, batch.epoch, batch.ids, 33)
-            for i, data in enumerate(reader.read(batch.ids)):
-                view = augment.reference_view(jpeg_pixels(data.tobytes()), *draws.crop[i], bool(draws.flip[i]))
-                assert (batch.images[i].numpy() == view.transpose(2, 0, 1)).all()
-
-
-def test_ten_uint8_views(dataset: Path):
-    with Loader(dataset, "val", batch_size=9, views="ten", output="uint8") as loader:
-        (found,) = [batch.images.numpy() for batch in loader]
-    with SampleReader(manifest.load(dataset), "val") as reader:
-        pictures = [jpeg_pixels(data.tobytes()) for data in reader.read(np.arange(9))]
-    assert found.shape == (9, 10, 3, 224, 224)
-    for picture, views in zip(pictures, found):
-        for (top, left, flip), view in zip(augment.ten_views(256), views):
-            assert (view == augment.reference_view(picture, top, left, flip).transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -209,9 +72,12 @@ def test_closing_ends_the_threads(dataset: Path):
     with Loader(dataset, batch_size=16, readers=2, threads=5) as loader:
         next(loader)
         assert {thread.name.split("_")[0] for thread in threading.enumerate()} > {"penstock-read", "penstock-decode"}
-        assert tasks() > counted + 5  # DALI's, too
+        assert tasks() > counted + 5
     assert {thread.name for thread in threading.enumerate()} <= before
-    assert tasks() <= counted + 1
+    deadline = time.monotonic() + 5  # the system ends a thread a little after Python does
+    while tasks() > counted + 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(RuntimeError, match="the loader is closed"):
         next(loader)
 
