@@ -25,7 +25,7 @@ from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
 from trainer.dropout import masks as drawn_masks
 from trainer.evaluate import error_rates, labelled
 from trainer.metrics import LogInterval
-from trainer.model import Masks, initial_weights
+from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
 from trainer.options import DATA, DEVICES, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
@@ -116,11 +116,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             network.load(resumed.weights)
             optimiser.velocity = network.scatter(resumed.velocity)
         elif world.is_main:
-            weights = initial_weights(recipe.model, len(classes), recipe.train.seed)
-            if settings.init:
-                weights |= runs.weights_taken(settings.init, settings.init_layers, weights, classes)
-            network.load(weights)
-            del weights
+            network.load(runs.first_weights(settings, classes))
     replicas = Replicas(network, world)  # with the main process's weights
     world.broadcast([v for part in optimiser.velocity for v in part.values()])
 
@@ -227,12 +223,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as train.steps=4; may be repeated."
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
-@click.option(
-    "--other-data", is_flag=True, help="Resume on other data than the checkpoint's, of the same classes, too."
-)
-@click.option(
-    "--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run or checkpoint that fit."
-)
+@click.option("--other-data", is_flag=True, help="Resume on other data of the same classes, too.")
+@click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
 @click.option(

@@ -24,7 +24,7 @@ from pipeline.manifest import Manifest
 from pipeline.online import augment
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
-from trainer import data as feed
+from trainer import data as loaders
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.figures import kernels, sheets
@@ -286,7 +286,7 @@ def _training_samples(data: FigureData) -> str:
     """Return the first samples of the run's first batch: as stored, and as the network saw them in the first epoch."""
     dataset, recipe = data.dataset, data.checkpoint.recipe
     side, view = dataset.recipe.size, recipe.model.size
-    with feed.training(dataset, recipe, batch_size=TRAINING_SAMPLES) as loader:
+    with loaders.training(dataset, recipe, batch_size=TRAINING_SAMPLES) as loader:
         batch = next(loader)
     with SampleReader(dataset, "train") as reader:
         jpegs = reader.read(batch.ids)

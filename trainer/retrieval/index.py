@@ -21,7 +21,7 @@ from pipeline.files import ASIDE, sync_folder
 from pipeline.manifest import Manifest, canonical_json, sha256
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
-from trainer import data as feed
+from trainer import data as loaders
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.nonfinite import Diverged
@@ -166,7 +166,7 @@ def _write_features(
     began, done, dtype = time.perf_counter(), 0, np.dtype(meta.dtype)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (meta.n, meta.units)}
     with (
-        feed.evaluation(dataset, recipe, meta.split, "centre", network.devices) as loader,
+        loaders.evaluation(dataset, recipe, meta.split, "centre", network.devices) as loader,
         open(folder / FEATURES, "xb") as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
@@ -217,9 +217,9 @@ def features(
     """Yield ids (n,) int64 and features (n, units) float32 of every image of `split`, in the order of the ids.
 
     Raises:
-        UserError: as `feed.evaluation` and `hidden`.
+        UserError: as `loaders.evaluation` and `hidden`.
     """
-    with feed.evaluation(dataset, recipe, split, "centre", network.devices) as loader:
+    with loaders.evaluation(dataset, recipe, split, "centre", network.devices) as loader:
         for batch in loader:
             yield batch.ids, hidden(network, batch.replicas)
 
