@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT
-from pinned import normal, pins
+from conftest import ROOT, normal, pins
 from tools.build_shards import main as build_shards
 from trainer.commands.train import train
 
