@@ -24,9 +24,9 @@ MODULES = {
     "evaluate": "commands.evaluate",
     "ensemble": "commands.ensemble",
     "predict": "commands.predict",
-    "figures": "commands.figures",
-    "index": "commands.index",
-    "similar": "commands.similar",
+    "figures": "figures.page",
+    "index": "retrieval.index",
+    "similar": "retrieval.similar",
     "export": "commands.export",
 }
 

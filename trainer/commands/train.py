@@ -11,9 +11,9 @@ from pipeline.online.devices import missing_device
 from trainer import agreement
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
-from trainer.commands.figures import drawn
 from trainer.devices import placed
 from trainer.distributed import PATIENCE, processes
+from trainer.figures.page import draw as drawn
 from trainer.options import DATA, DEVICES, PATH
 from trainer.train import Start
 from trainer.train import train as run_training
