@@ -79,7 +79,7 @@ def steps(name: str) -> list[int]:
 
     from pipeline.online.batch import Batch
     from trainer import recipe as recipes
-    from trainer.evaluate import probabilities
+    from trainer.evaluate import view_probabilities
     from trainer.layers import dropped_units
     from trainer.model import initial_weights
     from trainer.nonfinite import Watch
@@ -103,7 +103,7 @@ def steps(name: str) -> list[int]:
     for part, velocity, device in zip(network.parts(), optimiser.velocity, devices):
         assert {value.device for value in (*part.values(), *velocity.values())} == {device}
     with torch.no_grad():
-        assert probabilities(network, views).shape == (BATCH, classes)
+        assert view_probabilities(network, views).shape == (BATCH, 10, classes)
         assert network.hidden([view[:, 0] for view in views]).device == devices[0]
     saved = network.gathered(optimiser.velocity)
     assert {value.device.type for value in saved.values()} == {"cpu"}
