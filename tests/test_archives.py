@@ -236,7 +236,7 @@ def test_a_damaged_listing_cache_is_ignored_and_written_again(tmp_path: Path):
 def test_no_build_is_begun_where_none_may_be(tmp_path: Path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "all.tar").write_bytes(NESTED)
-    for name in ("mine.txt", "dataset.json"):
+    for name in ("notes.txt", "dataset.json"):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text("{}")

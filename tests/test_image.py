@@ -59,11 +59,11 @@ def test_real_photographs_are_decoded_as_by_pillow_and_rescaled_as_in_two_steps(
 @pytest.mark.parametrize("sides", [(500, 375), (300, 300), (257, 900), (90, 60), (1600, 100)])
 def test_the_square_of_a_whole_picture_is_the_cropped_one(sides: tuple[int, int], kernel: str):
     image = picture("whole", *sides)
-    whole, square = rgb(image, 256, kernel, "none"), rgb(image, 256, kernel)
+    uncropped, square = rgb(image, 256, kernel, "none"), rgb(image, 256, kernel)
     long = int(256 * max(sides) / min(sides))
-    assert whole.shape == ((256, long, 3) if sides[0] >= sides[1] else (long, 256, 3))
-    top, left = round((whole.shape[0] - 256) / 2), round((whole.shape[1] - 256) / 2)
-    inner = whole[top : top + 256, left : left + 256].astype(int)
+    assert uncropped.shape == ((256, long, 3) if sides[0] >= sides[1] else (long, 256, 3))
+    top, left = round((uncropped.shape[0] - 256) / 2), round((uncropped.shape[1] - 256) / 2)
+    inner = uncropped[top : top + 256, left : left + 256].astype(int)
     if kernel == "area" and min(sides) > 256:
         assert (inner == square).all()
     else:  # Pillow's weights of another box

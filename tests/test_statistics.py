@@ -90,9 +90,9 @@ def test_one_grey_image_has_no_colour_variance():
 
 
 @pytest.fixture(scope="module")
-def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`raw` as whole pictures with a shorter side of 240 pixels."""
-    root = tmp_path_factory.mktemp("whole") / "dataset"
+def uncropped(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`raw`, uncropped, with a shorter side of 240 pixels."""
+    root = tmp_path_factory.mktemp("uncropped") / "dataset"
     result = build(raw, root, "--workers", 1, "--samples-per-shard", 16, "--size", 240, "--crop", "none")
     assert result.exit_code == 0, result.output
     return root
@@ -106,8 +106,8 @@ def rescaled(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(picture.convert("RGB").resize(shape, Image.Resampling.BICUBIC))
 
 
-def test_the_whole_picture_is_stored(whole: Path, raw: Path):
-    shards = [str(whole / shard.name) for shard in manifest.load(whole).split("train").shards]
+def test_the_whole_picture_is_stored(uncropped: Path, raw: Path):
+    shards = [str(uncropped / shard.name) for shard in manifest.load(uncropped).split("train").shards]
     seen = 0
     for sample in webdataset.WebDataset(shards, shardshuffle=False):
         _, name, stem = sample["__key__"].split("_")
@@ -118,11 +118,11 @@ def test_the_whole_picture_is_stored(whole: Path, raw: Path):
         assert np.abs(stored.astype(int) - expected).mean() < 12
         seen += 1
     assert seen == 41
-    assert "all holds" in verify(whole).output
+    assert "all holds" in verify(uncropped).output
 
 
-def test_statistics_are_those_of_all_pixels(whole: Path, raw: Path):
-    built = manifest.load(whole)
+def test_statistics_are_those_of_all_pixels(uncropped: Path, raw: Path):
+    built = manifest.load(uncropped)
     paths = [p for p in (raw / "train").rglob("*.jpg") if p != raw / "train" / "checks" / "0003.jpg"]
     pixels = np.concatenate([rescaled(Image.open(path), 240).reshape(-1, 3) for path in paths]).astype(np.float64)
     statistics = built.statistics()
@@ -133,23 +133,23 @@ def test_statistics_are_those_of_all_pixels(whole: Path, raw: Path):
     np.testing.assert_allclose(statistics.eigenvalues, np.linalg.eigvalsh(statistics.covariance)[::-1], rtol=1e-9)
 
 
-def test_whole_pictures_feed_other_models(whole: Path):
+def test_whole_pictures_feed_other_models(uncropped: Path):
     """The centre view is the picture's, the random ones are cut from all of it; mean and deviation are ImageNet's."""
     with pytest.raises(UserError, match="--crop none"):
-        Loader(whole, "train")
-    built = manifest.load(whole)
+        Loader(uncropped, "train")
+    built = manifest.load(uncropped)
     mean, std = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
     with SampleReader(built, "train") as reader:
         pictures = [jpeg_pixels(data.tobytes()).astype(np.float64) for data in reader.read(np.arange(len(reader)))]
     assert len({picture.shape for picture in pictures}) > 1
-    with Loader(whole, "train", batch_size=4, recipe="imagenet", views="centre") as loader:
+    with Loader(uncropped, "train", batch_size=4, recipe="imagenet", views="centre") as loader:
         for batch in loader:
             for number, x in zip(batch.ids, batch.images.numpy()):
                 height, width, _ = pictures[number].shape
                 top, left = round((height - 224) / 2), round((width - 224) / 2)
                 view = pictures[number][top : top + 224, left : left + 224]
                 np.testing.assert_allclose(x, ((view - mean) / std).transpose(2, 0, 1), atol=1e-5)
-    with Loader(whole, "train", batch_size=4, recipe="imagenet") as loader:
+    with Loader(uncropped, "train", batch_size=4, recipe="imagenet") as loader:
         batch = next(loader)
     assert batch.images.shape == (4, 3, 224, 224)
     levels = batch.images.permute(0, 2, 3, 1).numpy() * std + mean
