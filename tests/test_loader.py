@@ -56,15 +56,6 @@ def test_ranks_have_the_batches_of_one(dataset: Path, ranks: int, order: str):
         assert {each.step for each in theirs} == {one.step}
 
 
-def test_more_ranks_than_samples(dataset: Path):
-    found = []
-    for rank in range(4):
-        with Loader(dataset, batch_size=3, rank=rank, ranks=4) as loader:
-            found.append([(batch.place, len(batch.images), len(batch.labels)) for batch in islice(loader, 15)])
-    assert [each[0] for each in found] == [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 0, 0)]
-    assert [each[13] for each in found] == [(0, 1, 1), (1, 1, 1), (2, 0, 0), (2, 0, 0)]
-
-
 @pytest.mark.parametrize("steps", [0, 4])
 def test_a_state_goes_on_where_it_was_taken(dataset: Path, steps: int):
     """In the same loader, in a new one, and with another number of ranks."""
