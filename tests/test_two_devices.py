@@ -82,7 +82,6 @@ def load_devices(library: str) -> None:
 def steps(name: str) -> list[int]:
     """Train, evaluate, save and load a recipe's network; return the count of parameters on each of its devices."""
     import torch
-    from trainer.train import train_step
 
     from pipeline.online.batch import Batch
     from trainer import recipe as recipes
@@ -92,6 +91,7 @@ def steps(name: str) -> list[int]:
     from trainer.nonfinite import Watch
     from trainer.optim import Momentum, Schedule
     from trainer.parallel import TwoColumnNet
+    from trainer.train import train_step
 
     recipe = recipes.load(name, [f"train.batch_size={BATCH}"])
     model, classes = recipe.model, recipe.model.classes or 1000
