@@ -92,11 +92,11 @@ def main() -> None:
     import torch
     from click.testing import CliRunner
 
-    from trainer import train
     from trainer.__main__ import main as trainer
+    from trainer.figures import page
 
     torch.set_num_threads(1)
-    train.drawn = lambda *_: [Path("not drawn here")]  # type: ignore[attr-defined]
+    page.draw = lambda *_: [Path("not drawn here")]  # type: ignore[attr-defined]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else a library prints goes to stderr
     for line in sys.stdin:

@@ -1,9 +1,10 @@
-"""An S3 server: moto's, in a process of its own, which fails as often and in the way that a test tells it to.
+"""An S3 server: moto's, in a process of its own, which fails as often and in the way that a test asks for.
 
 Run as a program, it prints its port and serves until its standard input ends, so that it cannot outlive the tests. A
 test that wants the fixture `s3` imports `empty_bucket` and `running_server`.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -51,8 +52,8 @@ class Faults:
         only: str = "",
         times: int = 10**6,
     ) -> None:
-        """`only` requests with these words in "METHOD /path?query" fail, so many `times`; `delay`: seconds before each
-        answer.
+        """Let `only` requests with these words in "METHOD /path?query" fail, so many `times`; answer each after `delay`
+        seconds.
         """
         self._share, self._kinds, self._delay, self._only, self._times = share, tuple(kinds), delay, only, times
         self._random = random.Random(seed)
@@ -92,9 +93,9 @@ class Faults:
             status, code, message = ANSWERS[kind]
             start(status, [("Content-Type", "application/xml")])
             return [ERROR.format(code, message).encode() if environ["REQUEST_METHOD"] != "HEAD" else b""]
-        given: list[Any] = []
-        body = b"".join(self._application(environ, lambda *arguments: given.extend(arguments)))
-        status, headers = given[:2]
+        started: list[Any] = []
+        body = b"".join(self._application(environ, lambda *arguments: started.extend(arguments)))
+        status, headers = started[:2]
         if kind in ("cut", "short") and environ["REQUEST_METHOD"] == "GET" and body:
             body = body[: len(body) // 2]
             if kind == "short":
@@ -123,12 +124,29 @@ class Store:
         return f"s3://{self.bucket}"
 
     def faults(self, share: float, **options: object) -> None:
-        """From now on, see `Faults.set`; what was seen is forgotten."""
+        """Set the faults from now on as `Faults.set` does, and count from nothing."""
         _ask(f"{self.endpoint}/-/faults", {"share": share, **options})
 
     def seen(self) -> dict[str, Any]:
-        """Since the last `faults`: the "requests", how many "faults", and the "most" that ran at a time."""
+        """Return since the last `faults`: the "requests", the number of "faults", and the "most" that ran at a time."""
         return _ask(f"{self.endpoint}/-/seen")
+
+    def upload(self, folder: Path, name: str) -> None:
+        """Store every file of a folder below `name`."""
+        from pipeline import storage
+
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            target = storage.location(f"{self.url}/{name}/{path.relative_to(folder).as_posix()}")
+            storage.put_if_absent(target, path.read_bytes())
+
+    def digests(self, name: str) -> dict[str, str]:
+        """Return the SHA-256 of every object below `name`."""
+        from pipeline import storage
+
+        root = storage.location(f"{self.url}/{name}")
+        paths = [f"{below}/{entry.name}".lstrip("/") for below, entries in storage.walk(root) for entry in entries]
+        files = [path for path in paths if storage.is_file(root / path)]
+        return {path: hashlib.sha256(storage.read_bytes(root / path)).hexdigest() for path in files}
 
 
 def _ask(url: str, body: object = None) -> Any:

@@ -1,24 +1,76 @@
-"""Stored pictures, and their views through the graph."""
+"""Stored pictures: read back, as views of a decoder, and replaced so that all hashes of the dataset fit."""
 
+import json
+import tarfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline import manifest
-from pipeline.online.batch import Crops
-from pipeline.online.graph import Graph, GraphOptions
+from pipeline.online.batch import Batch, Crops
+
+SHARD = "train/train-000000"
+Members = list[tuple[str, bytes]]
+ALL = tuple(f"train/train-{number:06d}" for number in range(3))
 
 
 def jpegs(root: Path, split: str) -> list[bytes]:
-    """The stored pictures in the order of the ids, by the manifest's records."""
-    found = []
+    """Return the stored pictures in the order of the ids, by the manifest's records."""
+    pictures = []
     for record in manifest.load(root).samples(split):
         shard = (root / split / f"{split}-{record['shard']:06d}.tar").read_bytes()
-        found.append(shard[record["offset"] :][: record["size"]])
-    return found
+        pictures.append(shard[record["offset"] :][: record["size"]])
+    return pictures
 
 
-def views(pictures: list[bytes], crops: Crops, *, normalised: bool, resize: bool = True) -> np.ndarray:
-    graph = Graph(GraphOptions(view=224, resize=resize, normalised=normalised, threads=2), len(pictures))
-    graph.submit([np.frombuffer(data, np.uint8) for data in pictures], crops)
-    return graph.result().numpy().copy()
+def decoded(decoder: Any, pictures: list[bytes], crops: Crops) -> np.ndarray:
+    """Return the views that a decoder makes of a batch of pictures."""
+    batch = Batch(0, 0, 0, len(pictures), np.arange(len(pictures)))
+    batch.jpegs, batch.crops = [np.frombuffer(data, np.uint8) for data in pictures], crops
+    decoder.submit(batch)
+    _, (views, *_) = decoder.result()
+    return np.asarray(views.cpu())
+
+
+def remake(root: Path, change: Callable[[dict], object] = lambda body: None) -> None:
+    """Make all hashes and sizes in dataset.json fit the files; then change it, and sign it again."""
+    body = json.loads((root / "dataset.json").read_bytes())
+    for name in [name for name in body["files"] if (root / name).exists()]:
+        data = (root / name).read_bytes()
+        body["files"][name] = {"bytes": len(data), "sha256": manifest.sha256(data)}
+    for shard in (shard for split in body["splits"].values() for shard in split["shards"]):
+        shard["bytes"] = body["files"][shard["name"]]["bytes"]
+    del body["checksum"], body["identity"]
+    change(body)
+    signed = {key: body[key] for key in manifest.IDENTITY_KEYS}
+    body.setdefault("identity", manifest.sha256(manifest.canonical_json(signed)))
+    checksum = manifest.sha256(manifest.canonical_json(body))
+    (root / "dataset.json").write_bytes(manifest.canonical_json(body | {"checksum": checksum}))
+
+
+def members_of(root: Path, shard: str = SHARD) -> Members:
+    with tarfile.open(root / f"{shard}.tar") as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar]
+
+
+def rewrite(root: Path, members: Members, shard: str = SHARD) -> None:
+    """Replace a shard: tar, index, and its sample records but for labels."""
+    tar, lines, records = b"", [], []
+    for name, data in members:
+        offset, info = len(tar) + 512, tarfile.TarInfo(name)
+        if name.endswith(".jpg"):
+            records.append((offset, len(data), zlib.crc32(data)))
+            lines.append(f"jpg {offset} {len(data)} {name}")
+        else:
+            lines[-1] += f" {name[-3:]} {offset} {len(data)} {name}"
+        info.size = len(data)
+        tar += info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+    (root / f"{shard}.tar").write_bytes(tar + bytes(1024))
+    (root / f"{shard}.idx").write_text("".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]))
+    samples = np.load(root / "train/samples.npy")
+    for i, record in zip(np.flatnonzero(samples["shard"] == int(shard[-6:])), records):
+        samples["offset"][i], samples["size"][i], samples["crc32"][i] = record
+    np.save(root / "train/samples.npy", samples)

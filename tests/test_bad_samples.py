@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from conftest import ROOT, build, one_line
-from forgery import ALL, members_of, remake, rewrite
 from pipeline import UserError, manifest
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader, samples
 from pipeline.online.samples import SampleReader
+from stored import ALL, members_of, remake, rewrite
 
 SEED = 3
 

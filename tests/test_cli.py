@@ -1,16 +1,31 @@
-"""Commands that end before their time, text that a terminal may show, and the bar that only a terminal sees."""
+"""The ends of commands: one line and an exit code, with the remedy where a volume keeps a folder from the command.
 
+Also text that a terminal may show, and the bar that only a terminal sees.
+"""
+
+import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
-from conftest import ROOT
+from conftest import ROOT, build
+from pipeline import volumes
 from pipeline.cli import printable
+from pipeline.online import devices
+from tools.make_raw import main as make_raw
+from trainer.__main__ import main as trainer
 
+IS_ROOT = os.geteuid() == 0
+WITHOUT = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # root, whom permissions bind like any user
+OTHER = 4242
 PROGRAM = """
 import os, signal, sys, click
 from pipeline import UserError
@@ -65,3 +80,153 @@ def test_text_is_printable_and_short():
     assert printable("a\x1b[31m\u202e\udce9 ü") == r"a\x1b[31m\u202e\udce9 ü"
     assert printable("x" * 200, 120) == "x" * 117 + "..."
     assert printable("x" * 120, 120) == "x" * 120
+
+
+# Volumes and GPUs
+
+
+# one process for many commands, because torch takes seconds to import
+RUNNER = """
+import json, sys
+from click.testing import CliRunner
+from tools.build_shards import main as build_shards
+from trainer.__main__ import main as trainer
+for words in json.loads(sys.argv[1]):
+    done = CliRunner().invoke({"build": build_shards, "trainer": trainer}[words[0]], words[1:])
+    print(json.dumps([done.exit_code, done.stderr]))
+"""
+
+
+def messages(commands: list[list[str]], before: tuple[str, ...] = ()) -> list[str]:
+    """Return the message of each command in a process without root's rights: one line, with exit code 2."""
+    if IS_ROOT and not shutil.which("setpriv"):
+        pytest.skip("root without setpriv: permissions do not bind")
+    line = [*before, *(WITHOUT if IS_ROOT else []), sys.executable, "-c", RUNNER, json.dumps(commands)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(code, text[:7], text.count("\n")) for code, text in ends] == [(2, "Error: ", 1)] * len(commands), ends
+    return [text.removeprefix("Error: ").strip() for _, text in ends]
+
+
+def train(data: Path, run: Path) -> list[str]:
+    return ["trainer", "train", "--data", str(data), "--out", str(run), "--recipe", "tiny", "--devices", "cpu,cpu"]
+
+
+def writing(raw: Path, dataset: Path, volume: Path) -> list[list[str]]:
+    """Return commands that would write to `volume`, and into a folder that they would make in it."""
+    return [["build", str(raw), str(volume / "set")], train(dataset, volume)]
+
+
+def reading(closed: Path, out: Path) -> list[list[str]]:
+    """Return commands that would read from `closed`."""
+    return [["build", str(closed), str(out)], train(closed, out)]
+
+
+@pytest.mark.proof
+def test_denied_access_names_both_users_and_the_remedy(raw: Path, dataset: Path, tmp_path: Path):
+    user, group = os.geteuid(), os.getegid()
+    commands, expected = [], []
+    for owner in (user, OTHER) if IS_ROOT else (user,):  # only root can give a folder to another user
+        for mode in (0o555, 0o000):
+            folder = tmp_path / f"{owner}-{mode:o}"
+            folder.mkdir(mode=mode)
+            os.chown(folder, owner, owner if owner == OTHER else -1)
+            added = reading(folder, tmp_path / "out") if mode == 0 else writing(raw, dataset, folder)
+            remedy = f"chmod -R u+rwX {folder}"
+            if owner != user:
+                remedy = f"run this as that user (docker run --user {owner}:{owner}), or as root, "
+                remedy += f"chown -R {user}:{group} {folder}"
+            commands += added
+            expected += [
+                (f"{folder}: belongs to user {owner} (mode {mode:03o}), and user {user} may not ", remedy)
+            ] * len(added)
+    for message, (start, remedy) in zip(messages(commands), expected, strict=True):
+        assert message.startswith(start), message
+        assert ("write to it" in message) == ("mode 555" in start)
+        assert message.endswith(f"; {remedy}")
+
+
+@pytest.mark.proof
+def test_a_read_only_volume_is_named(raw: Path, dataset: Path, tmp_path: Path):
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    mounted = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    before = ("unshare", "--mount", "sh", "-c", mounted, str(volume))
+    if subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    for message in messages(writing(raw, dataset, volume), before):
+        assert message == f"{volume}: is read-only; mount the volume without :ro, or name another place"
+
+
+def test_an_empty_folder_may_be_a_volume_that_is_not_mounted(dataset: Path, tmp_path: Path):
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    evaluate = ["evaluate", "--data", str(dataset), "--checkpoint"]
+    for done, words in (
+        (build(folder, tmp_path / "set"), f"{folder}: no raw images; the folder"),
+        (build(folder / "in", tmp_path / "set"), f"archives; {folder}"),
+        (CliRunner().invoke(trainer, train(folder, tmp_path / "run")[1:]), "(not a dataset directory); the folder"),
+        (CliRunner().invoke(trainer, train(folder / "in", tmp_path / "run")[1:]), f"RAW {folder / 'in'}; {folder}"),
+        (CliRunner().invoke(trainer, [*evaluate, str(folder)]), f"--out {folder}; the folder"),
+    ):
+        assert done.exit_code == 2
+        assert f"{words} is empty: is the volume mounted?\n" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_in_a_container_a_folder_on_no_volume_is_refused(
+    raw: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The mounts as /proc/self/mountinfo lists them in a container, proc(5): the fifth word is the mount point."""
+    home = tmp_path / "a b"
+    mounts = "22 1 0:20 / / rw - overlay overlay rw\n24 22 8:1 /srv {} rw - ext4 /dev/sda1 rw\n"
+    monkeypatch.setattr(volumes, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setenv(volumes.CONTAINER, "1")
+    volumes.MOUNTS.write_text(mounts.format("/elsewhere"))
+    top = Path(*tmp_path.parts[:2])
+    lacking = f"no volume is mounted at {top}: docker run --volume FOLDER:{top}\n"
+    for done, words in (
+        (build(raw, home / "set"), f"{home / 'set'}: would be lost with this container; {lacking}"),
+        (build(tmp_path / "none", home / "set"), lacking),
+        (CliRunner().invoke(trainer, train(tmp_path / "none", home / "run")[1:]), lacking),
+    ):
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert done.stderr.endswith(words)
+    monkeypatch.chdir(tmp_path)
+    assert f"{home / 'set'} is on no volume; name a path on one" in build(raw, "a b/set").stderr
+    volumes.MOUNTS.write_text(mounts.format(str(home).replace(" ", "\\040")))
+    small = [str(home / "raw"), "--classes", "2", "--train", "1", "--val", "1"]
+    assert CliRunner().invoke(make_raw, small).exit_code == 0  # builders' processes would not know these mounts
+
+
+@pytest.mark.parametrize(
+    ("count", "cuda", "drivers", "hidden", "words"),
+    [
+        (0, None, (), None, "is built without CUDA; install its CUDA build"),
+        (0, "13.0", (), None, "no NVIDIA driver in sight; in a container, start it with --gpus all"),
+        (0, "13.0", ("/dev/null",), None, "libcuda.so.1 is missing; in a container, NVIDIA_DRIVER_CAPABILITIES="),
+        (0, "13.0", ("/dev/null",), "", "CUDA_VISIBLE_DEVICES='' leaves none; unset it"),
+        (0, "13.0", ("/dev/null",), "no", "the driver shows none to torch's CUDA 13.0; see nvidia-smi"),
+        (1, "13.0", ("/dev/null",), None, "CUDA devices here: 1; name cuda:0, one for both columns if need be"),
+        (2, "13.0", ("/dev/null",), None, "CUDA devices here: 2; name cuda:0 to cuda:1"),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    count: int, cuda: str | None, drivers: tuple[str, ...], hidden: str | None, words: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(devices, "DRIVERS", drivers)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: None)
+        if hidden != "no":
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    command = [*train(tmp_path, tmp_path / "run")[1:-1], f"cuda:{count},cuda:{count}"]
+    done = CliRunner().invoke(trainer, command)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"Error: --devices {command[-1]}: device='cuda:{count}': ")
+    assert words in done.stderr
+    assert done.stderr.endswith(", or name cpu\n")

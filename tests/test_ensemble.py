@@ -11,8 +11,8 @@ import pytest
 from scipy.optimize import minimize
 
 from evaluated import CLASSES, FLOAT32, Made, equal, errors, known, save_run, shared_made, stored, weights  # noqa: F401  # a fixture
-from forgery import remake
 from runs import one_line, trainer
+from stored import remake
 from trainer import probabilities
 from trainer.ensemble import fitted_weights
 from trainer.probabilities import Origin, Probabilities

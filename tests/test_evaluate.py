@@ -34,11 +34,11 @@ from evaluated import (
     stored,
     weights,
 )
-from forgery import remake
 from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png
 from runs import one_line, trainer
+from stored import remake
 from tars import tree
 from trainer import probabilities
 from trainer.evaluate import VIEWS, Tally, top_k_errors

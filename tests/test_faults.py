@@ -1,7 +1,11 @@
-"""What a machine does to a build: a full disk, files that cannot be read, Ctrl-C, decodes without end."""
+"""Faults of the machine in a build: kills and signals, a full disk, unreadable files, decodes without end.
+
+The build ends with one line; the same command goes on to the same bytes.
+"""
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LITTLE, ROOT, begun, build, command, digests, finish, gone, until
+from conftest import LITTLE, ROOT, begun, build, command, digests, finish, gone, members, until
 
+MERGED = ("train/samples.npy*", "val/samples.npy*", "statistics.npz*", "mean.png*", "skipped.jsonl*", "dataset.json*")
 SLOW = """
 import os, re, time
 from pipeline.offline import shards
@@ -55,7 +60,7 @@ build_shards.main(sys.argv[1:])
 
 
 def patched(folder: Path, code: str, **variables: object) -> dict[str, str]:
-    """The environment of a Python, and of its workers, that begins with `code`."""
+    """Return the environment of a Python, and of its workers, that begins with `code`."""
     (folder / "patch").mkdir(exist_ok=True)
     (folder / "patch" / "sitecustomize.py").write_text(code)
     path = os.pathsep.join([str(folder / "patch"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -69,88 +74,93 @@ def only_line(errors: str) -> str:
     return errors
 
 
-def assert_whole(root: Path, whole: dict[str, str]) -> None:
-    """Every file of an unfinished build is one of the whole one's, or its state; none is half-written."""
-    found = digests(root)
-    assert not [name for name in found if name.endswith(".tmp")]
-    assert {name: digest for name, digest in found.items() if not name.startswith(".build/")}.items() <= whole.items()
+def recorded(root: Path) -> int:
+    return len(list((root / ".build").glob("*-*.npz")))
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "penstock", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def is_finished(root: Path) -> bool:
+    return (root / "dataset.json").exists() and not (root / ".build").exists()
+
+
+def assert_no_torn_file(root: Path, expected: dict[str, str]) -> None:
+    """Compare every file of an unfinished build, but for its state, with the finished build's."""
+    files = digests(root)
+    assert not [name for name in files if name.endswith(".tmp")]
+    assert {name: file for name, file in files.items() if not name.startswith(".build/")}.items() <= expected.items()
+
+
+def assert_goes_on(raw: Path, root: Path, expected: dict[str, str]) -> None:
+    done = build(raw, root, *LITTLE, "--workers", 1)
+    assert done.exit_code == 0, done.output
+    assert digests(root) == expected
+
+
+# Kills and signals
+
+
+def wait_for_a_moment(process: subprocess.Popen[str], root: Path, moments: random.Random) -> None:
+    """Return in the start of the programs, while shards are written, or in the merge."""
+    kind = moments.choices(("start", "shards", "merge"), (1, 5, 2))[0]
+    if kind == "start":
+        time.sleep(moments.uniform(0, 0.8))
+    elif kind == "shards":
+        wanted = recorded(root) + moments.randint(1, 3)
+        until(process, lambda: recorded(root) >= wanted)
+        time.sleep(moments.uniform(0, 0.05))
+    else:
+        pattern = moments.choice(MERGED)
+        until(process, lambda: any(root.glob(pattern)))
+        time.sleep(moments.uniform(0, 0.005))
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_small_disk(little: Path, little_dataset: dict[str, str], disk: Path, workers: int):
-    root = disk / "dataset"
-    full = finish(little, root, "--workers", workers)
-    assert full.returncode == 2
-    assert f"{root}: No space left on device; what is finished stays" in only_line(full.stderr)
-    assert list(root.rglob("*.npz"))
-    assert_whole(root, little_dataset)
-    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-    done = finish(little, root, "--workers", workers)
-    assert done.returncode == 0, done.stderr
-    assert digests(root) == little_dataset
-
-
-@pytest.mark.proof
-def test_a_disk_that_is_full_at_any_file(little: Path, little_dataset: dict[str, str], disk: Path, tmp_path: Path):
-    subprocess.run(["mount", "-o", "remount,size=3m", str(disk)], check=True)
-    root, ballast = disk / "dataset", disk / "ballast"
-    shards = ("train-000003.tar", "train-000012.idx", "train-000021.npz")  # far apart: a second worker is ahead
-    moments = ("plan.json", *shards, "val/samples.npy", "statistics.npz", "dataset.json")
-    for n, moment in enumerate(moments):
-        env = patched(tmp_path, FULL, FULL_AT=moment, BALLAST=ballast)
-        full = finish(little, root, "--workers", 1 + n % 2, env=env)
-        assert full.returncode == 2, moment
-        assert f"{root}: No space left on device; what is finished stays" in only_line(full.stderr)
-        assert_whole(root, little_dataset)
-        ballast.unlink()
-    assert build(little, root, *LITTLE, "--workers", 1).exit_code == 0
-    assert digests(root) == little_dataset
-
-
-@pytest.mark.parametrize(
-    ("meddle", "message", "workers"),
-    [
-        ("victim.unlink()", "No such file or directory", 1),
-        ("victim.unlink(), victim.mkdir()", "Is a directory", 2),
-        ("os.truncate(victim, 100)", "changed since the build began", 2),
-        ("victim.unlink(), victim.symlink_to('/proc/self/mem')", "Input/output error", 2),  # nothing is at address 0
-    ],
-)
-def test_a_raw_file_that_cannot_be_read(
-    little: Path, little_dataset: dict[str, str], tmp_path: Path, workers: int, meddle: str, message: str
+def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path
 ):
-    """It changes between the listing and the reading. The build goes on once it is back."""
-    raw, root = tmp_path / "raw", tmp_path / "dataset"
-    shutil.copytree(little, raw)
-    line = [sys.executable, "-c", MEDDLED.format(meddle=meddle), *command(raw, root, "--workers", workers)[2:]]
-    failed = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
-    victim, _, errors = failed.stderr.partition("\n")
-    assert failed.returncode == 2, failed.stderr
-    assert f"{victim}: {message}" in only_line(errors)
-    assert len(list((root / "train").glob("*.tar"))) >= 20
-    assert_whole(root, little_dataset)
-    subprocess.run(["rm", "-rf", victim], check=True)
-    shutil.copy(little / Path(victim).relative_to(raw), victim)
-    assert build(raw, root, *LITTLE, "--workers", 1).exit_code == 0
-    assert digests(root) == little_dataset
+    root, datasets, kills, moments = tmp_path / "0", 0, 15, random.Random(2)
+    while kills or root.exists():
+        ended_before = (root / "dataset.json").exists()
+        process = begun(command(little, root, "--workers", (1, 2, 8)[datasets % 3]))
+        if kills:
+            wait_for_a_moment(process, root, moments)
+            with contextlib.suppress(ProcessLookupError):  # it has ended before its moment
+                os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=300)
+        # a build that was killed in the moment after its end is tidied up by the next, which has nothing else to do
+        tidied = ended_before and process.returncode == 2 and "a finished dataset is there already" in errors
+        ended = process.returncode == 0 or tidied
+        assert process.returncode == -signal.SIGKILL or (ended and is_finished(root)), errors
+        assert gone(process.pid)
+        if is_finished(root):
+            assert digests(root) == little_dataset
+            datasets += 1
+            root = tmp_path / str(datasets)
+        elif process.returncode and root.exists():
+            kills -= 1
+    assert datasets
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_the_kill_of_one_process_ends_all(little: Path, little_dataset: dict[str, str], tmp_path: Path, victim: str):
+    root = tmp_path / "dataset"
+    process = begun(command(little, root, "--workers", 2))
+    until(process, lambda: recorded(root) >= 2)
+    pids = members(process.pid)
+    workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert gone(process.pid)
+    if victim == "parent":
+        assert process.returncode == -signal.SIGKILL
+        assert not is_finished(root)
+    else:
+        assert process.returncode == 2
+        assert only_line(errors).startswith("Error: a worker process ended before its task")
+        assert "the same command goes on" in errors
+        assert_no_torn_file(root, little_dataset)
+    assert_goes_on(little, root, little_dataset)
 
 
 @pytest.mark.proof
@@ -159,15 +169,11 @@ def test_a_raw_file_that_cannot_be_read(
     [
         (signal.SIGINT, "group", 1),  # as a terminal does
         (signal.SIGINT, "group", 2),
-        (signal.SIGINT, "parent", 2),
-        (signal.SIGTERM, "parent", 1),
         (signal.SIGTERM, "parent", 2),
         (signal.SIGTERM, "group", 2),
     ],
 )
-def test_a_signal_ends_a_build_at_once(
-    little: Path, little_dataset: dict[str, str], tmp_path: Path, workers: int, number: signal.Signals, to: str
-):
+def test_a_signal_ends_a_build_at_once(little: Path, tmp_path: Path, workers: int, number: signal.Signals, to: str):
     """The shard in hand would take minutes."""
     root = tmp_path / "dataset"
     env = patched(tmp_path, SLOW, BEFORE_DECODE=f"time.sleep({1 if workers == 1 else 40})")
@@ -184,27 +190,71 @@ def test_a_signal_ends_a_build_at_once(
     assert not list(root.rglob("*.tar"))
 
 
+# Full disks and files that cannot be read
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=3m", "penstock", str(folder)]
+    mounted = subprocess.run(line, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.mark.proof
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_build_goes_on_after_a_signal(
-    little: Path, little_dataset: dict[str, str], tmp_path: Path, number: signal.Signals
+def test_a_disk_that_is_full_at_any_file(little: Path, little_dataset: dict[str, str], disk: Path, tmp_path: Path):
+    root, ballast = disk / "dataset", disk / "ballast"
+    shards = ("train-000003.tar", "train-000012.idx", "train-000021.npz")  # far apart: a second worker is ahead
+    moments = ("plan.json", *shards, "val/samples.npy", "statistics.npz", "dataset.json")
+    for n, moment in enumerate(moments):
+        env = patched(tmp_path, FULL, FULL_AT=moment, BALLAST=ballast)
+        full = finish(little, root, "--workers", 1 + n % 2, env=env)
+        assert full.returncode == 2, moment
+        assert f"{root}: No space left on device; what is finished stays" in only_line(full.stderr)
+        assert_no_torn_file(root, little_dataset)
+        ballast.unlink()
+    assert_goes_on(little, root, little_dataset)
+
+
+@pytest.mark.parametrize(
+    ("meddle", "message", "workers"),
+    [
+        ("victim.unlink()", "No such file or directory", 1),
+        ("os.truncate(victim, 100)", "changed since the build began", 2),
+        ("victim.unlink(), victim.symlink_to('/proc/self/mem')", "Input/output error", 2),  # nothing is at address 0
+    ],
+)
+def test_a_raw_file_that_cannot_be_read(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, workers: int, meddle: str, message: str
 ):
-    root = tmp_path / "dataset"
-    process = begun(command(little, root, "--workers", 2))
-    until(process, lambda: len(list(root.rglob("*.npz"))) >= 3)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 128 + number, errors
-    only_line(errors)
-    assert_whole(root, little_dataset)
-    assert build(little, root, *LITTLE, "--workers", 1).exit_code == 0
-    assert digests(root) == little_dataset
+    """It changes between the listing and the reading. The build goes on once it is back."""
+    raw, root = Path(shutil.copytree(little, tmp_path / "raw")), tmp_path / "dataset"
+    line = [sys.executable, "-c", MEDDLED.format(meddle=meddle), *command(raw, root, "--workers", workers)[2:]]
+    failed = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    victim, _, errors = failed.stderr.partition("\n")
+    assert failed.returncode == 2, failed.stderr
+    assert f"{victim}: {message}" in only_line(errors)
+    assert recorded(root) >= 20
+    assert_no_torn_file(root, little_dataset)
+    Path(victim).unlink(missing_ok=True)
+    shutil.copy(little / Path(victim).relative_to(raw), victim)
+    assert_goes_on(raw, root, little_dataset)
 
 
+# Decodes without end
+
+
+@pytest.mark.proof
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_decode_without_end_fails_the_build_and_skips_nothing(
     half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path, workers: int
 ):
+    """Also one that lets no thread run: the kernel's timer ends a process whose C code holds the interpreter's lock."""
     raw, root = half[0], Path(shutil.copytree(half[1], tmp_path / "dataset"))
     before = digests(root)
     env = patched(tmp_path, SLOW, BEFORE_DECODE="time.sleep(30)", SECONDS=0.3)
@@ -214,38 +264,26 @@ def test_a_decode_without_end_fails_the_build_and_skips_nothing(
     assert first.startswith("Error: ")
     assert ".jpg: still decoding after 0.3 s, which fails the build (a time never skips an image)" in first
     assert all("still decoding" in line or line.startswith("Error: a worker process ended") for line in more)
-    assert before.items() <= digests(root).items()
-    assert build(raw, root, *LITTLE, "--workers", 1).exit_code == 0
-    assert digests(root) == little_dataset
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_decoder_that_lets_no_thread_run_is_ended_too(half: tuple[Path, Path], tmp_path: Path, workers: int):
-    """A regular expression in C holds the interpreter's lock for years: the kernel's timer ends the process."""
-    raw, root = half[0], Path(shutil.copytree(half[1], tmp_path / "dataset"))
-    env = patched(tmp_path, SLOW, BEFORE_DECODE="re.match('(a|aa)+$', 'a' * 99 + 'b')", SECONDS=1)
+    env |= {"BEFORE_DECODE": "re.match('(a|aa)+$', 'a' * 99 + 'b')", "SECONDS": "0.5"}  # for years
     failed = finish(raw, root, "--workers", workers, env=env)
-    if workers == 1:
-        assert failed.returncode == -signal.SIGPROF, failed.stderr
-    else:
-        assert failed.returncode == 2
-        assert "a worker process ended before its task" in only_line(failed.stderr)
+    assert failed.returncode == (-signal.SIGPROF if workers == 1 else 2), failed.stderr
+    assert workers == 1 or "a worker process ended before its task" in only_line(failed.stderr)
+    assert before.items() <= digests(root).items()
+    assert_goes_on(raw, root, little_dataset)
 
 
 @pytest.mark.proof
-def test_a_build_that_is_stopped_for_longer_than_a_decode_may_take_goes_on(
+def test_a_build_stopped_for_longer_than_a_decode_may_take_goes_on(
     little: Path, little_dataset: dict[str, str], tmp_path: Path
 ):
     """As by Ctrl-Z and fg, or by a cluster that suspends a job."""
     root = tmp_path / "dataset"
     env = patched(tmp_path, SLOW, BEFORE_DECODE="time.sleep(0.05)", SECONDS=2)
     process = begun(command(little, root, "--workers", 1), env=env)
-    for shard in (1, 2):
-        until(process, lambda shard=shard: len(list(root.rglob("*.npz"))) >= shard)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(4)
-        process.send_signal(signal.SIGCONT)
+    until(process, lambda: recorded(root) >= 1)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert digests(root) == little_dataset

@@ -15,7 +15,7 @@ from runs import TINY, options
 from tools.bench.steps import FP32, RATES, Grouped, settings
 from tools.bench.train import VARIANTS
 from trainer import checkpoint as checkpoints
-from trainer import data as feed
+from trainer import data as loaders
 from trainer import recipe as recipes
 from trainer.dropout import masks
 from trainer.model import Grouped as GroupedModel
@@ -84,7 +84,7 @@ def outcome(dataset: Path, variant: str, network_class: Any = TwoColumnNet) -> d
         network.load(initial_weights(recipe.model, len(data.classes), recipe.train.seed))
         optimiser, rates = Momentum(network.parts(), recipe.optim.momentum), Schedule(recipe, 1).rates(0)
         watch = Watch(network)
-        with feed.training(data, recipe, (device, device)) as loader:
+        with loaders.training(data, recipe, (device, device)) as loader:
             batch = next(loader)
         for _ in range(4):
             drop = draw_masks(network, recipe.train.seed, batch)

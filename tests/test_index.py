@@ -1,4 +1,4 @@
-"""`python -m trainer index`: the features of a run, its codes, and a directory that is whole or not there."""
+"""`python -m trainer index` and `similar`: a run's features and codes, pictures looked up in them, bad indexes."""
 
 import fcntl
 import json
@@ -7,30 +7,53 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from safetensors.numpy import load_file
 
 from conftest import ROOT, digests
+from networks import drawn, narrow
 from pipeline import manifest
 from pipeline.online.samples import SampleReader
-from retrieved import RECIPE, UNITS, index, save_run
-from runs import one_line
+from runs import one_line, trainer
 from trainer import checkpoint as checkpoints
-from trainer import data as feed
-from trainer.checkpoint import load_network
+from trainer import data as loaders
+from trainer.checkpoint import Checkpoint, load_network
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
-from trainer.retrieval import codes, folder
-from trainer.retrieval.features import features
-from trainer.retrieval.folder import appearing
-from trainer.retrieval.index import Index, digest
+from trainer.retrieval import codes
+from trainer.retrieval.index import features
+from trainer.retrieval.search import Index, digest
 
 CPU = (torch.device("cpu"),) * 2
+RECIPE = narrow("original")  # 48 units in fc7
+UNITS = 48
+
+
+def save_run(run: Path, data: Path, factor: float = 1.0, step: int = 3) -> dict[str, torch.Tensor]:
+    """A run directory of one checkpoint, of the weights of tests/networks.py; fc7's times `factor`."""
+    dataset = manifest.load(data)
+    weights = drawn(RECIPE.model, len(dataset.classes), torch.float32)
+    weights = {name: value * (factor if name.startswith("fc7") else 1) for name, value in weights.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    classes = tuple(record.wnid for record in dataset.classes)
+    state = Checkpoint(step, RECIPE, classes, dataset.identity, weights, velocity, {}, {}, ())
+    checkpoints.save(run, state)
+    return weights
+
+
+def index(run: Path, data: Path, *options: object) -> Result:
+    return trainer("index", run, data, "--devices", "cpu,cpu", *options)
+
+
+def similar(run: Path, data: Path, *words: object) -> Result:
+    return trainer("similar", *words, "--checkpoint", run, "--data", data, "--devices", "cpu,cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -38,34 +61,59 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "STEPS", 40)
 
 
+@pytest.fixture(scope="session")
+def indexed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an index. Read only."""
+    run = tmp_path_factory.mktemp("indexed") / "run"
+    save_run(run, dataset)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codes, "STEPS", 40)
+        result = index(run, dataset)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert f"41 images, {UNITS} features of fc7 each: " in lines[0]
+    assert " images/s  stall " in lines[0]
+    assert lines[1].startswith("9 queries: of the 6 nearest, the nearest 6 codes hold ")
+    assert lines[-1] == f"index: {run / 'index'}"
+    return run
+
+
 @pytest.fixture
-def run(dataset: Path, tmp_path: Path) -> Path:
-    save_run(tmp_path / "run", dataset)
-    return tmp_path / "run"
+def run(indexed: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(indexed, tmp_path / "run"))
+
+
+@pytest.fixture
+def bare(indexed: Path, tmp_path: Path) -> Path:
+    """A run without an index."""
+    shutil.copytree(indexed / "checkpoints", tmp_path / "bare" / "checkpoints")
+    return tmp_path / "bare"
+
+
+@pytest.fixture
+def picture(raw: Path) -> Path:
+    return raw / "train" / "blobs" / "0002.jpg"
 
 
 def network(run: Path, data: Path) -> TwoColumnNet:
     return load_network(checkpoints.load(run), manifest.load(data), CPU, run)
 
 
-def test_the_features_are_what_the_last_layer_sees_of_every_image(dataset: Path, run: Path):
-    result = index(run, dataset)
-    assert result.exit_code == 0, result.output
-    said = result.output.splitlines()
-    assert f"41 images, {UNITS} features of fc7 each: " in said[0]
-    assert " images/s  stall " in said[0]
-    assert said[1].startswith("9 queries: of the 6 nearest, the nearest 6 codes hold ")
-    assert said[-1] == f"index: {run / 'index'}"
-    stored = np.load(run / "index" / "features.npy", allow_pickle=False)
+# index
+
+
+def test_the_features_are_what_the_last_layer_sees_of_every_image(dataset: Path, indexed: Path):
+    stored = np.load(indexed / "index" / "features.npy", allow_pickle=False)
     assert (stored.shape, stored.dtype) == ((41, UNITS), np.float16)
-    data, net = manifest.load(dataset), network(run, dataset)
-    with torch.inference_mode(), feed.evaluation(data, RECIPE, "train", "centre", CPU) as loader:
-        seen = np.concatenate([net.hidden(batch.replicas).numpy() for batch in loader])
-    np.testing.assert_array_equal(stored, seen.astype(np.float16))
+    data, net = manifest.load(dataset), network(indexed, dataset)
+    with torch.inference_mode(), loaders.evaluation(data, RECIPE, "train", "centre", CPU) as loader:
+        hidden = np.concatenate([net.hidden(batch.replicas).numpy() for batch in loader])
+    np.testing.assert_array_equal(stored, hidden.astype(np.float16))
     assert np.std(stored, 0).max() > 1  # the images differ
 
     # what the last layer makes of them in numpy, against the whole network in torch
-    weights = checkpoints.load(run).weights
+    weights = checkpoints.load(indexed).weights
     with SampleReader(data, "train") as reader:
         views = Pictures(data, RECIPE).views([jpeg.tobytes() for jpeg in reader.read(np.arange(41))])
     with torch.inference_mode():
@@ -75,59 +123,52 @@ def test_the_features_are_what_the_last_layer_sees_of_every_image(dataset: Path,
 
     batches = list(features(net, data, RECIPE, "train"))
     np.testing.assert_array_equal(np.concatenate([ids for ids, _ in batches]), np.arange(41))
-    np.testing.assert_array_equal(np.concatenate([each for _, each in batches]), seen)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in batches]), hidden)
 
 
-def test_the_directory_says_what_it_is_of(dataset: Path, run: Path, tmp_path: Path):
+def test_the_files_of_an_index(dataset: Path, bare: Path, tmp_path: Path):
     out = tmp_path / "elsewhere" / "mine"
-    result = index(run, dataset, "--split", "val", "--bits", 40, "--float32", "--out", out)
+    options = ("--split", "val", "--bits", 40, "--float32", "--out", out)
+    result = index(bare, dataset, *options)
     assert result.exit_code == 0, result.output
     assert "9 queries: of the 6 nearest" in result.output  # its own rows
-    assert not (run / "index").exists()
-    said = json.loads((out / "index.json").read_text())
-    files, weights = said.pop("files"), checkpoints.load(run).weights
-    del said["checksum"]
-    assert said == {
+    assert os.listdir(bare) == ["checkpoints"]
+    content = json.loads((out / "index.json").read_text())
+    files, weights = content.pop("files"), checkpoints.load(bare).weights
+    del content["checksum"]
+    assert content == {
         "format": 1, "step": 3, "weights": digest(weights), "dataset": manifest.load(dataset).identity,
         "split": "val", "layer": "fc7", "n": 9, "units": UNITS, "bits": 40, "dtype": "float32",
     }  # fmt: skip
-    found = digests(out)
-    assert sorted(found) == ["autoencoder.safetensors", "codes.npy", "features.npy", "index.json"]
+    first = digests(out)
+    assert sorted(first) == ["autoencoder.safetensors", "codes.npy", "features.npy", "index.json"]
     for name, record in files.items():
         assert record["bytes"] == (out / name).stat().st_size
-        assert record.get("sha256", found[name]) == found[name]
+        assert record.get("sha256", first[name]) == first[name]
     stored, bits = np.load(out / "features.npy"), np.load(out / "codes.npy")
     layers = load_file(out / "autoencoder.safetensors")
     inputs = stored.astype(np.float64) @ layers["up"] + layers["bias"]
     assert (np.unpackbits(bits, axis=1) == (inputs > 0))[np.abs(inputs) > 1e-4].all()
     assert (bits.shape, stored.dtype) == ((9, 5), np.float32)
-    loaded = Index(out)
-    assert type(loaded.rows.mapped) is np.memmap
+    np.testing.assert_array_equal(Index(out).rows, stored)
     changed = {**weights, "fc8.bias": weights["fc8.bias"] + 1}
     assert digest(changed) != digest(weights)
+    one_line(index(bare, dataset, *options), "exists already", "--force")
+    assert index(bare, dataset, *options, "--force").exit_code == 0
+    assert digests(out) == first
 
 
-def test_the_same_command_gives_the_same_bytes(dataset: Path, run: Path):
-    first = (index(run, dataset), digests(run / "index"))[1]
-    assert index(run, dataset).exit_code == 0
-    assert digests(run / "index") == first
-
-
-@pytest.mark.parametrize("bits", [24, 33, 264])
-def test_impossible_bits(bits: int, dataset: Path, run: Path):
-    one_line(index(run, dataset, "--bits", bits), f"--bits {bits}", "a multiple of 8 from 32 to 256")
-
-
-def test_what_cannot_be_indexed(dataset: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    one_line(index(run, dataset, "--split", "test"), "no split named 'test'")
-    one_line(index(checkpoints.files(run)[0], dataset), "is a file", "--out")
+def test_what_cannot_be_indexed(dataset: Path, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for bits in (24, 33, 264):
+        one_line(index(bare, dataset, "--bits", bits), f"--bits {bits}", "a multiple of 8 from 32 to 256")
+    one_line(index(bare, dataset, "--split", "test"), "no split named 'test'")
+    one_line(index(checkpoints.files(bare)[0], dataset), "is a file", "--out")
     one_line(index(tmp_path / "nothing", dataset), "no checkpoint in")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("mine")
-    one_line(index(run, dataset, "--out", mine), "is not an index (it has thesis.txt)", "--out")
-    one_line(index(run, dataset, "--out", mine / "thesis.txt"), "is a file")
-    one_line(index(run, dataset, "--out", "/proc"), "is where a disk is mounted")
+    one_line(index(bare, dataset, "--out", mine, "--force"), "is not an index (it has thesis.txt)", "--out")
+    one_line(index(bare, dataset, "--out", mine / "thesis.txt"), "is a file")
     assert (mine / "thesis.txt").read_text() == "mine"
     save_run(tmp_path / "large", dataset, factor=1e4)
     one_line(index(tmp_path / "large", dataset), "float16 ends at 65,504", "--float32")
@@ -135,104 +176,164 @@ def test_what_cannot_be_indexed(dataset: Path, run: Path, tmp_path: Path, monkey
     assert index(tmp_path / "large", dataset, "--float32").exit_code == 0
     save_run(tmp_path / "infinite", dataset, factor=float("inf"))
     one_line(index(tmp_path / "infinite", dataset), "not finite")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
-    one_line(index(run, dataset), "1.0 MB are free", "make room")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    one_line(index(bare, dataset), "1.0 MB are free", "make room")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "faiss", None)
-    one_line(index(run, dataset), "needs the package faiss: pip install 'penstock-imagenet[retrieval]'")
-    assert os.listdir(run) == ["checkpoints"]
+    one_line(index(bare, dataset), "needs the package faiss: pip install 'penstock-imagenet[retrieval]'")
+    assert os.listdir(bare) == ["checkpoints"]
 
 
 def test_an_older_index_stays_until_the_new_one_is_whole(dataset: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
-    assert index(run, dataset).exit_code == 0
-    before, learnt = digests(run / "index"), codes.learnt
+    before, learn = digests(run / "index"), codes.learn
     for error, code in ((KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)):
 
         def fail(*_: object, error: type[BaseException] | BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr(codes, "learnt", fail)
-        result = index(run, dataset, "--bits", 32)
+        monkeypatch.setattr(codes, "learn", fail)
+        result = index(run, dataset, "--bits", 32, "--force")
         assert (result.exit_code, len(result.output.splitlines())) == (code, 1), result.output
         assert digests(run / "index") == before
-        assert sorted(os.listdir(run)) == ["checkpoints", "index"]
-    monkeypatch.setattr(codes, "learnt", learnt)
-    assert index(run, dataset, "--bits", 32).exit_code == 0
+        assert not (run / "index" / "index.tmp").exists()
+    monkeypatch.setattr(codes, "learn", learn)
+    writer = os.open(run / "index", os.O_RDONLY)  # as another process has it
+    fcntl.flock(writer, fcntl.LOCK_EX)
+    one_line(index(run, dataset, "--force"), "another process writes it", "--out")
+    os.close(writer)
+    assert index(run, dataset, "--bits", 32, "--force").exit_code == 0
     assert Index(run / "index").meta.bits == 32
-    assert sorted(os.listdir(run)) == ["checkpoints", "index"]
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from trainer.retrieval.folder import appearing
-with appearing(Path(sys.argv[1])) as folder:
-    (folder / "file").write_text("new")
-    print(folder, flush=True)
-    time.sleep(60)
-"""
+@pytest.mark.proof
+def test_what_a_killed_writer_left_goes_with_the_next(dataset: Path, bare: Path):
+    """Killed while it learns the codes, beside the features that it has written."""
+    line = [sys.executable, "-m", "trainer", "index", bare, dataset, "--devices", "cpu,cpu"]
+    process = subprocess.Popen(list(map(str, line)), cwd=ROOT)
+    unfinished = bare / "index" / "index.tmp"
+    while not (unfinished / "features.npy").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert unfinished.exists()
+    assert index(bare, dataset).exit_code == 0
+    assert len(os.listdir(bare / "index")) == 4
 
 
-def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path):
-    place = tmp_path / "index"
-    with appearing(place) as first:
-        (first / "file").write_text("old")
-    writer = subprocess.Popen([sys.executable, "-c", KILLED, place], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert writer.stdout
-    left = Path(writer.stdout.readline().strip())
-    with appearing(place) as another:
-        (another / "file").write_text("another")
-    assert left.is_dir()  # of one who lives
-    writer.send_signal(signal.SIGKILL)
-    writer.communicate()
-    assert (place / "file").read_text() == "another"
-    assert left.is_dir()
-    with appearing(place):
-        assert not left.exists()
-    assert os.listdir(tmp_path) == ["index"]
+def test_a_link_to_a_folder_stays_a_link(dataset: Path, bare: Path, tmp_path: Path):
+    (tmp_path / "disk" / "mine").mkdir(parents=True)
+    (bare / "index").symlink_to(tmp_path / "disk" / "mine")
+    assert index(bare, dataset, "--bits", 40).exit_code == 0
+    assert (bare / "index").is_symlink()
+    assert Index(tmp_path / "disk" / "mine").meta.bits == 40
 
 
-@pytest.mark.parametrize("flag", [folder.EXCHANGE, 1 << 10])  # the second no file system knows
-def test_a_folder_takes_the_place_of_another(flag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(folder, "EXCHANGE", flag)
-    for text in ("old", "new"):
-        with appearing(tmp_path / "index") as aside:
-            (aside / text).write_text(text)
-            number = os.open(aside, os.O_RDONLY)
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.close(number)
-        assert os.listdir(tmp_path) == ["index"]
-        assert os.listdir(tmp_path / "index") == [text]
+# similar
 
 
-def test_a_link_to_an_index_stays_a_link(dataset: Path, run: Path, tmp_path: Path):
-    disk = tmp_path / "disk"
-    (disk / "mine").mkdir(parents=True)
-    (run / "index").symlink_to(disk / "mine")
-    for bits in (32, 40):
-        result = index(run, dataset, "--bits", bits)
-        assert result.exit_code == 0, result.output
-        assert (run / "index").is_symlink()
-        assert Index(disk / "mine").meta.bits == bits
-        assert (sorted(os.listdir(run)), os.listdir(disk)) == (["checkpoints", "index"], ["mine"])
+def expected(run: Path, data: Path, raw: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All ids by their distance from a raw picture, and the distances, by numpy."""
+    pictures = Pictures(manifest.load(data), RECIPE)
+    with torch.inference_mode():
+        views = pictures.views([pictures.stored(raw.read_bytes())])
+        query = network(run, data).hidden(views)[0].double().numpy()
+    distances = np.sqrt(((np.load(run / "index" / "features.npy").astype(np.float64) - query) ** 2).sum(1))
+    ids = np.argsort(distances, kind="stable")
+    return ids, distances[ids]
 
 
-def test_the_folder_at_hand_is_not_replaced(dataset: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    for name in (".", here, run.parent / "run" / ".." / "here"):
-        one_line(index(run, dataset, "--out", name), "is the folder that you are in", "--out")
+@pytest.mark.parametrize("search", [(), ("--exact",)])
+def test_the_nearest_images_of_a_picture(search: tuple[str, ...], raw: Path, dataset: Path, indexed: Path):
+    asked = [raw / "train" / "stripes" / "0005.jpg", raw / "val" / "blobs" / "0001.jpg"]
+    result = similar(indexed, dataset, *asked, "--json", "--count", 4, *search)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert [line["picture"] for line in lines] == [str(path) for path in asked]
+    data = manifest.load(dataset)
+    with SampleReader(data, "train") as reader:
+        for path, line in zip(asked, lines):
+            ids, distances = expected(indexed, dataset, path)
+            nearest = line["nearest"]
+            assert [image["id"] for image in nearest] == ids[:4].tolist()  # all 41 rows are candidates
+            np.testing.assert_allclose([image["distance"] for image in nearest], distances[:4], rtol=1e-5, atol=1e-3)
+            assert [image["key"] for image in nearest] == [reader.key(int(number)) for number in ids[:4]]
+            assert [image["label"] for image in nearest] == reader.labels(ids[:4]).tolist()
+            assert all(image["words"] == data.classes[image["label"]].words for image in nearest)
+    first = lines[0]["nearest"][0]
+    assert "stripes" in first["words"]
+    assert first["distance"] < 0.01 * lines[0]["nearest"][1]["distance"]  # the picture itself
 
 
-@pytest.mark.parametrize("name", ["index", "*"])
-def test_folders_of_others_stay(name: str, tmp_path: Path):
-    others = ["index.mine.tmp", "index.0123456g.tmp", "a.01234567.tmp"]
-    for other in others:
-        (tmp_path / other).mkdir()
-    (tmp_path / f"{name}.01234567.tmp").mkdir()
-    (tmp_path / f"{name}.89abcdef.tmp").symlink_to(tmp_path / "a.01234567.tmp")
-    with appearing(tmp_path / name):
-        pass
-    assert sorted(os.listdir(tmp_path)) == sorted([*others, name, f"{name}.89abcdef.tmp"])
+def test_people_read_a_table(raw: Path, dataset: Path, indexed: Path):
+    path = raw / "train" / "stripes" / "0005.jpg"
+    result = similar(indexed, dataset, path, "--index", indexed / "index", "--count", 1000)
+    assert result.exit_code == 0, result.output
+    head, *rows = result.output.splitlines()
+    ids, distances = expected(indexed, dataset, path)
+    assert head == str(path)
+    assert [row.split()[1] for row in rows] == [str(number) for number in ids]
+    assert rows[1].split()[0] == f"{distances[1]:.4g}"
+    assert rows[0].endswith("  stripes")
+
+
+def test_a_picture_that_is_none_is_named_and_the_others_come(raw: Path, dataset: Path, indexed: Path, tmp_path: Path):
+    good, bad = raw / "train" / "blobs" / "0002.jpg", raw / "train" / "checks" / "0003.jpg"
+    (tmp_path / "empty.png").touch()
+    words = (bad, good, tmp_path / "empty.png", tmp_path / "missing.jpg", tmp_path)
+    result = similar(indexed, dataset, *words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{bad}: truncated")
+    assert "empty.png: empty: " in result.stderr
+    assert "missing.jpg: unreadable: No such file or directory" in result.stderr
+    assert "4 could not be used" in result.stderr.splitlines()[-1]
+    assert result.stdout == similar(indexed, dataset, good).stdout
+    lines = [json.loads(line) for line in similar(indexed, dataset, *words, "--json").stdout.splitlines()]
+    assert [line.get("error", "none") for line in lines] == ["truncated", "none", "empty", "unreadable", "unreadable"]
+    only = similar(indexed, dataset, bad)
+    assert (only.exit_code, only.stdout) == (2, "")
+
+
+def test_an_index_that_is_of_no_use_is_refused(picture: Path, dataset: Path, small: Path, run: Path, tmp_path: Path):
+    one_line(similar(run, dataset, picture, "--index", tmp_path / "none"), "no index there", "python -m trainer index")
+    one_line(similar(checkpoints.files(run)[0], dataset, picture), "is a file", "--index")
+    one_line(similar(run, small, picture), "of the data set", "this one is")
+    save_run(run, dataset, factor=2.0, step=4)
+    one_line(similar(run, dataset, picture), "of another network", "at step 3", "make it again")
+
+
+@pytest.mark.parametrize("name", ["index.json", "features.npy", "codes.npy", "autoencoder.safetensors"])
+def test_a_damaged_index_is_refused(name: str, picture: Path, dataset: Path, run: Path):
+    file = run / "index" / name
+    intact = file.read_bytes()
+    for damaged in (intact[:-2], b"", intact + b"}"):
+        file.write_bytes(damaged)
+        one_line(similar(run, dataset, picture), str(file), "amaged", "make it again: python -m trainer index --force")
+    file.unlink()
+    message = "no index there" if name == "index.json" else f"{file}: missing"
+    one_line(similar(run, dataset, picture), message, "python -m trainer index")
+
+
+def test_a_changed_index_is_refused(picture: Path, dataset: Path, run: Path):
+    codes_file, file = run / "index" / "codes.npy", run / "index" / "index.json"
+    content = codes_file.read_bytes()
+    codes_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    one_line(similar(run, dataset, picture), "codes.npy: damaged (its SHA-256 is not that in index.json)")
+    text = file.read_text()
+    for old, new, words in (
+        ('"format": 1', '"format": 2', "format 2, this version"),
+        ('"bits": 128', '"bits": 64', "its checksum does not fit"),
+        ('"units"', '"unit"', "another version"),
+        ("{", "[" * 10_000, "damaged"),
+    ):
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+        one_line(similar(run, dataset, picture), str(file), words)
+
+
+def test_without_faiss_an_exact_search_is_left(
+    picture: Path, dataset: Path, indexed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    one_line(similar(indexed, dataset, picture), "needs the package faiss: pip install 'penstock-imagenet[retrieval]'")
+    assert similar(indexed, dataset, picture, "--exact").exit_code == 0

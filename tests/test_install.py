@@ -1,13 +1,15 @@
-"""The environment is what constraints.txt says; the wheel has one package, and its command works from any folder."""
+"""Environments and images hold what constraints.txt pins; the wheel has one package, whose command works anywhere."""
 
 import ast
 import importlib.metadata
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -19,11 +21,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import features
 
-from conftest import ROOT
+from conftest import ROOT, normal, pins
 from penstock import __version__
 from penstock.__main__ import COMMANDS, TOOLS, load
 from penstock.__main__ import main as penstock
-from pinned import normal, pins
 
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 SETUP = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
@@ -52,6 +53,33 @@ def test_pillow_simd_was_compiled_for_the_processor():
     assert ("-mavx2" in note.read_text()) == has_avx2
 
 
+def names(lines: list[str]) -> set[str]:
+    return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in lines}
+
+
+def required(target: str) -> set[str]:
+    """Return the names of the distributions that an image of docker/ installs."""
+    line = [sys.executable, "docker/requirements.py", target]
+    return names(subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines())
+
+
+def test_images_hold_pinned_packages_that_their_commands_need():
+    assert re.search(r"^ARG BASE=debian:[a-z]+-\d{8}-slim$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    everything = [line for extra in extras if extra != "dev" for line in extras[extra]]
+    assert required("train") == names(project["dependencies"] + everything)
+    assert required("build") < required("train") <= set(pins())
+    lacking = required("train") - required("build")
+    assert {"torch", "nvidia-dali-cuda130"} <= lacking
+    imported = {"nvidia-dali-cuda130": "nvidia", "faiss-cpu": "faiss"}
+    blocked = sorted(imported.get(name, name) for name in lacking)
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.argv = ['build_shards.py', '--help']\n"
+    code += "import runpy; runpy.run_path('tools/build_shards.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def output(*words: str) -> str:
     return CliRunner().invoke(penstock, words, prog_name="penstock").output
 
@@ -66,24 +94,20 @@ def test_help_lists_each_command_with_the_beginning_of_its_own_help():
 
 
 def test_imports_are_rewritten_and_nothing_else_is():
-    source = (
-        "import os, pipeline.files as files\n"
-        "from  pipeline import cli\n"
-        "from pipelines import x\n"
-        "def f():\n"
-        "    from tools.a import (b,\n        c)  # from tools.a import b\n"
-        "    import trainer as t; from trainer import u\n"
-        "    return 'from pipeline import cli', pipeline.files\n"
+    source = """
+import os, pipeline.files as files
+from pipelines import x
+def f():
+    from tools.a import (b,
+        c)  # from tools.a import b
+    import trainer as t; from trainer import u
+    return 'from pipeline import cli', pipeline.files
+"""
+    expected = source.replace("pipeline.files as", "penstock.pipeline.files as").replace(
+        "    from t", "    from penstock.t"
     )
-    assert SETUP.rewrite(source, "m.py") == (
-        "import os, penstock.pipeline.files as files\n"
-        "from  penstock.pipeline import cli\n"
-        "from pipelines import x\n"
-        "def f():\n"
-        "    from penstock.tools.a import (b,\n        c)  # from tools.a import b\n"
-        "    import penstock.trainer as t; from penstock.trainer import u\n"
-        "    return 'from pipeline import cli', pipeline.files\n"
-    )
+    expected = expected.replace("import trainer as t; from t", "import penstock.trainer as t; from penstock.t")
+    assert SETUP.rewrite(source, "m.py") == expected
     with pytest.raises(ValueError, match=r"m\.py:1: write `import pipeline\.files as NAME`"):
         SETUP.rewrite("import pipeline.files", "m.py")
 
@@ -177,10 +201,6 @@ def test_the_command_works_from_any_folder(environment: Path):
     ok("train", "--data", "dataset", "--recipe", "tiny", "--out", "run", *one_step)
     outside = "import importlib.util as u; assert not any(map(u.find_spec, ('pipeline', 'trainer', 'tools')))"
     assert run(environment, "python", "-c", outside).returncode == 0
-
-
-@pytest.mark.proof
-def test_help_imports_no_torch(environment: Path):
     code = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); sys.argv[1:] = ['--help']\n"
     done = run(environment, "python", "-c", code + "from penstock_imagenet import main; main()")
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "False", "")

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from trainer.figures import selectivity
-from trainer.figures.sheets import kernels, measured, reading, tiles
+from trainer.figures import kernels
+from trainer.figures.kernels import measured, reading, tiles
 
 GREY = (1.0, 1.0, 1.0)
 
@@ -32,27 +32,27 @@ def random(n: int, side: int = 11) -> np.ndarray:
 
 
 def test_grey_gratings_have_no_colour_and_one_direction() -> None:
-    assert selectivity.colour(gabors()) == pytest.approx(0, abs=1e-12)
-    found = selectivity.orientation(gabors())
-    assert found.min() > 0.85
-    assert np.ptp(found) < 0.03  # whatever the direction, that of the square's sides and of its corners included
+    assert kernels.colour(gabors()) == pytest.approx(0, abs=1e-12)
+    shares = kernels.orientation(gabors())
+    assert shares.min() > 0.85
+    assert np.ptp(shares) < 0.03  # whatever the direction, that of the square's sides and of its corners included
 
 
 def test_coloured_blobs_have_colour_and_no_direction() -> None:
-    assert selectivity.colour(blobs()) == pytest.approx(1, abs=1e-12)
-    assert selectivity.orientation(blobs()) == pytest.approx(0, abs=1e-9)
+    assert kernels.colour(blobs()) == pytest.approx(1, abs=1e-12)
+    assert kernels.orientation(blobs()) == pytest.approx(0, abs=1e-9)
 
 
 def test_colour_is_the_share_of_the_energy() -> None:
     grey, coloured = patch(2, GREY, 0.1), 0.3 * patch(2, (2, -1, -1))
     share = (coloured**2).sum() / ((grey**2).sum() + (coloured**2).sum())
     assert 0.1 < share < 0.4
-    assert selectivity.colour((grey + coloured)[None]) == pytest.approx(share)
-    assert selectivity.colour(random(1)) == pytest.approx(_projected(random(1)[0]))
+    assert kernels.colour((grey + coloured)[None]) == pytest.approx(share)
+    assert kernels.colour(random(1)) == pytest.approx(_projected(random(1)[0]))
 
 
 def _projected(kernel: np.ndarray) -> float:
-    """1 − |projection onto (1, 1, 1)/√3|² / |w|², place by place."""
+    """1 − |projection onto (1, 1, 1)/√3|² / |w|², pixel by pixel."""
     w = kernel.reshape(3, -1)
     along = np.array(GREY) / np.sqrt(3) @ w
     return 1 - float((along**2).sum() / (w**2).sum())
@@ -70,33 +70,31 @@ def test_orientation_is_that_of_the_fourier_power() -> None:
                 waves = (kernel * np.exp(-2j * np.pi * (u * x + v * y) / side)).sum((1, 2))
                 power = float((np.abs(waves) ** 2).sum())
                 resultant, total = resultant + power * np.exp(2j * np.arctan2(v, u)), total + power
-    assert selectivity.orientation(random(1, 5)) == pytest.approx(abs(resultant) / total)
+    assert kernels.orientation(random(1, 5)) == pytest.approx(abs(resultant) / total)
 
 
 def test_orientation_knows_no_turns_scales_or_colours() -> None:
-    kernels, found = random(6), selectivity.orientation(random(6))
-    for same in (np.rot90(kernels, 1, (2, 3)), kernels[..., ::-1], 1e-3 * kernels, kernels[:, ::-1], kernels + 5):
-        assert selectivity.orientation(same) == pytest.approx(found)
+    weights, shares = random(6), kernels.orientation(random(6))
+    for same in (np.rot90(weights, 1, (2, 3)), weights[..., ::-1], 1e-3 * weights, weights[:, ::-1], weights + 5):
+        assert kernels.orientation(same) == pytest.approx(shares)
     crossed = patch(2.5, GREY, 0.2, 0) + patch(2.5, GREY, 0.2, 90)
-    assert selectivity.orientation(crossed[None]) == pytest.approx(0, abs=1e-9)
-
-
-def test_noise_is_what_it_should_be() -> None:
-    assert selectivity.colour(random(300)).mean() == pytest.approx(2 / 3, abs=0.01)
-    assert selectivity.orientation(random(300)).mean() < 0.1
+    assert kernels.orientation(crossed[None]) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("kernel", [np.zeros((1, 3, 11, 11)), np.full((1, 3, 11, 11), 0.1), np.ones((1, 3, 1, 1))])
 def test_what_is_even_has_neither(kernel: np.ndarray) -> None:
-    assert selectivity.colour(kernel) == pytest.approx(0, abs=1e-12)
-    assert selectivity.orientation(kernel) == 0
+    assert kernels.colour(kernel) == pytest.approx(0, abs=1e-12)
+    assert kernels.orientation(kernel) == 0
 
 
 def test_means_go_by_the_energy() -> None:
     both = np.concatenate([3 * gabors()[:1], blobs()[:1]])
     grey, coloured = ((kernel**2).sum() for kernel in both)
-    assert selectivity.mean(np.array([0.0, 1.0]), both) == pytest.approx(coloured / (grey + coloured))
-    assert selectivity.mean(np.zeros(2), np.zeros((2, 3, 4, 4))) == 0
+    assert kernels.mean(np.array([0.0, 1.0]), both) == pytest.approx(coloured / (grey + coloured))
+    zeros = np.zeros((2, 3, 4, 4))
+    assert kernels.mean(np.zeros(2), zeros) == 0
+    assert "in 100 % of draws" in reading(zeros, 2)
+    assert kernels.sheet(zeros, 2).width == 640
 
 
 def test_chance_counts_halves() -> None:
@@ -112,14 +110,14 @@ def test_chance_counts_halves() -> None:
     halves = [apart(half) for half in combinations(range(8), 4)]
     expected = np.mean([value >= apart((0, 1, 2, 3)) - 1e-9 for value in halves])
     assert 0.05 < expected < 0.95
-    assert selectivity.chance(weights) == pytest.approx(expected, abs=0.02)
+    assert kernels.chance(weights) == pytest.approx(expected, abs=0.02)
     swapped = np.concatenate([weights[4:], weights[:4]])
-    assert selectivity.chance(swapped) == pytest.approx(expected, abs=0.02)
-    assert selectivity.chance(np.repeat(blobs()[:1], 4, axis=0)) == 1
+    assert kernels.chance(swapped) == pytest.approx(expected, abs=0.02)
+    assert kernels.chance(np.repeat(blobs()[:1], 4, axis=0)) == 1
 
 
 def test_words_are_the_measures() -> None:
-    assert measured(gabors()) == f"colour 0.00, orientation {selectivity.orientation(gabors()).mean():.2f}"
+    assert measured(gabors()) == f"colour 0.00, orientation {kernels.orientation(gabors()).mean():.2f}"
     assert measured(blobs()) == "colour 1.00, orientation 0.00"
     columns = np.concatenate([gabors()[:9], np.repeat(blobs(), 3, axis=0)])
     assert "differ by more than chance explains" in reading(columns, 2)
@@ -132,7 +130,7 @@ def test_words_are_the_measures() -> None:
 )
 def test_every_kernel_is_in_its_position(n: int, side: int, columns: int, zoom: int) -> None:
     weights = random(n, side).astype(np.float32)
-    sheet = np.asarray(kernels(weights, columns))
+    sheet = np.asarray(kernels.sheet(weights, columns))
     pitch, tops = side * zoom + 6, []
     across = (640 - 32 + 6) // pitch
     for i, kernel in enumerate(weights):
@@ -153,7 +151,7 @@ def test_zero_is_grey_and_scale_is_common() -> None:
     weights = np.zeros((2, 3, 3, 3))
     assert (tiles(weights, 1) == 128).all()
     weights[1, 0] = [[2], [-2], [1]]
-    found = tiles(weights, 2)
-    assert found.shape == (2, 6, 6, 3)
-    assert found[1, ::2, 0, 0].tolist() == [255, 1, round(128 + 127 / 2)]
-    assert (found[0] == 128).all()
+    drawn = tiles(weights, 2)
+    assert drawn.shape == (2, 6, 6, 3)
+    assert drawn[1, ::2, 0, 0].tolist() == [255, 1, round(128 + 127 / 2)]
+    assert (drawn[0] == 128).all()

@@ -1,243 +1,85 @@
-"""Layouts against an independent reading of the same files: tarfile, os.walk, csv, and the lists made here."""
+"""Layouts of folders and synset tars against os.walk, tarfile and csv; the choice of a layout, and refusals."""
 
 import csv
-import gzip
-import io
 import os
-import shutil
-import tarfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from click.testing import CliRunner
-from scipy.io import savemat
 
 from conftest import build
 from pipeline import UserError
-from pipeline.offline.ilsvrc import DEVKIT_TAR, TRAIN_TAR, VAL_TAR
-from pipeline.offline.raw import RawImage
 from pipeline.offline.sources import LAYOUTS, find_sources
-from tars import tar_bytes, tree
-from tools.make_raw import main as make_raw
-
-CRANES, MAILLOTS = ("n02012849", "n03126707"), ("n03710637", "n03710721")
-
-
-def seen(images: Iterable[RawImage]) -> Counter[tuple[str, str, str | None, bytes]]:
-    """What a layout found: split, file name, class and bytes of each image."""
-    return Counter((image.split, image.name, image.wnid, image.read()) for image in images)
-
-
-def on_disk(root: Path) -> dict[str, bytes]:
-    """Every file below `root` by os.walk: path → bytes."""
-    found = {}
-    for directory, _, files in os.walk(root):
-        for name in files:
-            path = Path(directory, name)
-            found[path.relative_to(root).as_posix()] = path.read_bytes()
-    return found
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("official") / "raw"
-    result = CliRunner().invoke(make_raw, [str(folder), "--classes", "3", "--train", "4", "--val", "2"])
-    assert result.exit_code == 0, result.output
-    return folder
-
-
-def unpacked(official: Path, out: Path, train: str, val: str, synset_tars: bool, devkit: bool) -> Path:
-    """The archives, unpacked by tarfile in one of the usual shapes."""
-    with tarfile.open(official / TRAIN_TAR) as tar:
-        tar.extractall(out / train, filter="data")
-    for path in () if synset_tars else sorted((out / train).iterdir()):
-        with tarfile.open(path) as tar:
-            tar.extractall(path.with_suffix(""), filter="data")
-        path.unlink()
-    with tarfile.open(official / VAL_TAR) as tar:
-        tar.extractall(out / val, filter="data")
-    if devkit:
-        with tarfile.open(official / DEVKIT_TAR) as tar:
-            tar.extractall(out, filter="data")
-    else:
-        shutil.copy(official / DEVKIT_TAR, out)
-    return out
-
-
-@pytest.mark.parametrize("synset_tars", [False, True])
-@pytest.mark.parametrize("devkit", [False, True])
-@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("ILSVRC2012_img_train", "ILSVRC2012_img_val")])
-def test_ilsvrc2012_unpacked(official: Path, tmp_path: Path, train: str, val: str, synset_tars: bool, devkit: bool):
-    packed = find_sources(official)
-    loose = find_sources(unpacked(official, tmp_path, train, val, synset_tars, devkit))
-    assert (packed.name, loose.name) == ("ilsvrc2012", "ilsvrc2012")
-    assert packed.layout == "the official ILSVRC2012 archives"
-    assert train in loose.layout
-    assert val in loose.layout
-    assert loose.classes == packed.classes
-    assert seen(loose.images) == seen(packed.images)
-    files = {path.rpartition("/")[2]: data for path, data in on_disk(tmp_path).items() if path.endswith(".JPEG")}
-    assert {image.name: image.read() for image in loose.images if image.name in files} == files
-
-
-def test_ilsvrc2012_with_test_images_and_validation_folders_per_class(official: Path, tmp_path: Path):
-    expected = seen(find_sources(official).images)
-    wnids = {image.name: image.wnid for image in find_sources(official).images if image.split == "val"}
-    unpacked(official, tmp_path, "train", "val", False, True)
-    for path in list((tmp_path / "val").iterdir()):  # as a well-known script sorts them
-        (tmp_path / "val" / str(wnids[path.name])).mkdir(exist_ok=True)
-        path.rename(tmp_path / "val" / str(wnids[path.name]) / path.name)
-    members = [(f"test/ILSVRC2012_test_{i:08d}.JPEG", bytes([i])) for i in (2, 1)]
-    (tmp_path / "ILSVRC2012_img_test_v10102019.tar").write_bytes(tar_bytes(members))
-    sources = find_sources(tmp_path)
-    test = Counter({("test", f"ILSVRC2012_test_{i:08d}.JPEG", None, bytes([i])): 1 for i in (1, 2)})
-    assert seen(sources.images) == expected + test
-
-
-def test_flat_validation_without_its_devkit_names_the_remedy(official: Path, tmp_path: Path):
-    unpacked(official, tmp_path, "train", "val", False, False)
-    (tmp_path / DEVKIT_TAR).unlink()
-    with pytest.raises(UserError, match=rf"val: its labels are in {DEVKIT_TAR}, which is missing beside it"):
-        find_sources(tmp_path)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("truth_inside", [False, True])
-def test_ilsvrc2010(tmp_path: Path, packed: bool, truth_inside: bool):
-    wnids = ["n00000003", "n00000001", "n00000002"]  # devkit ids 1, 2, 3
-    fields = ["ILSVRC2010_ID", "WNID", "words", "num_children", "num_train_images"]
-    rows = [(i + 1, wnid, "crane", 0, 2) for i, wnid in enumerate(wnids)] + [(4, "n00000009", "all", 3, 0)]
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": np.array(rows, [(name, object) for name in fields])[:, None]}, do_compression=True)
-    truths = {"validation": [3, 1, 1], "test": [2, 2, 3, 1]}
-    texts = {s: ("\n".join(map(str, numbers)) + "\n").encode() for s, numbers in truths.items()}
-    kit = {"data/meta.mat": mat.getvalue(), "data/ILSVRC2010_validation_ground_truth.txt": texts["validation"]}
-    test_truth = "ILSVRC2010_test_ground_truth.txt"
-    if truth_inside:
-        kit["data/" + test_truth] = texts["test"]
-    else:
-        tree(tmp_path, {test_truth: texts["test"]})
-    inside = [(f"devkit-1.0/{name}", data) for name, data in kit.items()]
-    tree(tmp_path, {"ILSVRC2010_devkit-1.0.tar.gz": gzip.compress(tar_bytes(inside))} if packed else dict(inside))
-    expected: Counter[tuple[str, str, str | None, bytes]] = Counter()
-    for split, name in (("val", "validation"), ("test", "test")):
-        names = [(f"{split}/ILSVRC2010_{split}_{i:08d}.JPEG", b"%d" % i) for i in range(1, len(truths[name]) + 1)]
-        expected.update((split, n[len(split) + 1 :], wnids[truths[name][int(d) - 1] - 1], d) for n, d in names)
-        tree(tmp_path, {f"ILSVRC2010_images_{split}.tar": tar_bytes(names[::-1])})
-    train = {wnid: [(f"{wnid}_{i}.JPEG", wnid.encode()) for i in (7, 12)] for wnid in wnids}
-    patched = f"{wnids[0]}_7.JPEG"
-    expected.update(
-        ("train", name, wnid, b"corrected" if name == patched else data)
-        for wnid, pairs in train.items()
-        for name, data in pairs
-    )
-    outer = [(f"{wnid}.tar", tar_bytes(pairs)) for wnid, pairs in train.items()]
-    tree(tmp_path, {"ILSVRC2010_images_train.tar": tar_bytes(outer)})
-    tree(tmp_path, {"patch_images.tar": tar_bytes([(f"patch_images/train/{patched}", b"corrected")])})
-    sources = find_sources(tmp_path)
-    assert sources.name == "ilsvrc2010"
-    assert seen(sources.images) == expected
-    assert [(c.label, c.wnid, c.words, c.devkit_id) for c in sources.classes] == [
-        (0, "n00000001", "crane", 2),
-        (1, "n00000002", "crane", 3),
-        (2, "n00000003", "crane", 1),
-    ]
-    assert not sources.ignored
+from tars import contents, tar_bytes, tree
 
 
 def test_fall_2011_as_a_folder_in_one_tar_and_as_that_tar(tmp_path: Path):
-    tars = {
-        f"n0000000{i}.tar": tar_bytes((f"n0000000{i}_{j}.JPEG", bytes([i, j])) for j in range(i)) for i in (3, 1, 2)
-    }
-    whole = tar_bytes(tars.items())
-    tree(tmp_path, {**{f"folder/{name}": data for name, data in tars.items()}, "one/fall11_whole.tar": whole})
-    expected: Counter[tuple[str, str, str | None, bytes]] = Counter()
-    for name, data in tars.items():
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in tar:
-                expected["train", member.name, name[:9], tar.extractfile(member).read()] += 1
+    pictures = {i: {f"n0000000{i}_{j}.JPEG": bytes([i, j]) for j in range(i)} for i in (3, 1, 2)}
+    tars = {f"n0000000{i}.tar": tar_bytes(files) for i, files in pictures.items()}
+    tree(tmp_path, {f"folder/{name}": data for name, data in tars.items()})
+    tree(tmp_path, {"one/fall11_whole.tar": tar_bytes(tars)})
+    expected = Counter(
+        ("train", name, f"n0000000{i}", data) for i, files in pictures.items() for name, data in files.items()
+    )
     for raw in (tmp_path / "folder", tmp_path / "one", tmp_path / "one" / "fall11_whole.tar"):
         sources = find_sources(raw)
         assert sources.name == "fall2011"
-        assert seen(sources.images) == expected
-        assert [c.wnid for c in sources.classes] == sorted(name[:9] for name in tars)
-        assert [c.label for c in sources.classes] == [0, 1, 2]
+        assert contents(sources.images) == expected
+        assert [(c.label, c.wnid) for c in sources.classes] == [(i, f"n0000000{i + 1}") for i in range(3)]
 
 
-def kaggle(folder: Path) -> Path:
-    rows = [["ImageId", "PredictionString"], ["ILSVRC2012_val_00000002", "n00000001 1 2 3 4 n00000001 5 6 7 8 "]]
-    rows += [["ILSVRC2012_val_00000001", "n00000002 85 1 499 272 "]]
-    out = io.StringIO()
-    csv.writer(out).writerows(rows)
-    data = "ILSVRC/Data/CLS-LOC"
+def test_kaggle_from_above_and_from_inside(tmp_path: Path):
+    data, solution = "ILSVRC/Data/CLS-LOC", tmp_path / "LOC_val_solution.csv"
     files = {f"{data}/train/n0000000{i}/n0000000{i}_{j}.JPEG": bytes([i, j]) for i in (1, 2) for j in (3, 44)}
     files |= {f"{data}/val/ILSVRC2012_val_0000000{i}.JPEG": bytes([i]) for i in (1, 2)}
     files |= {f"{data}/test/ILSVRC2012_test_0000000{i}.JPEG": bytes([9, i]) for i in (1, 2, 3)}
     files |= {"LOC_synset_mapping.txt": b"n00000001 tench, Tinca tinca\nn00000002 crane\n"}
-    return tree(folder, files | {"LOC_val_solution.csv": out.getvalue().encode(), "ILSVRC/ImageSets/x.txt": b""})
-
-
-def test_kaggle_from_above_and_from_inside(tmp_path: Path):
-    kaggle(tmp_path)
-    with open(tmp_path / "LOC_val_solution.csv", newline="") as file:
-        truth = {row["ImageId"]: row["PredictionString"].split(" ")[0] for row in csv.DictReader(file)}
+    tree(tmp_path, files | {"ILSVRC/ImageSets/x.txt": b""})
+    truth = {"ILSVRC2012_val_00000002": "n00000001 1 2 3 4 n00000001 5 6 7 8 "}
+    truth |= {"ILSVRC2012_val_00000001": "n00000002 85 1 499 272 "}
+    with open(solution, "w", newline="") as file:
+        csv.writer(file).writerows([("ImageId", "PredictionString"), *truth.items()])
     expected: Counter[tuple[str, str, str | None, bytes]] = Counter()
-    for path, data in on_disk(tmp_path / "ILSVRC/Data/CLS-LOC").items():
-        split, *inner = path.split("/")
-        wnid = {"train": inner[0], "val": truth.get(Path(path).stem), "test": None}[split]
-        expected[split, inner[-1], wnid, data] += 1
+    for path, _, names in os.walk(tmp_path / data):
+        for name in names:
+            split, _, folder = Path(path).relative_to(tmp_path / data).as_posix().partition("/")
+            wnid = {"train": folder, "val": truth.get(Path(name).stem, "").split(" ")[0], "test": None}[split]
+            expected[split, name, wnid, Path(path, name).read_bytes()] += 1
     for raw in (tmp_path, tmp_path / "ILSVRC"):
         sources = find_sources(raw)
         assert sources.name == "kaggle"
-        assert seen(sources.images) == expected
-        assert [(c.wnid, c.words) for c in sources.classes] == [
-            ("n00000001", "tench, Tinca tinca"),
-            ("n00000002", "crane"),
-        ]
-    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,\n")
+        assert contents(sources.images) == expected
+        words = [(c.wnid, c.words) for c in sources.classes]
+        assert words == [("n00000001", "tench, Tinca tinca"), ("n00000002", "crane")]
+    solution.write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,\n")
     with pytest.raises(UserError, match=r"LOC_val_solution.csv: row 2 has no ImageId and wnid"):
         find_sources(tmp_path)
-    (tmp_path / "LOC_val_solution.csv").unlink()
+    solution.unlink()
     with pytest.raises(UserError, match=r"LOC_val_solution.csv: missing; it has the labels of val/"):
         find_sources(tmp_path)
 
 
-def test_the_real_words_keep_both_cranes_and_both_maillots_apart(shared: Path, tmp_path: Path):
-    meta = shared / "imagenet-meta"
-    both = {wnid: f"train/{wnid}/{wnid}_1.JPEG" for wnid in (*CRANES, *MAILLOTS)}
-    tree(tmp_path / "kaggle/ILSVRC/Data/CLS-LOC", dict.fromkeys(both.values(), b"x"))
-    shutil.copy(meta / "LOC_synset_mapping.txt", tmp_path / "kaggle")
-    kit = tmp_path / "kit/ILSVRC2012_devkit_t12/data"
-    tree(tmp_path / "kit", dict.fromkeys(both.values(), b"x"))
-    kit.mkdir(parents=True)
-    for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
-        shutil.copy(meta / name, kit)
-    with open(meta / "val_synsets.csv", newline="") as file:
-        truth = {row["file"]: row["wnid"] for row in csv.DictReader(file)}
-    tree(tmp_path / "kit/val", dict.fromkeys(list(truth)[100:50000:999], b"y"))
-    kaggle, ours = (find_sources(tmp_path / name, allow_incomplete=True) for name in ("kaggle", "kit"))
-    assert [c.wnid for c in kaggle.classes] == [c.wnid for c in ours.classes]
-    pairs = {k.wnid: (k.words, o.words) for k, o in zip(kaggle.classes, ours.classes)}
-    assert {wnid: words for wnid, words in pairs.items() if words[0] != words[1]} == {
-        "n02012849": ("crane bird", "crane")  # somebody told the cranes apart in this copy of the mapping
-    }
-    for sources in (kaggle, ours):
-        by_wnid = {c.wnid: c for c in sources.classes}
-        assert {by_wnid[wnid].words.split(",")[0] for wnid in MAILLOTS} == {"maillot"}
-        assert len({by_wnid[wnid].label for wnid in (*CRANES, *MAILLOTS)}) == 4
-    assert {by_wnid[wnid].words for wnid in CRANES} == {"crane"}
-    assert {image.name: image.wnid for image in ours.images if image.split == "val"} == {
-        name: truth[name] for name in list(truth)[100:50000:999]
-    }
-    with pytest.raises(UserError, match="4 images, but ILSVRC2012 promises 1,281,167") as caught:
-        find_sources(tmp_path / "kit")
-    assert "n01440764 (tench, Tinca tinca) 0 of 1,300" in str(caught.value)
-    assert "995 classes more" in str(caught.value)
-    with pytest.raises(UserError, match="4 classes have images, 1,000 are promised"):
-        find_sources(tmp_path / "kaggle")
+def test_train_and_val_folders(raw: Path):
+    sources = find_sources(raw)
+    assert sources.name == "split-folders"
+    paths = [path.relative_to(raw).as_posix() for path in raw.rglob("*.jpg")]
+    assert {(i.path, i.split, i.wnid) for i in sources.images} == {(p, *p.split("/")[:2]) for p in paths}
+    assert len(sources.images) == len(paths) == 51
+    assert [(c.label, c.wnid) for c in sources.classes] == [(0, "blobs"), (1, "checks"), (2, "stripes")]
+    assert sources.ignored == {".txt": 1}
+
+
+def test_an_unlabelled_test_folder(tmp_path: Path):
+    tree(tmp_path, {"train/a/1.png": b"", "test/2.png": b""})
+    assert {image.split: image.wnid for image in find_sources(tmp_path).images} == {"train": "a", "test": None}
+
+
+def test_flat_files(tmp_path: Path):
+    tree(tmp_path, dict.fromkeys(("n00000002_blue_heron.JPEG", "n00000001_17.JPEG", "n00000001_5.JPEG"), b""))
+    sources = find_sources(tmp_path)
+    assert {image.path[:9] == image.wnid for image in sources.images} == {True}
+    words = [(record.wnid, record.words) for record in sources.classes]
+    assert words == [("n00000001", "n00000001"), ("n00000002", "blue heron")]
 
 
 def test_links_to_class_folders_are_followed_and_never_back(tmp_path: Path):
@@ -253,7 +95,7 @@ def test_links_to_class_folders_are_followed_and_never_back(tmp_path: Path):
     assert "1 × link that leads back: b/up" in sources.ignored.lines()
 
 
-def test_a_forced_layout_is_used_and_one_that_does_not_fit_says_what_is_missing(raw: Path, tmp_path: Path):
+def test_a_forced_layout_is_used_and_one_that_does_not_fit_names_what_is_missing(raw: Path, tmp_path: Path):
     forced = find_sources(raw / "train", "class-folders")
     assert (forced.name, len(forced.images)) == ("class-folders", 42)
     assert {image.wnid for image in find_sources(raw, "class-folders").images} == {"train", "val"}
@@ -268,3 +110,64 @@ def test_a_forced_layout_is_used_and_one_that_does_not_fit_says_what_is_missing(
     result = build(raw, tmp_path / "out", "--layout", "split-folders", "--limit", 9)
     assert result.exit_code == 0, result.output
     assert "train/ and val/ with one folder per class (split-folders)" in result.output
+
+
+def test_chosen_classes_have_ranks_among_themselves(official: Path, tmp_path: Path):
+    every, chosen = find_sources(official), tmp_path / "classes.txt"
+    second, last = every.classes[1], every.classes[3]
+    chosen.write_text(f"# two of four\n\n{last.wnid}  # the last\n{second.wnid}\n")
+    sources = find_sources(official, classes=chosen)
+    assert [(c.label, c.wnid, c.words, c.devkit_id) for c in sources.classes] == [
+        (0, second.wnid, second.words, second.devkit_id),
+        (1, last.wnid, last.words, last.devkit_id),
+    ]
+    assert list(sources.images) == [image for image in every.images if image.wnid in (second.wnid, last.wnid)]
+    assert sources.ignored["picture of no class in --classes"] == 18
+    for text, message in (
+        (f"{last.wnid}\nn00000000\ntench\n", "n00000000, tench: not among the 4 classes of the raw data"),
+        ("# none\n", "names no class"),
+    ):
+        chosen.write_text(text)
+        assert message in build(official, tmp_path / "out", "--classes", chosen).output
+
+
+def test_a_class_without_training_images_is_named(raw: Path, tmp_path: Path):
+    (tmp_path / "raw" / "train").mkdir(parents=True)
+    (tmp_path / "raw" / "train" / "blobs").symlink_to(raw / "train" / "blobs")
+    (tmp_path / "raw" / "val").symlink_to(raw / "val")
+    result = build(tmp_path / "raw", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "note: classes without a training image: checks, stripes" in result.output
+
+
+@pytest.mark.parametrize(
+    ("files", "raw", "message"),
+    [
+        ((), "missing", "no such directory"),
+        ((), "", "empty: is the volume mounted?"),
+        (("a.txt",), "", "Found 0 folders and 1 files"),
+        (("a.txt",), "a.txt", "not a directory"),
+        (("Train/a/1.png", "Val/a/1.png"), "", "Train, Val: named as a split"),
+        (("val/a/1.png", "val/b/1.png"), "", "val: named as a split"),
+        (("train/a/1.txt", "val/a/1.png"), "", "but no training picture with a label is in it"),
+        (("set/train/a/1.png", "set/val/a/1.png"), "", "only one folder with pictures, set"),
+        (("train/a/1.png", "train/2.png"), "", "train/2.png: a picture outside the class folders has no label"),
+    ],
+)
+def test_raw_that_is_no_layout_or_one_level_off_is_refused(
+    tmp_path: Path, files: tuple[str, ...], raw: str, message: str
+):
+    (tmp_path / "empty").mkdir()
+    tree(tmp_path / "empty", dict.fromkeys(files, b""))
+    result = build(tmp_path / "empty" / raw, tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_inside_raw_is_refused(raw: Path):
+    result = build(raw, raw / "out")
+    assert result.exit_code == 2
+    assert "lies inside RAW" in result.output
+    assert not (raw / "out").exists()

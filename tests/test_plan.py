@@ -1,21 +1,93 @@
-"""The order of a plan where hashes collide, and its table of raw images."""
+"""The plan of a build: unique and safe keys, order by hashes and names, the table of raw images, and its memory."""
 
+import json
 import os
+import re
+import subprocess
+import sys
 import zlib
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from pipeline.offline import plan
-from pipeline.offline.plan import assign_keys
+from pipeline.offline.plan import MAX_KEY, _escape, assign_keys
 from pipeline.offline.raw import SPLITS, RawImage, RawTable
 
 
-@pytest.mark.parametrize("values", [1, 2, 7, 500])
-@pytest.mark.parametrize("shift", [0, 31, 32, 40])
+def plain_keys(paths: Sequence[str]) -> list[str]:
+    """Return the keys by the rule of `assign_keys`, in sets of strings."""
+    spellings = (
+        lambda path: os.path.splitext(path.rpartition("/")[2])[0],
+        lambda path: os.path.splitext(path)[0].replace("/", "_"),
+        lambda path: path.replace("/", "_"),
+    )
+    keys: dict[int, str] = {}
+    rest = sorted(range(len(paths)), key=lambda i: os.fsencode(paths[i]))
+    for spell in spellings:
+        spelled = {i: _escape(spell(paths[i])) for i in rest}
+        count, taken = Counter(spelled.values()), set(keys.values())
+        keys |= {i: key for i, key in spelled.items() if count[key] == 1 and key not in taken}
+        rest = [i for i in rest if i not in keys]
+    taken = set(keys.values())
+    for i in rest:
+        stem, number = _escape(paths[i].replace("/", "_")), 1
+        key = stem
+        while key in taken:
+            number += 1
+            key = stem[: MAX_KEY - len(f"-{number}")] + f"-{number}"
+        keys[i] = key
+        taken.add(key)
+    return [keys[i] for i in range(len(paths))]
+
+
+@pytest.mark.parametrize(
+    ("count", "letters", "longest"),
+    [
+        (4000, ["a", "b", "/", ".jpg", "_", "-2", "-", "-2E"], 7),
+        (2000, ["-2Ejpg", "/", "_", "a", ".jpg", "-2", "-3", "\udcff", "-FF"], 6),
+        (1500, ["x" * 60, "y" * 45, "/", ".", "_", "-2"], 6),
+        (3000, [chr(c) for c in range(1, 256)], 40),
+    ],
+)
+def test_keys_are_unique_and_those_of_the_plain_rule_in_any_order(count: int, letters: list[str], longest: int):
+    """Paths of few letters, so that many meet in every spelling."""
+    random = np.random.default_rng(count + longest)
+    drawn = dict.fromkeys("".join(random.choice(letters, random.integers(1, longest))) for _ in range(count))
+    paths = [path for path in drawn if not path.endswith("/")]
+    keys = list(assign_keys(paths))
+    assert keys == plain_keys(paths)
+    assert list(assign_keys(paths[::-1])) == keys[::-1]
+    assert len(set(keys)) == len(paths)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,90}", key) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("paths", "keys"),
+    [
+        ("train/n01/n01_10.JPEG train/n02/n02_7.JPEG", "n01_10 n02_7"),
+        ("test/cat/1.jpg train/cat/1.jpg train/cat/1.png", "test_cat_1 train_cat_1-2Ejpg train_cat_1-2Epng"),
+        ("a/b_1.gif a_b/1.gif", "b_1 1"),
+        ("a/b/c.x a_b/c.x a/b_c.x", "a_b_c-2Ex a_b_c-2Ex-2 b_c"),
+        ("a+b.c.jpg ü.jpg bad\udcff.jpg", "a-2Bb-2Ec -C3-BC bad-FF"),
+    ],
+)
+def test_keys_take_the_stem_then_the_path_then_the_extension_then_a_number(paths: str, keys: str):
+    assert list(assign_keys(paths.split())) == keys.split()
+
+
+def test_keys_stay_unique_where_all_hashes_are_equal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "_hash", lambda purpose, key: 7)
+    assert list(assign_keys(["a/b.c/x.jpg", "d_x.jpg"])) == ["a_b-2Ec_x-2Ejpg", "d_x-2Ejpg"]
+
+
+@pytest.mark.parametrize("values", [1, 7, 500])
+@pytest.mark.parametrize("shift", [0, 32])
 def test_a_shuffle_is_by_hash_and_then_by_key(monkeypatch: pytest.MonkeyPatch, values: int, shift: int):
-    """Of `values` different hashes, some differ in the upper half, some in the lower half, and some in both."""
+    """Of `values` different hashes, in the lower or the upper half."""
 
     def poor_hash(purpose: str, key: str) -> int:
         return (zlib.crc32(f"{purpose}{key}".encode()) % values * 0x9E3779B1 << shift) % 2**64
@@ -24,20 +96,10 @@ def test_a_shuffle_is_by_hash_and_then_by_key(monkeypatch: pytest.MonkeyPatch, v
     keys = assign_keys([f"{word}.jpg" for word in random.permutation(3000)])
     indices = random.permutation(3000)[:2000].astype(np.uint32)
     monkeypatch.setattr(plan, "_hash", poor_hash)
-    shuffled = plan._shuffled("order", keys, indices)
-    assert shuffled.dtype == np.uint32
-    assert shuffled.tolist() == sorted(indices.tolist(), key=lambda i: (poor_hash("order", keys[i]), keys[i]))
-
-
-def test_keys_stay_unique_where_all_hashes_are_equal(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plan, "_hash", lambda purpose, key: 7)
-    assert list(assign_keys(["a/b.c/x.jpg", "d_x.jpg"])) == ["a_b-2Ec_x-2Ejpg", "d_x-2Ejpg"]
-
-
-def test_a_shuffle_of_none_and_of_one():
-    keys = assign_keys(["a.jpg", "b.jpg"])
-    assert plan._shuffled("order", keys, np.array([], np.uint32)).tolist() == []
-    assert plan._shuffled("order", keys, np.array([1], np.uint32)).tolist() == [1]
+    for chosen in (indices, indices[:1], indices[:0]):
+        shuffled = plan._shuffled("order", keys, chosen)
+        assert shuffled.dtype == np.uint32
+        assert shuffled.tolist() == sorted(chosen.tolist(), key=lambda i: (poor_hash("order", keys[i]), keys[i]))
 
 
 def test_validation_and_test_are_ordered_by_the_bytes_of_the_names_and_then_of_the_folders():
@@ -47,20 +109,21 @@ def test_validation_and_test_are_ordered_by_the_bytes_of_the_names_and_then_of_t
     table = RawTable()
     for path in paths:
         table.append(RawImage("val", path, None, f"/raw/{path}", 0, 1))
-    places = random.permutation(len(paths)).astype(np.uint32)
+    indices = random.permutation(len(paths)).astype(np.uint32)
 
     def name_and_folder(i: int) -> tuple[bytes, bytes]:
         folder, slash, name = os.fsencode(paths[i]).rpartition(b"/")
         return name, folder + slash
 
-    assert plan._by_name(table, places).tolist() == sorted(places.tolist(), key=name_and_folder)
+    assert plan._by_name(table, indices).tolist() == sorted(indices.tolist(), key=name_and_folder)
 
 
-def some_images(count: int) -> list[RawImage]:
+@pytest.fixture
+def images() -> list[RawImage]:
     """Loose files, members of archives, with and without a label, under names of any bytes."""
     random = np.random.default_rng(11)
     images = []
-    for i in range(count):
+    for i in range(3000):
         name = os.fsdecode(bytes(random.integers(1, 256, random.integers(1, 30), dtype=np.uint8)).replace(b"/", b"_"))
         folder = ["", "train/n01/", "a b/ü/", "x/" * 20][random.integers(4)]
         path = f"{folder}{name}{i}.jpg"
@@ -71,9 +134,10 @@ def some_images(count: int) -> list[RawImage]:
     return images
 
 
-def test_a_table_gives_back_what_it_was_given():
-    images = some_images(3000)
+def test_a_table_returns_the_images_that_were_appended(images: list[RawImage]):
     table = RawTable()
+    assert list(table) == []
+    assert not table.has("train")
     for image in images:
         table.append(image)
     assert len(table) == len(table.paths) == 3000
@@ -83,25 +147,53 @@ def test_a_table_gives_back_what_it_was_given():
         assert table.paths[i] == images[i].path
     assert table.sizes.tolist() == [image.size for image in images]
     assert [SPLITS[number] for number in table.split_numbers] == [image.split for image in images]
-    assert [None if c < 0 else table.wnids[c] for c in table.class_numbers.tolist()] == [i.wnid for i in images]
     for split in SPLITS:
-        counted = table.per_class(split)
         assert table.has(split)
-        for wnid in (None, *table.wnids):
-            assert counted[wnid] == sum(image.split == split and image.wnid == wnid for image in images)
-    assert not RawTable().has("train")
-    assert list(RawTable()) == []
+        assert table.per_class(split) == Counter(image.wnid for image in images if image.split == split)
 
 
-def test_renamed_classes_may_become_one():
+def test_renamed_classes_may_become_one(images: list[RawImage]):
     table = RawTable()
-    images = some_images(500)
     for image in images:
         table.append(image)
     table.rename_classes(lambda wnid: "n01" if wnid.startswith("n0") else wnid.upper())
     new = {None: None, "n01": "n01", "n02": "n01", "an other": "AN OTHER", "None": "NONE"}
     assert [image.wnid for image in table] == [new[image.wnid] for image in images]
+    table.append(RawImage("train", "late.jpg", "n01", "/raw/late.jpg", 0, 1))
+    assert table[3000].wnid == "n01"
     assert sorted(table.wnids) == ["AN OTHER", "NONE", "n01"]
-    table.append(RawImage("train", "late.jpg", "n01", str(Path("/raw/late.jpg")), 0, 1))
-    assert table[500].wnid == "n01"
-    assert len(table.wnids) == 3
+
+
+PROGRAM = """
+import json, resource, sys
+from pipeline.manifest import BuildRecipe, ClassRecord
+from pipeline.offline.plan import make_plan
+from pipeline.offline.raw import RawImage, Sources
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+images, synsets = int(sys.argv[1]), 21_841
+before, sources, names = resident(), Sources("made up"), 0
+for i in range(images):
+    wnid = f"n{i % synsets:08d}"
+    path = f"fall11_whole.tar/{wnid}.tar/{wnid}_{i // synsets}.JPEG"
+    names += len(path)
+    sources.images.append(RawImage("train", path, wnid, "/raw/fall11_whole.tar", 110_000 * i, 110_000))
+sources.classes = tuple(ClassRecord(i, f"n{i:08d}", "made up", None) for i in range(synsets))
+plan = make_plan(sources, BuildRecipe())
+kept, peak = resident() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(json.dumps([(kept - names) / images, (peak - names) / images]))
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_takes_few_bytes_an_image():
+    """Beside the paths themselves, in a process of its own. All of ImageNet has 14 million entries."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # else glibc keeps arrays that are freed for later use
+    command = [sys.executable, "-c", PROGRAM, "1000000"]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    kept, peak = json.loads(process.stdout)
+    assert 0 < kept < 72
+    assert kept < peak < 95

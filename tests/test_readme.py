@@ -1,13 +1,19 @@
-"""The README's Python runs, the documents' links lead to files, and the distribution has its name everywhere."""
+"""The README and the documents: their Python runs, their links lead to files, and their commands exist."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import yaml
 
 from conftest import ROOT
+from penstock.__main__ import load
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.proof
@@ -27,9 +33,6 @@ def test_python_blocks_run(dataset: Path, tmp_path: Path):
     assert all("([41, 3, 224, 224])" in line and 0 < float(line.split()[-1]) < 20 for line in printed[1])
 
 
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str):
     text = (ROOT / page).read_text()
@@ -41,9 +44,32 @@ def test_links_lead_to_files(page: str):
     assert "@" not in re.sub(r"\w@\w", "", text), "a placeholder is left"
 
 
-def test_nothing_says_to_install_the_distribution_of_somebody_else():
+def test_no_page_installs_another_distribution():
     folders = ("docs", "docker", "pipeline", "trainer", "tools", "penstock")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py", ".sh")]
     for path in [ROOT / "README.md", *paths]:
         wrong = re.search(r"penstock\[|pip install ['\"]?penstock(?!-imagenet)", path.read_text())
         assert not wrong, path
+
+
+def parsed(image: str, words: list[str]) -> click.Context:
+    """Return the arguments of the command that an image's entry point runs."""
+    name, rest = ("build", words) if image in ("penstock-build", "builder") else (words[0], words[1:])
+    return load(name).make_context(name, list(rest))
+
+
+def test_commands_of_images_are_commands():
+    """Those of docker/compose.yaml, and every `docker run` of the documents."""
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    assert parsed("builder", services["builder"]["command"]).params["dataset"] == "/data/imagenet-256"
+    assert parsed("trainer", services["trainer"]["command"]).params["data"] == Path("/data/imagenet-256")
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/docker.md")).replace("\\\n", " ")
+    runs = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("docker run ")]
+    assert runs
+    for words in runs:
+        image = next(word for word in words if word in ("penstock", "penstock-build"))
+        rest = words[words.index(image) + 1 :]
+        if "--entrypoint" in words:
+            assert (ROOT / rest[0]).is_file()
+        elif image == "penstock-build" or rest[0] == "train":
+            parsed(image, rest)

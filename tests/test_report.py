@@ -1,29 +1,64 @@
-"""The page of `python -m trainer figures`: whole in one file, whatever of the run is missing; mistakes are one line."""
+"""The page of `python -m trainer figures`: whole in one file, true to its sources, whatever of the run is missing."""
 
+import errno
+import io
 import json
+import re
+import shlex
 import shutil
+import tarfile
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from pipeline import manifest
-from reported import CLASSES, Written, build_dataset, draw, invoke, pixels, read_page, save_run, sheet
+from pipeline.online import Loader
+from reported import (
+    CLASSES,
+    RATIOS,
+    RECIPE,
+    Page,
+    Written,
+    build_dataset,
+    draw,
+    invoke,
+    pixels,
+    read_page,
+    save_run,
+    sheet,
+    source,
+)
+from runs import one_line, train, trainer
 from trainer import checkpoint as checkpoints
+from trainer import recipe
+from trainer.checkpoint import load_network
+from trainer.figures import gather, page
+from trainer.figures.sheets import picture
+from trainer.model import Grouped
+from trainer.retrieval import codes
 
 # The page as a whole
 
 
-def test_the_command_names_the_page(written: Written) -> None:
-    names = ("kernels", "predictions", "neighbours", "augmentation")
-    files = [written.run / "figures" / f"{name}.png" for name in names]
+def test_the_command_names_the_page_which_shows_every_sheet_once(written: Written) -> None:
+    sections = {
+        "kernels": "first-layer-kernels",
+        "predictions": "validation-images",
+        "neighbours": "similar-training-images",
+        "augmentation": "augmentation",
+    }
+    files = [written.run / "figures" / f"{name}.png" for name in sections]
     assert written.output.splitlines() == [*map(str, files), f"{written.run / 'report.html'}"]
-    for file in files:
+    for file, section in zip(files, sections.values()):
         with Image.open(file) as image:
             assert (image.format, image.width) == ("PNG", 640)
             assert np.asarray(image).std() > 10, f"{file.name} is blank"
+        assert source(sheet(written.page, section)) == file.read_bytes()
 
 
 def test_nothing_is_fetched(written: Written) -> None:
@@ -36,36 +71,25 @@ def test_nothing_is_fetched(written: Written) -> None:
             if name == "style":
                 assert "url(" not in value
     scripts = written.page.root.all("script")
-    assert scripts
+    assert sum("* plotly.js v" in script.text for script in scripts) == 1
     assert all("src" not in script.attributes for script in scripts)
     (style,) = written.page.root.all("head")[0].all("style")
     assert "url(" not in style.text
-    assert "@import" not in style.text
     (policy,) = (meta for meta in written.page.root.all("meta") if "http-equiv" in meta.attributes)
     assert policy.attributes["content"].startswith("default-src 'none'; img-src data:;")
 
 
-def test_plotly_is_there_once(written: Written) -> None:
-    assert sum("* plotly.js v" in script.text for script in written.page.root.all("script")) == 1
-
-
-def test_every_picture_has_a_text_and_a_size(written: Written) -> None:
+def test_pictures_have_texts_headings_an_order_and_links_a_target(written: Written) -> None:
     images = written.page.root.all("img")
     assert len(images) == 1 + 2 * 16 + 4  # the mean, training samples as stored and as seen, the sheets
     for image in images:
         assert image.attributes["alt"].strip()
         height, width = pixels(image).shape[:2]
         assert (image.attributes["width"], image.attributes["height"]) == (str(width), str(height))
-
-
-def test_headings_are_in_order(written: Written) -> None:
     levels = [int(element.tag[1]) for element in written.page.everything() if element.tag in ("h1", "h2", "h3", "h4")]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
-
-
-def test_links_lead_to_sections(written: Written) -> None:
     links = [link.attributes["href"].removeprefix("#") for link in written.page.root.all("a")]
     assert links == [section.attributes["id"] for section in written.page.root.all("section")]
 
@@ -79,6 +103,178 @@ def test_class_words_never_become_markup(written: Written) -> None:
     assert all(any(f", {name}, as " in alt for name in CLASSES) for alt in alts)
     alt = sheet(written.page, "validation-images").attributes["alt"]
     assert all(f"taken for {name}" in alt or f", {name} " in alt for name in CLASSES)
+
+
+# Sections
+
+
+def stored(data: Path, split: str) -> list[bytes]:
+    """Every JPEG of a split in the order of the ids, read with nothing of ours."""
+    jpegs = []
+    for shard in sorted((data / split).glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None
+                jpegs += [file.read()] if member.name.endswith(".jpg") else []
+    return jpegs
+
+
+def test_result(written: Written) -> None:
+    result = written.page.section("result")
+    rows = [[cell.words() for cell in row.inside] for row in result.all("tbody")[0].all("tr")]
+    assert rows == [
+        ["centre view", "61.2 %", "13.4 %", "1.515"],
+        ["ten views", "59.9 %", "11.1 %", "1.414"],
+    ]
+    rows = result.all("tbody")[1].all("tr")
+    assert [[cell.words() for cell in row.inside] for row in rows] == [[CLASSES[0], CLASSES[2], "3"]]
+    facts = {name.words(): text.words() for name, text in zip(result.all("dt"), result.all("dd"))}
+    train, val = (written.dataset.splits[split].samples for split in ("train", "val"))
+    assert facts["Data set"] == (
+        f"pictures: {train} train, {val} val samples, 3 classes, identity {written.dataset.identity[:12]}"
+    )
+    assert facts["Network"].startswith("conv1 4, conv2 4, conv3 4, conv4 4, conv5 4, fc6 8, fc7 8, fc8 3 maps or units")
+    assert facts["Training"] == "40 of 40 steps of 8 images, seed 7"
+    assert facts["Speed"].startswith("321 images/s, stall 12.5 %")  # medians, not means
+
+
+def test_mean_and_colours(written: Written) -> None:
+    section = written.page.section("mean-image-and-colours")
+    (image,) = section.all("img")
+    assert source(image) == (written.data / "mean.png").read_bytes()
+    covariance = written.dataset.statistics().covariance
+    deviations = np.sqrt(np.linalg.eigvalsh(covariance))[::-1]
+    shown = [row.inside[1].words() for row in section.all("tbody")[0].all("tr")]
+    assert shown == [f"{deviation:.1f}" for deviation in deviations]
+
+
+def test_training_samples_are_the_stored_bytes_and_the_loaders_tensors(written: Written) -> None:
+    with Loader(written.data, "train", batch_size=16, seed=RECIPE.train.seed, device="cpu") as loader:
+        batch = next(loader)
+    section, jpegs = written.page.section("training-samples"), stored(written.data, "train")
+    above, beneath = section.all("img", "stored"), section.all("img", "seen")
+    assert [source(image) for image in above] == [jpegs[i] for i in batch.ids]
+    assert len(above) == len(beneath) == 16
+    for image, x, label, figure in zip(beneath, batch.images.numpy(), batch.labels, section.all("figure")):
+        levels = np.clip(np.rint(x + 128), 0, 255).transpose(1, 2, 0)
+        assert np.array_equal(pixels(image), levels)
+        assert figure.all("figcaption")[0].words() == CLASSES[int(label)]
+
+
+def traces(page: Page, name: str) -> dict[str, dict[int, float]]:
+    """The points of each curve of a chart: step → value."""
+    (script,) = (s.text for s in page.root.all("script") if f'getElementById("{name}")' in s.text)
+    drawn, _ = json.JSONDecoder().raw_decode(script, script.index("[", script.index("Plotly.newPlot(")))
+    return {trace["name"]: dict(zip(trace["x"], trace["y"])) for trace in drawn}
+
+
+def test_curves_are_the_recorded_numbers(written: Written) -> None:
+    losses = {"training": {20: 1.25, 30: 1.125, 40: 0.75}, "validation": {40: 1.0625}}
+    assert traces(written.page, "losses") == losses
+    assert traces(written.page, "errors") == {"top-1": {40: 62.5}, "top-5": {40: 12.25}}
+    ratios = {name: {20 + 10 * i: value for i, value in enumerate(row) if value} for name, row in RATIOS.items()}
+    assert traces(written.page, "updates") == ratios
+
+
+@pytest.mark.parametrize(
+    ("kinds", "change", "charts"),
+    [
+        (("train", "validation"), {"layers": {"fc8": {"ratio": 0.0}}}, ["losses", "errors"]),  # lr = 0
+        (("validation",), {"nll": 0.0, "top1_error": 0.0}, ["losses", "errors"]),
+        (("train",), {"loss": 1e308, "layers": {"a": {"ratio": 1e-308}, "b": {"ratio": 0.0}}}, ["losses", "updates"]),
+        ((), {}, []),
+    ],
+)
+@pytest.mark.parametrize("points", [1, 3])
+def test_any_curves_are_drawn_and_those_without_points_left_out(
+    points: int, kinds: tuple[str, ...], change: dict, charts: list[str], written: Written
+) -> None:
+    text = (written.run / "metrics.jsonl").read_text()
+    lines = [line | change for line in map(json.loads, text.splitlines()) if line["kind"] in kinds][-points:]
+    html = page.curves(SimpleNamespace(lines=lines, dataset=written.dataset))  # type: ignore[arg-type]
+    assert [div.attributes["id"] for div in Page(html).root.all("div", "plotly-graph-div")] == charts
+
+
+def test_predictions_are_the_networks_probabilities_of_these_pictures(written: Written) -> None:
+    network = Grouped(RECIPE.model, len(CLASSES))
+    network.load(written.weights)
+    with Loader(written.data, "val", batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
+        batch = next(loader)
+        rows = network(batch.images).double().softmax(1).numpy()
+    assert np.ptp(rows, axis=1).min() > 0.01, "no test: all classes are equally probable"
+    image, jpegs = sheet(written.page, "validation-images"), stored(written.data, "val")
+    alt, drawn = image.attributes["alt"], pixels(image)
+    ids = [int(number) for number in re.findall(r"val sample (\d+) ", alt)]
+    assert len(ids) == len(set(ids)) == min(8, len(jpegs))
+    texts = []
+    for i, number in enumerate(ids):
+        best = ", ".join(f"{CLASSES[label]} {100 * rows[number][label]:.1f} %" for label in np.argsort(-rows[number]))
+        texts.append(f"val sample {number} ({CLASSES[int(batch.labels[number])]}) is taken for {best}")
+        top = 63 + 200 * i
+        shown = picture(np.asarray(Image.open(io.BytesIO(jpegs[number]))), 184)
+        assert (drawn[top : top + 184, 16 : 16 + 184] == np.asarray(shown)).all()
+    assert alt == "; ".join(texts)
+
+
+def features(written: Written, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """What fc8 is given, of each sample of a split: (n, 8), and the labels (n,)."""
+    network = Grouped(RECIPE.model, len(CLASSES))
+    network.load(written.weights)
+    with Loader(written.data, split, batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
+        batch = next(loader)
+        return network.run(network.layers[:-1], batch.images, [None] * 7)[0].numpy(), batch.labels.numpy()
+
+
+def test_neighbours_are_the_nearest_training_images(written: Written) -> None:
+    (asked, labels), (rows, known) = features(written, "val"), features(written, "train")
+    alt = sheet(written.page, "similar-training-images").attributes["alt"]
+    queries = [int(number) for number in re.findall(r"nearest to val sample (\d+) ", alt)]
+    assert len(queries) == 5
+    texts = []
+    for query in queries:
+        distances = np.sqrt(((rows.astype(np.float64) - asked[query]) ** 2).sum(1))
+        nearest = np.argsort(distances, kind="stable")[:6]
+        samples = ", ".join(f"{i} ({CLASSES[known[i]]}) at {distances[i]:.4g}" for i in nearest)
+        texts.append(f"nearest to val sample {query} ({CLASSES[labels[query]]}): training samples {samples}")
+    assert re.sub(r"(\.\d*?)0+\b", r"\1", alt) == re.sub(r"(\.\d*?)0+\b", r"\1", "; ".join(texts))
+
+
+def test_many_training_images_are_looked_for_in_the_index(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(written.run, tmp_path / "run"))
+    checkpoint = checkpoints.load(run)
+    network = load_network(checkpoint, written.dataset, (torch.device("cpu"),) * 2, run)
+
+    def neighbours() -> str | list[list[int]]:
+        data = gather.gather(run, written.dataset, network, checkpoint)
+        return data.lacking.get("neighbours") or [[image.id for image in near] for _query, near in data.similar]
+
+    expected = neighbours()
+    assert len(expected) == 5
+    monkeypatch.setattr(gather, "SEARCHED", 3)
+    assert "no index there" in neighbours()
+    monkeypatch.setattr(codes, "STEPS", 20)
+    made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
+    assert made.exit_code == 0, made.output
+    assert neighbours() == expected
+    (run / "index" / "features.npy").write_bytes(b"")  # the other figures do not need it
+    assert "make it again" in neighbours()
+
+
+def test_commands_give_the_recipe(written: Written) -> None:
+    (text,) = (pre.text for pre in written.page.root.all("footer")[0].all("pre"))
+    commands = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+    assert commands[0] == [
+        *("python", "tools/build_shards.py", "RAW", str(written.data)),
+        *("--samples-per-shard", "10", "--holdout", "0.25"),
+    ]
+    train = commands[1]
+    assert train[train.index("--out") + 1] == str(written.run)
+    settings = [train[i + 1] for i, word in enumerate(train) if word == "--set"]
+    assert recipe.load(train[train.index("--recipe") + 1], settings) == RECIPE
+    assert [command[3] for command in commands[1:]] == ["train", "evaluate", "figures"]
 
 
 # What may be missing
@@ -113,9 +309,12 @@ def test_no_validation_split_and_few_training_samples(tmp_path: Path) -> None:
     assert len(page.root.all("img", "seen")) == len(page.root.all("img", "stored")) == dataset.splits["train"].samples
 
 
-def test_only_errors_and_another_split(written: Written, tmp_path: Path) -> None:
+def test_only_errors_of_another_split_beside_an_old_evaluation(written: Written, tmp_path: Path) -> None:
     run = shutil.copytree(written.run, tmp_path / "run")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {"step": 30}))
     assert invoke(written.data, run, "--only-errors", "--split", "train").exit_code == 0
+    assert "out of date" in read_page(run).section("result").all("caption")[0].text
     section = read_page(run).section("images-of-train")
     assert "Only images that the network gets wrong" in section.text
     shown = sheet(read_page(run), "images-of-train").attributes["alt"].split("; ")
@@ -125,32 +324,27 @@ def test_only_errors_and_another_split(written: Written, tmp_path: Path) -> None
         assert not guesses.startswith(label), "the most probable label is the true one"
 
 
-def test_old_evaluation_says_so(written: Written, tmp_path: Path) -> None:
-    run = shutil.copytree(written.run, tmp_path / "run")
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation.json").write_text(json.dumps(evaluation | {"step": 30}))
-    assert invoke(written.data, run).exit_code == 0
-    assert "out of date" in read_page(run).section("result").all("caption")[0].text
-
-
-def fails_in_one_line(data: Path, run: Path) -> str:
-    result = invoke(data, run)
-    assert result.exit_code == 2
-    (line,) = result.output.splitlines()
-    return line
-
-
 def test_mistakes_are_one_line(written: Written, tmp_path: Path) -> None:
-    assert "no checkpoint" in fails_in_one_line(written.data, tmp_path)
-    (file,) = (written.run / "checkpoints").iterdir()
-    assert "not a directory" in fails_in_one_line(written.data, file)
+    one_line(invoke(written.data, tmp_path), "no checkpoint")
+    one_line(invoke(written.data, checkpoints.files(written.run)[0]), "not a directory")
     run = shutil.copytree(written.run, tmp_path / "run")
     (run / "report.html").unlink()
-    for damaged in ("{", "{}", '{"step": 1, "split": "val", "dataset": "", "centre": {}, "ten": 3}'):
+    for damaged in ("{", '{"step": 1, "split": "val", "dataset": "", "centre": {}, "ten": 3}'):
         (run / "evaluation.json").write_text(damaged)
-        assert "evaluation.json: damaged" in fails_in_one_line(written.data, run)
-    other = replace(checkpoints.load(written.run), dataset="0" * 64)
-    checkpoints.save(run, other)
-    assert "trained on the data set 000000000000" in fails_in_one_line(written.data, run)
+        one_line(invoke(written.data, run), "evaluation.json: damaged")
+    checkpoints.save(run, replace(checkpoints.load(written.run), dataset="0" * 64))
+    one_line(invoke(written.data, run), "trained on the data set 000000000000")
     assert not (run / "report.html").exists()
-    assert manifest.load(written.data).identity == written.dataset.identity
+
+
+def test_a_page_that_cannot_be_written_fails_no_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(page, "write_bytes_aside", full)
+    result = train(dataset, tmp_path / "run", 1, page=True)
+    assert result.exit_code == 0, result.output
+    assert f"no page: {tmp_path / 'run'}/figures/kernels.png: No space left on device" in result.output
+    one_line(trainer("figures", tmp_path / "run", "--data", dataset, "--devices", "cpu,cpu"), "No space left on device")

@@ -1,4 +1,4 @@
-"""Who may go on with an unfinished build: whoever would give the same bytes, and one at a time."""
+"""Unfinished builds: the same command goes on where the bytes would be the same, one at a time; others are refused."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from pipeline import manifest
 from pipeline.manifest import DatasetError
 from pipeline.offline import lock
 from pipeline.offline.shards import load_record
+from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 OTHER_CODECS = """
 import sys
@@ -29,7 +30,7 @@ main(sys.argv[1:])
 
 
 def refusal(raw: Path, root: Path, *options: object) -> str:
-    """The one line of a command that ends before it changes anything."""
+    """Return the one line of a command that ends before it changes anything."""
     before = digests(root)
     refused = build(raw, root, *LITTLE, *options)
     assert refused.exit_code == 2, refused.output
@@ -38,52 +39,51 @@ def refusal(raw: Path, root: Path, *options: object) -> str:
     return refused.stderr
 
 
+@pytest.fixture
+def root(half: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the unfinished build."""
+    return Path(shutil.copytree(half[1], tmp_path / "dataset"))
+
+
+def times(root: Path) -> dict[str, int]:
+    return {path.stem: path.stat().st_mtime_ns for path in sorted(root.rglob("*.tar"))}
+
+
 def resumed(raw: Path, root: Path, *options: object) -> dict[str, str]:
-    """The files of a dataset that the command makes whole."""
+    """Return the files of the dataset that the command completes."""
     done = build(raw, root, *LITTLE, *options)
     assert done.exit_code == 0, done.output
     return digests(root)
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("options", "change", "words"),
     [
-        ("--quality", 80, "quality 95 → 80"),
-        ("--size", 33, "size 32 → 33"),
-        ("--seed", 7, "seed 2012 → 7"),
-        ("--samples-per-shard", 7, "samples_per_shard 6 → 7"),
-        ("--limit", 100, "limit 0 → 100, raw images of train 144 →"),
+        (("--quality", 80), str, "holds an unfinished build that differs in quality 95 → 80; run that one again, or"),
+        (
+            ("--size", 33, "--seed", 7, "--samples-per-shard", 7),
+            str,
+            "samples_per_shard 6 → 7, seed 2012 → 7, size 32 → 33",
+        ),
+        (("--limit", 100), str, "differs in limit 0 → 100, raw images of train 144 →"),
+        ((), lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "of val 24 → 25"),
+        ((), lambda raw: (raw / "val/blobs/blobs_val1.jpg").rename(raw / "val/blobs/new.jpg"), "names of its raw"),
+        ((), lambda raw: [(raw / s / "checks").rename(raw / s / "dots") for s in ("train", "val")], "checks → dots"),
     ],
 )
-def test_another_recipe_is_refused(half: tuple[Path, Path], option: str, value: int, words: str):
-    error = refusal(*half, option, value)
-    assert f"holds an unfinished build that differs in {words}" in error
-    assert "run that one again, or delete" in error
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda raw: shutil.copy(raw / "val/blobs/blobs_val1.jpg", raw / "val/blobs/new.jpg"), "images of val 24 → 25"),
-        (lambda raw: (raw / "train/blobs/blobs_train1.jpg").unlink(), "images of train 144 → 143"),
-        (lambda raw: (raw / "val/blobs/blobs_val1.jpg").rename(raw / "val/blobs/new.jpg"), "names of its raw images"),
-        (lambda raw: [(raw / s / "checks").rename(raw / s / "squares") for s in ("train", "val")], "checks → squares"),
-        (lambda raw: shutil.rmtree(raw / "train" / "checks"), "images of train 144 → 96"),
-    ],
-)
-def test_other_raw_images_are_refused(
-    half: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], object], words: str
+def test_another_build_is_refused(
+    half: tuple[Path, Path], tmp_path: Path, options: tuple[object, ...], change: Callable[[Path], object], words: str
 ):
     raw = Path(shutil.copytree(half[0], tmp_path / "raw"))
     change(raw)
-    assert words in refusal(raw, half[1])
+    assert words in refusal(raw, half[1], *options)
 
 
 def test_a_raw_file_of_another_size_is_refused_where_its_shard_is_finished(
-    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path
+    half: tuple[Path, Path], root: Path, little_dataset: dict[str, str], tmp_path: Path
 ):
     """Nothing that is finished changes; once the file is as it was, the build goes on."""
-    raw, root = Path(shutil.copytree(half[0], tmp_path / "raw")), Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    raw = Path(shutil.copytree(half[0], tmp_path / "raw"))
     files = sorted((raw / "train").rglob("*.jpg"))
     for path in files:
         path.write_bytes(path.read_bytes() + b"more")
@@ -94,105 +94,85 @@ def test_a_raw_file_of_another_size_is_refused_where_its_shard_is_finished(
     assert resumed(raw, root, "--workers", 1) == little_dataset
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_other_codecs_are_refused(half: tuple[Path, Path], tmp_path: Path, workers: int):
-    """In the process that resumes; and in its workers, as on another machine."""
-    root = half[1]
+def test_other_codecs_are_refused(half: tuple[Path, Path], root: Path, tmp_path: Path):
+    """In the process that resumes; and in the workers of a new build, as on another machine."""
     before = digests(root)
-    line = [sys.executable, "-c", OTHER_CODECS, *command(*half, "--workers", workers)[2:]]
-    refused = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert refused.returncode == 2, refused.stderr
-    assert "differs in jpeg " in refused.stderr
-    assert "→ 9.9.9;" in refused.stderr
+    for dataset, words in (
+        (root, "differs in jpeg "),
+        (tmp_path / "new", "other codecs than the build began with (jpeg 9.9.9 → "),  # `-c` leaves workers as they are
+    ):
+        line = [sys.executable, "-c", OTHER_CODECS, *command(half[0], dataset, "--workers", 2)[2:]]
+        refused = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert words in refused.stderr
     assert digests(root) == before
-    if workers > 1:  # the parent alone has them, in a new build: `-c` leaves workers as they are
-        line = [sys.executable, "-c", OTHER_CODECS, *command(half[0], tmp_path / "new", "--workers", workers)[2:]]
-        failed = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert failed.returncode == 2
-        assert len(failed.stderr.splitlines()) == 1
-        assert "other codecs than the build began with (jpeg 9.9.9 → " in failed.stderr
-        assert not list((tmp_path / "new").rglob("*.tar"))
+    assert not list((tmp_path / "new").rglob("*.tar"))
 
 
 def test_a_second_build_of_one_dataset_is_refused(
     little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Another part of the same build may run beside a part."""
     monkeypatch.setattr(lock, "PATIENCE", 0.1)  # of a part
-    root = tmp_path / "dataset"
-    first = begun(command(little, root, "--workers", 1))
-    until(first, lambda: len(list(root.rglob("*.npz"))) >= 2)
-    os.kill(first.pid, signal.SIGSTOP)
-    for options in ((), ("--part", "1/2"), ("--merge",), ("--workers", 1)):
-        assert "another build is writing there; wait for it, or stop it" in refusal(little, root, *options)
-    os.kill(first.pid, signal.SIGCONT)
-    _, errors = first.communicate(timeout=60)
-    assert first.returncode == 0, errors
-    assert digests(root) == little_dataset
-    assert "a finished dataset is there already" in refusal(little, root)
+    for options, others in ((("--part", "1/2"), [(), ("--merge",)]), ((), [(), ("--merge",), ("--part", "1/2")])):
+        root = tmp_path / f"dataset{len(options)}"
+        first = begun(command(little, root, "--workers", 1, *options))
+        until(first, lambda root=root: len(list(root.rglob("*.npz"))) >= 2)
+        os.kill(first.pid, signal.SIGSTOP)
+        for other in others:
+            assert "another build is writing there; wait for it, or stop it" in refusal(little, root, *other)
+        if options:
+            resumed(little, root, "--workers", 1, "--part", "2/2")
+        os.kill(first.pid, signal.SIGCONT)
+        _, errors = first.communicate(timeout=60)
+        assert first.returncode == 0, errors
+        if options:
+            resumed(little, root, "--merge")
+        assert digests(root) == little_dataset
+        assert "a finished dataset is there already" in refusal(little, root)
 
 
-def test_a_build_is_refused_while_a_part_is_built(little: Path, little_dataset: dict[str, str], tmp_path: Path):
-    root = tmp_path / "dataset"
-    part = begun(command(little, root, "--workers", 1, "--part", "1/2"))
-    until(part, lambda: len(list(root.rglob("*.npz"))) >= 2)
-    os.kill(part.pid, signal.SIGSTOP)
-    assert "another build is writing there" in refusal(little, root)
-    resumed(little, root, "--workers", 1, "--part", "2/2")
-    os.kill(part.pid, signal.SIGCONT)
-    _, errors = part.communicate(timeout=60)
-    assert part.returncode == 0, errors
-    assert resumed(little, root, "--merge") == little_dataset
-
-
-def test_finished_shards_are_not_built_again(half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path):
-    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
+def test_damage_to_a_record_or_a_shard_costs_this_shard_and_nothing_else(
+    half: tuple[Path, Path], root: Path, little_dataset: dict[str, str]
+):
+    before = times(root)
+    empty, changed, torn, lacking, *others = sorted(path.stem for path in (root / ".build").glob("*-*.npz"))
+    assert others
+    (root / ".build" / f"{empty}.npz").write_bytes(b"")
+    data = (root / ".build" / f"{changed}.npz").read_bytes()
+    (root / ".build" / f"{changed}.npz").write_bytes(data.replace(b'"raw"', b'"row"', 1))
+    os.truncate(root / "train" / f"{torn}.tar", 1024)
+    (root / "train" / f"{lacking}.idx").unlink()
+    assert b'"raw"' in data
     with pytest.raises(DatasetError, match="its build has not finished"):
         manifest.load(root)
     assert resumed(half[0], root, "--workers", 1) == little_dataset
-    assert before
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    after = times(root)
+    assert {name for name in before if after[name] != before[name]} == {empty, changed, torn, lacking}
 
 
-@pytest.mark.parametrize("cut", ["nothing is left", "half is left", "zeros at the end", "a letter of its JSON"])
-def test_a_damaged_record_costs_its_shard_and_nothing_else(
-    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path, cut: str
-):
-    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
-    record = root / ".build" / "train-000001.npz"
-    data = record.read_bytes()
-    damaged = {
-        "nothing is left": b"",
-        "half is left": data[: len(data) // 2],
-        "zeros at the end": data[:-30] + bytes(30),
-        "a letter of its JSON": data.replace(b'"raw"', b'"row"', 1),
-    }[cut]
-    assert damaged != data
-    record.write_bytes(damaged)
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}
-    assert resumed(half[0], root, "--workers", 1) == little_dataset
-    assert [path.name for path, when in before.items() if path.stat().st_mtime_ns != when] == ["train-000001.tar"]
+def test_a_flipped_bit_makes_a_record_invalid(root: Path):
+    """In the headers of its zip: encryption, other compression, wrong positions."""
+    file = min((root / ".build").glob("*.npz"))
+    name, good = f"{file.stem.partition('-')[0]}/{file.stem}", file.read_bytes()
+    assert load_record(root, name) is not None
+    invalid = 0
+    for case in range(400):
+        chance, data = random.Random(case), bytearray(good)
+        data[chance.choice([*range(600), *range(len(good) - 800, len(good))])] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+        invalid += load_record(root, name) is None
+    assert invalid > 200
 
 
-def test_a_torn_or_missing_shard_is_built_again(
-    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path
-):
-    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
-    os.truncate(root / "train" / "train-000000.tar", 1024)
-    (root / "train" / "train-000001.idx").unlink()
-    assert resumed(half[0], root, "--workers", 1) == little_dataset
-
-
-def test_a_damaged_plan_is_named(half: tuple[Path, Path], tmp_path: Path):
-    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
+def test_a_damaged_plan_is_named(half: tuple[Path, Path], root: Path):
     for damaged in ("", "{", "[]", "{}", '{"recipe": 1}'):
         (root / ".build" / "plan.json").write_text(damaged)
         assert "plan.json: damaged" in refusal(half[0], root)
 
 
-def test_a_build_that_an_older_version_began_is_refused(half: tuple[Path, Path], tmp_path: Path):
+def test_a_build_that_an_older_version_began_is_refused(half: tuple[Path, Path], root: Path):
     """The state of version 1 had no format number; everything else in it was as it is now."""
-    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
     state = root / ".build" / "plan.json"
     body = json.loads(state.read_text())
     assert body.pop("format") == 2
@@ -212,10 +192,10 @@ def test_a_kill_before_the_plan_was_written_is_no_obstacle(
 
 
 def test_the_last_moments_of_a_build_are_no_obstacle(
-    half: tuple[Path, Path], little_dataset: dict[str, str], tmp_path: Path
+    half: tuple[Path, Path], root: Path, little_dataset: dict[str, str], tmp_path: Path
 ):
     """A kill may leave a whole dataset with all of its state, with the plan alone, or with a folder without it."""
-    raw, root = half[0], Path(shutil.copytree(half[1], tmp_path / "dataset"))
+    raw = half[0]
     state = shutil.copytree(root / ".build", tmp_path / "state")
     assert resumed(raw, root, "--workers", 1) == little_dataset
     for keep in ("*", "plan.json"):
@@ -235,16 +215,17 @@ def test_the_last_moments_of_a_build_are_no_obstacle(
         assert digests(root) == little_dataset
 
 
-def test_a_damaged_record_is_no_record(half: tuple[Path, Path], tmp_path: Path):
-    """Flipped bits in the headers of its zip: encryption, other compression, wrong places."""
-    root = Path(shutil.copytree(half[1], tmp_path / "dataset"))
-    file = min((root / ".build").glob("*.npz"))
-    name, good = f"{file.stem.partition('-')[0]}/{file.stem}", file.read_bytes()
-    assert load_record(root, name) is not None
-    damaged = 0
-    for case in range(400):
-        chance, data = random.Random(case), bytearray(good)
-        data[chance.choice([*range(600), *range(len(good) - 800, len(good))])] ^= 1 << chance.randrange(8)
-        file.write_bytes(data)
-        damaged += load_record(root, name) is None
-    assert damaged > 200
+@pytest.mark.proof
+def test_an_interrupted_build_in_a_store_goes_on_and_another_recipe_is_refused(s3: Store, raw: Path, dataset: Path):
+    s3.upload(raw, "raw")
+    arguments = (f"{s3.url}/raw", f"{s3.url}/parts", "--workers", 1, "--samples-per-shard", 16)
+    part = build(*arguments, "--part", "1/2")
+    assert part.exit_code == 0, part.output
+    with pytest.raises(DatasetError, match="its build has not finished"):
+        manifest.load(f"{s3.url}/parts")
+    other = build(*arguments, "--quality", 50)
+    assert other.exit_code == 2
+    assert "quality 95 → 50" in other.output
+    assert "not built yet" in build(*arguments, "--merge").output
+    assert build(*arguments).exit_code == 0
+    assert s3.digests("parts") == digests(dataset)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.online import Loader
-from pipeline.online.graph import Decoder
 from pipeline.online.normalise import Normaliser
 from pipeline.online.samples import SampleReader
 from pipeline.online.stall import Meter, Wait, waited
+from pipeline.online.turbo import Decoder
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Views of any size, as of CIFAR-10: 24 × 24 of 32 × 32 pixels; every picture against Pillow's decoder and numpy."""
+"""Views of any size, 24 of 32 × 32 pixels as of CIFAR-10 or 224 of 256: each against Pillow's decoder and numpy."""
 
-from collections.abc import Callable
 from itertools import islice, product
 from pathlib import Path
 
@@ -16,17 +15,33 @@ from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels
 
 SIZE, VIEW = 32, 24
-CPUS = ("cpu:0", "cpu:1")  # two devices by name: two graphs, each with its part of a batch
+CPUS = ("cpu:0", "cpu:1")  # by name two devices
 CORNERS = [(0, 0), (0, 8), (4, 4), (8, 0), (8, 8)]
 PLACES = {  # views → top, left, and the step along a row
     "centre": [(4, 4, 1)],
     "ten": [(top, left, step) for step in (1, -1) for top, left in CORNERS],
     "nine": [(top, left, 1) for top, left in product((0, 4, 8), repeat=2)],
 }
+OPTIONS = [
+    {},
+    {"mean": "aligned"},
+    {"mean": "colour"},
+    {"lighting": "paper"},
+    {"lighting": "off"},
+    {"shrink": False},
+    {"lighting": "paper", "shrink": True, "mean": "aligned"},
+    {"positions": "paper", "crop_chunk": 4},
+    {"crop_chunk": 3, "mean": "aligned"},
+    {"lighting_until": 3},
+    {"view": 31},
+    {"view": 32, "mean": "aligned"},  # one place; the mean image is as large as a view, and yet it is mirrored
+    {"view": 1},
+    {"view": 224},  # of the larger pictures
+]
 
 
 def pictures(built: Manifest, split: str) -> list[np.ndarray]:
-    """Each (32, 32, 3) uint8, as Pillow decodes it, in the order of the ids."""
+    """Each (size, size, 3) uint8, as Pillow decodes it, in the order of the ids."""
     with SampleReader(built, split) as reader:
         return [jpeg_pixels(data.tobytes()) for data in reader.read(np.arange(built.split(split).samples))]
 
@@ -36,49 +51,47 @@ def window(image: np.ndarray, top: int, left: int, step: int, view: int = VIEW) 
 
 
 def recipe_of(built: Manifest, **options: object) -> augment.AlexNet:
-    return augment.AlexNet(augment.Transform(**options), built.statistics(), SIZE, seed=3)  # type: ignore[arg-type]
+    transform = augment.Transform(**options)  # type: ignore[arg-type]
+    return augment.AlexNet(transform, built.statistics(), built.recipe.size, seed=3)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"mean": "aligned"},
-        {"mean": "colour"},
-        {"positions": "paper", "crop_chunk": 4},
-        {"view": 31},
-        {"view": 32, "mean": "aligned"},  # one place; the mean image is as large as a view, and yet it is mirrored
-        {"view": 2},  # of 1 pixel at the left edge, libjpeg's colour is another: it does not see the next one
-    ],
-    ids=str,
-)
-def test_random_views_equal_pillow_and_numpy(small: Path, options: dict):
-    """Within float32's rounding of the formula in float64, and bit for bit of `augment.reference`."""
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_random_views_equal_pillow_and_numpy(small: Path, dataset: Path, options: dict):
+    """Within float32's rounding of the formula in float64, and bit for bit of `augment.reference`; each device alike.
+
+    The formula of the specification: (crop, flipped or not, − mean + lighting) / 1.1.
+    """
     options = {"view": VIEW, **options}
-    view, chunk, built = options["view"], options.get("crop_chunk", 1), manifest.load(small)
+    view, chunk = options["view"], options.get("crop_chunk", 1)
+    built = manifest.load(dataset if view > SIZE else small)
     recipe, known, statistics = recipe_of(built, **options), pictures(built, "train"), built.statistics()
-    middle, places = (SIZE - view) // 2, SIZE - view + (options.get("positions") != "paper")
-    deviations = np.sqrt(statistics.eigenvalues)
-    with Loader(built, batch_size=16, seed=3, **options) as loader:
-        for batch in islice(loader, 4):  # an epoch, whose last batch is short, and one more
-            n, heads = len(batch.ids), batch.ids[np.arange(len(batch.ids)) // chunk * chunk]
+    middle, places = (built.recipe.size - view) // 2, built.recipe.size - view + (options.get("positions") != "paper")
+    lighting = options.get("lighting", "code")
+    deviations = np.sqrt(statistics.eigenvalues) if lighting == "code" else statistics.eigenvalues / 255
+    seen = []
+    with Loader(built, batch_size=8, seed=3, device=CPUS, **options) as loader:
+        for batch in islice(loader, 7):  # an epoch, whose last batch is short, and one more
+            heads = batch.ids[np.arange(len(batch.ids)) // chunk * chunk]
+            seen.append(len(batch.ids))
+            lit = lighting != "off" and batch.step < options.get("lighting_until", 10**9)
+            divisor = 1.1 if options.get("shrink", lighting == "code") and lit else 1
             draws = augment.draw(3, batch.epoch, batch.ids, places, heads)
-            crops = recipe.crops(batch.step, batch.epoch, batch.ids, heads, np.full((n, 2), SIZE))
-            assert batch.images.shape == (n, 3, view, view)
-            for i, number in enumerate(batch.ids):
+            crops = recipe.crops(batch.step, batch.epoch, batch.ids, heads, np.empty((len(batch.ids), 2)))
+            rest = recipe.mean_deviations.get(recipe.divisor(batch.step))
+            assert batch.labels.tolist() == built.samples("train")["label"][batch.ids].tolist()
+            assert all(torch.equal(batch.images, images) for images in batch.replicas)
+            for i, (number, image) in enumerate(zip(batch.ids, batch.images.numpy(), strict=True)):
                 place = (*draws.crop[i].tolist(), -1 if draws.flip[i] else 1)
                 own = {
                     "centre": window(statistics.mean_image, middle, middle, 1, view),
                     "aligned": window(statistics.mean_image, *place, view),
                     "colour": statistics.mean_color,
                 }[options.get("mean", "centre")]
-                shift = statistics.eigenvectors @ (0.1 * draws.normals[i] * deviations)
-                formula = (window(known[number], *place, view) - own + shift) / 1.1
-                np.testing.assert_allclose(batch.images[i].numpy(), formula.transpose(2, 0, 1), atol=1e-4)
-                bits = augment.reference(
-                    known[number], crops, i, recipe.mean_deviations.get(recipe.divisor(batch.step)), recipe.aligned
-                )
-                assert (batch.images[i].numpy() == bits).all()
+                shift = statistics.eigenvectors @ (0.1 * draws.normals[i] * deviations) if lit else 0
+                formula = (window(known[number], *place, view) - own + shift) / divisor
+                np.testing.assert_allclose(image, formula.transpose(2, 0, 1), atol=1e-4)
+                assert (image == augment.reference(known[number], crops, i, rest, recipe.aligned)).all()
+    assert seen == [8, 8, 8, 8, 8, 1, 8]
 
 
 def test_random_views_start_at_all_81_places_equally_often(small: Path):
@@ -102,8 +115,7 @@ def test_random_views_start_at_all_81_places_equally_often(small: Path):
 
 @pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
 @pytest.mark.parametrize("views", PLACES)
-@pytest.mark.parametrize("device", ["cpu", CPUS])
-def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mean: str, device: str | tuple[str, str]):
+def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mean: str):
     """(picture's window − mean image's centre) and the like, in float64, and bit for bit in float32."""
     built = manifest.load(small)
     recipe, statistics = recipe_of(built, views=views, mean=mean, view=VIEW), built.statistics()
@@ -111,8 +123,9 @@ def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mea
         recipe.crops(0, 0, np.arange(9), None, np.full((9, 2), SIZE)),
         recipe.mean_deviations.get(recipe.divisor(0)),
     )
-    with Loader(built, "val", batch_size=4, views=views, mean=mean, view=VIEW, device=device) as loader:
+    with Loader(built, "val", batch_size=4, views=views, mean=mean, view=VIEW, device=CPUS) as loader:
         batches = list(loader)
+        assert list(loader) == []  # it is over
     several = () if views == "centre" else (len(PLACES[views]),)
     for batch in batches:
         assert batch.images.shape == (len(batch.ids), *several, 3, VIEW, VIEW)
@@ -151,24 +164,13 @@ def test_a_rank_without_samples_has_no_views(small: Path, views: str):
         ]
 
 
-@pytest.mark.parametrize(("places", "count"), [(augment.ten_views, 10), (augment.nine_views, 9)])
-def test_places_of_several_views(places: Callable[[int, int], list], count: int):
+def test_places_of_several_views():
     """The middle is rounded down; a view as large as the picture has but one place."""
-    for size, view, known in ((256, 224, {0, 16, 32}), (32, 25, {0, 3, 7}), (32, 32, {0})):
-        found = places(size, view)
-        assert len(found) == count
-        assert {top for top, *_ in found} == {left for _, left, _ in found} == known
-    assert len(set(places(32, 24))) == count
-    assert augment.nine_views(32, 24)[:4] == [(0, 0, False), (0, 4, False), (0, 8, False), (4, 0, False)]
-
-
-def test_a_state_of_another_view_is_refused(small: Path):
-    with Loader(small, batch_size=8, view=24) as one, Loader(small, batch_size=8, view=28) as other:
-        state = one.state_dict()
-        assert state["view"] == 24
-        with pytest.raises(UserError, match="view: 24 there, 28 here"):
-            other.load_state_dict(state)
-        one.load_state_dict(state)
+    for places, count in ((augment.ten_views, 10), (augment.nine_views, 9)):
+        for size, view, known in ((256, 224, {0, 16, 32}), (32, 25, {0, 3, 7}), (32, 32, {0})):
+            found = places(size, view)
+            assert len(found) == count
+            assert {top for top, *_ in found} == {left for _, left, _ in found} == known
 
 
 def test_pictures_smaller_than_a_view(small: Path):

@@ -14,9 +14,9 @@ MODULES = {  # command → its module, and one line of help
     "evaluate": ("evaluate", "Compute top-1 and top-5 error over every image of a split."),
     "ensemble": ("ensemble", "Average the probabilities of several networks."),
     "predict": ("predict", "Print the five most probable labels of each picture."),
-    "figures": ("commands.figures", "Draw RUN/figures/*.png and the page RUN/report.html."),
-    "index": ("commands.index", "Write the features of every image of a split."),
-    "similar": ("commands.similar", "Find the images of an index nearest to each PICTURE."),
+    "figures": ("figures.page", "Draw RUN/figures/*.png and the page RUN/report.html."),
+    "index": ("retrieval.index", "Write the features of every image of a split."),
+    "similar": ("retrieval.similar", "Find the images of an index nearest to each PICTURE."),
     "export": ("export", "Write a run's network for other programs."),
 }
 COMMANDS = {name: line for name, (_, line) in MODULES.items()}

@@ -1,9 +1,9 @@
-"""A run and its directory: what may start there, the lock, the history, and the weights taken from another run."""
+"""A run and its directory: what may start there, the lock, the history, and the first weights."""
 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, CheckpointWriter
 from trainer.layers import multiply_adds, parameter_count
 from trainer.metrics import Metrics
-from trainer.model import Weights
+from trainer.model import Weights, initial_weights
 from trainer.recipe import Recipe, difference, to_dict
 from trainer.terminal import Terminal
 
@@ -139,20 +139,22 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
         raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
 
 
-def weights_taken(source: Checkpoint, names: Sequence[str], own: Weights, classes: Sequence[str]) -> Weights:
-    """Return the weights of a checkpoint that a new network of weights `own` takes over.
+def first_weights(settings: Settings, classes: tuple[str, ...]) -> Weights:
+    """Return the weights of a new run, those of `init` among them: of the layers named, or of all that fit.
 
-    Args:
-        names: of layers; empty: all that fit, by name and shape. The last one fits if the classes are the same, too.
-    Raises:
-        UserError: a layer that was named does not fit, or is not there; or none fits.
+    A layer fits by its name and shape, and the last one only if the classes are the same, too.
+    Raises UserError: a layer that was named does not fit, or is not there; or none fits.
     """
-    layers = list(dict.fromkeys(name.partition(".")[0] for name in own))
+    weights = initial_weights(settings.recipe.model, len(classes), settings.recipe.train.seed)
+    source, names = settings.init, settings.init_layers
+    if source is None:
+        return weights
+    layers = list(dict.fromkeys(name.partition(".")[0] for name in weights))
     shapes = {name: w.shape for name, w in source.weights.items()}
     fitting = [
         layer
         for layer in layers
-        if all(shapes.get(name) == w.shape for name, w in own.items() if name.startswith(f"{layer}."))
+        if all(shapes.get(name) == w.shape for name, w in weights.items() if name.startswith(f"{layer}."))
         and (layer != layers[-1] or source.classes == classes)
     ]
     for name in names:
@@ -162,7 +164,7 @@ def weights_taken(source: Checkpoint, names: Sequence[str], own: Weights, classe
             raise UserError(f"--init-layers {name}: {reason}; those that fit are {', '.join(fitting) or 'none'}")
     if not fitting:
         raise UserError("--init: no layer of that network has the name and shape of one of this; name another")
-    return {name: w for name, w in source.weights.items() if name.partition(".")[0] in (names or fitting)}
+    return weights | {name: w for name, w in source.weights.items() if name.partition(".")[0] in (names or fitting)}
 
 
 def history_entry(settings: Settings, dataset: Manifest, processes: int) -> dict[str, Any]:

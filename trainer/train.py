@@ -20,13 +20,12 @@ from trainer import data as loaders
 from trainer import nonfinite
 from trainer import recipe as recipes
 from trainer import run as runs
-from trainer.commands.figures import drawn
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
 from trainer.dropout import masks as drawn_masks
 from trainer.evaluate import error_rates, labelled
 from trainer.metrics import LogInterval
-from trainer.model import Masks, initial_weights
+from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
 from trainer.options import DATA, DEVICES, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
@@ -117,11 +116,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             network.load(resumed.weights)
             optimiser.velocity = network.scatter(resumed.velocity)
         elif world.is_main:
-            weights = initial_weights(recipe.model, len(classes), recipe.train.seed)
-            if settings.init:
-                weights |= runs.weights_taken(settings.init, settings.init_layers, weights, classes)
-            network.load(weights)
-            del weights
+            network.load(runs.first_weights(settings, classes))
     replicas = Replicas(network, world)  # with the main process's weights
     world.broadcast([v for part in optimiser.velocity for v in part.values()])
 
@@ -228,12 +223,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as train.steps=4; may be repeated."
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
-@click.option(
-    "--other-data", is_flag=True, help="Resume on other data than the checkpoint's, of the same classes, too."
-)
-@click.option(
-    "--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run or checkpoint that fit."
-)
+@click.option("--other-data", is_flag=True, help="Resume on other data of the same classes, too.")
+@click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
 @click.option(
@@ -284,9 +275,11 @@ def train(
         with remedies(run, world):
             main(runs.Settings(data, run, chosen, where, resumed, other_data, initial, layers), world)
     if world.is_main:
+        from trainer.figures import page  # imports plotly
+
         try:
-            click.echo(f"page: {drawn(data, run, where)[-1]}")
-        except UserError as error:  # a sample that does not decode, say: the run is whole, and saved
+            click.echo(f"page: {page.draw(data, run, where)[-1]}")
+        except (UserError, OSError) as error:  # the run is whole, and saved, whatever happens to its page
             click.echo(f"no page: {error}", err=True)
 
 

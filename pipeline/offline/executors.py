@@ -139,7 +139,8 @@ def _connected(address: str | None) -> Iterator[ModuleType]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "1"}
     os.environ |= {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
     try:
-        import ray
+        with _signals_held():  # a Cython module swallows what is raised while it is imported
+            import ray
     except ImportError as error:
         raise UserError("--executor ray needs the package ray: pip install 'penstock-imagenet[ray]'") from error
     try:

@@ -69,7 +69,7 @@ class Plan:
     def part(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
         """Yield the images start … stop − 1 of a split."""
         labels = {record.wnid: record.label for record in self.classes}
-        for i in self.splits[split][start:stop].tolist():
+        for i in map(int, self.splits[split][start:stop]):
             raw = self.images[i]
             yield PlannedImage(self.keys[i], -1 if raw.wnid is None else labels[raw.wnid], raw)
 
@@ -127,7 +127,7 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
     numbers = np.asarray(images.split_numbers)[chosen]
     splits = {split: chosen[numbers == number] for number, split in enumerate(SPLITS)}
     if recipe.holdout and not images.has("val"):
-        train_keys = (keys[i] for i in splits["train"].tolist())
+        train_keys = (keys[i] for i in map(int, splits["train"]))
         held_out = _hashes("holdout", train_keys, len(splits["train"])) < np.uint64(recipe.holdout * 2.0**64)
         splits["train"], splits["val"] = splits["train"][~held_out], splits["train"][held_out]
     splits["train"] = _shuffled(f"order {recipe.seed}", keys, splits["train"])
@@ -151,7 +151,7 @@ def assign_keys(paths: Sequence[str]) -> Keys:
     taken = np.empty(0, np.uint64)  # hashes of the keys in use, sorted
     rest = np.arange(len(paths), dtype=np.uint32)
     for number in range(SPELLINGS):
-        hashes = _hashes("key", (_spell(paths[i], number) for i in rest.tolist()), len(rest))
+        hashes = _hashes("key", (_spell(paths[i], number) for i in map(int, rest)), len(rest))
         ordered = np.sort(hashes)
         free = ~(_among(hashes, ordered[1:][ordered[1:] == ordered[:-1]]) | _among(hashes, taken))
         spelling[rest[free]] = number
@@ -202,9 +202,11 @@ def _among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 
 def _shuffled(purpose: str, keys: Keys, indices: np.ndarray) -> np.ndarray:
     """Return the (n,) uint32 indices ordered by (hash, key)."""
-    hashes = _hashes(purpose, (keys[i] for i in indices.tolist()), len(indices))
-    if len(np.unique(hashes)) == len(hashes):
-        return indices[np.argsort(hashes)]
+    hashes = _hashes(purpose, (keys[i] for i in map(int, indices)), len(indices))
+    order = np.argsort(hashes)
+    ordered = hashes[order]
+    if (ordered[1:] != ordered[:-1]).all():  # np.unique would take 40 bytes a hash
+        return indices[order]
     # of 64 bits: once in 10⁵ data sets of 14 million images
     return np.array(sorted(indices.tolist(), key=lambda i: (_hash(purpose, keys[i]), keys[i])), np.uint32)
 
@@ -212,8 +214,8 @@ def _shuffled(purpose: str, keys: Keys, indices: np.ndarray) -> np.ndarray:
 def _by_name(images: RawTable, indices: np.ndarray) -> np.ndarray:
     """Return the (n,) uint32 indices ordered by the bytes of the file names, then of the folders."""
 
-    def name_and_folder(i: int) -> tuple[bytes, bytes]:
+    def name_and_folder(i: int) -> bytes:
         folder, slash, name = os.fsencode(images.paths[i]).rpartition(b"/")
-        return name, folder + slash
+        return name + b"\0" + folder + slash  # no path holds a zero byte; a tuple would take twice the memory
 
-    return np.array(sorted(indices.tolist(), key=name_and_folder), np.uint32)
+    return np.array(sorted(map(int, indices), key=name_and_folder), np.uint32)

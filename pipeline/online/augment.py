@@ -34,7 +34,7 @@ class Transform:
         positions: where random views start: at all (size − view + 1)² positions ("code": 33 × 33 of 256), or one less
             each way ("paper": 32 × 32, section 4.1).
         crop_chunk: so many samples in a row of a global batch share crop and flip; the 2012 code had 32.
-        view: pixels of a side of a view; from 2 on it equals Pillow's decoder and numpy bit for bit, on a CPU.
+        view: pixels of a side of a view; on a CPU it equals Pillow's decoder and numpy bit for bit.
     Raises UserError: an impossible value.
     """
 
@@ -150,7 +150,7 @@ def lighting_shift(normals: np.ndarray, statistics: Statistics, lighting: str = 
 
 
 def reference_view(image: np.ndarray, top: int, left: int, flip: bool, view: int = VIEW_SIZE) -> np.ndarray:
-    """Cut (view, view, 3) out of (size, size, 3): the oracle of the DALI graph."""
+    """Cut (view, view, 3) out of (size, size, 3): the oracle of the decoders."""
     window = image[top : top + view, left : left + view]
     return window[:, ::-1] if flip else window
 
@@ -161,7 +161,7 @@ def reference_normalise(
     """Return (view − offset) · (1/std) − mean_deviation, in float32 in this order: (h, w, 3) uint8 → (3, h, w) float32.
 
     `offset` (3,) is the mean colour less the lighting, and `mean_deviation` (h, w, 3) the mean image less the mean
-    colour, divided by std; None where only the colour is subtracted. The oracle of graph and `normalise`.
+    colour, divided by std; None where only the colour is subtracted. The oracle of `normalise`.
     """
     x = (view.astype(np.float32) - offset) * (np.float32(1) / std)
     return (x if mean_deviation is None else x - mean_deviation).transpose(2, 0, 1)

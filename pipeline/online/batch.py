@@ -92,6 +92,14 @@ class Batch:
         return self.replicas[0]
 
 
+class Undecodable(Exception):
+    """The pictures at `positions` of a batch do not decode."""
+
+    def __init__(self, batch: Batch, positions: list[int]) -> None:
+        super().__init__(f"step {batch.step}: pictures {positions} do not decode")
+        self.batch, self.positions = batch, positions
+
+
 def require_one_of(known: Iterable[str], **options: str) -> None:
     """Raise UserError where an option has none of the known values."""
     for name, value in options.items():

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
@@ -13,15 +13,15 @@ import torch
 
 from pipeline import UserError, manifest, storage
 from pipeline.manifest import Manifest
+from pipeline.online import turbo
 from pipeline.online.augment import AlexNet, Transform
 from pipeline.online.batch import Batch, Recipe, require_at_least, require_one_of
 from pipeline.online.cache import ShardCache
 from pipeline.online.devices import devices_of
-from pipeline.online.graph import Decoder, GraphOptions
 from pipeline.online.normalise import DTYPES, Normaliser
 from pipeline.online.order import Order
 from pipeline.online.plain import ImageNet
-from pipeline.online.prefetch import Prefetch, Sampler
+from pipeline.online.prefetch import Decoder, Prefetch, Sampler
 from pipeline.online.samples import BadSamples, SampleReader
 from pipeline.online.stall import Meter, waited
 
@@ -54,7 +54,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",  # each gets the same images
         feed: str = "split",  # of several GPUs each decodes its part of the batch; or all of it: "replicate"
         output: str = "float32",  # "bfloat16", "float16"; or "uint8", the views as cut, without mean and lighting
-        threads: int | None = None,  # DALI's; None: as many as this process may use cores
+        threads: int | None = None,  # that decode on the CPU; None: as many as this process may use cores
         readers: int = 1,  # samples read at a time
         depth: int = 2,  # batches made ready ahead of use
         hardware_share: float = 0.9,  # of the pictures, to a GPU's hardware decoder
@@ -90,9 +90,15 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
         self._normaliser = Normaliser(self.recipe, self._decoding, output)
-        in_graph = self._normaliser.in_graph
-        graph = GraphOptions(self.recipe.decoded, self.recipe.resize, in_graph, threads, hardware_share)
-        self._decoder = partial(Decoder, self._decoding, graph, -(-batch_size // ranks), feed == "replicate")
+        self._decoder: Callable[[], Decoder]
+        most = -(-batch_size // ranks)
+        if self.devices[0].type == "cpu":
+            self._decoder = partial(turbo.Decoder, self.recipe, self._normaliser.in_decoder, most, threads)
+        else:
+            from pipeline.online import graph  # slow, and a CPU has no need of DALI
+
+            graph_options = graph.GraphOptions(self.recipe.decoded, self.recipe.resize, threads, hardware_share)
+            self._decoder = partial(graph.Decoder, self._decoding, graph_options, most, feed == "replicate")
         self._depth, self._max_bad = depth, max_bad
         self.meter = Meter()
         self._begin(step, ())

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.online.batch import Batch, Crops, Recipe, ViewBox
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8")}
+CHANNELS = np.array([0xFF, 0xFF00, 0xFF0000], np.int32)[:, None, None]  # of a word of RGBX, red first
 
 
 def normalise(view: Tensor, offset: Tensor, std: Tensor, mean_deviation: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -34,6 +35,39 @@ def normalise_aligned(
     return normalise(view, offset, std, mean_deviation[rows[:, :, None], columns[:, None, :]], dtype)
 
 
+def normalise_planes(
+    view: np.ndarray,
+    offset: np.ndarray,
+    factor: np.ndarray,
+    mean_deviation: np.ndarray | None,
+    out: np.ndarray,
+    levels: np.ndarray,
+    planes: np.ndarray,
+) -> None:
+    """Write one (h, w, 4) uint8 view, RGBX, to `out` (3, h, w) float32: the values of `normalise`, in numpy.
+
+    `offset` and `factor` (3, 1, 1) are those of `in_place`; `mean_deviation` is (3, h, w), or None; `levels` and
+    `planes` (3, h, w), int32 and float32, are memory to compute in.
+    """
+    np.bitwise_and(view.view("<i4")[..., 0], CHANNELS, out=levels)
+    planes[...] = levels
+    np.subtract(planes, offset, out=planes)
+    if mean_deviation is None:
+        np.multiply(planes, factor, out=out)
+    else:
+        np.multiply(planes, factor, out=planes)
+        np.subtract(planes, mean_deviation, out=out)
+
+
+def in_place(crops: Crops) -> tuple[np.ndarray, np.ndarray]:
+    """Return offset and 1/std, (n, 3, 1, 1) float32, for channels that stay in their place in a word of RGBX.
+
+    Green is there 2⁸ times its level, blue 2¹⁶ times. Powers of two change no other bit of a product or a difference.
+    """
+    scale = np.array([1, 2**8, 2**16], np.float32)
+    return (crops.offset * scale)[..., None, None], (np.float32(1) / crops.std / scale)[..., None, None]
+
+
 @cache
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function of this module as one kernel for any batch size; it is compiled at its first call."""
@@ -43,31 +77,25 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Normaliser:
     """`normalise` for the batches of a recipe, split between the decoding thread and the consumer's stream.
 
-    On a CPU the decoding thread does all of it: the graph has subtracted and divided already (`in_graph`), and only the
-    mean deviation is left. On a GPU that thread sends what is needed, and the kernel runs where the images are used.
-    `output` is a key of `DTYPES`; "uint8" leaves the views as they were cut.
+    On a CPU the decoder has normalised each view already, unless several are cut from a picture. On a GPU the decoding
+    thread sends what is needed, and the kernel runs where the images are used. `output` is a key of `DTYPES`; "uint8"
+    leaves the views as they were cut.
     """
 
     def __init__(self, recipe: Recipe, devices: tuple[torch.device, ...], output: str) -> None:
         self._recipe, self._devices, self._output = recipe, devices, DTYPES[output]
-        self.in_graph = devices[0].type == "cpu" and not recipe.several and output != "uint8"
-        sources = recipe.mean_deviations.items()
-        self._planes = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in sources}
+        self.in_decoder = devices[0].type == "cpu" and not recipe.several and output != "uint8"
         self._deviations = {
-            (key, device): torch.from_numpy(array).to(device) for key, array in sources for device in devices
+            (key, device): torch.from_numpy(array).to(device)
+            for key, array in recipe.mean_deviations.items()
+            for device in devices
         }
 
     def prepare(self, batch: Batch, views: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return, in the decoding thread, what `images` needs on each device."""
-        crops = batch.crops
-        if self._output == torch.uint8:
-            return [(view,) for view in views]
-        if self.in_graph:
-            planes = self._planes.get(self._recipe.divisor(batch.step))
-            if planes is not None:
-                for view in views:
-                    subtract_deviation(view.numpy(), planes, crops, self._recipe.aligned)
+        if self.in_decoder or self._output == torch.uint8:
             return [(view.to(self._output),) for view in views]
+        crops = batch.crops
         arrays = [torch.from_numpy(array) for array in (crops.offset, crops.std, crops.start, crops.flip)]
         return [(view, *(array.to(device) for array in arrays)) for view, device in zip(views, self._devices)]
 
@@ -79,7 +107,7 @@ class Normaliser:
         if self._output == torch.uint8:
             views = [_cut(pictures, box, side).permute(0, 3, 1, 2) for box in boxes]
             return torch.stack(views, dim=1) if boxes else pictures.permute(0, 3, 1, 2)
-        if self.in_graph:
+        if self.in_decoder:
             return pictures
         offset, std, start, flip = arrays
         deviation = self._deviations.get((self._recipe.divisor(step), device))
@@ -100,17 +128,3 @@ def _cut(images: Tensor, box: ViewBox, side: int) -> Tensor:
     top, left, flip = box
     view = images[..., top : top + side, left : left + side, :]
     return view.flip(-2) if flip else view
-
-
-def subtract_deviation(views: np.ndarray, mean_deviation: np.ndarray, crops: Crops, aligned: bool) -> None:
-    """Subtract, in place, from (n, 3, h, w) float32 views: the last step of `normalise` alone.
-
-    `mean_deviation` is (3, h, w); or if aligned (3, size, size), of which each view has its own box, flipped with it.
-    """
-    side = views.shape[2]
-    if not aligned:
-        np.subtract(views, mean_deviation, out=views)
-        return
-    for view, (top, left), flip in zip(views, crops.start.tolist(), crops.flip.tolist()):
-        own = mean_deviation[:, top : top + side, left : left + side]
-        np.subtract(view, own[:, :, ::-1] if flip else own, out=view)

@@ -5,17 +5,20 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Recipe
-from pipeline.online.graph import Decoder
+from pipeline.online.batch import Batch, Recipe, Undecodable
 from pipeline.online.order import Order, part
 from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, SampleReader, jpeg_size
 
-IN_GRAPH = 3  # batches that DALI has at a time: it never waits for the next
+if TYPE_CHECKING:
+    from pipeline.online import graph, turbo  # the first is slow, and a CPU has no need of it
+
+Decoder: TypeAlias = "turbo.Decoder | graph.Decoder"  # of a CPU, or of GPUs
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Prefetch:
 
     def _fill(self) -> None:
         while len(self._ahead) < self._depth and not self._past_end(self._next_decode):
-            while self._next_read < self._next_decode + IN_GRAPH and not self._past_end(self._next_read):
+            while self._next_read < self._next_decode + self._decoder.under_way and not self._past_end(self._next_read):
                 self._reading[self._next_read] = self._reads.submit(self._read, self._next_read)
                 self._next_read += 1
             self._ahead.append(self._decodes.submit(self._decode, self._next_decode))
@@ -157,7 +160,7 @@ class Prefetch:
 
     def _submit(self, step: int) -> None:
         """Give the decoder the batch of `step`, unless it has it, and those after it that have been read."""
-        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + IN_GRAPH:
+        while (future := self._reading.get(self._next_submit)) and self._next_submit < step + self._decoder.under_way:
             if self._next_submit > step and not (future.done() and not future.exception()):
                 break
             self._decoder.submit(future.result())
@@ -169,9 +172,6 @@ class Prefetch:
         while True:
             try:
                 return self._decoder.result()
-            except RuntimeError:
-                batch, positions = self._decoder.undecodable()
-                if not positions:
-                    raise
-                self._replace(batch, positions, UNDECODABLE)
-                self._decoder.restart()
+            except Undecodable as error:
+                self._replace(error.batch, error.positions, UNDECODABLE)
+                self._decoder.retry()

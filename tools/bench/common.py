@@ -34,6 +34,7 @@ ENVIRONMENTS = {
     "litdata": ("litdata==0.2.76", TORCH, "torchvision==0.28.0", PILLOW, NUMPY),
     "webdataset": ("webdataset==1.0.2", TORCH, PILLOW, NUMPY),
     "ffcv": ("ffcv==1.0.2", TORCH, "opencv-python==5.0.0.93", PILLOW, "numba==0.68.1", NUMPY),
+    "grain": ("grain==0.2.18", "simplejpeg==1.9.0", NUMPY),
     "opencv": ("opencv-python-headless==5.0.0.93", NUMPY),
 }
 ADVICE = "ffcv is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"

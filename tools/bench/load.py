@@ -1,4 +1,4 @@
-"""`bench load` and `bench first-batch`: our loader beside DALI alone and other loaders; its start."""
+"""`bench load` and `bench first-batch`: our loader beside libjpeg-turbo alone and other loaders; its start."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from tools.bench.peers_load import images_of, stored_jpegs
 TRAIN, CEILING, UINT8, COLOUR = "train", "decode", ["penstock-uint8"], ["penstock-colour"]
 OURS = {"checkout": str(ROOT)}
 ROWS = (
-    Row(CEILING, "ceiling: DALI decodes the windows alone", "dali_window", against=UINT8),
+    Row(CEILING, "ceiling: libjpeg-turbo decodes alone (simplejpeg)", "decode", against=UINT8),
     Row("penstock-uint8", "Penstock, uint8", "penstock", OURS | {"output": "uint8"}),
     Row("penstock-colour", "Penstock, minus the mean colour", "penstock", OURS | {"mean": "colour"}),
     Row("penstock-image", "Penstock, minus the mean image (default)", "penstock", OURS),
@@ -33,6 +33,7 @@ ROWS = (
     Row("ffcv-raw", "FFCV, raw pixels", "ffcv", {"write_mode": "raw"}, "ffcv", UINT8),
     Row("webdataset", "WebDataset, Pillow, DataLoader", "webdataset", {}, "webdataset", COLOUR),
     Row("litdata", "LitData, Pillow, StreamingDataLoader", "litdata", {}, "litdata", COLOUR),
+    Row("grain", "Grain, simplejpeg, random_map", "grain", {}, "grain", UINT8),
 )
 OWN_FORMAT = ("ffcv", "litdata")  # which peers_build.py writes first
 batch_option = click.option("--batch", type=COUNT, default=128, show_default=True)
@@ -45,7 +46,7 @@ batch_option = click.option("--batch", type=COUNT, default=128, show_default=Tru
 @common.baseline_option
 @common.report_options([row.name for row in ROWS])
 def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: tuple[str, ...], **report: Any) -> None:
-    """Measure how fast training views of DATASET come on this machine's cores, beside DALI's decoder, and peers.
+    """Measure how fast training views of DATASET come on this machine's cores, beside its decoder alone, and peers.
 
     Rates are those of batches after a warm-up, that nobody looks at: without the start of interpreters, workers and
     compilers. The same pictures for all, warm in memory: as many as a run takes, repeated where there are fewer;

@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import random
 import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -69,7 +71,7 @@ def penstock(job: Job) -> Figures:
     from pipeline.online import Loader
 
     with Loader(job.source, "train", batch_size=job.batch, threads=job.workers, **job.options) as loader:
-        return take(job, (batch.images for batch in loader), DALI, "torch", "numpy")
+        return take(job, (batch.images for batch in loader), "simplejpeg", "torch", "numpy")
 
 
 def first_batch(job: Job) -> Figures:
@@ -85,13 +87,24 @@ def first_batch(job: Job) -> Figures:
         images = len(next(loader).images)
         ended = time.monotonic()
     stages = {"manifest.load": loaded - began, "Loader(…)": constructed - loaded, "first batch": ended - constructed}
-    return measured(images, began, ended, DALI, "torch", "numpy", stages=stages)
+    return measured(images, began, ended, "simplejpeg", "torch", "numpy", stages=stages)
 
 
-def dali_window(job: Job) -> Figures:
-    """Decode random windows of JPEGs in memory; no flip, reading or labels; nothing is copied out of DALI."""
-    jpegs = list(islice(stored_jpegs(job), images_of(job)))
-    return take(job, dali_windows(jpegs, job.batch, job.workers), DALI)
+def decode(job: Job) -> Figures:
+    """Decode whole JPEGs in memory by libjpeg-turbo in threads; nothing is read, cut, mirrored or handed over."""
+    import numpy as np
+    import simplejpeg  # type: ignore[import-untyped,unused-ignore]
+
+    jpegs = list(islice(cycle(stored_jpegs(job)), images_of(job)))
+
+    def decoded(start: int) -> SimpleNamespace:
+        buffer = np.empty((SIDE, SIDE, 3), np.uint8)
+        for jpeg in jpegs[start : start + job.batch]:
+            simplejpeg.decode_jpeg(jpeg, buffer=buffer)
+        return SimpleNamespace(shape=(job.batch, *buffer.shape), dtype="uint8")
+
+    with ThreadPoolExecutor(job.workers) as pool:
+        return take(job, pool.map(decoded, range(0, len(jpegs), job.batch)), "simplejpeg")
 
 
 def dali_windows(
@@ -199,6 +212,43 @@ def litdata_view(stored: dict[str, Any], mean: Any) -> tuple[Any, int]:
         return pillow_view(image.convert("RGB"), mean), stored["label"]
 
 
+class Stored:
+    """The stored JPEGs by position, for Grain: read at the offsets of `samples.npy`."""
+
+    def __init__(self, job: Job) -> None:
+        import numpy as np
+
+        records = np.load(Path(job.source, "train/samples.npy"))
+        self._places = list(zip(*(records[name].tolist() for name in ("shard", "offset", "size"))))
+        self._files = [os.open(shard, os.O_RDONLY) for shard in shards(job)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, position: int) -> bytes:
+        shard, offset, size = self._places[position]
+        return os.pread(self._files[shard], size, offset)
+
+
+def grain(job: Job) -> Figures:
+    """Decode whole pictures by simplejpeg in reading threads; window and flip in `random_map`; no mean, no CRC-32."""
+    from grain import MapDataset, ReadOptions  # type: ignore[import-not-found,unused-ignore]
+
+    views = MapDataset.source(Stored(job)).seed(0).shuffle().repeat().random_map(grain_view)
+    reading = ReadOptions(num_threads=job.workers, prefetch_buffer_size=2 * job.batch)
+    batches = iter(views.to_iter_dataset(reading).batch(job.batch))
+    return take(job, batches, "grain", "simplejpeg", "numpy")
+
+
+def grain_view(jpeg: bytes, rng: Any) -> Any:
+    import numpy as np
+    import simplejpeg  # type: ignore[import-untyped,unused-ignore]
+
+    top, left, flip = rng.integers((SIDE - VIEW + 1, SIDE - VIEW + 1, 2))
+    view = simplejpeg.decode_jpeg(jpeg)[top : top + VIEW, left : left + VIEW]
+    return np.ascontiguousarray(view[:, ::-1] if flip else view)
+
+
 def ffcv(job: Job) -> Figures:
     """Decode whole pictures of its .beton (JPEGs encoded anew, or pixels); its own crop, exactly a view, and flip."""
     from ffcv.fields import decoders  # type: ignore[import-not-found,unused-ignore]
@@ -213,7 +263,7 @@ def ffcv(job: Job) -> Figures:
     return take(job, (images for images, _ in loader), "ffcv", "numba", "torch")
 
 
-JOBS = (penstock, first_batch, dali_window, dali_reader, synthetic, webdataset, litdata, ffcv)
+JOBS = (penstock, first_batch, decode, dali_reader, synthetic, webdataset, litdata, grain, ffcv)
 FUNCTIONS = {job.__name__: job for job in JOBS}
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ import torch
 from pipeline.cli import Command
 from tools.bench import common
 from tools.bench.common import Figures, Row
-from trainer.retrieval.folder import require_room
-from trainer.retrieval.index import FEATURES, Index, Meta, write_meta
-from trainer.retrieval.make import write_codes
-from trainer.retrieval.search import exact, similar
+from trainer.retrieval.index import require_room, write_codes, write_meta
+from trainer.retrieval.search import FEATURES, Index, Meta, exact, similar
 
 UNITS, BITS = 4096, 128  # of the original's last hidden layer; of a code
 NEAREST = 6  # rows that a search returns
@@ -52,13 +50,12 @@ def retrieval(count: int, folder: Path | None, only: tuple[str, ...], **report: 
                 with open(Path(name, FEATURES), "rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             index = Index(Path(name))  # anew: pages that are mapped stay in memory
-            assert index.hamming is not None  # the codes are in memory now
+            assert index.binary.ntotal  # the codes are in memory now
             if not row.options.get("drop"):
                 search(index, query, NEAREST)  # the row before may have emptied the memory
             began = time.perf_counter()
             search(index, query, NEAREST)
             seconds = time.perf_counter() - began
-            index.rows.close()
             return {"images": 1, "seconds": seconds}
 
         common.interleave(rows, run, report["repetitions"])

@@ -20,7 +20,7 @@ from tools.bench import common
 from tools.bench.common import CORES, Figures, Row
 from tools.bench.peers_build import Job, main
 from tools.bench.peers_load import dali_windows, stored_jpegs
-from trainer import data as feed
+from trainer import data as loaders
 from trainer import layers, model, nonfinite, optim, parallel
 from trainer import recipe as recipes
 from trainer.model import Masks, Weights
@@ -153,7 +153,7 @@ def load(job: Job, row: Row, stack: ExitStack) -> Timed:
 def supply(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Take the batches of a run of this recipe, on its devices; nobody looks at them."""
     plan = recipes.load(job.options["recipe"], (f"train.batch_size={job.batch}",))
-    loader = stack.enter_context(feed.training(manifest.load(job.source), plan, job_devices(job)))
+    loader = stack.enter_context(loaders.training(manifest.load(job.source), plan, job_devices(job)))
     return Timed(lambda: len(next(loader).ids), loader)
 
 
@@ -166,7 +166,7 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
     train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
     row.facts |= {"operations": count, "devices": len(set(devices))}
-    loader = stack.enter_context(feed.training(data, plan, devices)) if row.options.get("fed") else None
+    loader = stack.enter_context(loaders.training(data, plan, devices)) if row.options.get("fed") else None
     batches = loader or repeat(synthetic(job.batch, plan.model.size, devices))
 
     def step() -> int:

@@ -18,7 +18,7 @@ from tools.bench import common
 from tools.bench.common import COUNT, Figures, Row, find_row, number, ratio, ratio_text
 from tools.bench.load import drawn, of_images
 from tools.bench.steps import FP32, settings
-from trainer import data as feed
+from trainer import data as loaders
 from trainer import recipe as recipes
 from trainer.devices import choose_devices
 
@@ -153,7 +153,7 @@ def run_groups(groups: Sequence[Group], dataset: Path | None, recipe: str, **rep
         for group in groups:
             if group.batch not in roots:
                 data = of_images(pictures, BATCHES * group.batch, Path(scratch, f"of-{group.batch}"))
-                feed.require_pictures(data, recipes.load(recipe))
+                loaders.require_pictures(data, recipes.load(recipe))
                 roots[group.batch] = str(data.root)
             options = {"recipe": recipe, "seconds": seconds, "repetitions": report["repetitions"]}
             run_group(group, roots[group.batch], options)

@@ -1,4 +1,4 @@
-"""Gather all that the figures of a run show: its records, pictures with the network's answers, and their neighbours."""
+"""Gather what the figures of a run show: records, pictures with probabilities, their neighbours, its commands."""
 
 import json
 from collections.abc import Iterator
@@ -12,23 +12,24 @@ import numpy as np
 import torch
 
 from pipeline import UserError
-from pipeline.manifest import Manifest
+from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.online.samples import SampleReader
 from trainer import metrics
+from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import Evaluation, view_probabilities
 from trainer.nonfinite import Diverged, require_finite
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
-from trainer.recipe import Recipe
-from trainer.retrieval.features import features, hidden
-from trainer.retrieval.index import BadIndex, Index, digest
-from trainer.retrieval.search import nearest
+from trainer.retrieval.index import features, hidden
+from trainer.retrieval.search import BadIndex, Index, digest, nearest
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
 SEARCHED = 20_000  # training images that are searched for a figure at most; more need an index
 INDEX, EVALUATION = "index", "evaluation.json"  # in the run directory
 AT_ONCE = 16  # pictures of a batch that are searched for errors
+RECORDED = ("size", "crop", "filter", "quality", "subsampling", "exif", "samples_per_shard", "seed", "holdout", "limit")
+DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -56,29 +57,22 @@ Similar = tuple[tuple[Example, tuple[Neighbour, ...]], ...]  # each query with i
 
 @dataclass(frozen=True)
 class FigureData:
-    """All that is shown of a run.
-
-    Args:
-        lines: of metrics.jsonl.
-        kernels: (n, 3, k, k) float32 of the first layer, in the grouped layout; None: it has none.
-        examples: of `split`, spread over it; with `only_errors` those that the network gets wrong.
-        similar: pictures of `split`, and the training pictures that are nearest to each.
-        lacking: the names of the figures that cannot be drawn, and why: "kernels", "predictions", "neighbours".
-    """
+    """The content of a run's figures."""
 
     run: Path
     dataset: Manifest
     checkpoint: Checkpoint
-    lines: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None
-    kernels: np.ndarray | None
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    evaluation: dict[str, Any] | None  # of evaluation.json
+    kernels: np.ndarray | None  # (n, 3, k, k) float32 of the first layer, in the grouped layout, if it has any
     split: str
     only_errors: bool
-    examples: tuple[Example, ...]
-    similar: Similar
-    lacking: dict[str, str]
+    examples: tuple[Example, ...]  # of `split`, spread over it; with `only_errors` those that the network gets wrong
+    similar: Similar  # pictures of `split`, and the training pictures that are nearest to each
+    lacking: dict[str, str]  # figures that cannot be drawn, and why: "kernels", "predictions", "neighbours"
 
     def words(self, label: int) -> str:
+        """Return the words of a label; −1 is none."""
         return self.dataset.classes[label].words if label >= 0 else "no label"
 
 
@@ -101,17 +95,25 @@ def gather(
     require_same_data(checkpoint, dataset.identity, run)
     require_finite(checkpoint.step, checkpoint.weights)
     lines, evaluation = read_lines(run), read_evaluation(run, len(dataset.classes))
-    kernels, first = None, network.layers[0]
+    kernels, lacking, first = None, {}, network.layers[0]
     if first.recipe.kind == "conv":
-        kernels = network.gathered()[f"{first.name}.weight"].numpy()
-    examples, queries, no_examples = _examples(dataset, network, checkpoint.recipe, split, only_errors)
-    similar, no_similar = _similar(run, dataset, network, checkpoint, split, queries)
-    reasons = {
-        "kernels": "" if kernels is not None else f"The first layer, {first.name}, has no kernels to look at.",
-        "predictions": no_examples,
-        "neighbours": no_similar if queries else no_examples,
-    }
-    lacking = {name: reason for name, reason in reasons.items() if reason}
+        kernels = checkpoint.weights[f"{first.name}.weight"].numpy()
+    else:
+        lacking["kernels"] = f"The first layer, {first.name}, has no kernels to look at."
+    examples: tuple[Example, ...] = ()
+    similar: Similar = ()
+    if split not in dataset.splits or not dataset.splits[split].samples:
+        lacking["predictions"] = lacking["neighbours"] = f"The data set has no images in {split}."
+    else:
+        examples, queries = _examples(dataset, network, checkpoint.recipe, split, only_errors)
+        if not examples:
+            labelled = (dataset.samples(split)["label"] >= 0).any()
+            none = f"No image in {split} has a label, so none is known to be an error."
+            lacking["predictions"] = f"The network makes no error in {split}." if labelled else none
+        try:
+            similar = _similar(run, dataset, network, checkpoint, split, queries)
+        except BadIndex as error:
+            lacking["neighbours"] = str(error)
     recorded = (run, dataset, checkpoint, lines, evaluation, kernels)
     return FigureData(*recorded, split, only_errors, examples, similar, lacking)
 
@@ -130,10 +132,10 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
             else:
                 _require_finite(line["loss"], *(line["time"][key] for key in ("images_per_second", "stall")))
                 _require_finite(*(layer["ratio"] for layer in line.get("layers", {}).values()))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        except DAMAGED as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             path = run / metrics.FILE_NAME
-            raise UserError(f"{path}: line {number} is damaged ({what}); delete that line") from error
+            raise UserError(f"{path}: line {number} is damaged ({reason}); delete that line") from error
     return lines
 
 
@@ -158,7 +160,7 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
             raise ValueError(f"a label of confused pairs is none of {classes} classes")
         about = {"step": int(content["step"]), "split": str(content["split"]), "dataset": str(content["dataset"])}
         return about | views | {"confused": confused}
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
 
 
@@ -170,24 +172,23 @@ def _require_finite(*values: Any) -> None:
 
 
 def _examples(
-    dataset: Manifest, network: TwoColumnNet, recipe: Recipe, split: str, only_errors: bool
-) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
-    """Return the examples with predictions, the queries for neighbours, and why there are no examples."""
-    if split not in dataset.splits or not dataset.splits[split].samples:
-        return (), (), f"The data set has no images in {split}."
-    answered = _answers(dataset, network, recipe, split)
-    first = tuple(islice(answered, SHOWN))
+    dataset: Manifest, network: TwoColumnNet, recipe: recipes.Recipe, split: str, only_errors: bool
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Return the examples with predictions, with `only_errors` perhaps none, and the queries for neighbours."""
+    samples = _with_probabilities(dataset, network, recipe, split)
+    first = tuple(islice(samples, SHOWN))
     if not only_errors:
-        return first, first[:QUERIES], ""
-    if not bool((dataset.samples(split)["label"] >= 0).any()):
-        return (), first[:QUERIES], f"No image in {split} has a label, so none is known to be an error."
-    errors = (one for one in chain(first, answered) if one.label not in (-1, int(one.probabilities.argmax())))
-    examples = tuple(islice(errors, SHOWN))
-    return examples, first[:QUERIES], "" if examples else f"The network makes no error in {split}."
+        return first, first[:QUERIES]
+    if not (dataset.samples(split)["label"] >= 0).any():
+        return (), first[:QUERIES]
+    errors = (one for one in chain(first, samples) if one.label not in (-1, int(one.probabilities.argmax())))
+    return tuple(islice(errors, SHOWN)), first[:QUERIES]
 
 
 @torch.inference_mode()
-def _answers(dataset: Manifest, network: TwoColumnNet, recipe: Recipe, split: str) -> Iterator[Example]:
+def _with_probabilities(
+    dataset: Manifest, network: TwoColumnNet, recipe: recipes.Recipe, split: str
+) -> Iterator[Example]:
     """Yield every sample of a split once; the first few are spread over it."""
     samples, pictures = dataset.split(split).samples, Pictures(dataset, recipe)
     stride = max(1, round(samples * 0.618))  # about the golden section: multiples of it spread evenly
@@ -198,10 +199,10 @@ def _answers(dataset: Manifest, network: TwoColumnNet, recipe: Recipe, split: st
         for start in range(0, samples, AT_ONCE):
             ids = order[start : start + AT_ONCE]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
-            answers = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
-            if not np.isfinite(answers).all():
+            rows = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
+            if not np.isfinite(rows).all():
                 raise Diverged("the network's outputs are not finite numbers: its training has diverged")
-            for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), answers):
+            for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
 
 
@@ -213,37 +214,64 @@ def _similar(
     checkpoint: Checkpoint,
     split: str,
     queries: tuple[Example, ...],
-) -> tuple[Similar, str]:
-    """Return each query with its nearest training images, itself left out; or why there are none."""
-    if not queries:
-        return (), ""
-    wanted = hidden(network, Pictures(dataset, checkpoint.recipe).views([query.jpeg for query in queries]))
-    rows, reason = _training_features(run, dataset, network, checkpoint)
-    if rows is None:
-        return (), reason
+) -> Similar:
+    """Return each query with its nearest training images, itself left out. Raises BadIndex, if one is needed."""
+    rows = _training_features(run, dataset, network, checkpoint)
+    query_features = hidden(network, Pictures(dataset, checkpoint.recipe).views([query.jpeg for query in queries]))
     own = split == "train"  # each query is the nearest to itself
     similar = []
     with SampleReader(dataset, "train") as reader:
-        for query, all_ids, all_distances in zip(queries, *nearest(rows, wanted, NEAREST + own)):
+        for query, all_ids, all_distances in zip(queries, *nearest(rows, query_features, NEAREST + own)):
             others = all_ids != query.id if own else slice(None)
             ids, distances = all_ids[others][:NEAREST], all_distances[others][:NEAREST]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
-            found = zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), distances.tolist())
-            similar.append((query, tuple(Neighbour(*fields) for fields in found)))
-    return tuple(similar), ""
+            fields = zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), distances.tolist())
+            similar.append((query, tuple(Neighbour(*row) for row in fields)))
+    return tuple(similar)
 
 
-def _training_features(
-    run: Path, dataset: Manifest, network: TwoColumnNet, checkpoint: Checkpoint
-) -> tuple[np.ndarray | None, str]:
-    """Return the features (n, units) of the training images, of the run's index if they are many; or why not."""
+def _training_features(run: Path, dataset: Manifest, network: TwoColumnNet, checkpoint: Checkpoint) -> np.ndarray:
+    """Return the features (n, units) of the training images; if they are many, those of the run's index.
+
+    Raises:
+        BadIndex: there is no index of them.
+    """
     if dataset.split("train").samples <= SEARCHED:
-        return np.concatenate([rows for _, rows in features(network, dataset, checkpoint.recipe, "train")]), ""
+        return np.concatenate([rows for _, rows in features(network, dataset, checkpoint.recipe, "train")])
     try:
         index = Index(run / INDEX)
         index.require(digest(checkpoint.weights), dataset.identity, run)
     except BadIndex as error:
-        return None, f"More than {SEARCHED:,} training images are looked for in an index alone ({error})."
+        message = f"More than {SEARCHED:,} training images are looked for in an index alone ({error})."
+        raise BadIndex(message) from error
     if index.meta.split != "train":
-        return None, f"The index {run / INDEX} is of the split {index.meta.split!r}, not of the training images."
-    return index.rows.mapped, ""
+        raise BadIndex(f"The index {run / INDEX} is of the split {index.meta.split!r}, not of the training images.")
+    return index.rows
+
+
+def commands(data: FigureData) -> dict[str, list[str]]:
+    """Return the commands that make the page from raw images; RAW, which nobody recorded, is left open."""
+    dataset = data.dataset
+    build = ["python", "tools/build_shards.py", "RAW", str(dataset.root)]
+    for name in RECORDED:
+        if getattr(dataset.recipe, name) != getattr(BuildRecipe, name):
+            build += [f"--{name.replace('_', '-')}", str(getattr(dataset.recipe, name))]
+    trainer, data_option, run = ["python", "-m", "trainer"], ["--data", str(dataset.root)], str(data.run)
+    return {
+        "build": build,
+        "train": [*trainer, "train", *data_option, "--out", run, *_recipe_options(data.checkpoint.recipe)],
+        "evaluate": [*trainer, "evaluate", *data_option, "--checkpoint", run],
+        "figures": [*trainer, "figures", run, *data_option],
+    }
+
+
+def _recipe_options(recipe: recipes.Recipe) -> list[str]:
+    """Return the fewest --recipe and --set options of `train` that give this recipe."""
+    choices = []
+    for name in recipes.names():
+        known = recipes.load(name)
+        if known.model.order == recipe.model.order and known.optim.layers.keys() == recipe.optim.layers.keys():
+            changed = recipes.difference(known, recipe)
+            settings = (("--set", recipes.as_setting(key, new)) for key, (_, new) in changed.items())
+            choices.append(["--recipe", name, *(word for pair in settings for word in pair)])
+    return min(choices, key=len, default=["--recipe", "RECIPE"])

@@ -1,1 +1,1 @@
-"""Pictures found by what a network makes of them: its features, codes of them, and both searched."""
+"""Find pictures by what a network makes of them: its features, codes of these, and searches in both."""

@@ -1,4 +1,4 @@
-"""The auto-encoder: features → a short binary code → features. Near features get codes of which few bits differ.
+"""Learn an auto-encoder: features → a short binary code → features. Codes of near features differ in few bits.
 
 One layer up and one down. The encoder begins with the principal components, turned at random so that each bit carries
 as much as any other, and both layers are then trained to give the features back, through noise, which drives the
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 SEED = 2012
@@ -20,7 +19,6 @@ STEPS, BATCH, RATE = 1000, 256, 0.03  # the rate is relative to the first weight
 NOISE = 1.0  # standard deviation, where that of the code's inputs is 1
 POWER = 4  # iterations for the principal components
 RIDGE = 1e-3  # of the first decoder's least squares, relative to the rows
-AT_ONCE = 4096  # rows encoded at a time
 
 
 @dataclass(frozen=True)
@@ -38,33 +36,14 @@ class AutoEncoder:
     @torch.no_grad()
     def codes(self, features: np.ndarray) -> np.ndarray:
         """(n, units) float16 or float32 → (n, bits / 8) uint8, the first bit being the highest of the first byte."""
-        found = [np.zeros((0, self.up.shape[1] // 8), np.uint8)]
-        for start in range(0, len(features), AT_ONCE):
-            part = torch.from_numpy(np.array(features[start : start + AT_ONCE])).float()
-            found.append(np.packbits((part @ self.up + self.bias > 0).numpy(), axis=1))
-        return np.concatenate(found)
-
-    def decoded(self, codes: np.ndarray) -> np.ndarray:
-        """(n, bits / 8) uint8 → (n, units) float32."""
-        signs = torch.from_numpy(np.unpackbits(codes, axis=1).astype(np.float32) * 2 - 1)
-        decoded: np.ndarray = (signs @ self.down + self.offset).numpy()
-        return decoded
-
-    def to_bytes(self) -> bytes:
-        """A safetensors file."""
-        return save({name: value.contiguous() for name, value in vars(self).items()})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "AutoEncoder":
-        """What `to_bytes` gave; need not be trusted, but is not checked."""
-        return cls(**load(data))
+        x = torch.from_numpy(np.array(features)).float()
+        return np.packbits((x @ self.up + self.bias > 0).numpy(), axis=1)
 
 
-def learnt(rows: Tensor, bits: int, tell: Callable[[int], object] = lambda steps: None) -> AutoEncoder:
-    """An auto-encoder of features, (n, units) float32, n ≥ 1. The same rows give the same one on the same machine.
+def learn(rows: Tensor, bits: int, show: Callable[[int], object] = lambda steps: None) -> AutoEncoder:
+    """Learn an auto-encoder of features, (n, units) float32, n ≥ 1. The same rows give the same one on one machine.
 
-    Args:
-        tell: is called after each of the `STEPS`, with how many are done.
+    `show` is called after each of the `STEPS`, with the number of those done.
     """
     generator = torch.Generator().manual_seed(SEED)
     mean = rows.mean(0)
@@ -72,13 +51,13 @@ def learnt(rows: Tensor, bits: int, tell: Callable[[int], object] = lambda steps
     x = (rows - mean) / spread
     up = _turned(x, bits, generator)
     up = up / (float((x @ up).std(correction=0)) or 1.0)
-    up, bias, down, offset = _trained(x, up, generator, tell)
+    up, bias, down, offset = _trained(x, up, generator, show)
     up = up / spread
     return AutoEncoder(up, bias - mean @ up, down * spread, offset * spread + mean)
 
 
 def _turned(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
-    """The principal components of centred rows (n, units), turned at random: (units, bits).
+    """Return the principal components of centred rows (n, units), turned at random: (units, bits).
 
     Where there are fewer components than bits, each bit is a direction among them, and no two components are mixed
     unequally: the rows of the random matrix are orthonormal.
@@ -89,7 +68,7 @@ def _turned(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
 
 
 def principal(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The first principal components of centred rows (n, units), orthonormal, in no order: (units, count).
+    """Return the first principal components of centred rows (n, units), orthonormal, in no order: (units, count).
 
     By subspace iteration (Halko, Martinsson and Tropp, Finding structure with randomness, 2011, algorithm 4.4).
     """
@@ -97,13 +76,13 @@ def principal(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     basis = torch.linalg.qr(torch.randn(x.shape[1], more, generator=generator)).Q
     for _ in range(POWER):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q
-    seen = x @ basis
-    turn = torch.linalg.eigh((seen.T @ seen).double()).eigenvectors.float()
+    projected = x @ basis
+    turn = torch.linalg.eigh((projected.T @ projected).double()).eigenvectors.float()
     return basis @ turn[:, -count:]
 
 
-def _trained(x: Tensor, up: Tensor, generator: torch.Generator, tell: Callable[[int], object]) -> tuple[Tensor, ...]:
-    """Encoder and decoder that give rows x back, by Adam from `up` on."""
+def _trained(x: Tensor, up: Tensor, generator: torch.Generator, show: Callable[[int], object]) -> tuple[Tensor, ...]:
+    """Train encoder and decoder to give rows x back, by Adam, starting with `up`."""
     signs = (x @ up > 0).float() * 2 - 1
     ridge = RIDGE * len(x) * torch.eye(up.shape[1])
     down = torch.linalg.solve(signs.T @ signs + ridge, signs.T @ x)
@@ -119,12 +98,12 @@ def _trained(x: Tensor, up: Tensor, generator: torch.Generator, tell: Callable[[
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
-        tell(step + 1)
+        show(step + 1)
     return tuple(parameter.detach() for parameter in parameters)
 
 
 def _loss(x: Tensor, parameters: list[Tensor], generator: torch.Generator) -> Tensor:
-    """The mean squared distance of rows to what comes back of them through a noisy code."""
+    """Return the mean squared distance of rows to what the decoder makes of their noisy codes."""
     up, bias, down, offset = parameters
     inputs = x @ up + bias
     code = torch.tanh(inputs + NOISE * torch.randn(inputs.shape, generator=generator))

@@ -1,159 +1,245 @@
-"""An index: the directory that holds the features of a split and their codes. Loaded, and refused where it is no use.
+"""python -m trainer index: the features of a split's images, and the auto-encoder and the codes made of them."""
 
-features.npy             (n, units) float16 or float32, row i being sample i; mapped, never read whole
-codes.npy                (n, bits / 8) uint8
-autoencoder.safetensors  what makes codes of features
-index.json               what it is of, and the files; written last
-"""
-
-import hashlib
-import json
+import fcntl
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
-from torch import Tensor
+import torch
+from safetensors.torch import save
 
-from pipeline import UserError
-from pipeline.manifest import canonical_json, sha256
-from trainer.retrieval.codes import AutoEncoder
-from trainer.retrieval.hamming import Hamming
-from trainer.retrieval.rows import Rows
+from pipeline import UserError, manifest
+from pipeline.cli import Command, progress_bars
+from pipeline.files import ASIDE, sync_folder
+from pipeline.manifest import Manifest, canonical_json, sha256
+from pipeline.online.samples import SampleReader
+from trainer import checkpoint as checkpoints
+from trainer import data as loaders
+from trainer.checkpoint import load_network
+from trainer.devices import choose_devices
+from trainer.nonfinite import Diverged
+from trainer.options import DEVICES, PATH, RUN
+from trainer.parallel import TwoColumnNet
+from trainer.pictures import Pictures
+from trainer.recipe import Recipe
+from trainer.retrieval import codes
+from trainer.retrieval.search import (
+    CODES,
+    ENCODER,
+    FEATURES,
+    FILES,
+    FORMAT,
+    META,
+    Index,
+    Meta,
+    digest,
+    recall,
+    require_faiss,
+)
 
-FORMAT = 1
-META, FEATURES, CODES, ENCODER = "index.json", "features.npy", "codes.npy", "autoencoder.safetensors"
-FILES = (META, FEATURES, CODES, ENCODER)
-SMALL = (CODES, ENCODER)  # files that are read whole, and have their SHA-256 in index.json
-DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+UNFINISHED = f"index{ASIDE}"  # the folder in an index that holds the files of its successor
 LEAST_BITS, MOST_BITS = 32, 256  # of a code, a multiple of 8
+QUERIES = 200  # pictures at most that are looked up to measure recall
+ENCODED = 4096  # rows encoded at a time
+
+Show = Callable[[str, int, int], None]  # of a stage: its name, what is done, the total
 
 
-class BadIndex(UserError):
-    """An index that is missing, damaged, or of another network or data set."""
+@click.command(cls=Command, interrupted="an older index stays as it was")
+@RUN
+@click.argument("data", metavar="DATASET", type=PATH)
+@click.option("--split", default="train", show_default=True)
+@click.option("--bits", type=int, default=128, show_default=True, help="Of a code: 32 to 256, a multiple of 8.")
+@click.option("--out", type=PATH, help="The index directory.  [default: RUN/index]")
+@click.option("--float32", is_flag=True, help="Features of 4 bytes, where 2 are too few.")
+@click.option("--force", is_flag=True, help="Replace an index that is there.")
+@DEVICES
+def index(
+    run: Path, data: Path, split: str, bits: int, out: Path | None, float32: bool, force: bool, devices: str | None
+) -> None:
+    """Write the features of every image of a split, from the last hidden layer, and short codes of them, to search in.
+
+    \b
+    Examples:
+      python -m trainer index runs/1 /data/imagenet-256
+      python -m trainer index runs/1 photos-256 --split val --bits 64 --out runs/1/index-val
+    """
+    if not LEAST_BITS <= bits <= MOST_BITS or bits % 8:
+        raise UserError(f"--bits {bits}: a multiple of 8 from {LEAST_BITS} to {MOST_BITS}")
+    if out is None and run.is_file():
+        raise UserError(f"{run}: is a file; name the index directory: --out")
+    out = out or run / "index"
+    require_faiss("trainer index")
+    dataset, checkpoint = manifest.load(data), checkpoints.load(run)
+    recipe, n = checkpoint.recipe, dataset.split(split).samples
+    if n == 0:
+        raise UserError(f"{dataset.root}: the split {split!r} is empty; there is nothing to index")
+    _require_free(out, force)
+    network = load_network(checkpoint, dataset, choose_devices(devices, recipe.model.columns), run)
+    units = hidden(network, torch.zeros(1, 3, recipe.model.size, recipe.model.size)).shape[1]
+    layer = recipe.model.order[-2] if len(recipe.model.order) > 1 else "the pictures"
+    origin = (checkpoint.step, digest(checkpoint.weights), dataset.identity, split)
+    meta = Meta(*origin, layer, n, units, bits, "float32" if float32 else "float16")
+    require_room(out, n * (units * np.dtype(meta.dtype).itemsize + bits // 8) + 8 * units * (bits + 1) + 2**20)
+    with _appearing(out) as folder, progress_bars() as show:
+        summary = _write_features(network, recipe, dataset, meta, folder, show)
+        write_codes(folder, meta, show)
+        write_meta(folder, meta)
+    click.echo(summary)
+    made = Index(out)
+    if measured := recall(made, *_queries(made, network, dataset, recipe)):
+        click.echo(measured)
+    click.echo(f"index: {out}")
 
 
-@dataclass(frozen=True)
-class Meta:
-    """What an index is of. `weights` and `dataset` are the digests of the network's weights and of the data set."""
-
-    step: int
-    weights: str
-    dataset: str
-    split: str
-    layer: str
-    n: int
-    units: int
-    bits: int
-    dtype: str
+def _require_free(out: Path, force: bool) -> None:
+    """Raise UserError if `out` is something else than an index, or an index that may not be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; name a directory as --out")
+    names = {path.name for path in out.iterdir()}
+    if others := names - {META, *FILES, UNFINISHED}:
+        raise UserError(f"{out}: exists and is not an index (it has {min(others)}); name another --out")
+    if META in names and not force:
+        raise UserError(f"{out}: exists already; replace it by --force, or name another --out")
 
 
-class Index:
-    """A loaded index; its features stay on disk. Raises BadIndex where it is missing or damaged, in one line."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.meta, digests = _read(folder)
-        small = {name: _intact(folder / name, digests[name]) for name in SMALL}
-        meta = self.meta
-        self.rows = _features(folder / FEATURES, meta)
-        self.codes = Rows(folder / CODES, (meta.n, meta.bits // 8), np.dtype(np.uint8)).mapped
-        self.encoder = AutoEncoder.from_bytes(small[ENCODER])
-
-    @cached_property
-    def hamming(self) -> Hamming:
-        """The codes, to be searched. Raises UserError where the package faiss is missing."""
-        return Hamming(self.codes)
-
-    def require(self, weights: str, dataset: str, where: object) -> None:
-        """Raise BadIndex where the index is not of these weights and this data set; `where` names the network."""
-        if self.meta.dataset != dataset:
-            raise BadIndex(
-                f"{self.folder}: of the data set {self.meta.dataset[:12]}…, this one is {dataset[:12]}…; "
-                "name the DATASET that it was made of, or make another: python -m trainer index"
-            )
-        if self.meta.weights != weights:
-            raise BadIndex(
-                f"{self.folder}: of another network than that of {where} (it was made at step {self.meta.step:,}); "
-                "make it again: python -m trainer index"
-            )
+def require_room(folder: Path, size: int) -> None:
+    """Raise UserError if the disk of `folder` has no room for `size` bytes."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"{folder}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make room, or name another --out"
+        )
 
 
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over the names, shapes and values of a checkpoint's weights."""
-    found = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name]
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        found.update(value.contiguous().numpy().data)
-    return found.hexdigest()
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder in `out`, whose files become those of `out` when the body has ended well.
+
+    An older index stays until then. Raises UserError if another process writes there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock, aside = os.open(out, os.O_RDONLY), out / UNFINISHED
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"{out}: another process writes it; wait for its end, or name another --out") from error
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a writer that was killed: a living one has the lock
+        aside.mkdir()
+        yield aside
+        for path in aside.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        (out / META).unlink(missing_ok=True)  # from here to the last rename there is no index, and never half of one
+        for name in (*FILES, META):
+            os.rename(aside / name, out / name)
+        sync_folder(out)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # the error of a full disk names no file
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            out.rmdir()  # if it is empty: an index that was not written leaves no folder
+        os.close(lock)
+
+
+def _write_features(
+    network: TwoColumnNet, recipe: Recipe, dataset: Manifest, meta: Meta, folder: Path, show: Show
+) -> str:
+    """Write the features of all images; return a line on their number, images/s and the stall.
+
+    By plain writes, not through a map, which learns of a full disk by a signal that ends the process.
+    """
+    began, done, dtype = time.perf_counter(), 0, np.dtype(meta.dtype)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (meta.n, meta.units)}
+    with (
+        loaders.evaluation(dataset, recipe, meta.split, "centre", network.devices) as loader,
+        open(folder / FEATURES, "xb") as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for batch in loader:
+            assert batch.ids[0] == done
+            file.write(rounded(hidden(network, batch.replicas), dtype).data)
+            done += len(batch.ids)
+            show("features", done, meta.n)
+        seconds = time.perf_counter() - began
+        stall = loader.meter.total.said(seconds)
+    return f"{meta.n:,} images, {meta.units:,} features of {meta.layer} each: {meta.n / seconds:,.0f} images/s  {stall}"
+
+
+def rounded(features: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return float32 features as `dtype`. Raises UserError if one is too large for it."""
+    greatest, limit = float(np.abs(features).max(initial=0)), float(np.finfo(dtype).max)
+    if greatest > limit:
+        raise UserError(f"a feature is {greatest:,.0f}, and {dtype} ends at {limit:,.0f}; name --float32")
+    return features.astype(dtype)
+
+
+def write_codes(folder: Path, meta: Meta, show: Show) -> None:
+    """Learn the auto-encoder from a sample of the features in `folder`; write it, and the codes of all."""
+    rows: np.ndarray = np.load(folder / FEATURES, mmap_mode="r")
+    sample = np.random.default_rng(codes.SEED).choice(meta.n, min(meta.n, codes.SAMPLE), replace=False)
+    learnt_from = torch.from_numpy(rows[np.sort(sample)].astype(np.float32))
+    encoder = codes.learn(learnt_from, meta.bits, lambda steps: show("auto-encoder", steps, codes.STEPS))
+    (folder / ENCODER).write_bytes(save({name: layer.contiguous() for name, layer in vars(encoder).items()}))
+    written = np.empty((meta.n, meta.bits // 8), np.uint8)
+    for start in range(0, meta.n, ENCODED):
+        written[start : start + ENCODED] = encoder.codes(rows[start : start + ENCODED])
+        show("codes", min(meta.n, start + ENCODED), meta.n)
+    np.save(folder / CODES, written)
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Write index.json of a folder that holds the other files."""
-    files: dict[str, Any] = {FEATURES: {"bytes": (folder / FEATURES).stat().st_size}}
-    for name in SMALL:
-        data = (folder / name).read_bytes()
-        files[name] = {"bytes": len(data), "sha256": sha256(data)}
+    files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in FILES}
+    for name in (CODES, ENCODER):
+        files[name]["sha256"] = sha256((folder / name).read_bytes())
     body = {"format": FORMAT, **asdict(meta), "files": files}
     (folder / META).write_bytes(canonical_json(body | {"checksum": sha256(canonical_json(body))}))
 
 
-def require_replaceable(folder: Path) -> None:
-    """Raise UserError where `folder` is something else than an index, or nothing: it would be lost."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is a file; name a directory as --out")
-    if folder.samefile("."):
-        raise UserError(f"{folder}: is the folder that you are in, and cannot be replaced; name another --out")
-    if os.path.ismount(folder):
-        raise UserError(f"{folder}: is where a disk is mounted, and cannot be replaced; name a folder in it as --out")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
-    if others:
-        raise UserError(f"{folder}: exists and is not an index (it has {others[0]}); name another --out")
+def features(
+    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids (n,) int64 and features (n, units) float32 of every image of `split`, in the order of the ids.
+
+    Raises:
+        UserError: as `loaders.evaluation` and `hidden`.
+    """
+    with loaders.evaluation(dataset, recipe, split, "centre", network.devices) as loader:
+        for batch in loader:
+            yield batch.ids, hidden(network, batch.replicas)
 
 
-def _read(folder: Path) -> tuple[Meta, dict[str, str]]:
-    """index.json: what it says, and the SHA-256 of the small files."""
-    path = folder / META
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadIndex(f"{folder}: no index there; make one: python -m trainer index RUN DATASET") from error
-    try:
-        body = json.loads(data)
-        version, checksum = body.pop("format"), body.pop("checksum")
-        signed = {"format": version, **body}
-        intact = checksum == sha256(canonical_json(signed)) and data == canonical_json(signed | {"checksum": checksum})
-        digests = {name: str(body["files"][name]["sha256"]) for name in SMALL}
-        values = {name: body[name] for name in Meta.__dataclass_fields__}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadIndex(f"{path}: damaged, or of another version; make it again: python -m trainer index") from error
-    if version != FORMAT:
-        raise BadIndex(f"{path}: format {version!r}, this version of Penstock reads format {FORMAT}; make it again")
-    if not intact:
-        raise BadIndex(f"{path}: damaged (its checksum does not fit its content); make it again")
-    return Meta(**values), digests
+@torch.inference_mode()
+def hidden(network: TwoColumnNet, images: torch.Tensor | tuple[torch.Tensor, ...]) -> np.ndarray:
+    """(n, 3, size, size), or the same for each column → (n, units) float32. Raises Diverged if one is not finite."""
+    x = network.hidden(images).float()
+    if not bool(x.isfinite().all()):
+        raise Diverged("the network's features are not finite numbers: its training has diverged")
+    return x.cpu().numpy()
 
 
-def _features(path: Path, meta: Meta) -> Rows:
-    try:
-        return Rows(path, (meta.n, meta.units), DTYPES[meta.dtype])
-    except FileNotFoundError as error:
-        raise BadIndex(f"{path}: missing; make the index again: python -m trainer index") from error
-    except UserError as error:
-        raise BadIndex(f"{error}; make the index again: python -m trainer index") from error
-
-
-def _intact(path: Path, promised: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadIndex(f"{path}: missing; make the index again: python -m trainer index") from error
-    if sha256(data) != promised:
-        raise BadIndex(f"{path}: damaged (its SHA-256 is not that in {META}); make the index again")
-    return data
+def _queries(
+    made: Index, network: TwoColumnNet, dataset: Manifest, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return features to look for: of the validation split, or of the index's own rows, and which these are."""
+    held, own = dataset.splits.get("val"), np.unique(np.arange(QUERIES) * made.meta.n // QUERIES)  # spread evenly
+    if made.meta.split == "val" or not held or not held.samples:
+        return made.rows[own].astype(np.float32), own
+    with SampleReader(dataset, "val") as reader:
+        jpegs = [jpeg.tobytes() for jpeg in reader.read(np.unique(np.arange(QUERIES) * held.samples // QUERIES))]
+    return hidden(network, Pictures(dataset, recipe).views(jpegs)), None

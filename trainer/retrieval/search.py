@@ -1,47 +1,166 @@
-"""The rows nearest to queries by Euclidean distance: exactly, or the exact order of those whose codes are nearest."""
+"""Load an index of features, refuse one that is of no use, and search it: exactly, or by codes.
 
+An index is a directory:
+features.npy             (n, units) float16 or float32, row i being sample i; mapped, never read whole
+codes.npy                (n, bits / 8) uint8
+autoencoder.safetensors  the layers that make codes of features
+index.json               what it is an index of, and the digests of its files; written last
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from trainer.retrieval.index import Index
+from pipeline import UserError
+from pipeline.manifest import canonical_json, sha256
+from trainer.retrieval.codes import AutoEncoder
 
-CHUNK = 2**22  # numbers of a scan in memory at a time, as float32: 16 MiB
+FORMAT = 1
+META, FEATURES, CODES, ENCODER = "index.json", "features.npy", "codes.npy", "autoencoder.safetensors"
+FILES = (FEATURES, CODES, ENCODER)
+REMAKE = "make it again: python -m trainer index --force"
+CHUNK = 2**18  # numbers of a scan in memory at a time, as float64: 2 MiB, which a cache holds
+SPARE = 16  # rows beyond the nearest whose distances are computed, too
 CANDIDATES = 1000  # rows that codes choose, whose distances are then computed
-AT_ONCE = 64  # rows compared in float64 at a time: 2 MiB of 4096 units, which a cache holds
-EPSILON = float(np.finfo(np.float32).eps)  # twice the unit roundoff
-TINY = float(np.finfo(np.float32).tiny)
+RECALLED, TIMED = 6, 3  # rows looked for to measure recall, as in the paper's figure 4; exact searches that are timed
+
+
+class BadIndex(UserError):
+    """An index that is missing, damaged, or of another network or data set."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The content of index.json. `weights` and `dataset` are the digests of the network's weights and the data set."""
+
+    step: int
+    weights: str
+    dataset: str
+    split: str
+    layer: str
+    n: int
+    units: int
+    bits: int
+    dtype: str
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hex) over the names, shapes and values of a checkpoint's weights."""
+    hashed = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name]
+        hashed.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        hashed.update(value.contiguous().numpy().data)
+    return hashed.hexdigest()
+
+
+class Index:
+    """A loaded index: `meta`, `rows` (n, units), mapped, `codes` (n, bits / 8) uint8, and `encoder`, which makes codes.
+
+    Raises BadIndex if it is missing or damaged. The length of the features' file is checked, their content is not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, path = folder, folder / META
+        try:
+            body = json.loads(path.read_bytes())
+            version, checksum, files = body["format"], body.pop("checksum"), body["files"]
+            self.meta = Meta(**{name: body[name] for name in Meta.__dataclass_fields__})
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise BadIndex(f"{folder}: no index there; make one: python -m trainer index RUN DATASET") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadIndex(f"{path}: damaged, or of another version; {REMAKE}") from error
+        if version != FORMAT:
+            raise BadIndex(f"{path}: format {version!r}, this version of Penstock reads format {FORMAT}; {REMAKE}")
+        if checksum != sha256(canonical_json(body)):
+            raise BadIndex(f"{path}: damaged (its checksum does not fit its content); {REMAKE}")
+        for name, promised in files.items():
+            path = folder / name
+            if not path.exists():
+                raise BadIndex(f"{path}: missing; {REMAKE}")
+            if path.stat().st_size != promised["bytes"]:
+                raise BadIndex(f"{path}: damaged (not {promised['bytes']:,} bytes long); {REMAKE}")
+            if "sha256" in promised and sha256(path.read_bytes()) != promised["sha256"]:
+                raise BadIndex(f"{path}: damaged (its SHA-256 is not that in {META}); {REMAKE}")
+        shape, dtype = (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
+        header = files[FEATURES]["bytes"] - shape[0] * shape[1] * dtype.itemsize
+        self.rows = np.memmap(folder / FEATURES, dtype, "r", header, shape)
+        self.codes: np.ndarray = np.load(folder / CODES)
+        self.encoder = AutoEncoder(**load_file(folder / ENCODER))
+
+    @cached_property
+    def binary(self) -> Any:
+        """The codes, to be searched: see `binary_index`."""
+        return binary_index(self.codes)
+
+    def require(self, weights: str, dataset: str, network: object) -> None:
+        """Raise BadIndex if the index is not of these weights and this data set; `network` names the weights' file."""
+        if self.meta.dataset != dataset:
+            raise BadIndex(
+                f"{self.folder}: of the data set {self.meta.dataset[:12]}…, this one is {dataset[:12]}…; "
+                "name the DATASET that it was made of, or make another: python -m trainer index"
+            )
+        if self.meta.weights != weights:
+            raise BadIndex(
+                f"{self.folder}: of another network than that of {network} (it was made at step {self.meta.step:,}); "
+                f"{REMAKE}"
+            )
+
+
+def require_faiss(purpose: str) -> ModuleType:
+    """Return the package faiss. Raises UserError if it is missing, which `purpose` needs."""
+    try:
+        import faiss  # here, because only this needs it, and it takes a while to import
+    except ImportError as error:
+        raise UserError(f"{purpose} needs the package faiss: pip install 'penstock-imagenet[retrieval]'") from error
+    module: ModuleType = faiss
+    return module
+
+
+def binary_index(codes: np.ndarray) -> Any:
+    """Return faiss's index of codes (n, bytes) uint8. Raises UserError if the package faiss is missing."""
+    index = require_faiss("a search by codes").IndexBinaryFlat(8 * codes.shape[1])
+    index.use_heap = False  # by counting: of codes that are equally far, the first are returned
+    index.add(np.ascontiguousarray(codes))
+    return index
 
 
 def exact(index: Index, features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows of an index that are nearest to each of `features`, (q, units) float32: see `nearest`."""
-    return nearest(index.rows.mapped, features, k)
+    """Return the `k` rows of an index that are nearest to each of `features`, (q, units) float32: see `nearest`."""
+    return nearest(index.rows, features, k)
 
 
 def similar(index: Index, features: np.ndarray, k: int, candidates: int = CANDIDATES) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` nearest of the rows that have the nearest codes: as `exact`, but for rows that their codes hide.
+    """Return the `k` nearest of the rows that have the nearest codes: as `exact`, but for rows that codes hide.
 
     Args:
         features: (q, units) float32.
-        candidates: how many rows the codes choose; `k` at least.
+        candidates: number of rows that the codes choose; at least `k`.
     Raises:
         UserError: the package faiss is missing.
     """
-    chosen = index.hamming.nearest(index.encoder.codes(features), max(candidates, k))
-    found = []
-    for query, ids in zip(features, np.sort(chosen, 1)):
-        distances = squared(index.rows.gathered(ids), query)
-        found.append(merged(np.zeros(0, np.int64), np.zeros(0), ids, distances, k))
-    return _answer(found, len(features), min(k, chosen.shape[1]))
+    count = min(max(candidates, k), index.meta.n)
+    return _ranked(index.rows, index.binary.search(index.encoder.codes(features), count)[1], features, k)
 
 
 def nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows nearest to each query by Euclidean distance, the nearest first; of equal ones the first.
+    """Return the `k` rows nearest to each query by Euclidean distance, the nearest first.
 
-    The result is that of float64 over all rows. A product in float32 leaves out the rows that are too far for its
-    rounding to matter: n units of |x|·|q| are added with a relative error of at most n · 2⁻²⁴ (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.1), in whatever order. The memory used does not grow with the rows.
+    Products in float64 choose the `k` nearest and `SPARE` more, which covers their rounding; their distances are then
+    computed by differences. Of equal rows the first come first, if they are few. The memory used does not grow with n.
 
     Args:
         rows: (n, units) float16 or float32, finite.
@@ -49,57 +168,78 @@ def nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, 
     Returns:
         ids (q, min(k, n)) int64, distances (q, min(k, n)) float32.
     """
-    step = max(1, CHUNK // max(1, rows.shape[1]))
-    best: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0)) for _ in queries]
+    step, q = max(1, CHUNK // rows.shape[1]), torch.from_numpy(queries).double()
+    least, ids = q.new_zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.int64)
     for start in range(0, len(rows), step):
-        chunk = rows[start : start + step]
-        worst = np.array([distances[k - 1] if len(distances) >= k else np.inf for _, distances in best])
-        possible = _possible(chunk, queries, k, worst)
-        for i in np.flatnonzero(possible.any(1)).tolist():
-            near = np.flatnonzero(possible[i])
-            best[i] = merged(*best[i], start + near, squared(chunk[near], queries[i]), k)
-    return _answer(best, len(queries), min(k, len(rows)))
+        x = _float64(rows[start : start + step])
+        squared = x.square().sum(1) - 2 * (q @ x.T)  # less |query|², which all rows have in common
+        more = torch.arange(start, start + len(x)).expand(len(q), -1)
+        least, positions = torch.cat([least, squared], 1).sort(dim=1, stable=True)
+        least, ids = least[:, : k + SPARE], torch.cat([ids, more], 1).gather(1, positions[:, : k + SPARE])
+    return _ranked(rows, ids.numpy(), queries, k)
 
 
-def _possible(chunk: np.ndarray, queries: np.ndarray, k: int, worst: np.ndarray) -> np.ndarray:
-    """(q, rows) bool: False for rows that are not among the `k` nearest of their query, whatever the rounding.
+def _ranked(rows: np.ndarray, ids: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `k` nearest of the rows `ids` (q, c) of each query, by distances in float64, and these as float32."""
+    ids, distances = np.sort(ids, 1), np.empty(ids.shape)
+    for i, query in enumerate(queries):
+        _read_ahead(rows, ids[i])
+        x, q = _float64(rows[ids[i]]), torch.from_numpy(query[None]).double()
+        # not by products, whose rounding would give a row a distance from itself
+        distances[i] = torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist")[0].numpy()
+    first = np.argsort(distances, 1, kind="stable")[:, :k]
+    return np.take_along_axis(ids, first, 1), np.take_along_axis(distances, first, 1).astype(np.float32)
+
+
+def _float64(rows: np.ndarray) -> Tensor:
+    """Return a copy in float64; by float32, because torch converts float16 to float64 at half the speed."""
+    return torch.from_numpy(np.array(rows)).float().double()
+
+
+def _read_ahead(rows: np.ndarray, ids: np.ndarray) -> None:
+    """Ask the disk for all rows of a map at once; the map itself would wait for one after the other."""
+    if isinstance(rows, np.memmap) and rows.filename:
+        size = rows.itemsize * rows.shape[1]
+        with open(rows.filename, "rb") as file:
+            for i in ids.tolist():
+                os.posix_fadvise(file.fileno(), rows.offset + i * size, size, os.POSIX_FADV_WILLNEED)
+
+
+def recall(index: Index, queries: np.ndarray, own: np.ndarray | None = None) -> str:
+    """Return in words how much of the exact answer codes find, and how much faster; "" if there is nothing to find.
 
     Args:
-        worst: (q,) float64, the squared distance of the k-th nearest so far.
+        queries: (q, units) float32.
+        own: (q,) the rows that the queries are, which are not looked for.
     """
-    x, q = torch.from_numpy(np.array(chunk)).float(), torch.from_numpy(np.array(queries))
-    norms, lengths = x.square().sum(1), q.double().square().sum(1)
-    estimated = (norms - 2 * (q @ x.T)).double() + lengths[:, None]
-    units = x.shape[1]
-    sizes = norms.double().sqrt() + lengths.sqrt()[:, None]
-    slack = (units + 16) * (EPSILON * sizes.square() + TINY)
-    limit = torch.from_numpy(worst)
-    if k <= len(x):
-        limit = limit.minimum((estimated + slack).kthvalue(k, 1).values)
-    return (~(estimated - slack > limit[:, None])).numpy()  # where a number is not finite, the row stays
+    beside = 0 if own is None else 1
+    n, k = index.meta.n - beside, min(RECALLED, index.meta.n - beside)
+    if k < 1 or not len(queries):
+        return ""
+    candidates = min(CANDIDATES, max(index.meta.n // 10, k), n)
+    true, _ = exact(index, queries, k + beside)
+    chosen = index.binary.search(index.encoder.codes(queries), candidates + beside)[1]
+    answered, _ = similar(index, queries, k + beside, candidates + beside)
+
+    def others(ids: np.ndarray) -> list[np.ndarray]:
+        """Return the ids of each query without its own; if that is not among them, without the last."""
+        return list(ids) if own is None else [row[row != i][: ids.shape[1] - 1] for row, i in zip(ids, own)]
+
+    shares = [np.mean([np.isin(*pair).mean() for pair in zip(others(true), others(ids))]) for ids in (chosen, answered)]
+    slow = _seconds(lambda query: exact(index, query, k), queries[:TIMED])
+    fast = _seconds(lambda query: similar(index, query, k, candidates), queries)
+    return (
+        f"{len(queries):,} queries: of the {k} nearest, the nearest {candidates:,} codes hold "
+        f"{100 * shares[0]:.1f} %, the answer {100 * shares[1]:.1f} %\n"
+        f"by codes {1e3 * fast:,.1f} ms a query, exactly {1e3 * slow:,.1f} ms ({slow / fast:,.1f} times as long)"
+    )
 
 
-def squared(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """(n, units), (units,) → squared Euclidean distances (n,) float64."""
-    found, exactly = np.empty(len(rows)), query.astype(np.float64)
-    for start in range(0, len(rows), AT_ONCE):
-        part = rows[start : start + AT_ONCE].astype(np.float64)
-        part -= exactly
-        part *= part
-        found[start : start + AT_ONCE] = part.sum(1)
-    return found
-
-
-def merged(
-    ids: np.ndarray, distances: np.ndarray, new: np.ndarray, more: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` nearest of `ids`, the nearest first, and `new`, which are greater and ascend; with their distances."""
-    ids, distances = np.concatenate([ids, new]), np.concatenate([distances, more])
-    first = np.argsort(distances, kind="stable")[:k]
-    return ids[first], distances[first]
-
-
-def _answer(found: list[tuple[np.ndarray, np.ndarray]], queries: int, k: int) -> tuple[Any, Any]:
-    """Of each query ids and squared distances → (q, k) int64 and distances (q, k) float32."""
-    ids = np.array([each for each, _ in found], np.int64).reshape(queries, k)
-    return ids, np.sqrt(np.array([each for _, each in found], np.float64).reshape(queries, k)).astype(np.float32)
+def _seconds(search: Callable[[np.ndarray], object], queries: np.ndarray) -> float:
+    """Return the median time of a search for one query."""
+    times = []
+    for query in queries:
+        began = time.perf_counter()
+        search(query[None])
+        times.append(time.perf_counter() - began)
+    return median(times)

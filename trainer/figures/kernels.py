@@ -1,10 +1,69 @@
-"""Measure the selectivity of first-layer kernels: their share of colour, and of power that has one direction."""
+"""Draw the first layer's kernels (Figure 3), and measure their selectivity: shares of colour, and of one direction."""
 
 import numpy as np
+from PIL import Image
+
+from trainer.figures.sheets import INK, MARGIN, TEXT, WIDTH, blank, paragraph, titled
 
 PADDED = 4  # the Fourier transform is taken of a square so many times as wide, zero outside the kernel
 FLAT = 1e-12  # of a kernel's energy: what is left of a constant kernel less its mean, by rounding
 DRAWS = 9999  # random halvings
+
+SIDE, GAP = 44, 6  # pixels: of a kernel at most, between two: 12 kernels of 11 × 11 weights in a row
+NOISE = 200  # kernels of noise, to compare with
+ZERO, LARGEST = 128, 127  # grey levels: of a weight of zero, and the distance from it of the sheet's largest
+
+
+def sheet(weights: np.ndarray, columns: int) -> Image.Image:
+    """Return the sheet of a first layer's kernels, (n, 3, k, k) float in the grouped layout, of so many columns."""
+    side, parts = weights.shape[-1], []
+    shown = np.split(tiles(weights, zoom=max(1, SIDE // side)), columns)
+    for i, (column, column_tiles) in enumerate(zip(np.split(weights, columns), shown)):
+        name = f"Column {i}" if columns > 1 else "One column"
+        parts += [paragraph(f"{name}: {measured(column)}", TEXT, INK), _grid(column_tiles)]
+    return titled(
+        f"First layer: {len(weights)} kernels of {side} × {side} RGB weights", parts, reading(weights, columns)
+    )
+
+
+def measured(weights: np.ndarray) -> str:
+    """Return the selectivity of (n, 3, k, k) kernels in words."""
+    numbers = [mean(measure(weights), weights) for measure in (colour, orientation)]
+    return "colour {:.2f}, orientation {:.2f}".format(*numbers)
+
+
+def reading(weights: np.ndarray, columns: int) -> str:
+    """Return the note on a sheet of kernels: the meaning of the numbers, and how sure they are."""
+    noise = np.random.default_rng(2012).standard_normal((NOISE, *weights.shape[1:]))
+    text = (
+        "Colour: the share of the weights' energy that is not grey. Orientation: the share of their spatial power that "
+        "has one direction. Means over the kernels, by their energy, from 0 to 1; "
+        f"of weights that are noise: {measured(noise)}. Mid-grey is 0; all kernels have one scale."
+    )
+    if columns == 2:
+        p = chance(weights)
+        text += (
+            f" The colours of the two columns differ {'by' if p < 0.05 else 'no'} more than chance explains: random "
+            f"halves of these kernels differ as much in {100 * p:.3g} % of draws."
+        )
+    return text
+
+
+def tiles(weights: np.ndarray, zoom: int) -> np.ndarray:
+    """(n, 3, k, k) → (n, zoom · k, zoom · k, 3) uint8: zero is mid-grey, and all kernels have one scale."""
+    largest = float(np.abs(weights).max()) or 1.0
+    levels = np.rint(ZERO + LARGEST * (weights.astype(np.float64) / largest)).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+
+
+def _grid(column_tiles: np.ndarray) -> Image.Image:
+    """Return tiles (n, side, side, 3) uint8 in rows, as many in each as fit."""
+    pitch = column_tiles.shape[1] + GAP
+    across = max(1, (WIDTH - 2 * MARGIN + GAP) // pitch)
+    part = blank(-(-len(column_tiles) // across) * pitch - GAP)
+    for i, tile in enumerate(column_tiles):
+        part.paste(Image.fromarray(tile), (MARGIN + i % across * pitch, i // across * pitch))
+    return part
 
 
 def energy(weights: np.ndarray) -> np.ndarray:
@@ -71,6 +130,6 @@ def chance(weights: np.ndarray) -> float:
     return (int((apart(drawn) >= observed * (1 - FLAT)).sum()) + 1) / (DRAWS + 1)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Return part / whole; 0 where that is 0/0."""
-    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=np.asarray(whole) > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Return the quotient; 0 where that is 0/0."""
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(denominator)), where=np.asarray(denominator) > 0)

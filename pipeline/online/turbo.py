@@ -1,0 +1,181 @@
+"""The CPU's decoder: libjpeg-turbo in threads. Each picture is cut, mirrored, normalised while it is in the cache."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.online.batch import Batch, Crops, Recipe, Undecodable
+from pipeline.online.normalise import in_place, normalise_planes
+
+KEPT = 8  # arrays of batches that the consumer has let go, for later batches: more than are ever under way
+
+
+@dataclass
+class _Job:
+    batch: Batch
+    views: np.ndarray
+    scaled: tuple[np.ndarray, np.ndarray]  # `normalise.in_place`
+    deviation: np.ndarray | None  # (3, h, w) float32
+    tasks: list[Future[None]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)  # positions of what does not decode
+
+
+class Decoder:
+    """Batches in, views out, in the same order: uint8 (n, h, w, 3), RGB; or normalised, (n, 3, h, w) float32.
+
+    `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch.
+    """
+
+    under_way = 2  # batches that it has at a time: the threads never wait for the next
+
+    def __init__(self, recipe: Recipe, normalised: bool, most: int, threads: int) -> None:
+        self._recipe, self._normalised, self._threads = recipe, normalised, threads
+        side, deviations = recipe.decoded, recipe.mean_deviations.items()
+        self._shape = (most, 3, side, side) if normalised else (most, side, side, 3)
+        self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
+        self._scratch = _Scratch(side)
+        self._free: deque[np.ndarray] = deque(maxlen=KEPT)
+        self._jobs: deque[_Job] = deque()
+        self._stopped = False
+        self._pool = ThreadPoolExecutor(threads, "penstock-turbo")
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to decode a batch; it may be empty."""
+        views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
+        job = _Job(batch, views, in_place(batch.crops), deviation)
+        self._jobs.append(job)
+        self._start(job, range(len(batch.ids)))
+
+    def result(self) -> tuple[Batch, list[Tensor]]:
+        """Return the oldest batch and its views. Raises Undecodable: mend that batch and `retry`."""
+        job = self._jobs[0]
+        for task in job.tasks:
+            task.result()
+        if job.failed:
+            raise Undecodable(job.batch, sorted(job.failed))
+        self._jobs.popleft()
+        job.batch.jpegs = []  # the consumer may keep the batch
+        return job.batch, [torch.from_numpy(job.views)]
+
+    def retry(self) -> None:
+        """Decode again what failed of the oldest batch."""
+        job = self._jobs[0]
+        failed, job.failed = job.failed, []
+        self._start(job, failed)
+
+    def streams(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: a CPU has no streams."""
+        return nullcontext()
+
+    def stop(self) -> None:
+        """Let the threads end, each after its picture; `result` then raises RuntimeError."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """End the threads and free the memory."""
+        self.stop()
+        self._pool.shutdown()
+        self._jobs.clear()
+
+    def _array(self, n: int) -> np.ndarray:
+        """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
+        array = self._free.pop() if self._free else np.empty(self._shape, (np.uint8, np.float32)[self._normalised])
+        views = array[:n]
+        weakref.finalize(views, self._free.append, array)  # the tensor made of `views` keeps them
+        return views
+
+    def _start(self, job: _Job, positions: Iterable[int]) -> None:
+        shared = iter(list(positions))  # each thread takes the next of them, which is atomic
+        job.tasks = [self._pool.submit(self._work, job, shared) for _ in range(self._threads)]
+
+    def _work(self, job: _Job, positions: Iterator[int]) -> None:
+        for i in positions:
+            if self._stopped:
+                raise RuntimeError("the loader is closed")
+            try:
+                self._decode(job, i)
+            except ValueError:
+                job.failed.append(i)
+
+    def _decode(self, job: _Job, i: int) -> None:
+        jpeg, crops, scratch = job.batch.jpegs[i], job.batch.crops, self._scratch
+        flip, view = bool(crops.flip[i]), scratch.view if self._normalised else job.views[i]
+        if self._recipe.resize:
+            view[...] = resized(scratch.crop_box(jpeg, crops, i, "RGBX"), self._recipe.decoded, flip, view.shape[2])
+        else:
+            layouts = ("RGBX", "XBGR") if self._normalised else ("RGB", "BGR")
+            copy(scratch.crop_box(jpeg, crops, i, layouts[flip]), view, flip)
+        if self._normalised:
+            deviation, (offset, factor) = job.deviation, (array[i] for array in job.scaled)
+            if deviation is not None and self._recipe.aligned:
+                rows, columns = (slice(start, start + len(view)) for start in crops.start[i].tolist())
+                deviation = deviation[:, rows, columns][..., :: -1 if flip else 1]
+            normalise_planes(view, offset, factor, deviation, job.views[i], scratch.levels, scratch.planes)
+
+
+class _Scratch(threading.local):
+    """A thread's memory for one picture after another: in the cache, and never fresh pages."""
+
+    def __init__(self, side: int) -> None:
+        self.pixels = np.empty(0, np.uint8)
+        self.view = np.empty((side, side, 4), np.uint8)
+        self.levels, self.planes = np.empty((3, side, side), np.int32), np.empty((3, side, side), np.float32)
+
+    def crop_box(self, jpeg: np.ndarray, crops: Crops, i: int, layout: str) -> np.ndarray:
+        """Decode a picture; return crop box `i`, rows of the bytes of `layout`, (h, w · 3 or 4): until the next one.
+
+        Raises ValueError: it does not decode without a warning, is neither RGB nor grey, or the box is outside.
+        """
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        (top, left), (rows, columns) = crops.start[i].tolist(), crops.shape[i].tolist()
+        if colours in ("CMYK", "YCCK") or top + rows > height or left + columns > width:
+            raise ValueError(f"{height} × {width}, {colours}")
+        pixel = len(layout)
+        if (size := height * width * pixel) > self.pixels.size:
+            memory = np.empty(size + 31, np.uint8)
+            # libjpeg-turbo writes past the cache to rows that begin at a multiple of 32, and the next to read is here
+            self.pixels = memory[(16 - memory.ctypes.data) % 32 :][:size]
+        # accurate DCT and smooth chroma, as Pillow and DALI have them
+        picture = simplejpeg.decode_jpeg(jpeg, layout, buffer=self.pixels, strict=True).reshape(height, -1)
+        return picture[top : top + rows, left * pixel : (left + columns) * pixel]
+
+
+def copy(rows: np.ndarray, out: np.ndarray, flip: bool) -> None:
+    """Copy rows of bytes to `out` (h, w, c) uint8; where `flip`, each row back to front, and so the channels.
+
+    Whole words of at most 8 bytes are swapped and put in reverse order: much faster than single bytes.
+    """
+    out = out.reshape(rows.shape)
+    if flip:
+        word = next(size for size in (8, 4, 2, 1) if rows.shape[1] % size == 0)
+        out, rows = out.view(f">u{word}"), rows.view(f"<u{word}")[:, ::-1]
+    out[...] = rows
+
+
+def resized(box: np.ndarray, side: int, flip: bool, channels: int) -> np.ndarray:
+    """Return (side, side, channels) of RGBX rows as torchvision does with Pillow's images: cut, resize, then mirror."""
+    size = box.shape[1] // 4, box.shape[0]
+    picture = Image.frombuffer("RGBX", size, np.ascontiguousarray(box), "raw", "RGBX", 0, 1)
+    view = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
+    return view[:, :: -1 if flip else 1, :channels]
+
+
+def undecodable(batch: Batch) -> list[int]:
+    """Return the positions in a batch of what does not decode on a CPU."""
+    scratch, positions = _Scratch(0), []
+    for i, jpeg in enumerate(batch.jpegs):
+        try:
+            scratch.crop_box(jpeg, batch.crops, i, "RGB")
+        except ValueError:
+            positions.append(i)
+    return positions
