@@ -117,8 +117,9 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except SafetensorError as error:
-        code = int(re.findall(r"os error (\d+)", str(error))[-1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        if not (match := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
