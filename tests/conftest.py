@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,17 @@ def drawn(kind: str, name: str, width: int, height: int) -> Image.Image:
     y, x = np.ogrid[:height, :width]
     dark = {"blobs": 0 * x * y, "checks": (x // 24 + y // 24) % 2, "stripes": y // 12 % 2 + 0 * x}[kind]
     return Image.fromarray((np.asarray(picture(name, width, height)) * (1 - 0.6 * dark[..., None])).astype(np.uint8))
+
+
+def normal(name: str) -> str:
+    """Return the name of a distribution in the form in which names are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    """Return the pinned versions by normal name."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines if "==" in line}
 
 
 @pytest.fixture(scope="session")

@@ -165,7 +165,7 @@ def test_the_real_words_keep_both_cranes_and_both_maillots_apart(shared: Path, t
     assert [c.wnid for c in kaggle.classes] == [c.wnid for c in ours.classes]
     pairs = {k.wnid: (k.words, o.words) for k, o in zip(kaggle.classes, ours.classes)}
     assert {wnid: words for wnid, words in pairs.items() if words[0] != words[1]} == {
-        "n02012849": ("crane bird", "crane")  # somebody told the cranes apart in this copy of the mapping
+        "n02012849": ("crane bird", "crane")  # this copy of the mapping tells the cranes apart
     }
     by_wnid = {c.wnid: c for c in ours.classes}
     assert {by_wnid[wnid].words.split(",")[0] for wnid in MAILLOTS} == {"maillot"}

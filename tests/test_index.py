@@ -14,16 +14,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from safetensors.numpy import load_file
 
 from conftest import ROOT, digests
+from networks import drawn, narrow
 from pipeline import manifest
 from pipeline.online.samples import SampleReader
-from retrieved import RECIPE, UNITS, index, save_run, similar
-from runs import one_line
+from runs import one_line, trainer
 from trainer import checkpoint as checkpoints
-from trainer import data as feed
-from trainer.checkpoint import load_network
+from trainer import data as loaders
+from trainer.checkpoint import Checkpoint, load_network
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval import codes
@@ -31,6 +32,28 @@ from trainer.retrieval.index import features
 from trainer.retrieval.search import Index, digest
 
 CPU = (torch.device("cpu"),) * 2
+RECIPE = narrow("original")  # 48 units in fc7
+UNITS = 48
+
+
+def save_run(run: Path, data: Path, factor: float = 1.0, step: int = 3) -> dict[str, torch.Tensor]:
+    """A run directory of one checkpoint, of the weights of tests/networks.py; fc7's times `factor`."""
+    dataset = manifest.load(data)
+    weights = drawn(RECIPE.model, len(dataset.classes), torch.float32)
+    weights = {name: value * (factor if name.startswith("fc7") else 1) for name, value in weights.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    classes = tuple(record.wnid for record in dataset.classes)
+    state = Checkpoint(step, RECIPE, classes, dataset.identity, weights, velocity, {}, {}, ())
+    checkpoints.save(run, state)
+    return weights
+
+
+def index(run: Path, data: Path, *options: object) -> Result:
+    return trainer("index", run, data, "--devices", "cpu,cpu", *options)
+
+
+def similar(run: Path, data: Path, *words: object) -> Result:
+    return trainer("similar", *words, "--checkpoint", run, "--data", data, "--devices", "cpu,cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +107,7 @@ def test_the_features_are_what_the_last_layer_sees_of_every_image(dataset: Path,
     stored = np.load(indexed / "index" / "features.npy", allow_pickle=False)
     assert (stored.shape, stored.dtype) == ((41, UNITS), np.float16)
     data, net = manifest.load(dataset), network(indexed, dataset)
-    with torch.inference_mode(), feed.evaluation(data, RECIPE, "train", "centre", CPU) as loader:
+    with torch.inference_mode(), loaders.evaluation(data, RECIPE, "train", "centre", CPU) as loader:
         hidden = np.concatenate([net.hidden(batch.replicas).numpy() for batch in loader])
     np.testing.assert_array_equal(stored, hidden.astype(np.float16))
     assert np.std(stored, 0).max() > 1  # the images differ

@@ -21,11 +21,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import features
 
-from conftest import ROOT
+from conftest import ROOT, normal, pins
 from penstock import __version__
 from penstock.__main__ import COMMANDS, TOOLS, load
 from penstock.__main__ import main as penstock
-from pinned import normal, pins
 
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 SETUP = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))

@@ -149,6 +149,7 @@ def test_a_class_without_training_images_is_named(raw: Path, tmp_path: Path):
         (("a.txt",), "a.txt", "not a directory"),
         (("Train/a/1.png", "Val/a/1.png"), "", "Train, Val: named as a split"),
         (("val/a/1.png", "val/b/1.png"), "", "val: named as a split"),
+        (("train/a/1.txt", "val/a/1.png"), "", "but no training picture with a label is in it"),
         (("set/train/a/1.png", "set/val/a/1.png"), "", "only one folder with pictures, set"),
         (("train/a/1.png", "train/2.png"), "", "train/2.png: a picture outside the class folders has no label"),
     ],

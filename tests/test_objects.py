@@ -56,6 +56,7 @@ def test_reading_ahead_keeps_the_order_and_its_bounds(monkeypatch: pytest.Monkey
     tasks = list(range(200))
     for i, (task, result) in enumerate(read_ahead(iter(tasks), read, 4, lambda task: 1 if task < 100 else 400)):
         assert (task, result) == (i, -i)
+        time.sleep(0.002)  # slower than the reads
         with lock:
             ahead -= 1
     assert 4 <= most[0] <= 9  # twice the threads, and the one in the caller's hands

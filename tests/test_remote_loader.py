@@ -9,7 +9,6 @@ import torch
 
 from conftest import build
 from pipeline import UserError, manifest, storage
-from pipeline.manifest import DatasetError
 from pipeline.online import Loader
 from pipeline.storage import read_ahead
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
@@ -84,17 +83,3 @@ def test_what_a_remote_loader_needs(built: Path, url: str, tmp_path: Path):
             UserError, match=f"order='{order}' has {what} in use, [0-9,]+ bytes, and cache_bytes=100,000"
         ):
             Loader(url, cache=tmp_path / "cache", order=order, window=8, cache_bytes=100_000)
-
-
-def test_a_shard_that_changed_in_the_store_is_named(built: Path, url: str, tmp_path: Path):
-    name = "train/train-000003.tar"
-    data = bytearray((built / name).read_bytes())
-    data[5000] ^= 1
-    place = storage.location(url) / name
-    storage.remove(place)
-    storage.put_if_absent(place, bytes(data))
-    with (
-        pytest.raises(DatasetError, match=r"train-000003\.tar: changed or damaged in the store"),
-        Loader(url, cache=tmp_path / "cache", **OPTIONS) as loader,
-    ):
-        list(islice(loader, 6))

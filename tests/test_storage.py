@@ -230,9 +230,7 @@ def test_the_file_of_a_killed_writer_is_swept(tmp_path: Path):
 def test_files_of_another_machine_are_seen(s3: Store, bucket: Location):
     files.write_bytes_aside(bucket / "a" / "1", b"1")
     assert (len(storage.scan(bucket / "a")), storage.exists(bucket / "a" / "2")) == (1, False)
-    code = (
-        "import sys; from pipeline import files, storage; files.write_bytes_aside(storage.location(sys.argv[1]), b'')"
-    )
+    code = "import sys; from pipeline import storage; storage.put_if_absent(storage.location(sys.argv[1]), b'2')"
     python(code, bucket / "a" / "2")
     assert storage.exists(bucket / "a" / "2")
     assert storage.sizes(bucket, ["a/2"]) == {"a/2": 1}

@@ -10,7 +10,7 @@ import torch
 from conftest import CLASSES, build
 from pipeline import manifest
 from pipeline.online import Loader
-from runs import assert_same_end, one_line, resume, train
+from runs import assert_same_end, of_november_2026, one_line, resume, train
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders
 from trainer import recipe as recipes
@@ -68,7 +68,10 @@ def test_the_first_line_is_that_of_a_plain_grouped_network(run: Path, dataset: P
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
-    """Lost after 3 of 8 steps, between log lines; an epoch's end, drops of the rate and lighting's end are to come."""
+    """Lost after 3 of 8 steps, between log lines; an epoch's end, drops of the rate and lighting's end are to come.
+
+    It goes on from a checkpoint as earlier code wrote it.
+    """
     every = ("train.checkpoint_every=3", "train.log_every=2", "data.lighting_until=45")
     assert train(dataset, tmp_path / "whole", 8, *every).exit_code == 0
     assert train(dataset, tmp_path / "parts", 8, *every).exit_code == 0
@@ -78,6 +81,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
     newer[0].write_bytes(newer[0].read_bytes()[:-100])
     one_line(resume(dataset, tmp_path / "parts"), newer[0].name, f"delete it to use {first.name}")
     newer[0].unlink()
+    saved = checkpoints.load(first)
+    assert saved.progress.keys() == {"schedule", "window", "steps", "over"}  # as in November 2026
+    first.write_bytes(of_november_2026(saved))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as lines:
         lines.write('{"kind": "tra')  # a kill in the middle of a line
     result = resume(dataset, tmp_path / "parts")

@@ -17,20 +17,22 @@ from unittest import mock
 
 import pytest
 
+SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+TORCH = Path(importlib.util.find_spec("torch").origin).parent  # not imported: the devices must be there before
+BATCH = 4
 pytestmark = [
     pytest.mark.proof,  # compiles C++ against torch
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the devices with"),
+    pytest.mark.skipif((TORCH / "lib/libtorch_cuda.so").exists(), reason="this torch has its own CUDA devices"),
 ]
-SOURCE = Path(__file__).with_name("fake_cuda.cpp")
-BATCH = 4
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two devices, compiled."""
-    path, torch = tmp_path_factory.mktemp("devices") / "fake_cuda.so", torch_folder()
-    includes = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
-    libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
+    path = tmp_path_factory.mktemp("devices") / "fake_cuda.so"
+    includes = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
+    libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
     subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", path, *includes, *libraries], check=True)
     return path
 
@@ -64,16 +66,8 @@ def test_a_missing_copy_between_columns_is_an_error(library: Path):
         run(library, "without-copies", "original")
 
 
-def torch_folder() -> Path:
-    """Return the folder of torch, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    assert spec
-    assert spec.origin
-    return Path(spec.origin).parent
-
-
 def load_devices(library: str) -> None:
-    for name in (torch_folder() / "lib/libc10.so", torch_folder() / "lib/libtorch_cpu.so", library):
+    for name in (TORCH / "lib/libc10.so", TORCH / "lib/libtorch_cpu.so", library):
         loaded = ctypes.CDLL(str(name), ctypes.RTLD_GLOBAL)
     loaded.register_devices.restype = ctypes.c_bool
     assert loaded.register_devices(), "torch had registered its devices before"
@@ -85,7 +79,7 @@ def steps(name: str) -> list[int]:
 
     from pipeline.online.batch import Batch
     from trainer import recipe as recipes
-    from trainer.evaluate import probabilities
+    from trainer.evaluate import view_probabilities
     from trainer.layers import dropped_units
     from trainer.model import initial_weights
     from trainer.nonfinite import Watch
@@ -109,7 +103,7 @@ def steps(name: str) -> list[int]:
     for part, velocity, device in zip(network.parts(), optimiser.velocity, devices):
         assert {value.device for value in (*part.values(), *velocity.values())} == {device}
     with torch.no_grad():
-        assert probabilities(network, views).shape == (BATCH, classes)
+        assert view_probabilities(network, views).shape == (BATCH, 10, classes)
         assert network.hidden([view[:, 0] for view in views]).device == devices[0]
     saved = network.gathered(optimiser.velocity)
     assert {value.device.type for value in saved.values()} == {"cpu"}

@@ -77,10 +77,12 @@ def test_missing_unlisted_and_unfinished(root: Path):
     (root / "val" / "notes\n.txt").write_text("notes")
     (root / ".build").mkdir()
     (root / ".build" / "plan.json").write_text("{}")
+    (root / ".cache").mkdir()
     result = verify(root)
     assert result.exit_code == 1
-    assert result.output.splitlines()[:4] == [
+    assert result.output.splitlines()[:5] == [
         ".build: unfinished: the build was killed at its very end; the same command again ends it",
+        ".cache: not listed in dataset.json",
         r"'val/notes\n.txt': not listed in dataset.json",
         f"{SHARD}.tar: missing",
         "skipped.jsonl: missing",

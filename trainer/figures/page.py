@@ -46,13 +46,12 @@ LAYOUT = {
     "font": {"family": "system-ui, sans-serif", "size": 13},
     "margin": {"l": 60, "r": 16, "t": 36, "b": 50},
     "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    "colorway": sheets.COLOURS,
     "hovermode": "x unified",
     "dragmode": False,
     "showlegend": True,
     "xaxis": AXIS | {"title": "step (updates)", "rangemode": "tozero"},
 }
-
-Curves = dict[str, list[tuple[int, float]]]  # by name: the points of a curve, which are (step, value)
 
 
 @click.command(cls=Command)
@@ -69,9 +68,8 @@ def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices
     """
     if split is not None:
         manifest.load(data).split(split)
-    for line in draw(
-        data, run, choose_devices(devices, checkpoints.load(run).recipe.model.columns), split or "val", only_errors
-    ):
+    placement = choose_devices(devices, checkpoints.load(run).recipe.model.columns)
+    for line in draw(data, run, placement, split or "val", only_errors):
         click.echo(line)
 
 
@@ -215,7 +213,7 @@ def curves(data: FigureData) -> str:
     def points(kind: str, key: str) -> list[tuple[int, float]]:
         return [(line["step"], line[key]) for line in data.lines if line["kind"] == kind]
 
-    updates = Curves()
+    updates: dict[str, list[tuple[int, float]]] = {}
     for line in data.lines:
         for name, layer in line.get("layers", {}).items():
             if layer["ratio"] > 0:  # the axis is logarithmic, and the update of a layer that stands still is 0
@@ -236,11 +234,8 @@ def curves(data: FigureData) -> str:
     return f'{note if _validated(data.dataset) else NO_VALIDATION}<div class="charts">{html}</div>'
 
 
-def _chart(name: str, title: str, unit: str, lines: Curves, with_library: bool) -> str:
-    """Return a chart over the steps of a run; `name` is its id, `unit` the title of its vertical axis.
-
-    `with_library` puts plotly.js (5 MB) before it: once per page, at the first chart.
-    """
+def _chart(name: str, title: str, unit: str, lines: dict[str, list[tuple[int, float]]], with_library: bool) -> str:
+    """Return a chart of curves, each (step, value) by name; `with_library` puts plotly.js (5 MB) before it."""
     import plotly.graph_objects as go  # here, because it takes long to import
 
     axis = {"type": "log", "dtick": 1, "exponentformat": "power"} if name == "updates" else {"rangemode": "tozero"}
