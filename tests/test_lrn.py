@@ -19,7 +19,7 @@ def maps(n: int, scale: float = 60.0, seed: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("count", [2, 12])
-@pytest.mark.parametrize("constants", [ORIGINAL, LRN(3, 1e-3, 1.0), LRN(1, 0.01, 2.0), LRN(9, 1e-4, 2.0)])
+@pytest.mark.parametrize("constants", [ORIGINAL, LRN(1, 1e-3, 1.0), LRN(9, 1e-4, 2.0)])
 def test_lrn_is_torchs_in_each_column(constants: LRN, count: int, columns: int):
     """Windows of 1 to 9 maps, some wider than a column, and the gradient. Ours takes torch's alpha/n."""
     ours, theirs = maps(count).requires_grad_(), maps(count).requires_grad_()
