@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from conftest import ROOT
 from pipeline import UserError
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint, CheckpointError, CheckpointWriter, best_file, files, load, save
-from trainer.recipe import Recipe, override, to_dict
+from trainer.recipe import Recipe, override
 
 FLOATS = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e22, 2.0**-1074 * 3]
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_the_earlier_code_loads(tmp_path: Path):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     old = load(tmp_path)
     assert (old.step, old.classes, old.loader, old.progress) == (40, ("a", "b"), {"step": 40}, {"over": False})
-    assert json.loads(json.dumps(to_dict(old.recipe))) == recipe
+    assert json.loads(json.dumps(asdict(old.recipe))) == recipe
     for name, value in tensors.items():
         assert torch.equal(old.weights[name], torch.from_numpy(value))
         assert torch.equal(old.velocity[name], torch.from_numpy(2 * value))

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,21 +21,16 @@ from pipeline.manifest import Manifest
 from trainer.distributed import World
 from trainer.layers import shapes
 from trainer.parallel import TwoColumnNet
-from trainer.recipe import Recipe, from_dict, to_dict
+from trainer.recipe import Recipe, from_dict
 
 FOLDER = "checkpoints"
 META = "penstock"  # key of the file's metadata; its value is JSON
 FORMAT = 2  # of that value and of the tensors' names
 KINDS = ("weights", "velocity")
 STEP_FILE = re.compile(r"step-(\d{8,})\.safetensors")
-TYPES = {"step": int, "recipe": dict, "classes": list, "dataset": str, "loader": dict, "progress": dict}
-TYPES |= {"history": list, "tensors": list}
-ITEM_TYPES = {"classes": str, "tensors": str, "history": dict}
-REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EFBIG: "allow larger files (ulimit -f)",
-}
+TYPES = {"step": int, "recipe": dict, "dataset": str, "loader": dict, "progress": dict}  # of the values in META
+ITEM_TYPES = {"classes": str, "tensors": str, "history": dict}  # of the values that are lists
+REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "allow larger files (ulimit -f)"}
 
 
 class CheckpointError(UserError):
@@ -73,6 +68,11 @@ def files(run: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
+def newest_step(run: Path) -> int | None:
+    """Return the step of the newest checkpoint of a run directory; None if there is none."""
+    return int(files(run)[-1].stem.removeprefix("step-")) if files(run) else None
+
+
 # ---- Writing. ----
 
 
@@ -86,11 +86,11 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
 def write(path: Path, parts: list[bytes | memoryview]) -> None:
     """Write the result of `serialised`: all of it or nothing. Raises OSError."""
 
-    def write_parts(file: HashingFile) -> None:
+    def fill(file: HashingFile) -> None:
         for part in parts:
             file.write(part)
 
-    write_aside(path, write_parts)
+    write_aside(path, fill)
 
 
 def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
@@ -117,17 +117,9 @@ def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
 
 def _described(checkpoint: Checkpoint) -> str:
     """Return all of a checkpoint but its tensors, as JSON. Raises as `serialised`."""
-    values = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "recipe": to_dict(checkpoint.recipe),
-        "classes": checkpoint.classes,
-        "dataset": checkpoint.dataset,
-        "loader": checkpoint.loader,
-        "progress": checkpoint.progress,
-        "history": checkpoint.history,
-        "tensors": sorted(checkpoint.weights),
-    }
+    names = ("step", "classes", "dataset", "loader", "progress", "history")
+    values = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in names}}
+    values |= {"recipe": asdict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}
     return json.dumps(values, allow_nan=False)
 
 
@@ -138,13 +130,13 @@ def _memory(tensor: Tensor) -> memoryview:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in a thread, one at a time; the newest `keep` stay, and best.safetensors.
+    """Writes the checkpoints of a run in a thread, one at a time; keeps the newest `keep`, and best.safetensors.
 
-    An interpreter that exits waits for the write in hand.
+    An interpreter that exits waits for the pending write.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
-        """Delete the unfinished files of writers that were killed: no other may write checkpoints of this run now."""
+        """Delete the unfinished files of writers that were killed; the caller holds the lock of the run."""
         self._run, self._keep = run, keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -154,9 +146,7 @@ class CheckpointWriter:
         """Begin to write a checkpoint, once the one before is written; return the path that it will have.
 
         Its tensors must not change from now on; its other values are copied. `best`: best.safetensors becomes this one.
-        Raises:
-            UserError: the write before this one has failed; this one is not begun.
-            ValueError, TypeError: as `serialised`.
+        Raises UserError if the write before this one has failed, and begins none; and as `serialised`.
         """
         self._wait()
         path = step_file(self._run, checkpoint.step)
@@ -164,7 +154,7 @@ class CheckpointWriter:
         return path
 
     def raise_if_failed(self) -> None:
-        """Raise UserError if the write in hand has failed by now. Does not wait."""
+        """Raise UserError if the pending write has failed by now. Does not wait."""
         if self._pending and self._pending.done():
             self._wait()
 
@@ -193,20 +183,20 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, path: Path, parts: list[bytes | memoryview], best: bool) -> None:
-        # The best first: a run that is killed between the two goes on from before, and finds it the best again.
+        # best.safetensors first: a run that is killed between the two writes resumes from an older checkpoint, and
+        # this one is the best again.
         target = path
         try:
             for target in [best_file(self._run)] * best + [path]:
                 write(target, parts)
-            others = [file for file in files(self._run) if file != path]  # the new one stays, whatever its step
+            others = [file for file in files(self._run) if file != path]  # the new one stays, even with a lower step
             for target in others[: max(0, len(others) - self._keep + 1)]:
                 target.unlink(missing_ok=True)
         except OSError as error:
-            remedy, older = REMEDIES.get(error.errno or 0, "mend that"), files(self._run)
+            remedy, older = REMEDIES.get(error.errno or 0, "mend that"), newest_step(self._run)
             advice = f"there is no older checkpoint; {remedy}, then start again"
-            if older:
-                step = int(older[-1].stem.removeprefix("step-"))
-                advice = f"the checkpoint of step {step} stays; {remedy}, then go on by --resume"
+            if older is not None:
+                advice = f"the checkpoint of step {older} stays; {remedy}, then go on by --resume"
             raise UserError(f"{target}: {error.strerror}; {advice}") from error
 
 
@@ -244,7 +234,7 @@ def _newest(run: Path) -> Path:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Raise CheckpointError without the name of the file, and whatever safetensors, json and the recipe raise."""
+    """Read a file. Raises CheckpointError without the file's name, and what safetensors, json and the recipe raise."""
     with safe_open(path, framework="pt") as file:
         values = _values((file.metadata() or {}).get(META))
         kinds = [{name: f"{kind}.{name}" for name in values["tensors"]} for kind in KINDS]
@@ -259,7 +249,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _values(text: str | None) -> dict[str, Any]:
-    """Return the values of the metadata, of the types that they must have."""
+    """Return the values of the metadata. Raises CheckpointError or ValueError unless all are there, of their types."""
     if text is None:
         raise CheckpointError("not a checkpoint of ours: a safetensors file of something else")
     values = json.loads(text, parse_constant=_finite, parse_float=_finite)
@@ -271,8 +261,9 @@ def _values(text: str | None) -> dict[str, Any]:
             "that wrote it"
         )
     wrong = [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]
-    lists = {key: kind for key, kind in ITEM_TYPES.items() if key not in wrong}
-    wrong += [key for key, kind in lists.items() if any(type(item) is not kind for item in values[key])]
+    for key, kind in ITEM_TYPES.items():
+        if type(values.get(key)) is not list or any(type(item) is not kind for item in values[key]):
+            wrong.append(key)
     if wrong or values["step"] < 0:
         raise CheckpointError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
     return values
@@ -296,7 +287,7 @@ def _checkpoint(values: dict[str, Any], weights: dict[str, Tensor], velocity: di
 
 
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
+    """Return the main process's checkpoint in every process; its tensors are in the main process alone."""
     text = world.all_gather(_described(checkpoint) if world.size > 1 and checkpoint else None)[0]
     return checkpoint if world.is_main or text is None else _checkpoint(_values(text), {}, {})
 

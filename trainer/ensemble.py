@@ -17,7 +17,7 @@ from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint, load_network, require_classes
-from trainer.data import require_pictures
+from trainer.data import evaluation, require_pictures
 from trainer.devices import choose_devices
 from trainer.evaluate import LEAST, VIEWS, Evaluation, Tally, labelled, predictions
 from trainer.options import DEVICES, JSON, PATH, require_npz, require_writable
@@ -81,13 +81,16 @@ class Ensemble:
             yield part
 
     def _computed(self, path: Path, checkpoint: Checkpoint, split: str) -> Probabilities:
-        dataset, recipe = self.dataset, checkpoint.recipe
+        dataset, recipe, batches, done = self.dataset, checkpoint.recipe, [], 0
         assert dataset is not None
         network = load_network(checkpoint, dataset, choose_devices(self.devices, recipe.model.columns), path)
-        batches = predictions(network, dataset, recipe, split, [self.views], progress=self.progress)
-        pairs = [(labels.numpy(), by_views[self.views].numpy()) for labels, by_views in batches]
-        labels, values = (np.concatenate(arrays) for arrays in zip(*pairs))
-        return Probabilities(Origin(dataset.identity, split, self.views, (), checkpoint.classes), labels, values)
+        with evaluation(dataset, recipe, split, self.views, network.devices) as loader:
+            for labels, by_views in predictions(network, loader, [self.views]):
+                batches.append((labels.numpy(), by_views[self.views].numpy()))
+                done += len(labels)
+                self.progress(split, done, dataset.split(split).samples)
+        origin = Origin(dataset.identity, split, self.views, (), checkpoint.classes)
+        return Probabilities(origin, *(np.concatenate(arrays) for arrays in zip(*batches)))
 
 
 def errors(part: Probabilities) -> Evaluation | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from pipeline import UserError
@@ -41,7 +42,8 @@ class Watch:
         """
         outputs = _by_layer((column.layers, column.outputs) for column in self._columns)
         gradients = _by_layer((column.layers, column.gradients) for column in self._columns)
-        loss, *steps = self._world.minimum([int(self._loss), *outputs.values(), *gradients.values()])
+        own = [int(self._loss), *outputs.values(), *gradients.values()]
+        loss, *steps = map(min, zip(*self._world.all_gather(own)))
         outputs, gradients = dict(zip(outputs, steps)), dict(zip(gradients, steps[len(outputs) :]))
         step = min(loss, *steps)
         if step == NEVER:
@@ -110,6 +112,12 @@ def update_ratios(
         v = 0.0 if rates[layer].frozen else v
         ratios[layer] = {"weight": w, "update": v, "ratio": v / w if w else 0.0}
     return ratios
+
+
+def require_finite_outputs(outputs: Tensor | ndarray) -> None:
+    """Raise Diverged if outputs in evaluation are not finite numbers."""
+    if not bool(torch.as_tensor(outputs).isfinite().all()):
+        raise Diverged("the network's outputs are not finite numbers: its training has diverged")
 
 
 def require_finite(step: int, weights: dict[str, Tensor]) -> None:

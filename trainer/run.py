@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.checkpoint import Checkpoint, CheckpointWriter
 from trainer.layers import multiply_adds, parameter_count
 from trainer.metrics import Metrics
 from trainer.model import Weights, initial_weights
-from trainer.recipe import Recipe, difference, to_dict
+from trainer.recipe import Recipe, difference
 from trainer.terminal import Terminal
 
 # Keys that the weights and the sequence of batches depend on; all others may change on resume
@@ -66,7 +66,7 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
     run, keep, start = settings.run, settings.recipe.train.keep, settings.start
     with _locked(run):
         sweep(run)  # files that a killed process left half-written
-        for name, value in (("recipe.json", to_dict(settings.recipe)), ("history.json", history)):
+        for name, value in (("recipe.json", asdict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
         with Metrics(run, start) as metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
             yield Writers(metrics, writer, console)

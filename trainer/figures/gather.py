@@ -18,7 +18,7 @@ from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import Evaluation, view_probabilities
-from trainer.nonfinite import Diverged, require_finite
+from trainer.nonfinite import require_finite, require_finite_outputs
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval.index import features, hidden
@@ -200,8 +200,7 @@ def _with_probabilities(
             ids = order[start : start + AT_ONCE]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
             rows = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
-            if not np.isfinite(rows).all():
-                raise Diverged("the network's outputs are not finite numbers: its training has diverged")
+            require_finite_outputs(rows)
             for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
 
