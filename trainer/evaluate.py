@@ -1,4 +1,4 @@
-"""A network's probabilities for every image of a split, and its error rates; the command evaluate."""
+"""Compute probabilities of a network for every image of a split, and its error rates; the command evaluate."""
 
 import json
 import time
@@ -31,9 +31,9 @@ from trainer.probabilities import Origin, Probabilities
 from trainer.recipe import Recipe
 
 VIEWS = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
-CENTRE = {"centre": 0, "ten": 2, "nine": 4}  # position of the centre view among those of pipeline.online.augment
-LEAST = torch.finfo(torch.float64).tiny  # of a probability: its logarithm is finite
-RECORDED = 1000  # confused pairs in evaluation.json
+CENTRE = {"centre": 0, "ten": 2, "nine": 4}  # index of the centre view in those of pipeline.online.augment
+LEAST = torch.finfo(torch.float64).tiny  # least probability in logarithms, which it keeps finite
+RECORDED = 1000  # confused pairs in evaluation.json, at most
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 class Tally:
-    """Sums of errors by class, and counts of confused pairs, batch by batch; `sums` of several processes add up."""
+    """Adds up errors by class and counts confused pairs, batch by batch; `sums` of several processes may be added."""
 
     def __init__(self, classes: int) -> None:
         self.sums = torch.zeros((classes, 4), dtype=torch.float64)  # images, wrong by top-1, wrong by top-5, nats
@@ -146,7 +146,7 @@ def labelled(dataset: Manifest, split: str) -> bool:
 
 
 def require_labels(dataset: Manifest, split: str) -> None:
-    """Raise UserError where an image of the split has no label."""
+    """Raise UserError if an image of the split has no label."""
     if not labelled(dataset, split):
         remedy = "they can be predicted (--save-probabilities, or the command ensemble), not evaluated"
         raise UserError(f"{dataset.root}: the split {split!r} has images without a label; {remedy}")

@@ -38,7 +38,7 @@ MAX_DIFFERENCE = 1e-4  # of a probability
 
 
 class PlainNetwork(Grouped):
-    """The network in evaluation, without the gradients written by hand, which torch.onnx cannot export.
+    """The network in evaluation, without hand-written gradients, which torch.onnx cannot export.
 
     `tensors` are those of the safetensors file: the weights, and the mean, which is subtracted from the pixels.
     """
@@ -102,7 +102,7 @@ def mean_view(dataset: Manifest, recipe: Recipe) -> np.ndarray:
     statistics, size = dataset.statistics(), recipe.model.size
     if recipe.data.mean == "colour":
         return np.tile(statistics.mean_color.astype(np.float32)[:, None, None], (1, size, size))
-    return _centre(statistics.mean_image, size)  # also where the mean is "aligned": the centre view was cut from there
+    return _centre(statistics.mean_image, size)  # for mean = "aligned", too: a centre view's part of the image
 
 
 def metadata(checkpoint: Checkpoint, dataset: Manifest) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def metadata(checkpoint: Checkpoint, dataset: Manifest) -> dict[str, Any]:
 
 
 def _samples(dataset: Manifest) -> tuple[str, list[bytes]]:
-    """Return stored pictures spread evenly over the validation split, or else the training split, and its name."""
+    """Return the name of the validation split, or else of the training split, and JPEGs spread evenly over it."""
     split = next((name for name in ("val", "train") if name in dataset.splits and dataset.splits[name].samples), None)
     if split is None:
         raise UserError(f"{dataset.root}: no pictures in val or train, on which to compare the files with the network")

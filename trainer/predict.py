@@ -91,20 +91,14 @@ class RawPictures:
             if empty:
                 self.empty.append(str(location))
 
-    def _at(self, location: Location) -> Iterator[Raw | Failure]:
-        try:
-            if storage.is_dir(location):
-                yield from self._below(location)
-            elif storage.is_file(location):
-                yield from self._file(location, storage.stamp(location)[0])
-            else:
-                yield Failure(str(location), "unreadable", "neither a file nor a folder")
-        except OSError as error:
-            yield unreadable(location, error)
-
-    def _below(self, root: Location) -> Iterator[Raw | Failure]:
-        """Yield the pictures of a folder and its folders. Links to folders are followed, each folder once."""
-        seen, pending = set[Location](), [(root, storage.Entry("", False, True, 0))]
+    def _at(self, root: Location) -> Iterator[Raw | Failure]:
+        """Yield a file, or the pictures of a folder and its folders. Links are followed, and folders visited once."""
+        is_file, is_dir = storage.is_file(root), storage.is_dir(root)
+        if not is_file and not is_dir:
+            yield Failure(str(root), "unreadable", "neither a file nor a folder")
+            return
+        entry = storage.Entry("", is_file, is_dir, storage.stamp(root)[0] if is_file else 0)
+        seen, pending = set[object](), [(root, entry)]
         while pending:  # a stack: folders may be nested more deeply than Python's calls
             folder, entry = pending.pop()
             path = folder / entry.name if entry.name else folder
@@ -112,13 +106,13 @@ class RawPictures:
                 if not self._counted(entry.name, entry.is_file):
                     yield from self._file(path, entry.size)
                 continue
-            resolved = path.resolve() if isinstance(path, Path) else path
             try:
-                entries = [] if resolved in seen else storage.scan(path)
+                identity = os.stat(path)[1:3] if isinstance(path, Path) else path  # inode and device
+                entries = [] if identity in seen else storage.scan(path)
             except OSError as error:
                 yield unreadable(path, error)
                 continue
-            seen.add(resolved)
+            seen.add(identity)
             pending += [(path, entry) for entry in reversed(entries)]
 
     def _file(self, path: Location, size: int) -> Iterator[Raw | Failure]:
