@@ -1,8 +1,10 @@
 """Runs of a network of a few hundred weights, for the tests: in this process, or in one of their own."""
 
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 from trainer import checkpoint as checkpoints
 from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint
 from trainer.metrics import read
 
 WIDTHS = {"conv1": 4, "conv2": 8, "conv3": 8, "conv4": 8, "conv5": 8, "fc6": 32, "fc7": 32}
@@ -68,6 +71,23 @@ def one_line(result: Result, *words: str) -> None:
     assert len(result.output.strip().splitlines()) == 1, result.output
     for word in words:
         assert word in result.output
+
+
+def of_november_2026(checkpoint: Checkpoint, recipe: dict[str, Any] | None = None) -> bytes:
+    """Return the bytes of a checkpoint as the code of November 2026 wrote it; `recipe`: other values than its own."""
+    values = {"format": 2, "step": checkpoint.step, "recipe": recipe or asdict(checkpoint.recipe)}
+    values |= {"classes": checkpoint.classes, "dataset": checkpoint.dataset, "loader": checkpoint.loader}
+    values |= {"progress": checkpoint.progress, "history": checkpoint.history, "tensors": sorted(checkpoint.weights)}
+    header: dict[str, Any] = {"__metadata__": {"penstock": json.dumps(values)}}
+    data = b""
+    for kind, tensors in (("weights", checkpoint.weights), ("velocity", checkpoint.velocity)):
+        for name, value in sorted(tensors.items()):
+            start, data = len(data), data + value.numpy().tobytes()
+            shape = list(value.shape)
+            header[f"{kind}.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def assert_same_end(one: Path, other: Path) -> None:

@@ -41,8 +41,7 @@ def test_without_validation_images_a_run_ends_and_says_so(raw: Path, tmp_path: P
     result = train(tmp_path / "data", tmp_path / "run", 2)
     assert result.exit_code == 0, result.output
     assert "not validated" in result.output
-    plateau = train(tmp_path / "data", tmp_path / "other", 2, 'optim.schedule="plateau"')
-    one_line(plateau, "plateau", "no labelled validation images")
+    one_line(train(tmp_path / "data", tmp_path / "r", 2, 'optim.schedule="plateau"'), "no labelled validation images")
 
 
 def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, tmp_path: Path):
@@ -81,11 +80,8 @@ def test_options_of_a_new_run(run: Path, dataset: Path, tmp_path: Path):
     one_line(
         train(dataset, new, 1, more=("--recipe", tmp_path / "own.toml")), "own.toml: unknown key modle; known: mod"
     )
-    for devices, words in (
-        ("cuda:99,cuda:98", "or name cpu"),
-        ("cpu", "--devices cpu: 1 given; the network has two columns"),
-    ):
-        one_line(train(dataset, new, 1, more=("--devices", devices)), devices, words)
+    one_line(train(dataset, new, 1, more=("--devices", "cuda:99,cuda:98")), "cuda:99,cuda:98", "or name cpu")
+    one_line(train(dataset, new, 1, more=("--devices", "cpu")), "--devices cpu: 1 given; the network has two columns")
     half = trainer("train", "--data", dataset, "--out", new, "--recipe", "half", "--devices", "cpu,cpu")
     one_line(half, "--devices cpu,cpu: 2 given; the network has one column")
     one_line(train(dataset, new, 1, more=("--other-data",)), "--resume")

@@ -95,17 +95,14 @@ def test_a_bad_sample_stops_training_and_is_named(copy: Path, harm):
 
 
 @pytest.mark.parametrize("harm", [damage, forge])
-@pytest.mark.parametrize("device", ["cpu", ("cpu:0", "cpu:1")])
-def test_bad_samples_are_replaced_counted_and_logged(
-    dataset: Path, copy: Path, harm, device, caplog: pytest.LogCaptureFixture
-):
+def test_bad_samples_are_replaced_counted_and_logged(dataset: Path, copy: Path, harm, caplog: pytest.LogCaptureFixture):
     """17, 18 and 40 of 41 are bad: 19 stands in for the first two, 0 for the last; all the rest is as it was."""
     with Loader(dataset, batch_size=8, seed=SEED) as loader:
         whole = list(islice(loader, 12))
     harm(copy, 17, 18, 40)
     with (
         caplog.at_level(logging.WARNING, "penstock"),
-        Loader(copy, batch_size=8, seed=SEED, max_bad=3, device=device) as loader,
+        Loader(copy, batch_size=8, seed=SEED, max_bad=3) as loader,
     ):
         found = list(islice(loader, 12))
         assert loader.bad == [17, 18, 40]
@@ -124,9 +121,9 @@ def test_bad_samples_are_replaced_counted_and_logged(
     assert all("train-00000" in line and "(key " in line and line.endswith("stands in") for line in lines)
 
 
-@pytest.mark.parametrize("harm", [damage, forge])
-def test_ranks_agree_on_what_stands_in(copy: Path, harm):
-    harm(copy, 17, 18, 40)
+def test_ranks_agree_on_what_stands_in(copy: Path):
+    forge(copy, 18, 40)
+    damage(copy, 17)
     with Loader(copy, batch_size=8, seed=SEED, max_bad=3) as loader:
         whole = list(islice(loader, 6))
     parts = []
@@ -159,8 +156,13 @@ def test_a_stand_in_of_another_size_has_a_window_of_its_own(raw: Path, tmp_path:
 
 
 @pytest.mark.parametrize("harm", [damage, forge])
-def test_no_sample_is_any_good(copy: Path, harm):
-    harm(copy, *range(manifest.load(copy).split("train").samples))
+def test_more_bad_samples_than_may_be(copy: Path, harm):
+    """One more than `max_bad`; all of them."""
+    harm(copy, 17, 18, 40)
+    with Loader(copy, batch_size=8, seed=SEED, max_bad=2) as loader, pytest.raises(DatasetError) as caught:
+        list(islice(loader, 6))
+    one_line(caught, "samples that failed: 3, allowed: max_bad=2", "verify_shards", ".tar: sample ")
+    harm(copy, *sorted({*range(manifest.load(copy).split("train").samples)} - {17, 18, 40}))
     with Loader(copy, batch_size=4, seed=SEED, max_bad=1000) as loader:
         for _ in range(2):  # and again
             with pytest.raises(DatasetError, match="samples that failed: 41, allowed: max_bad=1000"):
@@ -191,14 +193,6 @@ def test_threads_may_share_few_descriptors(dataset: Path, monkeypatch: pytest.Mo
     assert not errors
 
 
-@pytest.mark.parametrize("harm", [damage, forge])
-def test_one_more_than_max_bad_is_an_error(copy: Path, harm):
-    harm(copy, 17, 18, 40)
-    with Loader(copy, batch_size=8, seed=SEED, max_bad=2) as loader, pytest.raises(DatasetError) as caught:
-        list(islice(loader, 6))
-    one_line(caught, "samples that failed: 3, allowed: max_bad=2", "verify_shards", ".tar: sample ")
-
-
 def test_the_count_of_bad_samples_goes_on_after_a_resume(copy: Path):
     damage(copy, 17, 18, 40)
     with Loader(copy, batch_size=41, seed=SEED, max_bad=3) as loader:
@@ -214,7 +208,7 @@ def test_the_count_of_bad_samples_goes_on_after_a_resume(copy: Path):
 
 LOOP = """
 import sys, threading
-from pipeline.online import Loader, samples
+from pipeline.online import Loader
 loader = Loader(sys.argv[1], batch_size=int(sys.argv[2]), readers=2)
 print(threading.active_count(), flush=True)
 with loader:
@@ -243,7 +237,7 @@ GROWTH = """
 import json, sys
 from itertools import islice
 from pathlib import Path
-from pipeline.online import Loader, samples
+from pipeline.online import Loader
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -252,7 +246,7 @@ steps, found = int(sys.argv[2]), []
 with Loader(sys.argv[1], batch_size=32, max_bad=1000) as loader:
     for batch in islice(loader, steps):
         if batch.step % 100 == 99:
-            loader.load_state_dict(loader.state_dict())  # a graph made anew
+            loader.load_state_dict(loader.state_dict())  # a decoder made anew
         if batch.step % 10 == 0:
             found.append(resident())
 print(json.dumps(found))
@@ -261,7 +255,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_memory_does_not_grow(dataset: Path, copy: Path):
-    """2,000 batches, graphs made anew 20 times: the peak of the last quarter within 1 % of that of the third."""
+    """2,000 batches, decoders made anew 20 times: the peak of the last quarter within 1 % of that of the third."""
     found = subprocess.run(
         [sys.executable, "-c", GROWTH, str(dataset), "2000"], cwd=ROOT, capture_output=True, text=True, check=True
     )

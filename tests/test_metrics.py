@@ -5,15 +5,11 @@ import json
 import os
 import pty
 import re
-import select
 import shutil
 import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,41 +102,25 @@ def test_a_resumed_run_forgets_what_was_lost(tmp_path: Path):
     assert read(tmp_path) == []
 
 
-@pytest.mark.parametrize("damaged", [b"{broken", b'{"step": 1}', b"[]", b"\xff\xfe", b"\0" * 40])
+@pytest.mark.parametrize("damaged", [b"{broken", b"\xff\xfe", b'{"step": 1}'])
 def test_a_damaged_line_is_named_and_nothing_changes(tmp_path: Path, damaged: bytes):
-    with Metrics(tmp_path, 0) as metrics:
-        metrics.train(trained(1))
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + damaged + b"\n")
-    before = path.read_bytes()
+    path, before = tmp_path / "metrics.jsonl", json.dumps({"kind": "train", **trained(1)}).encode()
+    path.write_bytes(before + b"\n" + damaged + b"\n")
     for use in (read, lambda run: Metrics(run, 1)):
         with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged .*; delete that line"):
             use(tmp_path)
-    assert path.read_bytes() == before
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before + b"\n" + damaged + b"\n"
 
 
 def test_a_number_that_is_not_finite_is_named(tmp_path: Path):
-    layers = {"conv1": LAYERS["conv1"], "fc8": {"weight": 1.0, "update": float("inf"), "ratio": 1.0}}
+    layers = {"fc8": {"weight": 1.0, "update": float("inf"), "ratio": 1.0}}
     with Metrics(tmp_path, 0) as metrics:
         with pytest.raises(UserError, match=r"^step 3: layers\.fc8\.update is inf: training has diverged"):
             metrics.train(trained(3, layers=layers))
         with pytest.raises(UserError, match="nll is nan"):
             metrics.validation(validated(3) | {"nll": float("nan")})
     assert read(tmp_path) == []
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A disk of 300 kB; fill it by `fill`."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "penstock", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small disk")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder: Path) -> None:
@@ -150,24 +130,29 @@ def fill(folder: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path):
-    remedy = "No space left on device; make room, then go on with the run by --resume"
-    with small_disk(tmp_path / "disk") as disk:
-        run = disk / "run"
+    """A file system of 300 kB; the lines of a run fit, until it is filled."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "penstock", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    run, remedy = tmp_path / "run", "No space left on device; make room, then go on with the run by --resume"
+    try:
         with Metrics(run, 0) as metrics:
             metrics.train(trained(1))
-            fill(disk)
+            fill(tmp_path)
             with pytest.raises(UserError, match=remedy) as caught:
                 for step in range(2, 1000):
                     metrics.train(trained(step))
         assert re.match(rf"{run}/(metrics\.jsonl|tensorboard/events\S+): ", str(caught.value))
         assert read(run)[0] == {"kind": "train", **trained(1)}
-        fill(disk)
+        fill(tmp_path)
         with pytest.raises(UserError, match=remedy):
             Metrics(run, 1)
-        (disk / "ballast").unlink()
+        (tmp_path / "ballast").unlink()
         with Metrics(run, 1) as metrics:
             metrics.train(trained(2))
         assert [line["step"] for line in read(run)] == [1, 2]
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -213,34 +198,28 @@ with Terminal(400, 100) as console:
 """
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_on_a_terminal(columns: int):
-    """What is left on the screen: lines that scrolled by, then the two rows of the bar. At most 20 s."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))
-    others = ("COLUMNS", "LINES", "NO_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE", "FORCE_COLOR")
-    environment = {key: value for key, value in os.environ.items() if key not in others} | {"TERM": "xterm-256color"}
-    child = subprocess.Popen([sys.executable, "-c", RUN], stdout=theirs, cwd=ROOT, env=environment)
-    os.close(theirs)
-    try:
-        shown, until = b"", time.monotonic() + 20
-        while time.monotonic() < until and select.select([ours], [], [], max(0, until - time.monotonic()))[0]:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:  # Linux's end of file, once the child has gone
-                break
-        assert child.wait(5) == 0
-    finally:
-        child.kill()
-        child.wait()
-        os.close(ours)
-    text = ESCAPE.sub("", shown.decode()).replace("\r", "\n")
+def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    """The screen holds the lines that scrolled by, then the two rows of the bar."""
+    for name in ("NO_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(ROOT)
+    output: list[bytes] = []
+
+    def keep(terminal: int) -> bytes:
+        output.append(os.read(terminal, 65536))
+        return output[-1]
+
+    assert pty.spawn([sys.executable, "-c", RUN], keep) == 0
+    screen = b"".join(output).decode()
+    text = ESCAPE.sub("", screen).replace("\r", "\n")
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
-    assert max(map(len, lines)) <= columns
+    assert max(map(len, lines)) <= 80
     assert lines.count("validation at step 7: top-1 error 55.5 %, top-5 error 11.1 % (centre view)") == 3
     assert lines.count("checkpoint: a[b]/c") == 1
     assert not re.search(r"step +\d+/\d+ +epoch", text)  # no log lines of training
     assert re.fullmatch(r"step 400/400 ━+ 0:\d\d:\d\d ETA 0:00:00", lines[-2])
     assert lines[-1].startswith("epoch 3   loss 1.5000  lr 0.01     250 images/s  stall 12.5 % (deco")
     assert re.search(r"step 2\d\d/400 [━╸╺]+ 0:\d\d:\d\d ETA 0:\d\d:\d\d", text)
-    assert "\x1b[?25h" in shown.decode()  # the cursor is back
+    assert "\x1b[?25h" in screen  # the cursor is back

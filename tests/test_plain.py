@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import CLASSES, build, one_line, picture
 from pipeline import UserError, manifest
 from pipeline.online.batch import Recipe
-from pipeline.online.plain import ImageNet, draw_regions, webdataset
+from pipeline.online.plain import ImageNet, webdataset
 from reference import jpeg_pixels, philox_words
 from stored import jpegs
 
@@ -66,55 +66,6 @@ def test_windows_are_those_of_the_scalar_rule(seed: int):
     for array in (found.start, found.shape, found.flip):
         assert array.dtype == np.int32
         assert array.flags.c_contiguous
-
-
-def test_where_nothing_fits_the_largest_window_of_a_permitted_ratio_is_taken():
-    sizes = np.array([(256, 100_000), (100_000, 256)])
-    start, shape, _ = draw_regions(3, 0, np.arange(2), sizes)
-    assert shape.tolist() == [[256, 341], [341, 256]]
-    assert start.tolist() == [[0, 49829], [49829, 0]]
-
-
-def test_windows_have_the_right_distributions():
-    """Any ratio fits windows of up to ¾ of a square; there, area and log ratio are uniform and independent."""
-    n = 200_000
-    start, shape, flip = draw_regions(5, 0, np.arange(n), squares(n))
-    area, log_ratio = shape.prod(1) / 256**2, np.log(shape[:, 1] / shape[:, 0])
-    free = (area > 0.1) & (area < 0.7)
-    for values, low, high, bins, bound in (
-        (area[free], 0.1, 0.7, 20, 47.5),  # chi-squared of bins − 1 degrees of freedom, 99.97 % and more
-        (log_ratio[free & (area > 0.3)], -0.28, 0.28, 7, 26),  # an odd number: ratio 1, which is frequent, is inside
-    ):
-        counts, _ = np.histogram(values, bins, (low, high))
-        mean = counts.sum() / bins
-        assert ((counts - mean) ** 2 / mean).sum() < bound
-    assert abs(log_ratio.mean()) < 0.002
-    assert abs(np.corrcoef(area[free], log_ratio[free])[0, 1]) < 0.01
-    # A window of area a fits where |log ratio| ≤ ln((256.5/256)²/a): half a pixel more than 256 is rounded down
-    areas = np.linspace(0.08, 1, 100_001)
-    share = (np.log((256.5 / 256) ** 2 / areas) / np.log(4 / 3)).clip(0, 1)
-    assert abs((area > 0.75).mean() - share[areas > 0.75].sum() / share.sum()) < 0.0025
-    assert np.abs(np.quantile(area, [0, 1]) - [0.08, 1]).max() < 0.01
-    assert abs(flip.mean() - 0.5) < 0.005
-    slack = 256 - shape
-    wide = (slack >= 60).all(1)
-    place = (start[wide] + 0.5) / (slack[wide] + 1)
-    assert np.abs(place.mean(0) - 0.5).max() < 0.005
-    assert np.abs(place.var(0) - 1 / 12).max() < 0.001
-    assert abs(np.corrcoef(place.T)[0, 1]) < 0.01
-    assert (start.min(0) == 0).all()
-    assert ((start + shape).max(0) == 256).all()
-
-
-def test_windows_are_a_function_of_seed_epoch_and_id():
-    recipe: Recipe = ImageNet("random", 5)
-    ids, sizes = np.array([9, 2, 5, 2**33]), np.array([(256, 256), (300, 400), (256, 4096), (256, 256)])
-    one = recipe.crops(7, 3, ids, None, sizes)
-    other = recipe.crops(8, 3, ids[::-1].copy(), None, sizes[::-1].copy())
-    for name in ("start", "shape", "flip"):
-        assert (getattr(one, name) == getattr(other, name)[::-1]).all()
-    for changed in (recipe.crops(7, 4, ids, None, sizes), ImageNet("random", 6).crops(7, 3, ids, None, sizes)):
-        assert (changed.shape[[0, 1, 3]] != one.shape[[0, 1, 3]]).any(1).all()
 
 
 def test_those_that_share_a_head_share_its_window():

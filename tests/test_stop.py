@@ -111,7 +111,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_loses_nothing(dataset: Path, tmp_pa
         kept, last = checkpoints.load(small / "run").step, output.strip().splitlines()[-1]
         assert kept > 0
         assert "No space left on device" in last
-        assert f"the checkpoint of step {kept} stays" in last
+        assert f"the checkpoint of step {kept} stays; make room, then go on by --resume" in last
         assert "Traceback" not in output
         shutil.copytree(small / "run", tmp_path / "moved")
     finally:

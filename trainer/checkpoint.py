@@ -2,35 +2,40 @@
 
 import errno
 import json
-import math
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import UserError, volumes
-from pipeline.files import HashingFile, sweep, write_aside
+from pipeline.files import ASIDE, sweep, sync_folder
 from pipeline.manifest import Manifest
+from trainer import layers
 from trainer.distributed import World
-from trainer.layers import shapes
 from trainer.parallel import TwoColumnNet
 from trainer.recipe import Recipe, from_dict
 
 FOLDER = "checkpoints"
 META = "penstock"  # key of the file's metadata; its value is JSON
 FORMAT = 2  # of that value and of the tensors' names
-KINDS = ("weights", "velocity")
+TYPES = {"step": int, "recipe": dict, "classes": list, "dataset": str}
+TYPES |= {"loader": dict, "progress": dict, "history": list}
 STEP_FILE = re.compile(r"step-(\d{8,})\.safetensors")
-TYPES = {"step": int, "recipe": dict, "dataset": str, "loader": dict, "progress": dict}  # of the values in META
-ITEM_TYPES = {"classes": str, "tensors": str, "history": dict}  # of the values that are lists
-REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "allow larger files (ulimit -f)"}
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+}
 
 
 class CheckpointError(UserError):
@@ -77,56 +82,46 @@ def newest_step(run: Path) -> int | None:
 
 
 def save(run: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint's file atomically, and return its path. Raises OSError with an older checkpoint untouched."""
+    """Write a checkpoint's file, and return its path. Raises as `contents` and `write`."""
     path = step_file(run, checkpoint.step)
-    write(path, serialised(checkpoint))
+    write(path, *contents(checkpoint))
     return path
 
 
-def write(path: Path, parts: list[bytes | memoryview]) -> None:
-    """Write the result of `serialised`: all of it or nothing. Raises OSError."""
+def contents(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a checkpoint's file, which are not copied, and its metadata: all else as JSON.
 
-    def fill(file: HashingFile) -> None:
-        for part in parts:
-            file.write(part)
-
-    write_aside(path, fill)
-
-
-def serialised(checkpoint: Checkpoint) -> list[bytes | memoryview]:
-    """Return the bytes of a safetensors file: the header, then the memory of each tensor, which is not copied.
-
-    The same checkpoint gives the same bytes. safetensors' own writer hides the errno of a failure, and takes longer.
-    Raises ValueError, TypeError: a value is not plain JSON or not finite, or a tensor is not as `Checkpoint` says.
+    Raises ValueError, TypeError: a value is not plain JSON or not finite.
     """
-    weights, velocity = checkpoint.weights, checkpoint.velocity
-    if {name: value.shape for name, value in weights.items()} != {name: v.shape for name, v in velocity.items()}:
-        raise ValueError("weights and velocity differ in names or shapes")
-    header: dict[str, Any] = {"__metadata__": {META: _described(checkpoint)}}
-    data, end = [], 0
-    for kind, tensors in zip(KINDS, (weights, velocity)):
-        for name in sorted(tensors):
-            data.append(_memory(tensors[name]))
-            start, end = end, end + len(data[-1])
-            shape = list(tensors[name].shape)
-            header[f"{kind}.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return [len(text).to_bytes(8, "little") + text, *data]
+    tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
+    tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
+    values = {"format": FORMAT} | {key: getattr(checkpoint, key) for key in TYPES}
+    values |= {"recipe": asdict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}  # older versions read it
+    return {name: w.detach().contiguous() for name, w in tensors.items()}, json.dumps(values, allow_nan=False)
 
 
-def _described(checkpoint: Checkpoint) -> str:
-    """Return all of a checkpoint but its tensors, as JSON. Raises as `serialised`."""
-    names = ("step", "classes", "dataset", "loader", "progress", "history")
-    values = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in names}}
-    values |= {"recipe": asdict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}
-    return json.dumps(values, allow_nan=False)
+def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
+    """Write a safetensors file, all of it or nothing. Raises OSError, with an older file untouched.
 
-
-def _memory(tensor: Tensor) -> memoryview:
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-        raise ValueError(f"a tensor is {tensor.dtype} on {tensor.device}; a checkpoint takes float32 on the CPU")
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    Other threads go on meanwhile: since version 0.8 safetensors does not hold the interpreter's lock while it writes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ASIDE)
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask says; safetensors closes its file to all other users
+        save_file(tensors, aside, {META: metadata})
+        aside.chmod(mode)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except SafetensorError as error:
+        if not (match := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class CheckpointWriter:
@@ -141,16 +136,20 @@ class CheckpointWriter:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         sweep(run / FOLDER)
+        for leftover in (run / FOLDER).glob(".tmp*"):  # of safetensors
+            leftover.unlink()
 
     def save(self, checkpoint: Checkpoint, best: bool = False) -> Path:
         """Begin to write a checkpoint, once the one before is written; return the path that it will have.
 
         Its tensors must not change from now on; its other values are copied. `best`: best.safetensors becomes this one.
-        Raises UserError if the write before this one has failed, and begins none; and as `serialised`.
+        Raises:
+            UserError: the write before this one has failed; this one is not begun.
+            ValueError, TypeError: a value is not plain JSON or not finite.
         """
         self._wait()
         path = step_file(self._run, checkpoint.step)
-        self._pending = self._worker.submit(self._write, path, serialised(checkpoint), best)
+        self._pending = self._worker.submit(self._write, path, best, *contents(checkpoint))
         return path
 
     def raise_if_failed(self) -> None:
@@ -182,13 +181,13 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, path: Path, parts: list[bytes | memoryview], best: bool) -> None:
+    def _write(self, path: Path, best: bool, tensors: dict[str, Tensor], metadata: str) -> None:
         # best.safetensors first: a run that is killed between the two writes resumes from an older checkpoint, and
         # this one is the best again.
-        target = path
+        targets = [best_file(self._run), path] if best else [path]
         try:
-            for target in [best_file(self._run)] * best + [path]:
-                write(target, parts)
+            for target in targets:
+                write(target, tensors, metadata)
             others = [file for file in files(self._run) if file != path]  # the new one stays, even with a lower step
             for target in others[: max(0, len(others) - self._keep + 1)]:
                 target.unlink(missing_ok=True)
@@ -215,8 +214,8 @@ def load(path: Path) -> Checkpoint:
         pass
     try:
         return _read(file)
-    except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError; JSON may be too deep
-        reason = str(error) if isinstance(error, CheckpointError) else f"not a checkpoint of ours, or damaged ({error})"
+    except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError
+        reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
         remedy = f"delete it to use {older[-1]}" if older else "name another checkpoint, or train again"
         raise CheckpointError(f"{file}: {' '.join(reason.split())}; {remedy}") from error
@@ -234,62 +233,54 @@ def _newest(run: Path) -> Path:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Read a file. Raises CheckpointError without the file's name, and what safetensors, json and the recipe raise."""
+    """Read a file. Raises UserError without the name of the file, and what safetensors and json raise."""
     with safe_open(path, framework="pt") as file:
-        values = _values((file.metadata() or {}).get(META))
-        kinds = [{name: f"{kind}.{name}" for name in values["tensors"]} for kind in KINDS]
-        expected = {full for kind in kinds for full in kind.values()}
-        if different := expected.symmetric_difference(file.keys()):
-            raise CheckpointError(f"damaged (tensors are missing or too many: {', '.join(sorted(different))})")
-        weights, velocity = ({name: file.get_tensor(full) for name, full in kind.items()} for kind in kinds)
-    for name, value in weights.items():
-        if value.shape != velocity[name].shape or {value.dtype, velocity[name].dtype} != {torch.float32}:
-            raise CheckpointError(f"damaged ({name}: weights and velocity differ in shape, or are not float32)")
-    return _checkpoint(values, weights, velocity)
+        checkpoint, names = _without_tensors((file.metadata() or {}).get(META)), file.keys()
+        weights, velocity = (
+            {name.removeprefix(kind): file.get_tensor(name) for name in names if name.startswith(kind)}
+            for kind in ("weights.", "velocity.")
+        )
+    shapes, others = ({name: (w.shape, w.dtype) for name, w in part.items()} for part in (weights, velocity))
+    if shapes != others or {dtype for _, dtype in shapes.values()} != {torch.float32}:
+        raise UserError("damaged (weights and velocity differ in names or shapes, or are not float32)")
+    return replace(checkpoint, weights=weights, velocity=velocity)
 
 
-def _values(text: str | None) -> dict[str, Any]:
-    """Return the values of the metadata. Raises CheckpointError or ValueError unless all are there, of their types."""
-    if text is None:
-        raise CheckpointError("not a checkpoint of ours: a safetensors file of something else")
-    values = json.loads(text, parse_constant=_finite, parse_float=_finite)
+def _without_tensors(metadata: str | None) -> Checkpoint:
+    """Return the checkpoint of a file's metadata. Raises as `_read`."""
+    if metadata is None:
+        raise UserError("not a checkpoint of ours: a safetensors file of something else")
+    values = json.loads(metadata, parse_constant=_refuse)
     if type(values) is not dict:
-        raise CheckpointError("damaged (its values are not a JSON object)")
+        raise UserError("damaged (its values are not a JSON object)")
     if (version := values.get("format", 1)) != FORMAT:
-        raise CheckpointError(
+        raise UserError(
             f"of format {version!r}, and this version of the program reads format {FORMAT}; read it with the version "
             "that wrote it"
         )
     wrong = [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]
-    for key, kind in ITEM_TYPES.items():
-        if type(values.get(key)) is not list or any(type(item) is not kind for item in values[key]):
-            wrong.append(key)
     if wrong or values["step"] < 0:
-        raise CheckpointError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
-    return values
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
-
-
-def _checkpoint(values: dict[str, Any], weights: dict[str, Tensor], velocity: dict[str, Tensor]) -> Checkpoint:
+        raise UserError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
     try:
         recipe = from_dict(values["recipe"], Recipe(), "its recipe")
     except UserError as error:
-        raise CheckpointError(f"a checkpoint of another version of this program ({error})") from error
-    classes, history = tuple(values["classes"]), tuple(values["history"])
-    plain = (values["loader"], values["progress"], history)
-    return Checkpoint(values["step"], recipe, classes, values["dataset"], weights, velocity, *plain)
+        raise UserError(f"a checkpoint of another version of this program ({error})") from error
+    fields = {key: values[key] for key in TYPES}
+    fields |= {"recipe": recipe, "classes": tuple(values["classes"]), "history": tuple(values["history"])}
+    return Checkpoint(**fields, weights={}, velocity={})
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a finite number")
 
 
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
     """Return the main process's checkpoint in every process; its tensors are in the main process alone."""
-    text = world.all_gather(_described(checkpoint) if world.size > 1 and checkpoint else None)[0]
-    return checkpoint if world.is_main or text is None else _checkpoint(_values(text), {}, {})
+    text = world.all_gather(contents(checkpoint)[1] if world.size > 1 and checkpoint else None)[0]
+    return checkpoint if world.is_main or text is None else _without_tensors(text)
+
+
+# ---- Use. ----
 
 
 def load_network(
@@ -300,8 +291,16 @@ def load_network(
     Raises CheckpointError: its classes are not the data set's, or its weights are not those of its recipe.
     """
     require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), path, dataset.root)
-    require_weights(checkpoint, path)
-    network = TwoColumnNet(checkpoint.recipe.model, len(checkpoint.classes), devices)
+    model, classes = checkpoint.recipe.model, len(checkpoint.classes)
+    expected = layers.shapes(model, classes)
+    stored = {name: tuple(value.shape) for name, value in checkpoint.weights.items()}
+    if different := dict(expected.items() ^ stored.items()):  # some shapes would fit all the same, by broadcasting
+        name = min(different)
+        raise CheckpointError(
+            f"{path}: damaged ({name} is {stored.get(name, 'missing')}, its recipe says {expected.get(name, 'none')}); "
+            "name another checkpoint, or train again"
+        )
+    network = TwoColumnNet(model, classes, devices)
     network.load(checkpoint.weights)
     return network
 
@@ -319,23 +318,12 @@ def require_classes(classes: tuple[str, ...], others: tuple[str, ...], path: obj
     """Raise CheckpointError if the classes (wnids by label) of `path` are not those of `other_path`."""
     if classes == others:
         return
-    differing = next((i for i, pair in enumerate(zip(classes, others)) if pair[0] != pair[1]), None)
     difference = f"{len(others) - len(classes):+} there"
-    if differing is not None:
-        difference = f"label {differing} is {classes[differing]}, there {others[differing]}"
+    for label, (one, other) in enumerate(zip(classes, others)):
+        if one != other:
+            difference = f"label {label} is {one}, there {other}"
+            break
     raise CheckpointError(
         f"{path}: a network of {len(classes)} classes, {other_path} has {len(others)} others ({difference}); "
         "name one with the classes that it was trained on"
     )
-
-
-def require_weights(checkpoint: Checkpoint, path: object) -> None:
-    """Raise CheckpointError if names or shapes are not its recipe's: some would fit all the same, by broadcasting."""
-    expected = shapes(checkpoint.recipe.model, len(checkpoint.classes))
-    stored = {name: tuple(value.shape) for name, value in checkpoint.weights.items()}
-    for name in sorted(expected.keys() | stored.keys()):
-        if expected.get(name) != stored.get(name):
-            raise CheckpointError(
-                f"{path}: damaged ({name} is {stored.get(name, 'missing')}, its recipe says "
-                f"{expected.get(name, 'none')}); name another checkpoint, or train again"
-            )

@@ -19,6 +19,7 @@ from pipeline import UserError
 from pipeline.files import write_bytes_aside
 from pipeline.online.stall import Meter
 from trainer.distributed import World
+from trainer.recipe import flat
 
 FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"
 
@@ -130,8 +131,8 @@ class Metrics(ExitStack):
         self._write("validation", line, {f"validation/{key}": line[key] for key in ("top1_error", "top5_error", "nll")})
 
     def _write(self, kind: str, line: dict[str, Any], scalars: dict[str, float]) -> None:
-        for name, value in _numbers(line):
-            if not math.isfinite(value):
+        for name, value in flat(line).items():
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(
                     f"step {line['step']}: {name} is {value}: training has diverged; lower optim.lr "
                     "(--set optim.lr=…) and start a new run"
@@ -156,15 +157,6 @@ def read(run: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is damaged ({error}); delete that line") from error
         lines.append(line)
     return lines
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the dotted names and the values of the numbers in nested dictionaries."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _numbers(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, int | float):
-        yield name, value
 
 
 @contextmanager

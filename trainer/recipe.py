@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -203,18 +203,16 @@ def from_dict(values: Mapping[str, Any], base: Recipe, source: str) -> Recipe:
 
 def difference(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which two recipes differ, with both values: {"optim.lr": (0.01, 0.001)}; None: no such key."""
-    one, other = flat(before), flat(now)
+    one, other = flat(asdict(before)), flat(asdict(now))
     return {key: (one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)}
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """Return the values of a recipe by their full keys: {"optim.lr": 0.01}."""
-
-    def pairs(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            yield from pairs(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
-
-    return dict(pairs(asdict(recipe), ""))
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by their full keys: {"optim.lr": 0.01}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result
 
 
 def as_setting(key: str, value: Any) -> str:

@@ -101,7 +101,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         loaders.require_pictures(dataset, recipe)
     placement = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
     versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
-    world.require_equal_settings(recipes.flat(recipe) | versions)
+    world.require_equal_settings(recipes.flat(asdict(recipe)) | versions)
 
     # ---------------- Network, optimiser, schedule ----------------
     reference_precision(recipe.train.precision)

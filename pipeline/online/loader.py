@@ -54,7 +54,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         device: "str | torch.device | list[str] | tuple[str | torch.device, ...]" = "cpu",  # each gets the same images
         feed: str = "split",  # of several GPUs each decodes its part of the batch; or all of it: "replicate"
         output: str = "float32",  # "bfloat16", "float16"; or "uint8", the views as cut, without mean and lighting
-        threads: int | None = None,  # that decode on the CPU; None: as many as this process may use cores
+        threads: int | None = None,  # that decode, plain ones which sleep when idle; None: as many as usable cores
         readers: int = 1,  # samples read at a time
         depth: int = 2,  # batches made ready ahead of use
         hardware_share: float = 0.9,  # of the pictures, to a GPU's hardware decoder
@@ -159,7 +159,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._begin(step, state.get("bad", ()))
 
     def close(self) -> None:
-        """End the threads, close the files, free the graphs; there is no next batch after it."""
+        """End the threads, close the files, free the memory; there is no next batch after it."""
         self._reader.stop()
         if self._cache:
             self._cache.close()  # so that no thread waits for a shard any more

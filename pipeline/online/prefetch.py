@@ -90,7 +90,7 @@ class Prefetch:
         self._fill()
 
     def close(self) -> None:
-        """End the threads, each after its current task, and free the graphs."""
+        """End the threads, each after its current task, and free the decoder's memory."""
         self._closed = True
         self._decoder.stop()
         for wait in (False, True):
