@@ -11,7 +11,7 @@ import pytest
 from conftest import one_line
 from trainer import recipe as recipes
 from trainer.layers import RecipeError, plan
-from trainer.recipe import FOLDER, Recipe, as_setting, difference, from_dict, load, override
+from trainer.recipe import FOLDER, Recipe, difference, from_dict, load, override
 
 NAMES = recipes.names()
 CONV3 = "model.layers.conv3"
@@ -40,7 +40,7 @@ def test_settings_of_a_difference_lead_from_one_recipe_to_the_other(name: str):
     assert (not changes) == (name == "original")
     assert all(before != now for before, now in changes.values())
     if recipe.model.order == original.model.order:
-        settings = [as_setting(key, now) for key, (_, now) in changes.items() if now is not None]
+        settings = [f"{key}={json.dumps(now)}" for key, (_, now) in changes.items() if now is not None]
         assert all(key.startswith("optim.layers.") for key, (_, now) in changes.items() if now is None)
         assert override(original, settings) == recipe
 

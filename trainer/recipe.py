@@ -1,6 +1,5 @@
 """A training recipe: the options that determine a run. One frozen dataclass, read from TOML, validated once."""
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -213,11 +212,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return result
-
-
-def as_setting(key: str, value: Any) -> str:
-    """Return KEY=VALUE for `--set`."""
-    return f"{key}={json.dumps(value)}"
 
 
 def _typed(value: Any, kind: Any, key: str, source: str) -> Any:

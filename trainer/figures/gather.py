@@ -271,6 +271,6 @@ def _recipe_options(recipe: recipes.Recipe) -> list[str]:
         known = recipes.load(name)
         if known.model.order == recipe.model.order and known.optim.layers.keys() == recipe.optim.layers.keys():
             changed = recipes.difference(known, recipe)
-            settings = (("--set", recipes.as_setting(key, new)) for key, (_, new) in changed.items())
+            settings = (("--set", f"{key}={json.dumps(new)}") for key, (_, new) in changed.items())
             choices.append(["--recipe", name, *(word for pair in settings for word in pair)])
     return min(choices, key=len, default=["--recipe", "RECIPE"])
