@@ -18,7 +18,7 @@ from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import Evaluation, view_probabilities
-from trainer.nonfinite import Diverged, require_finite
+from trainer.nonfinite import require_finite, require_finite_outputs
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval.index import features, hidden
@@ -200,8 +200,7 @@ def _with_probabilities(
             ids = order[start : start + AT_ONCE]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
             rows = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
-            if not np.isfinite(rows).all():
-                raise Diverged("the network's outputs are not finite numbers: its training has diverged")
+            require_finite_outputs(rows)
             for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
 
@@ -272,6 +271,6 @@ def _recipe_options(recipe: recipes.Recipe) -> list[str]:
         known = recipes.load(name)
         if known.model.order == recipe.model.order and known.optim.layers.keys() == recipe.optim.layers.keys():
             changed = recipes.difference(known, recipe)
-            settings = (("--set", recipes.as_setting(key, new)) for key, (_, new) in changed.items())
+            settings = (("--set", f"{key}={json.dumps(new)}") for key, (_, new) in changed.items())
             choices.append(["--recipe", name, *(word for pair in settings for word in pair)])
     return min(choices, key=len, default=["--recipe", "RECIPE"])
