@@ -1,4 +1,4 @@
-"""What several commands ask for, and what they make of it."""
+"""Click options and checks that several commands share."""
 
 import tempfile
 from pathlib import Path
