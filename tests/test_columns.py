@@ -17,7 +17,7 @@ from trainer.parallel import TwoColumnNet, reference_precision
 
 CPU = (torch.device("cpu"), torch.device("cpu"))
 CLASSES = 7  # an odd number: halves of a last layer are uneven
-COMPARED = ("original", "half", "without-exchange", HALVES, "six-conv", "without-conv3", "cifar-11")
+COMPARED = ("original", "half", "without-exchange", HALVES, "cifar-11")
 
 
 def cut(model: ModelRecipe, dtype: torch.dtype, compile: str = "no", channels_last: bool = False) -> TwoColumnNet:

@@ -22,15 +22,11 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("gpus", "rank", "processes", "columns", "expected"),
     [
-        (0, 0, 1, 2, "cpu,cpu"),
         (0, 3, 4, 1, "cpu"),
         (1, 0, 1, 2, "cuda:0,cuda:0"),
-        (2, 0, 1, 2, "cuda:0,cuda:1"),
         (8, 0, 1, 2, "cuda:0,cuda:1"),
         (8, 3, 4, 2, "cuda:6,cuda:7"),  # LOCAL_RANK r has 2r and 2r + 1
-        (8, 1, 2, 2, "cuda:2,cuda:3"),
-        (2, 1, 2, 2, "cuda:1,cuda:1"),  # a whole replica on each
-        (3, 1, 2, 2, "cuda:1,cuda:1"),
+        (3, 1, 2, 2, "cuda:1,cuda:1"),  # a whole replica on each
         (8, 7, 8, 1, "cuda:7"),
     ],
 )
@@ -54,7 +50,6 @@ def test_each_process_takes_its_own_of_those_named(machine):
         assert choose_devices("cuda:0,cuda:0,cuda:3,cuda:3") == (torch.device("cuda", 3 * rank),) * 2
         for named, shared in (
             ("cuda:0,cuda:1", "cuda:0 and cuda:1"),
-            ("cuda:0,cuda:0,cuda:0,cuda:0", "cuda:0"),
             ("cuda:0,cuda:1,cuda:1,cuda:2", "cuda:1"),  # which NCCL would refuse in its own words
         ):
             with pytest.raises(UserError, match=f"2 processes on this machine would share {shared}; name 4, 2 for"):
@@ -63,7 +58,7 @@ def test_each_process_takes_its_own_of_those_named(machine):
             choose_devices("cuda:0,cuda:1,cuda:2")
 
 
-@pytest.mark.parametrize(("rank", "processes"), [("x", "2"), ("2", "2"), ("1", "1"), ("0", "0"), ("0", "")])
+@pytest.mark.parametrize(("rank", "processes"), [("x", "2"), ("2", "2"), ("0", "")])
 def test_numbers_that_torchrun_never_sets(monkeypatch: pytest.MonkeyPatch, rank: str, processes: str):
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
@@ -77,9 +72,7 @@ def test_numbers_that_torchrun_never_sets(monkeypatch: pytest.MonkeyPatch, rank:
         ("cpu", 2, "1 given; the network has two columns"),
         ("cpu,cpu", 1, "2 given; the network has one column"),
         ("cpu,tpu9", 2, "not a device"),
-        ("cpu,meta", 2, "not supported"),
         ("cuda:63,cpu", 2, "cuda:63.*or name cpu"),
-        ("", 2, "not a device"),
     ],
 )
 def test_impossible_devices(text: str, columns: int, message: str):

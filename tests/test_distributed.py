@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ pytestmark = pytest.mark.proof  # processes of torchrun
 Pair = tuple[Path, list[Ended]]  # a run of two processes, and how each ended
 STEPS, SAVED = 20, 8
 # rates and first weights that move the loss by more than a tenth; conv1 is frozen half-way; of 41 samples the last
-# batch of an epoch has one, for the first process
+# batch of an epoch has one, for the first process; SAVED is between two log lines
 SETTINGS = (
     *(f"model.layers.{name}.sd=0.1" for name in runs.WIDTHS),
     *("optim.lr=0.03", "optim.bias_lr=0.03", "optim.layers.conv1={drops=[], frozen_from=45}"),
     *("train.batch_size=8", "optim.batch_size=8", "data.max_bad=3", "train.seed=11"),
-    *("train.validate_every=10", f"train.checkpoint_every={SAVED}", "train.keep=9"),
+    *("train.log_every=3", "train.validate_every=10", f"train.checkpoint_every={SAVED}", "train.keep=9"),
 )
 ENDED = "Error: another process of this job has ended before its time; the reason is in its own line"
 ON = "go on by --resume"
@@ -172,17 +173,9 @@ def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path:
     assert not run.exists()
 
 
-def test_a_run_of_two_processes_resumed_between_log_lines(dataset: Path, crew: Crew, tmp_path: Path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    crew.run(*[training(dataset, whole, "train.log_every=9", "train.validate_every=5", steps=15)] * 2)
-    ended = crew.run(*[resumed(dataset, half_way(whole, run))] * 2)
-    assert [each.exit_code for each in ended] == [0, 0], ended
-    runs.assert_same_end(run, whole)
-
-
 def test_bad_samples_of_all_processes_count(data: Path, crew: Crew, tmp_path: Path):
     """Each process meets one, and one may fail; else a checkpoint would be saved that cannot be resumed."""
-    first, second = crew.run(*[training(data, tmp_path / "run", "data.max_bad=1")] * 2)
+    first, second = crew.run(*[training(data, tmp_path / "run", "data.max_bad=1", "train.seed=2012")] * 2)
     assert (first.exit_code, second.exit_code) == (2, 2)
     message = f"Error: step {SAVED}: 2 samples failed in all processes, allowed: data.max_bad=1; look at the data with"
     assert message in first.output
@@ -226,7 +219,7 @@ def test_evaluation_refuses_once_and_before_it_begins(made: Made, crew: Crew, tm
 
 
 def test_where_one_process_fails_the_other_ends_in_a_line_too(made: Made, crew: Crew, tmp_path: Path):
-    damaged = Made(Path(shutil.copytree(made.data, tmp_path / "damaged")), made.run)
+    damaged = replace(made, data=Path(shutil.copytree(made.data, tmp_path / "damaged")))
     spoil(damaged.data, 4)  # of the first batch of 7, and the second process
     words = ["evaluate", *damaged.options, "--batch-size", 7, "--save-probabilities", tmp_path / "a.npz"]
     first, second = crew.run(words, words)
@@ -236,7 +229,7 @@ def test_where_one_process_fails_the_other_ends_in_a_line_too(made: Made, crew: 
 
 
 def test_processes_that_nobody_started(made: Made, monkeypatch: pytest.MonkeyPatch):
-    for size, message in (("2", "the processes do not find each other"), ("", "not a number"), ("-1", "not a number")):
+    for size, message in (("2", "the processes do not find each other"), ("", "not a number")):
         monkeypatch.setenv("WORLD_SIZE", size)
         result = runs.trainer("evaluate", *made.options)
         runs.one_line(result, f"WORLD_SIZE={size}", message, "start them with torchrun, or unset WORLD_SIZE")
@@ -291,22 +284,6 @@ def test_two_machines_train_as_one(data: Path, alone: Path, tmp_path: Path):
     assert [job.returncode for job in jobs] == [0, 0], ended
     assert "step" not in ended[1][0]
     assert_the_same_training(tmp_path / "run", alone)
-
-
-@pytest.mark.slow
-def test_a_machine_that_is_gone_ends_the_others(dataset: Path, crew: Crew, tmp_path: Path):
-    run = tmp_path / "run"
-    first, second = machines(2, training(dataset, run, steps=10**6))
-    until(lambda: len(checkpoints.files(run)) > 1, first)
-    own = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
-    for pid in (second.pid, *map(int, own)):
-        os.kill(pid, signal.SIGKILL)
-    _, errors = first.communicate(timeout=60)  # a minute, from then
-    second.communicate()
-    assert sum(line.startswith(f"{ENDED}; {ON}") for line in errors.splitlines()) == 1, errors
-    saved = checkpoints.load(run).step
-    ended = crew.run(*[resumed(dataset, run, "--set", f"train.steps={saved + 2}")] * 3)
-    assert [each.exit_code for each in ended] == [0, 0, 0], ended
 
 
 @pytest.mark.slow

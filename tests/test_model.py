@@ -1,17 +1,12 @@
 """The grouped network: its counts against the specification, its numbers against torch's own layers."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from conftest import CLASSES
 from networks import HALVES, apart, drawn, images, masks_of, narrow
-from pipeline.online import Loader
 from reference import Halving, plain_network
 from trainer import recipe as recipes
 from trainer.layers import ModelRecipe, multiply_adds, parameter_count, plan, pooled, shapes
@@ -51,20 +46,6 @@ def test_the_original_has_the_counts_of_the_specification():
     assert round(multiply_adds(model("half"), 1000) / 1e6, 1) == 391.5
     assert parameter_count(model("six-conv"), 1000) == 60_965_224 + 590_080
     assert multiply_adds(model("six-conv"), 1000) == 724_406_816 + 36 * 9 * 256 * 256
-
-
-def test_sides():
-    """Of each layer's own output, and of what its pooling leaves (specification, sections 4 and 4.3)."""
-    for name, sides in (
-        ("original", "conv1 55 27, conv2 27 13, conv3 13 13, conv4 13 13, conv5 13 6, fc6 1 1, fc7 1 1, fc8 1 1"),
-        (
-            "without-overlap",
-            "conv1 55 28, conv2 26 13, conv3 13 13, conv4 13 13, conv5 11 6, fc6 1 1, fc7 1 1, fc8 1 1",
-        ),
-        ("cifar-13", "conv1 24 12, conv2 12 6, local3 6 6, local4 6 6, fc10 1 1"),
-    ):
-        layers = plan(model(name), model(name).classes or 10)
-        assert ", ".join(f"{layer.name} {layer.side} {layer.end}" for layer in layers) == sides
 
 
 def test_pooled_sides_are_those_of_torch():
@@ -119,23 +100,6 @@ def test_the_network_is_that_of_plain_torch_layers(name: str, size: int, side: i
         plain.zero_grad()
 
 
-def test_mean_pools_divide_by_the_pixels_that_are_inside():
-    """As cuda-convnet does where the last window hangs over the edge; by numpy."""
-    settings = ["model.size=12", 'model.order=["conv1", "fc10"]', 'model.layers.conv1.then=["mean-pool"]']
-    recipe = narrow("figure1-relu", *settings).model
-    layer, network = plan(recipe, 5)[0], Grouped(recipe, 5).double()
-    network.load(drawn(recipe, 5))
-    x = images(recipe, 1)
-    pooled_maps = network.layer(layer, x, None)[0].detach().numpy()
-    maps = F.conv2d(x, *(network.weights()[f"conv1.{kind}"] for kind in ("weight", "bias")), padding=2)[0]
-    maps = maps.detach().numpy()
-    assert pooled_maps.shape == (8, 6, 6)
-    for i, j in np.ndindex(6, 6):
-        window = maps[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
-        assert window.shape[1:] == (2 if i == 5 else 3, 2 if j == 5 else 3)
-        np.testing.assert_allclose(pooled_maps[:, i, j], window.mean((1, 2)), rtol=1e-12)
-
-
 def test_first_weights():
     """Of each layer's own deviation and bias; a function of the seed."""
     recipe = narrow("original", "model.layers.conv3.sd=0.2", "model.layers.conv4.bias=0.25").model
@@ -150,23 +114,3 @@ def test_first_weights():
     biases = [set(weights[f"{name}.bias"].tolist()) for name in recipe.order]
     assert biases == [{0}, {1}, {0}, {0.25}, {1}, {1}, {1}, {0}]
     assert {key: tuple(w.shape) for key, w in weights.items()} == shapes(recipe, 7)
-
-
-def test_another_network_learns_from_the_loader(dataset: Path):
-    """Batches of 224 pixels, in float32; their losses fall."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 7, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
-    network = nn.Sequential(*layers, nn.Linear(128, len(CLASSES)))
-    optimiser, losses = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9), []
-    with Loader(dataset, "train", batch_size=8, recipe="imagenet") as loader:
-        batches = [(batch.images.clone(), batch.labels.clone()) for batch in (next(loader), next(loader))]
-    for step in range(8):
-        pictures, labels = batches[step % 2]
-        assert (pictures.shape, pictures.dtype) == ((8, 3, 224, 224), torch.float32)
-        loss = F.cross_entropy(network(pictures), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[6] < losses[0]
-    assert losses[7] < losses[1]

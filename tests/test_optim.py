@@ -66,15 +66,10 @@ def test_stretches_are_those_of_configuration_170():
     assert [by_layer["conv1"].frozen for by_layer in rates].index(True) == 740
     assert not any(by_layer[layer].frozen for by_layer in rates for layer in by_layer if layer != "conv1")
     assert [automatic.lr(step) for step in range(900)] == weights
-
-
-def test_stretches_begin_at_whole_steps():
-    """Exactly, whatever the number of steps."""
-    for steps, count in itertools.product((*range(1, 60), 10_009), (1, 3, 7)):
-        automatic = schedule("automatic", steps, f"optim.lr_steps={count}", "optim.lr_factor=2")
-        for step in range(0, steps, 1 + steps // 60):
-            part = min(step * count // steps, count - 1)
-            assert automatic.lr(step) == pytest.approx(0.01 / 2 ** (part / max(1, count - 1)), rel=1e-12)
+    for steps in range(1, 60):  # a stretch begins at a whole step, whatever their number
+        automatic = schedule("automatic", steps, "optim.lr_steps=7", "optim.lr_factor=2")
+        expected = [0.01 / 2 ** (step * 7 // steps / 6) for step in range(steps)]
+        assert [automatic.lr(step) for step in range(steps)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_drops_are_those_of_the_headline_run():
@@ -104,20 +99,15 @@ def test_epochs_begin_at_whole_steps():
             assert step == 0 or stretched.epoch(step - 1) < epoch
 
 
-def test_rates_grow_with_the_batch():
-    """256 at 0.02 in the log; conv1's drop and the decay's share of the rate stay what they are."""
-    doubled = schedule("original", 93, "train.batch_size=256")
-    assert (doubled.lr(0), doubled.rates(0)["fc8"].biases, doubled.rates(0)["fc8"].decay) == (0.02, 0.04, 0.0005)
-    assert doubled.lr(23) == pytest.approx(0.002)
-
-
-def test_layers_have_rates_of_their_own():
+def test_rates_grow_with_the_batch_and_layers_have_their_own():
+    """256 at 0.02 in the log; the decay's share of the rate stays what it is."""
     settings = ["optim.layers.conv2={lr=0.1, bias_lr=0.5, decay=3.0}", "optim.layers.fc8.drops=[10, 30]"]
-    own = schedule("original", 93, *settings)
-    assert own.rates(0)["conv2"] == Rates(pytest.approx(0.001), pytest.approx(0.01), pytest.approx(0.0015))
-    assert [own.rates(step)["fc8"].weights for step in (9, 10, 23, 30)] == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5])
-    assert [own.rates(step)["fc8"].biases for step in (9, 10, 23, 30)] == [0.02] * 4
-    assert own.rates(0)["fc7"] == Rates(0.01, 0.02, 0.0005)
+    own = schedule("original", 93, "train.batch_size=256", *settings)
+    assert own.lr(23) == pytest.approx(0.002)
+    assert own.rates(0)["fc7"] == Rates(0.02, 0.04, 0.0005)
+    assert own.rates(0)["conv2"] == Rates(pytest.approx(0.002), pytest.approx(0.02), pytest.approx(0.0015))
+    assert [own.rates(step)["fc8"].weights for step in (9, 10, 23, 30)] == pytest.approx([2e-2, 2e-3, 2e-4, 2e-5])
+    assert [own.rates(step)["fc8"].biases for step in (9, 10, 23, 30)] == [0.04] * 4
 
 
 def test_every_recipe_has_rates_for_every_layer():
@@ -143,16 +133,11 @@ def test_a_plateau_drops_three_times_and_then_ends():
         assert paper.validated(error) == consequence
         rates.append(paper.lr(i))
     assert stretches(rates) == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5])
+    other = schedule("original", 100)  # remembers the best, and neither drops nor ends
+    assert [other.validated(error) for error in (50, *[60] * 30)] == [None] * 31
+    assert (other.lr(0), other.is_best(50), other.is_best(49)) == (0.01, False, True)
     last = paper.rates(99)["fc6"]
     assert (last.weights, last.biases) == pytest.approx((1e-5, 1e-5))  # "equal for all layers": the paper
-
-
-def test_other_schedules_ignore_a_plateau():
-    """They remember the best, and neither drop nor end."""
-    original = schedule("original", 100)
-    assert [original.validated(error) for error in (50, *[60] * 30)] == [None] * 31
-    assert original.lr(0) == 0.01
-    assert (original.is_best(50), original.is_best(49)) == (False, True)
 
 
 def test_a_schedule_goes_on_from_its_state():

@@ -44,17 +44,10 @@ def test_settings_of_a_difference_lead_from_one_recipe_to_the_other(name: str):
         assert override(original, settings) == recipe
 
 
-def test_differences():
-    one = load("original", ["optim.layers={conv2={lr=0.1}}"])
-    other = load("original", ["optim.lr=0.02", f"{CONV3}.then=[]", "optim.layers.conv2.lr=0.1", "train.seed=1"])
-    assert difference(one, other) == {
-        "optim.lr": (0.01, 0.02),
-        f"{CONV3}.then": (("relu",), ()),
-        "train.seed": (2012, 1),
-    }
-    assert difference(load("original"), one)["optim.layers.conv2.lr"] == (None, 0.1)
-    assert difference(one, load("original"))["optim.layers.conv2.lr"] == (0.1, None)
-    assert difference(one, one) == {}
+def test_a_table_that_only_one_recipe_has():
+    one, other = load("original"), load("original", ["optim.layers={conv2={lr=0.1}}"])
+    assert difference(one, other)["optim.layers.conv2.lr"] == (None, 0.1)
+    assert difference(other, one)["optim.layers.conv2.lr"] == (0.1, None)
 
 
 def test_settings_reach_nested_keys():
@@ -120,7 +113,6 @@ def test_missing_and_broken_files(tmp_path: Path):
 
 IMPOSSIBLE = [  # setting; words of the line
     ("train.stepz=4", "unknown key train.stepz; known: train.seed, train.batch_size"),
-    ("other.key=4", "unknown key other; known: model, optim, data, train"),
     ("optim.layers.conv9.lr=4", "optim.layers.conv9 = conv9: must be a layer of the model: conv1, conv2"),
     ("model.layers.conv9.width=8", "model.layers.conv9 = conv9: must be in model.order, which has conv1, conv2"),
     ("train.steps=four", "the value is not TOML", "a text stands in quotes"),
@@ -131,32 +123,23 @@ IMPOSSIBLE = [  # setting; words of the line
     ("optim.drops=3", "optim.drops = 3: must be a list, each a number"),
     (f"{CONV3}=3", f"{CONV3} = 3: a section, not a value"),
     ("train.steps", "not of the form"),
-    # numbers that cannot be
     ("train.batch_size=0", "train.batch_size = 0: must be between 1 and"),
-    ("train.steps=-1", "train.steps = -1: must be at least 0"),
     ('train.compile="yes"', "train.compile = 'yes': must be one of no, segments, graphs"),
     ("optim.momentum=1", "optim.momentum = 1.0: must be at least 0 and below 1"),
     ("optim.lr=0", "optim.lr = 0.0: must be a number above 0"),
-    ("model.columns=3", "model.columns = 3: must be 1 or 2"),
-    ("model.dropout=1", "model.dropout = 1.0: must be at least 0 and below 1"),
     ("model.pool_stride=4", "model.pool_stride = 4: must be 1 to model.pool_size"),
     ("model.lrn_size=4", "model.lrn_size = 4: must be an odd number"),
     # layers that do not fit together
     ('model.order=["conv1", "conv1", "fc8"]', "must be names, each once"),
     ('model.order=["conv1", "conv9", "fc8"]', "model.order = conv9: must be a layer that has a section"),
-    ('model.order=["conv1", "Conv 2", "fc8"]', "model.layers.Conv 2", "small letters and digits"),
     ('model.order=["fc8"]', "model.order = ('fc8',): must be two layers at least"),
-    ('model.order=["conv1", "conv2"]', "model.layers.conv2.width = 256: must be 0 in the last layer"),
     ('model.order=["conv1", "fc8", "conv2"]', "model.layers.fc8.width = 0: must be 0 in the last layer", "only there"),
     ('model.order=["conv1", "fc6", "conv2", "fc8"]', "model.layers.conv2.kind = conv: must be before the linear ones"),
     ('model.layers.fc8.kind="conv"', "model.layers.fc8.kind = 'conv': must be linear"),
     ('model.layers.fc8.then=["relu"]', "model.layers.fc8.then = ('relu',): must be empty"),
-    (f'{CONV3}.kind="cone"', f"{CONV3}.kind = 'cone': must be one of conv, local, linear"),
-    (f'{CONV3}.then=["relu", "gelu"]', f"{CONV3}.then = 'gelu': must be of lrn"),
     (f'{CONV3}.then=["dropout"]', f"{CONV3}.then = 'dropout'", "what may follow 'conv'"),
     ('model.layers.fc6.then=["dropout", "dropout"]', "with dropout once"),
     (f"{CONV3}.width=385", f"{CONV3}.width = 385: must be a number of which either column has the half"),
-    (f"{CONV3}.stride=0", f"{CONV3}.stride = 0: must be at least 1"),
     (f"{CONV3}.kernel=16", f"{CONV3}.kernel = 16: must be at most what it sees: 13 pixels"),
     ("model.size=40", "model.layers.conv5.then = pool: must be after 3 pixels; it has 2"),
 ]

@@ -27,15 +27,12 @@ OPTIONS = [
     {"mean": "aligned"},
     {"mean": "colour"},
     {"lighting": "paper"},
-    {"lighting": "off"},
+    {"lighting": "off", "shrink": True},
     {"shrink": False},
     {"lighting": "paper", "shrink": True, "mean": "aligned"},
-    {"positions": "paper", "crop_chunk": 4},
-    {"crop_chunk": 3, "mean": "aligned"},
+    {"positions": "paper", "crop_chunk": 3, "mean": "aligned"},
     {"lighting_until": 3},
-    {"view": 31},
     {"view": 32, "mean": "aligned"},  # one place; the mean image is as large as a view, and yet it is mirrored
-    {"view": 1},
     {"view": 224},  # of the larger pictures
 ]
 
@@ -94,25 +91,6 @@ def test_random_views_equal_pillow_and_numpy(small: Path, dataset: Path, options
     assert seen == [8, 8, 8, 8, 8, 1, 8]
 
 
-def test_random_views_start_at_all_81_places_equally_often(small: Path):
-    """Each view is looked up among all windows of its picture: no draw is believed."""
-    built, epochs = manifest.load(small), 60
-    known = pictures(built, "train")
-    places = list(product(range(9), range(9), (1, -1)))
-    by_pixels = [{window(image, *place).tobytes(): place for place in places} for image in known]
-    assert all(len(each) == 162 for each in by_pixels)
-    counts = np.zeros((9, 9, 2), int)
-    with Loader(built, batch_size=41, view=VIEW, output="uint8") as loader:
-        for batch in islice(loader, epochs):
-            for number, image in zip(batch.ids, batch.images.permute(0, 2, 3, 1).numpy()):
-                top, left, step = by_pixels[number][image.tobytes()]
-                counts[top, left, int(step < 0)] += 1
-    assert counts.sum() == epochs * 41
-    mean = epochs * 41 / 81
-    assert ((counts.sum(2) - mean) ** 2 / mean).sum() < 135.8  # 80 degrees of freedom, 99.99 %
-    assert abs(counts[..., 1].sum() / counts.sum() - 0.5) < 0.04  # four standard deviations
-
-
 @pytest.mark.parametrize("mean", ["centre", "aligned", "colour"])
 @pytest.mark.parametrize("views", PLACES)
 def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mean: str):
@@ -145,16 +123,6 @@ def test_views_of_evaluation_equal_pillow_and_numpy(small: Path, views: str, mea
             assert (image == bits).all()
 
 
-@pytest.mark.parametrize("views", PLACES)
-def test_uint8_views_of_evaluation_are_those_of_the_pictures(small: Path, views: str):
-    built = manifest.load(small)
-    with Loader(built, "val", batch_size=9, views=views, view=VIEW, output="uint8") as loader:
-        (images,) = [batch.images.reshape(9, -1, 3, VIEW, VIEW).numpy() for batch in loader]
-    for picture, found in zip(pictures(built, "val"), images):
-        for place, image in zip(PLACES[views], found, strict=True):
-            assert (image == window(picture, *place).transpose(2, 0, 1)).all()
-
-
 @pytest.mark.parametrize("views", ["ten", "nine"])
 def test_a_rank_without_samples_has_no_views(small: Path, views: str):
     with Loader(small, "val", batch_size=8, views=views, view=VIEW, rank=1, ranks=2) as loader:
@@ -162,15 +130,6 @@ def test_a_rank_without_samples_has_no_views(small: Path, views: str):
             (n, len(PLACES[views]), 3, VIEW, VIEW)
             for n in (4, 0)  # 9 samples: the second batch is the other rank's
         ]
-
-
-def test_places_of_several_views():
-    """The middle is rounded down; a view as large as the picture has but one place."""
-    for places, count in ((augment.ten_views, 10), (augment.nine_views, 9)):
-        for size, view, known in ((256, 224, {0, 16, 32}), (32, 25, {0, 3, 7}), (32, 32, {0})):
-            found = places(size, view)
-            assert len(found) == count
-            assert {top for top, *_ in found} == {left for _, left, _ in found} == known
 
 
 def test_pictures_smaller_than_a_view(small: Path):

@@ -84,20 +84,15 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
 
 
 def contents(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a checkpoint's file, which are not copied, and its metadata. Raises as `_metadata`."""
-    tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
-    tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, _metadata(checkpoint)
-
-
-def _metadata(checkpoint: Checkpoint) -> str:
-    """Return all of a checkpoint but its tensors, as JSON.
+    """Return the tensors of a checkpoint's file, which are not copied, and its metadata: all else as JSON.
 
     Raises ValueError, TypeError: a value is not plain JSON or not finite.
     """
+    tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
+    tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
     values = {"format": FORMAT} | {key: getattr(checkpoint, key) for key in TYPES}
     values |= {"recipe": to_dict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}  # older versions read it
-    return json.dumps(values, allow_nan=False)
+    return {name: w.detach().contiguous() for name, w in tensors.items()}, json.dumps(values, allow_nan=False)
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
@@ -117,8 +112,9 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except SafetensorError as error:
-        code = int(re.findall(r"os error (\d+)", str(error))[-1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        if not (match := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -213,10 +209,10 @@ def load(path: Path) -> Checkpoint:
         pass
     try:
         return _read(file)
-    except (SafetensorError, ValueError) as error:  # a UserError is a ValueError
+    except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError
         reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
-        remedy = f"delete it to use an older one, {older[-1]}" if older else "name another checkpoint, or train again"
+        remedy = f"delete it to use {older[-1]}" if older else "name another checkpoint, or train again"
         raise CheckpointError(f"{file}: {' '.join(reason.split())}; {remedy}") from error
 
 
@@ -249,14 +245,17 @@ def _without_tensors(metadata: str | None) -> Checkpoint:
     """Return the checkpoint of a file's metadata. Raises as `_read`."""
     if metadata is None:
         raise UserError("not a checkpoint of ours: a safetensors file of something else")
-    values = json.loads(metadata)
+    values = json.loads(metadata, parse_constant=_refuse)
+    if type(values) is not dict:
+        raise UserError("damaged (its values are not a JSON object)")
     if (version := values.get("format", 1)) != FORMAT:
         raise UserError(
             f"of format {version!r}, and this version of the program reads format {FORMAT}; read it with the version "
             "that wrote it"
         )
-    if wrong := [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]:
-        raise UserError(f"damaged ({', '.join(wrong)}: missing, or of another type)")
+    wrong = [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]
+    if wrong or values["step"] < 0:
+        raise UserError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
     try:
         recipe = from_dict(values["recipe"], Recipe(), "its recipe")
     except UserError as error:
@@ -266,9 +265,13 @@ def _without_tensors(metadata: str | None) -> Checkpoint:
     return Checkpoint(**fields, weights={}, velocity={})
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a finite number")
+
+
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
     """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
-    text = world.all_gather(_metadata(checkpoint) if world.size > 1 and checkpoint else None)[0]
+    text = world.all_gather(contents(checkpoint)[1] if world.size > 1 and checkpoint else None)[0]
     return checkpoint if world.is_main or text is None else _without_tensors(text)
 
 
