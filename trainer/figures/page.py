@@ -20,7 +20,6 @@ from PIL import Image
 from pipeline import UserError, manifest, volumes
 from pipeline.cli import Command
 from pipeline.files import write_bytes_aside
-from pipeline.manifest import Manifest
 from pipeline.online import augment
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
@@ -28,11 +27,11 @@ from trainer import data as loaders
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.figures import kernels, sheets
-from trainer.figures.gather import FigureData, commands, gather
+from trainer.figures.gather import FigureData, commands, gather, has_images
 from trainer.layers import plan
 from trainer.options import DATA, DEVICES, RUN
 from trainer.pictures import pixels
-from trainer.predict import top
+from trainer.probabilities import top
 
 FOLDER, FILE_NAME = "figures", "report.html"
 TRAINING_SAMPLES, CONFUSED = 16, 8  # the numbers shown
@@ -91,7 +90,7 @@ def draw(
         "neighbours": lambda: sheets.neighbours(content.similar, content.words),
         "augmentation": lambda: _augmentation(content),
     }
-    drawn = {name: _png(draw_sheet()) for name, draw_sheet in draws.items() if name not in content.lacking}
+    drawn = {name: sheets.png(draw_sheet()) for name, draw_sheet in draws.items() if name not in content.lacking}
     files = {run / FOLDER / f"{name}.png": sheet for name, sheet in drawn.items()}
     files[run / FILE_NAME] = page(content, drawn).encode(errors="replace")
     try:
@@ -189,7 +188,7 @@ def _errors(data: FigureData, command: list[str]) -> str:
     evaluation, checkpoint = data.evaluation, data.checkpoint
     if evaluation is None:
         hint = f"<p>Not evaluated yet; the command is <code>{escape(shlex.join(command))}</code></p>"
-        return hint if _validated(data.dataset) else NO_VALIDATION
+        return hint if has_images(data.dataset, "val") else NO_VALIDATION
     images, step = evaluation["centre"]["samples"], evaluation["step"]
     caption = f"Errors on the split {evaluation['split']} ({images:,} images) at step {step:,}"
     if (step, evaluation["dataset"]) != (checkpoint.step, checkpoint.dataset):
@@ -201,7 +200,10 @@ def _errors(data: FigureData, command: list[str]) -> str:
     tables = _table(caption, ("view", "top-1 error", "top-5 error", "negative log-likelihood, nats"), rows)
     if confused := evaluation["confused"][:CONFUSED]:
         word = '<span class="word">{}</span>'
-        rows = [[*(word.format(escape(data.words(i))) for i in pair), f"{images:,}"] for *pair, images in confused]
+        rows = []
+        for pair in confused:
+            labels = (word.format(escape(data.words(pair[key]))) for key in ("true", "predicted"))
+            rows.append([*labels, f"{pair['images']:,}"])
         heads = ("true label", "taken for", "images")
         tables += f"</div><div>{_table('Confused most often, by the ten views', heads, rows)}"
     return f'<div class="beside"><div>{tables}</div></div>'
@@ -231,7 +233,7 @@ def curves(data: FigureData) -> str:
     if not html:
         return "<p>No steps are recorded.</p>"
     note = "<p>Training is measured with dropout on random views, validation without, on the centre view.</p>"
-    return f'{note if _validated(data.dataset) else NO_VALIDATION}<div class="charts">{html}</div>'
+    return f'{note if has_images(data.dataset, "val") else NO_VALIDATION}<div class="charts">{html}</div>'
 
 
 def _chart(name: str, title: str, unit: str, lines: dict[str, list[tuple[int, float]]], with_library: bool) -> str:
@@ -290,7 +292,7 @@ def _training_samples(data: FigureData) -> str:
         levels = np.clip(np.rint(x.transpose(1, 2, 0) + MID_GREY), 0, 255).astype(np.uint8)
         name, words = f"Training sample {number}", data.words(label)
         stored = _picture(jpeg.tobytes(), "jpeg", f"{name}, {words}, as stored", "stored")
-        seen = _picture(_png(Image.fromarray(levels)), "png", f"{name}, {words}, as the network sees it", "seen")
+        seen = _picture(sheets.png(Image.fromarray(levels)), "png", f"{name}, {words}, as the network sees it", "seen")
         cards += f"<figure>{stored}{seen}<figcaption>{escape(words)}</figcaption></figure>"
     lit = recipe.data.lighting != "off" and recipe.data.lighting_until > 0
     treated = f"minus the mean {'colour' if recipe.data.mean == 'colour' else 'image'}"
@@ -315,12 +317,6 @@ def _augmentation(data: FigureData) -> Image.Image:
     return sheets.augmentation(stored, options, data.dataset.statistics(), recipe.train.seed, sample=0)
 
 
-def _png(sheet: Image.Image) -> bytes:
-    out = io.BytesIO()
-    sheet.save(out, "PNG")
-    return out.getvalue()
-
-
 def _picture(data: bytes, kind: str, alt: str, style: str) -> str:
     """Return an <img> of a `png` or `jpeg` file at its own size, of the class `style`."""
     width, height = Image.open(io.BytesIO(data)).size
@@ -342,7 +338,3 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for first, *others in rows:
         body += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
     return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _validated(dataset: Manifest) -> bool:
-    return "val" in dataset.splits and dataset.splits["val"].samples > 0

@@ -57,8 +57,13 @@ def neighbours(similar: Similar, words: Words) -> Image.Image:
 
 
 def titled(title: str, parts: Sequence[Image.Image], note: str) -> Image.Image:
-    """Return a sheet of parts with a title above and a note beneath."""
-    return stacked(paragraph(title, TITLE, INK, bold=True), *parts, paragraph(note))
+    """Return a sheet of parts, one beneath the other, with a title above and a note beneath."""
+    rows = [paragraph(title, TITLE, INK, bold=True), *parts, paragraph(note)]
+    sheet, top = blank(sum(row.height + MARGIN for row in rows) + MARGIN), MARGIN
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + MARGIN
+    return sheet
 
 
 def _prediction(example: Example, words: Words) -> Image.Image:
@@ -291,16 +296,6 @@ def paragraph(text: str, size: int = SMALL, colour: str = SOFT, bold: bool = Fal
     for i, line in enumerate(lines):
         write(part, (MARGIN, i * height), line, size, colour, bold=bold, width=WIDTH - 2 * MARGIN)
     return part
-
-
-def stacked(*parts: Image.Image, gap: int = 16) -> Image.Image:
-    """Return a sheet of parts, one beneath the other, with margins above and below."""
-    sheet = blank(sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * MARGIN)
-    top = MARGIN
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height + gap
-    return sheet
 
 
 def png(sheet: Image.Image) -> bytes:

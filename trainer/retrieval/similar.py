@@ -23,6 +23,8 @@ from trainer.retrieval import search
 from trainer.retrieval.index import hidden
 from trainer.retrieval.search import Index, digest
 
+CLASS_KEYS = ("label", "wnid", "words")
+
 
 @click.command(cls=Command)
 @click.argument("pictures", metavar="PICTURE...", type=PATH, nargs=-1, required=True)
@@ -59,8 +61,9 @@ def similar(
     vectors = _features(network, Pictures(dataset, checkpoint.recipe), pictures)
     usable = [vector for vector in vectors if isinstance(vector, np.ndarray)]
     if usable:
-        ids, distances = (search.exact if exact else search.similar)(index, np.stack(usable), count)
-        answers = iter(_answers(dataset, index.meta.split, ids, distances))
+        queries = np.stack(usable)
+        nearest = search.nearest(index.rows, queries, count) if exact else search.similar(index, queries, count)
+        answers = iter(_answers(dataset, index.meta.split, *nearest))
     for path, vector in zip(pictures, vectors):
         _print(path, next(answers) if isinstance(vector, np.ndarray) else vector, as_json)
     if len(usable) < len(pictures):
@@ -85,16 +88,13 @@ def _features(network: TwoColumnNet, pictures: Pictures, paths: tuple[Path, ...]
 def _answers(dataset: Manifest, split: str, ids: np.ndarray, distances: np.ndarray) -> list[list[dict[str, Any]]]:
     """Return for each query, of ids and distances (q, k), the records of its nearest images."""
     with SampleReader(dataset, split) as reader:
-        return [
-            [_record(dataset, reader, *pair) for pair in zip(*rows)] for rows in zip(ids.tolist(), distances.tolist())
-        ]
 
+        def record(id: int, distance: float) -> dict[str, Any]:
+            label = int(reader.labels(np.array([id]))[0])
+            names = {key: getattr(dataset.classes[label], key) if label >= 0 else None for key in CLASS_KEYS}
+            return {"id": id, "key": reader.key(id), **names, "distance": distance}
 
-def _record(dataset: Manifest, reader: SampleReader, id: int, distance: float) -> dict[str, Any]:
-    label = int(reader.labels(np.array([id]))[0])
-    known = dataset.classes[label] if label >= 0 else None
-    names = {key: known and getattr(known, key) for key in ("label", "wnid", "words")}
-    return {"id": id, "key": reader.key(id), **names, "distance": distance}
+        return [list(map(record, *row)) for row in zip(ids.tolist(), distances.tolist())]
 
 
 def _print(path: Path, answer: list[dict[str, Any]] | dict[str, str], as_json: bool) -> None:
