@@ -10,7 +10,6 @@ import tarfile
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,7 +191,7 @@ def test_any_curves_are_drawn_and_those_without_points_left_out(
 ) -> None:
     text = (written.run / "metrics.jsonl").read_text()
     lines = [line | change for line in map(json.loads, text.splitlines()) if line["kind"] in kinds][-points:]
-    html = page.curves(SimpleNamespace(lines=lines, dataset=written.dataset))  # type: ignore[arg-type]
+    html = "".join(chart.html for chart in page.charts(lines))
     assert [div.attributes["id"] for div in Page(html).root.all("div", "plotly-graph-div")] == charts
 
 
@@ -223,7 +222,7 @@ def features(written: Written, split: str) -> tuple[np.ndarray, np.ndarray]:
     network.load(written.weights)
     with Loader(written.data, split, batch_size=64, views="centre", device="cpu") as loader, torch.inference_mode():
         batch = next(loader)
-        return network.run(network.layers[:-1], batch.images, [None] * 7)[0].numpy(), batch.labels.numpy()
+        return network.run(network.layers[:-1], batch.images, [None] * 7).numpy(), batch.labels.numpy()
 
 
 def test_neighbours_are_the_nearest_training_images(written: Written) -> None:

@@ -35,7 +35,7 @@ NEAR = (WIDTH - 2 * MARGIN - SIDE - GAP - (ACROSS - 1) * NEAR_GAP) // ACROSS  # 
 EPOCHS, VIEW_GAP = 6, 16  # epochs whose views are shown, pixels between two
 VIEW = (WIDTH - 2 * MARGIN - (ACROSS - 1) * VIEW_GAP) // ACROSS  # pixels, of the box of a view
 STORED = 512  # pixels, of the box of the stored picture
-TAG = 24  # pixels, of the number of a crop box
+TAG, LINES = 24, 52  # pixels: of the number of a crop box; of two lines beneath a view
 COLOURS = ("#1f5f8b", "#b4530f", "#3b7d3b", "#7a3e9d", "#00737a", "#a6195a")  # of the epochs
 
 Words = Callable[[int], str]  # of a label; −1: "no label"
@@ -160,7 +160,7 @@ def augmentation(
         paragraph("As stored, with the crop boxes of the first six epochs", TEXT, INK),
         _crop_boxes(stored, views, options.view),
         paragraph(f"The views of {options.view} × {options.view} pixels, as cut and mirrored", TEXT, INK),
-        _views([view.pixels for view in views], boxes),
+        grid([view.pixels for view in views], VIEW, VIEW_GAP, boxes),
     ]
     if options.lit(0):
         middle = (len(stored) - options.view) // 2
@@ -168,7 +168,7 @@ def augmentation(
         lit = [np.clip(np.rint(centre + view.shift), 0, 255).astype(np.uint8) for view in views]
         title = "The centre view with each epoch's lighting: grey levels added to red, green and blue"
         added = ["{:+.1f}, {:+.1f}, {:+.1f}".format(*view.shift) for view in views]
-        parts += [paragraph(title, TEXT, INK), _views(lit, added)]
+        parts += [paragraph(title, TEXT, INK), grid(lit, VIEW, VIEW_GAP, added)]
     else:
         parts.append(paragraph("This run has no lighting.", TEXT, INK))
     return titled(f"Sample {sample} in training with seed {seed}", parts, _note(options))
@@ -200,15 +200,16 @@ def _crop_boxes(stored: np.ndarray, views: Sequence[View], side: int) -> Image.I
     return part
 
 
-def _views(views: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
-    """Return views, one of an epoch, in rows, each with its epoch and a caption beneath."""
-    pitch = VIEW + 60
-    part = blank(-(-len(views) // ACROSS) * pitch - 8)
-    for i, (view, caption) in enumerate(zip(views, captions)):
-        left, top = MARGIN + i % ACROSS * (VIEW + VIEW_GAP), i // ACROSS * pitch
-        put(part, (left, top), view, VIEW)
-        write(part, (left, top + VIEW + 4), f"epoch {i}", SMALL, COLOURS[i], bold=True, width=VIEW)
-        write(part, (left, top + VIEW + 26), caption, SMALL, SOFT, width=VIEW)
+def grid(tiles: Sequence[np.ndarray] | np.ndarray, side: int, gap: int, captions: Sequence[str] = ()) -> Image.Image:
+    """Return pictures in rows, as many in each as fit; with captions each has its epoch and its caption beneath."""
+    across, down = max(1, (WIDTH - 2 * MARGIN + gap) // (side + gap)), side + gap + (LINES if captions else 0)
+    part = blank(-(-len(tiles) // across) * down - gap)
+    for i, tile in enumerate(tiles):
+        left, top = MARGIN + i % across * (side + gap), i // across * down
+        put(part, (left, top), tile, side)
+        if captions:
+            write(part, (left, top + side + 4), f"epoch {i}", SMALL, COLOURS[i], bold=True, width=side)
+            write(part, (left, top + side + 26), captions[i], SMALL, SOFT, width=side)
     return part
 
 
