@@ -165,10 +165,11 @@ def test_what_cannot_be_indexed(dataset: Path, bare: Path, tmp_path: Path, monke
     one_line(index(bare, dataset, "--out", mine, "--force"), "is not an index (it has thesis.txt)", "--out")
     one_line(index(bare, dataset, "--out", mine / "thesis.txt"), "is a file")
     assert (mine / "thesis.txt").read_text() == "mine"
-    save_run(tmp_path / "large", dataset, factor=1e4)
+    save_run(tmp_path / "large", dataset, factor=1e36)  # sums of such features are beyond float32's range
     one_line(index(tmp_path / "large", dataset), "float16 ends at 65,504", "--float32")
     assert os.listdir(tmp_path / "large") == ["checkpoints"]
     assert index(tmp_path / "large", dataset, "--float32").exit_code == 0
+    assert len(np.unique(np.load(tmp_path / "large" / "index" / "codes.npy"), axis=0)) > 20
     save_run(tmp_path / "infinite", dataset, factor=float("inf"))
     one_line(index(tmp_path / "infinite", dataset), "not finite")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))

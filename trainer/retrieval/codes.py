@@ -47,17 +47,20 @@ def learn(rows: Tensor, bits: int, show: Callable[[int], object] = lambda steps:
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(SEED)
-        mean = rows.mean(0)
-        spread = float((rows - mean).square().sum(1).mean().sqrt()) or 1.0  # 1 where all rows are equal
-        x = (rows - mean) / spread
+        largest = float(rows.abs().max()) or 1.0  # divided out: no sum or square is then beyond float32's range
+        x = rows / largest
+        mean = x.mean(0)
+        x -= mean
+        spread = float(x.square().sum(1).mean().sqrt()) or 1.0  # 1 where all rows are equal
+        x /= spread
         # the principal components, turned at random: where they are fewer than bits, each bit is a direction among
         # them, and no two are mixed unequally, for the rows of the random matrix are orthonormal
         count = min(bits, x.shape[1], max(1, len(x) - 1))
         components = torch.svd_lowrank(x, min(count + SPARE, *x.shape), niter=POWER)[2][:, :count]
         up = components @ torch.linalg.qr(torch.randn(bits, count)).Q.T
         up, bias, down, offset = _trained(x, up / (float((x @ up).std(correction=0)) or 1.0), show)
-    up = up / spread
-    return AutoEncoder(up, bias - mean @ up, down * spread, offset * spread + mean)
+    scale = largest * spread
+    return AutoEncoder(up / scale, bias - mean @ up / spread, down * scale, offset * scale + mean * largest)
 
 
 def _trained(x: Tensor, up: Tensor, show: Callable[[int], object]) -> tuple[Tensor, ...]:

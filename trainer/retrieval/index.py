@@ -174,7 +174,7 @@ def _write_features(
             rows = hidden(network, batch.replicas)
             greatest, limit = float(np.abs(rows).max()), float(np.finfo(dtype).max)
             if greatest > limit:
-                raise UserError(f"a feature is {greatest:,.0f}, and {dtype} ends at {limit:,.0f}; name --float32")
+                raise UserError(f"a feature is {greatest:,.6g}, and {dtype} ends at {limit:,.0f}; name --float32")
             file.write(rows.astype(dtype).data)
             done += len(rows)
             show("features", done, meta.n)
