@@ -55,12 +55,6 @@ def test_a_damaged_line_is_named(number: int, change: dict[str, Any], problem: s
     assert problem in str(caught.value)
 
 
-def test_an_evaluation_without_confused_pairs_is_read(tmp_path: Path) -> None:
-    assert gather.read_evaluation(tmp_path, 3) is None
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    assert gather.read_evaluation(tmp_path, 3) == EVALUATION | {"confused": []}
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -72,6 +66,9 @@ def test_an_evaluation_without_confused_pairs_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_evaluation_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    assert gather.read_evaluation(tmp_path, 3) is None
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    assert gather.read_evaluation(tmp_path, 3) == EVALUATION | {"confused": []}
     (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION | change))
     with pytest.raises(UserError, match=r"evaluation\.json: damaged .*; mend or delete it$"):
         gather.read_evaluation(tmp_path, 3)
