@@ -8,7 +8,7 @@ from functools import cache
 from unicodedata import combining, normalize
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline import UserError
 from pipeline.manifest import Statistics
@@ -307,20 +307,18 @@ def png(sheet: Image.Image) -> bytes:
 
 
 def picture(pixels: np.ndarray, side: int) -> Image.Image:
-    """(height, width, 3) uint8 → a picture in a square box: reduced, or as it is, or magnified a whole number of times.
+    """(n, n, 3) uint8 → a picture in a square box: reduced, or as it is, or magnified a whole number of times.
 
     Small pictures are magnified without smoothing: their pixels are what the network sees.
     """
-    image, longest = Image.fromarray(pixels), max(pixels.shape[:2])
-    if longest <= side:
-        return image.resize(
-            (image.width * (side // longest), image.height * (side // longest)), Image.Resampling.NEAREST
-        )
-    size = (max(1, round(image.width * side / longest)), max(1, round(image.height * side / longest)))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    image, times = Image.fromarray(pixels), side // len(pixels)
+    if times == 0:
+        return image.resize((side, side), Image.Resampling.LANCZOS)
+    return ImageOps.scale(image, times, Image.Resampling.NEAREST)
 
 
 def put(sheet: Image.Image, position: tuple[int, int], pixels: np.ndarray, side: int) -> None:
     """Draw a picture in the middle of a square box, whose left and top are given."""
     shown = picture(pixels, side)
-    sheet.paste(shown, (position[0] + (side - shown.width) // 2, position[1] + (side - shown.height) // 2))
+    margin = (side - shown.width) // 2
+    sheet.paste(shown, (position[0] + margin, position[1] + margin))
