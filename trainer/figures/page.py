@@ -114,14 +114,15 @@ def draw(
 
 def page(data: FigureData, drawn: Mapping[str, bytes]) -> str:
     """Return the page; `drawn` has the PNG sheets by name."""
-    statistics = data.dataset.statistics()
+    statistics, model = data.dataset.statistics(), data.checkpoint.recipe.model
+    columns = [] if data.kernels is None else np.split(data.kernels, model.columns)
     versions = f"penstock {metadata.version('penstock-imagenet')}, torch {torch.__version__}"
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return Template(template, autoescape=True, trim_blocks=True, undefined=StrictUndefined).render(
         data=data,
         drawn=drawn,
         commands={name: shlex.join(words) for name, words in commands(data).items()},
-        layers=plan(data.checkpoint.recipe.model, len(data.checkpoint.classes)),
+        layers=plan(model, len(data.checkpoint.classes)),
         times=[line["time"] for line in data.lines if line["kind"] == "train"],
         validated=has_images(data.dataset, "val"),
         charts=charts(data.lines),
@@ -131,30 +132,12 @@ def page(data: FigureData, drawn: Mapping[str, bytes]) -> str:
         mid_grey=MID_GREY,
         versions=f"{versions}, DALI {dali.__version__}, pillow-simd {Image.__version__}",
         picture=_picture,
-        alternative_text=_alternative_text,
+        top=top,
+        distance=sheets.distance,
+        measured=[kernels.measured(column) for column in columns],
         rgb=_rgb,
         median=lambda records, key: median(record[key] for record in records),
     )
-
-
-def _alternative_text(data: FigureData, name: str) -> str:
-    """Return in words what a sheet shows."""
-    texts = []
-    if name == "augmentation":
-        return "One training picture: random crops of it, some mirrored, and its centre in the lightings of six epochs"
-    if name == "kernels":
-        weights = np.asarray(data.kernels)
-        texts = [f"The {len(weights)} kernels of {weights.shape[2]} × {weights.shape[3]} weights of the first layer"]
-        columns = np.split(weights, data.checkpoint.recipe.model.columns)
-        texts += [f"column {i}: {kernels.measured(column)}" for i, column in enumerate(columns)]
-    for one in data.examples if name == "predictions" else ():
-        guesses = ", ".join(f"{data.words(i)} {100 * one.probabilities[i]:.1f} %" for i in top(one.probabilities))
-        texts.append(f"{data.split} sample {one.id} ({data.words(one.label)}) is taken for {guesses}")
-    for query, near in data.similar if name == "neighbours" else ():
-        training = ", ".join(f"{one.id} ({data.words(one.label)}) at {sheets.distance(one)}" for one in near)
-        words = data.words(query.label)
-        texts.append(f"nearest to {data.split} sample {query.id} ({words}): training samples {training}")
-    return "; ".join(texts)
 
 
 def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
