@@ -16,7 +16,7 @@ import pytest
 import runs
 from conftest import ROOT
 from crew import Crew, Ended, launched, machines, until
-from evaluated import Made, make, spoil
+from evaluated import Made, shared_made, spoil  # noqa: F401  # a fixture
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 
@@ -57,12 +57,6 @@ def data(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A data set and a run to evaluate. Read only."""
-    return make(tmp_path_factory.mktemp("evaluated"))
-
-
-@pytest.fixture(scope="module")
 def alone(data: Path, crew: Crew, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process. Read only."""
     run = tmp_path_factory.mktemp("alone") / "run"
@@ -82,17 +76,12 @@ def training(data: Path, run: Path, *settings: str, steps: int = STEPS) -> list[
     return ["train", *runs.options(data, run, f"train.steps={steps}", *SETTINGS, *settings)]
 
 
-def resumed(data: Path, run: Path, *more: str) -> list[str]:
-    return ["train", "--data", str(data), "--out", str(run), "--devices", "cpu,cpu", "--resume", *more]
+def resumed(data: Path, run: Path) -> list[str]:
+    return ["train", *runs.resumed(data, run)]
 
 
-def half_way(run: Path, to: Path) -> Path:
-    """A copy of a run as it was after `SAVED` steps."""
-    shutil.copytree(run, to)
-    for path in checkpoints.files(to):
-        if path > checkpoints.step_file(to, SAVED):
-            path.unlink()
-    return to
+def exit_codes(ended: list[Ended]) -> list[int]:
+    return [process.exit_code for process in ended]
 
 
 def assert_the_same_training(run: Path, other: Path) -> None:
@@ -126,7 +115,7 @@ def test_two_processes_train_as_one(alone: Path, pair: Pair):
 
 def test_three_processes_train_as_one(data: Path, alone: Path, crew: Crew, tmp_path: Path):
     ended = crew.run(*[training(data, tmp_path / "run")] * 3)
-    assert [each.exit_code for each in ended] == [0, 0, 0], ended
+    assert exit_codes(ended) == [0, 0, 0], ended
     assert_the_same_training(tmp_path / "run", alone)
 
 
@@ -134,11 +123,13 @@ def test_three_processes_train_as_one(data: Path, alone: Path, crew: Crew, tmp_p
 def test_a_run_saved_with_two_processes_goes_on(
     data: Path, alone: Path, pair: Pair, crew: Crew, tmp_path: Path, count: int
 ):
-    run = half_way(pair[0], tmp_path / "run")
-    first, *others = crew.run(*[resumed(data, run)] * count)
-    assert first.exit_code == 0, first.output
-    assert [each.exit_code for each in others] == [0] * (count - 1)
-    assert all(line.endswith("stands in") for each in others for line in each.output.splitlines())  # read ahead
+    run = Path(shutil.copytree(pair[0], tmp_path / "run"))
+    for path in checkpoints.files(run):
+        if path > checkpoints.step_file(run, SAVED):
+            path.unlink()
+    first, *others = ended = crew.run(*[resumed(data, run)] * count)
+    assert exit_codes(ended) == [0] * count, ended
+    assert all(line.endswith("stands in") for other in others for line in other.output.splitlines())  # read ahead
     assert_the_same_training(run, alone)
     assert (f"from step {SAVED}: processes 2 → {count}" in first.output) == (count != 2)
     assert [entry["processes"] for entry in checkpoints.load(run).history] == [2, count]
@@ -164,8 +155,8 @@ def test_processes_that_differ_are_refused(data: Path, dataset: Path, plain: Pat
 
 def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path: Path):
     run, nowhere = tmp_path / "run", tmp_path / "nowhere"
-    first, second, third = crew.run(training(data, run), training(nowhere, run), training(nowhere, run))
-    assert [each.exit_code for each in (first, second, third)] == [2, 2, 2]
+    first, second, third = ended = crew.run(training(data, run), training(nowhere, run), training(nowhere, run))
+    assert exit_codes(ended) == [2, 2, 2]
     assert second.output.startswith(f"Error: {nowhere}")  # once by who met it, and once where people look
     assert first.output == second.output.replace("Error: ", "Error: process 1: ")
     assert third.output == ""
@@ -211,7 +202,7 @@ def test_evaluation_refuses_once_and_before_it_begins(made: Made, crew: Crew, tm
         (words, [*words, "--batch-size", "5"], "has --batch-size 5, and the first process, on "),
     ):
         ended = crew.run(first, second)
-        assert [end.exit_code for end in ended] == [2, 2]
+        assert exit_codes(ended) == [2, 2]
         assert len(ended[0].output.splitlines()) == 1, ended
         assert message in ended[0].output
         assert ended[1].output == ""
@@ -249,9 +240,8 @@ def test_a_signal_to_one_process_ends_and_saves(dataset: Path, tmp_path: Path):
     (output, errors), others = first.communicate(timeout=60), second.communicate(timeout=60)
     assert (first.returncode, second.returncode, others) == (143, 143, ("", ""))
     step = checkpoints.load(run).step
-    assert (
-        errors == f"Error: another process was asked to end: stopped and saved after step {step}; go on by --resume\n"
-    )
+    reason = f"another process was asked to end: stopped and saved after step {step}"
+    assert errors == f"Error: {reason}; go on by --resume\n"
     assert f"checkpoint: {checkpoints.step_file(run, step)}" in output
 
 
@@ -298,13 +288,3 @@ def test_a_process_that_hangs_ends_the_others(dataset: Path, tmp_path: Path, eve
     second.communicate()
     assert first.returncode == 2
     assert errors.startswith("Error: another process of this job has not answered for 5 s; go on by --resume"), errors
-
-
-@pytest.mark.slow
-def test_compiled_segments_in_several_processes(data: Path, crew: Crew, tmp_path: Path):
-    """Also with the empty parts of the last batches."""
-    one, several = tmp_path / "one", tmp_path / "several"
-    for run, count in ((one, 1), (several, 3)):
-        ended = crew.run(*[training(data, run, 'train.compile="segments"')] * count)
-        assert [each.exit_code for each in ended] == [0] * count, ended
-    assert_the_same_training(several, one)

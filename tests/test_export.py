@@ -36,7 +36,7 @@ CASES = [
     *((name, ()) for name in (*recipes.names(), HALVES)),
     ("original", ("model.dropout=0.3", "model.lrn_size=1")),
     ("original", ("model.lrn_size=21", "model.lrn_k=3.0")),  # more maps than a column has
-    *((name, ("model.pool_size=4", "model.pool_stride=3")) for name in ("tanh", "figure1-tanh")),
+    *((name, (pool,)) for name in ("tanh", "figure1-tanh") for pool in ("model.pool_size=4", "model.pool_stride=3")),
     ("cifar-13", TWO_LOCAL),
 ]
 
@@ -66,7 +66,8 @@ class Exported:
 def exported(data: Path, run: Path) -> Exported:
     dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
     classes = tuple(record.wnid for record in dataset.classes)
-    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, weights, {}, {"steps": STEP}, ())
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, {}, {"steps": STEP}, ())
     checkpoints.save(run, checkpoint)
     result = trainer("export", run, "--data", data)
     assert result.exit_code == 0, result.output
@@ -202,7 +203,8 @@ def test_other_data_is_refused(trained: Exported, tmp_path: Path):
     refused(trained.data, run, out, "trained on the data set 000000000000…", trained.dataset.identity[:12])
     large = replace(RECIPE, model=replace(RECIPE.model, size=300))
     weights = drawn(large.model, len(CLASSES), torch.float32)
-    run = copied(trained, tmp_path / "3", recipe=large, weights=weights, velocity=weights)
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    run = copied(trained, tmp_path / "3", recipe=large, weights=weights, velocity=velocity)
     refused(trained.data, run, out, "images of 256 pixels, and the network sees 300", "--size")
 
 
