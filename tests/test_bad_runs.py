@@ -41,8 +41,7 @@ def test_without_validation_images_a_run_ends_and_says_so(raw: Path, tmp_path: P
     result = train(tmp_path / "data", tmp_path / "run", 2)
     assert result.exit_code == 0, result.output
     assert "not validated" in result.output
-    plateau = train(tmp_path / "data", tmp_path / "other", 2, 'optim.schedule="plateau"')
-    one_line(plateau, "plateau", "no labelled validation images")
+    one_line(train(tmp_path / "data", tmp_path / "r", 2, 'optim.schedule="plateau"'), "no labelled validation images")
 
 
 def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, tmp_path: Path):

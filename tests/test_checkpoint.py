@@ -132,7 +132,7 @@ def test_every_damage_is_one_line(tmp_path: Path, damage: str):
     assert reason in message
     assert message.endswith("; name another checkpoint, or train again")
     older = save(tmp_path, checkpoint(1))
-    assert refusal(lambda: load(tmp_path)).endswith(f"; delete it to use an older one, {older.name}")
+    assert refusal(lambda: load(tmp_path)).endswith(f"; delete it to use {older.name}")
     assert names(tmp_path) == [older.name, path.name]
 
 

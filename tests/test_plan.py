@@ -1,5 +1,6 @@
 """The plan of a build: unique and safe keys, order by hashes and names, the table of raw images, and its memory."""
 
+import hashlib
 import json
 import os
 import re
@@ -77,6 +78,11 @@ def test_keys_are_unique_and_those_of_the_plain_rule_in_any_order(count: int, le
 )
 def test_keys_take_the_stem_then_the_path_then_the_extension_then_a_number(paths: str, keys: str):
     assert list(assign_keys(paths.split())) == keys.split()
+
+
+def test_a_long_key_is_cut_and_ends_with_its_digest():
+    stem = "x" * 200
+    assert list(assign_keys([f"{stem}.jpg"])) == [f"{'x' * 73}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"]
 
 
 def test_keys_stay_unique_where_all_hashes_are_equal(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,8 @@ from pipeline import manifest
 from pipeline.online import Loader
 from runs import assert_same_end, of_november_2026, one_line, resume, train
 from trainer import checkpoint as checkpoints
+from trainer import data as loaders
+from trainer import recipe as recipes
 from trainer.dropout import masks
 from trainer.metrics import read
 from trainer.model import Grouped, initial_weights
@@ -66,11 +68,11 @@ def test_the_first_line_is_that_of_a_plain_grouped_network(run: Path, dataset: P
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
-    """Lost after 3 of 8 steps: the end of an epoch, two drops of the rate and the end of lighting are still to come.
+    """Lost after 3 of 8 steps, between log lines; an epoch's end, drops of the rate and lighting's end are to come.
 
     It goes on from a checkpoint as earlier code wrote it.
     """
-    every = ("train.checkpoint_every=3", "data.lighting_until=45")
+    every = ("train.checkpoint_every=3", "train.log_every=2", "data.lighting_until=45")
     assert train(dataset, tmp_path / "whole", 8, *every).exit_code == 0
     assert train(dataset, tmp_path / "parts", 8, *every).exit_code == 0
     first, *newer = checkpoints.files(tmp_path / "parts")
@@ -101,18 +103,18 @@ def test_lighting_ends_when_the_recipe_says(dataset: Path):
 
 @pytest.mark.proof
 def test_training_learns(dataset: Path, tmp_path: Path):
-    """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
+    """120 steps of 12 pictures: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
 
-    Seeds 1, 2 and 2012 learn at this rate on an AMD processor. At half of it 2012 did on Intel alone: last bits differ.
+    Seeds 1, 2, 7 and 2012 do, to less than 0.03 nats. At rates above 0.002 the loss leaps, and last bits decide.
     """
     widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
-    more = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
-    settings = [*more, "model.dropout=0.0", "optim.lr=0.01", "train.validate_every=80"]
-    assert train(dataset, tmp_path / "run", 80, *settings).exit_code == 0
+    wide = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
+    settings = [*wide, "model.dropout=0.0", "optim.lr=0.001", "optim.bias_lr=0.001", "train.validate_every=120"]
+    assert train(dataset, tmp_path / "run", 120, *settings).exit_code == 0
     lines = read(tmp_path / "run")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert abs(losses[0] - np.log(3)) < 0.3
-    assert np.mean(losses[-4:]) < 0.7
+    assert np.mean(losses[-10:]) < 0.3
     assert lines[-1]["top1_error"] < 25
 
 
@@ -132,6 +134,7 @@ def test_what_is_changed_on_resume_holds_and_is_noted(
     identities = [manifest.load(data).identity for data in (dataset, tmp_path / "other")]
     assert f"from step 5: dataset {' → '.join(identities)}: the last bits of the weights may differ" in result.output
     assert f"threads {before} → {before + 1}: the last bits of the weights may differ" in result.output
+    assert f"checkpoint: {checkpoints.step_file(run, 6)}" in result.output
     assert rates(run) == [0.01, 0.01, 0.001, 0.001, 0.001, 0.001]
     history = json.loads((run / "history.json").read_text())
     assert [entry["step"] for entry in history] == [0, 2, 5]
@@ -169,21 +172,13 @@ def test_a_plateau_lowers_the_rates_and_at_last_ends_the_run(dataset: Path, tmp_
     assert rates(tmp_path / "run") == expected
     assert result.output.count("a plateau: the learning rate falls") == 2
     assert checkpoints.load(tmp_path / "run").step == 7
+    assert checkpoints.load(checkpoints.best_file(tmp_path / "run")).step == 1
     one_line(resume(dataset, tmp_path / "run"), "last plateau")
     for late in checkpoints.files(tmp_path / "run")[1:]:
         late.unlink()
     assert checkpoints.load(tmp_path / "run").step == 4  # in the middle of a plateau: what it knows is saved too
     assert resume(dataset, tmp_path / "run").exit_code == 0
     assert rates(tmp_path / "run") == expected
-
-
-def test_the_best_checkpoint_stays(dataset: Path, tmp_path: Path):
-    habits = ("train.validate_every=1", "train.checkpoint_every=1", "train.keep=1")
-    assert train(dataset, tmp_path / "run", 6, *habits).exit_code == 0
-    errors = {line["step"]: line["top1_error"] for line in read(tmp_path / "run") if line["kind"] == "validation"}
-    first = min(errors, key=lambda step: (errors[step], step))
-    assert checkpoints.load(checkpoints.best_file(tmp_path / "run")).step == first
-    assert [checkpoints.load(file).step for file in checkpoints.files(tmp_path / "run")] == [6]
 
 
 def test_numbers_that_are_not_finite_stop_the_run(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -84,20 +84,15 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
 
 
 def contents(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a checkpoint's file, which are not copied, and its metadata. Raises as `_metadata`."""
-    tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
-    tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, _metadata(checkpoint)
-
-
-def _metadata(checkpoint: Checkpoint) -> str:
-    """Return all of a checkpoint but its tensors, as JSON.
+    """Return the tensors of a checkpoint's file, which are not copied, and its metadata: all else as JSON.
 
     Raises ValueError, TypeError: a value is not plain JSON or not finite.
     """
+    tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
+    tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
     values = {"format": FORMAT} | {key: getattr(checkpoint, key) for key in TYPES}
     values |= {"recipe": to_dict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}  # older versions read it
-    return json.dumps(values, allow_nan=False)
+    return {name: w.detach().contiguous() for name, w in tensors.items()}, json.dumps(values, allow_nan=False)
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
@@ -217,7 +212,7 @@ def load(path: Path) -> Checkpoint:
     except (SafetensorError, ValueError) as error:  # a UserError is a ValueError
         reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
-        remedy = f"delete it to use an older one, {older[-1]}" if older else "name another checkpoint, or train again"
+        remedy = f"delete it to use {older[-1]}" if older else "name another checkpoint, or train again"
         raise CheckpointError(f"{file}: {' '.join(reason.split())}; {remedy}") from error
 
 
@@ -269,7 +264,7 @@ def _without_tensors(metadata: str | None) -> Checkpoint:
 
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
     """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
-    text = world.all_gather(_metadata(checkpoint) if world.size > 1 and checkpoint else None)[0]
+    text = world.all_gather(contents(checkpoint)[1] if world.size > 1 and checkpoint else None)[0]
     return checkpoint if world.is_main or text is None else _without_tensors(text)
 
 
