@@ -193,12 +193,3 @@ def equal(found: dict[str, Any], wanted: dict[str, Any], nats: float = 1e-6) -> 
     assert found["samples"] == wanted["samples"]
     for name, most in (("top1_error", 1e-10), ("top5_error", 1e-10), ("nll", nats)):
         assert found[name] == pytest.approx(wanted[name], abs=most), name
-
-
-def spoil(data: Path, sample: int) -> None:
-    """Change a byte of a stored validation picture."""
-    record = np.load(data / "val" / "samples.npy")[sample]
-    shard = data / "val" / f"val-{record['shard']:06d}.tar"
-    content = bytearray(shard.read_bytes())
-    content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
-    shard.write_bytes(content)

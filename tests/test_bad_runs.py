@@ -5,11 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from conftest import CLASSES, build
 from runs import WIDTHS, one_line, options, resume, train, trainer
+from stored import damage
 from trainer import checkpoint as checkpoints
 
 
@@ -120,12 +120,8 @@ def test_the_page_of_a_network_without_kernels(dataset: Path, tmp_path: Path):
 
 def test_a_run_is_whole_without_the_page_that_a_damaged_sample_prevents(dataset: Path, tmp_path: Path):
     data = Path(shutil.copytree(dataset, tmp_path / "data"))
-    record = np.load(data / "train" / "samples.npy")[5]
-    shard = data / "train" / f"train-{record['shard']:06d}.tar"
-    content = bytearray(shard.read_bytes())
-    content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
-    shard.write_bytes(content)
+    damage(data, 5)
     result = trainer("train", *options(data, tmp_path / "run", "train.steps=1", "data.max_bad=1"))
     assert result.exit_code == 0, result.output
-    assert f"no page: {shard}: damaged at sample 5 " in result.output
+    assert f"no page: {data}/train/train-000000.tar: damaged at sample 5 " in result.output
     assert checkpoints.load(tmp_path / "run").step == 1

@@ -16,7 +16,8 @@ import pytest
 import runs
 from conftest import ROOT
 from crew import Crew, Ended, launched, machines, until
-from evaluated import Made, shared_made, spoil  # noqa: F401  # a fixture
+from evaluated import Made, shared_made  # noqa: F401  # a fixture
+from stored import damage
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 
@@ -48,11 +49,7 @@ def crew() -> Iterator[Crew]:
 def data(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`dataset` with two damaged samples. Read only."""
     root = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("damaged") / "dataset"))
-    for record in np.load(root / "train" / "samples.npy")[list(BAD)]:
-        shard = root / "train" / f"train-{record['shard']:06d}.tar"
-        content = bytearray(shard.read_bytes())
-        content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
-        shard.write_bytes(content)
+    damage(root, *BAD)
     return root
 
 
@@ -210,7 +207,7 @@ def test_evaluation_refuses_once_and_before_it_begins(made: Made, crew: Crew, tm
 
 def test_where_one_process_fails_the_other_ends_in_a_line_too(made: Made, crew: Crew, tmp_path: Path):
     damaged = Made(Path(shutil.copytree(made.data, tmp_path / "damaged")), made.run)
-    spoil(damaged.data, 4)  # of the first batch of 7, and the second process
+    damage(damaged.data, 4, split="val")  # of the first batch of 7, and the second process
     words = ["evaluate", *damaged.options, "--batch-size", 7, "--save-probabilities", tmp_path / "a.npz"]
     first, second = crew.run(words, words)
     assert (first, second.exit_code) == (Ended(2, f"{ENDED}\n"), 2)

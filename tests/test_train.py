@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
     assert [file.stem for file in (first, *newer)] == ["step-00000003", "step-00000006", "step-00000008"]
     newer[1].unlink()
     newer[0].write_bytes(newer[0].read_bytes()[:-100])
-    one_line(resume(dataset, tmp_path / "parts"), newer[0].name, first.name, "delete it to use an older one")
+    one_line(resume(dataset, tmp_path / "parts"), newer[0].name, f"delete it to use {first.name}")
     newer[0].unlink()
     saved = checkpoints.load(first)
     assert saved.progress.keys() == {"schedule", "window", "steps", "over"}  # as in November 2026
