@@ -60,9 +60,11 @@ def test_a_damaged_shard_is_named(copy: Path, harm: str):
         message = "cut short at sample 4"
     else:
         shard.unlink()
-    with pytest.raises(UserError, match=message) as caught:
-        with Loader(built, "val", batch_size=2, views="centre") as loader:
-            list(loader)
+    with (
+        pytest.raises(UserError, match=message) as caught,
+        Loader(built, "val", batch_size=2, views="centre") as loader,
+    ):
+        list(loader)
     assert str(shard) in str(caught.value)
     if harm != "flip":  # at opening: existence and size
         with pytest.raises(DatasetError, match=r"val-000000\.tar: (missing|has \d+ bytes)"):

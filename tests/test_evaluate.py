@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from conftest import build
+from conftest import ROOT, build
 from evaluated import (
     CLASSES,
     FLOAT32,
@@ -33,7 +36,7 @@ from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png
 from runs import one_line, trainer
-from stored import damage
+from stored import damage, remake
 from tars import tree
 from trainer import probabilities
 from trainer.evaluate import VIEWS, Tally, top_k_errors
@@ -202,6 +205,16 @@ def test_a_run_that_cannot_be_written_to_is_told_all_the_same(own: Made, monkeyp
     monkeypatch.setattr("trainer.evaluate.click.echo", leave)
     trainer("evaluate", *own.options)
     assert json.loads((own.run / "evaluation.json").read_text())["ten"]["samples"] == sum(VAL)
+
+
+@pytest.mark.proof
+def test_a_terminal_that_lacks_letters(own: Made, tmp_path: Path):
+    root = Path(shutil.copytree(own.data, tmp_path / "data"))
+    remake(root, lambda body: [record.update(words="ânè") for record in body["classes"]])
+    command = [sys.executable, "-m", "trainer", "evaluate", *map(str, replace(own, data=root).options), "--per-class"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, "?n?" in done.stdout) == (0, "", True)
 
 
 def test_an_empty_split(made: Made, tmp_path: Path):

@@ -132,6 +132,11 @@ def test_a_rank_without_samples_has_no_views(small: Path, views: str):
         ]
 
 
+def test_the_middle_of_several_views_is_rounded_down():
+    for views in (augment.ten_views, augment.nine_views):
+        assert {top for top, *_ in views(32, 25)} == {left for _, left, _ in views(32, 25)} == {0, 3, 7}
+
+
 def test_pictures_smaller_than_a_view(small: Path):
     for options, words in (
         ({}, ("images of 32 pixels; a view needs 224;", "--size 256, or take view=32 or less")),
