@@ -28,7 +28,6 @@ from evaluated import (
     evaluate,
     known,
     save_run,
-    saved,
     shared_made,  # noqa: F401  # a fixture
     weights,
 )
@@ -117,7 +116,7 @@ def test_probabilities_of_every_image_once(made: Made, tmp_path: Path, views: st
     assert set(result) & set(VIEWS) == names
     for name in names:
         equal(result[name], errors(LABELS, expected[name]), FLOAT32)
-    np.testing.assert_allclose(saved(file), expected[last], rtol=0, atol=FLOAT32)
+    np.testing.assert_allclose(probabilities.load(file).values, expected[last], rtol=0, atol=FLOAT32)
     loaded = probabilities.load(file)
     assert loaded.labels.tolist() == LABELS.tolist()
     assert loaded.origin == Origin(result["dataset"], "val", last, (f"{made.run}, step {STEP}",), CLASSES)
@@ -147,7 +146,7 @@ def test_a_split_without_labels(own: Made, tmp_path: Path):
     assert result.exit_code == 0, result.output
     text = f"{file}: the probabilities of 5 images; not all have a label, so there are no errors"
     assert result.output.splitlines() == [text]
-    np.testing.assert_allclose(saved(file), known(own, "test", "ten"), rtol=0, atol=FLOAT32)
+    np.testing.assert_allclose(probabilities.load(file).values, known(own, "test", "ten"), rtol=0, atol=FLOAT32)
     assert probabilities.load(file).labels.tolist() == [-1] * 5
     about = evaluate(own, "--split", "test", "--save-probabilities", file)
     assert about == {"step": STEP, "split": "test", "dataset": about["dataset"], "samples": 5}
@@ -229,20 +228,6 @@ def test_an_empty_split(made: Made, tmp_path: Path):
 # Error rates of drawn probabilities: many ties, few classes, classes without images
 
 
-def rates(labels: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """An image is wrong by the share of the true class's ranks, were level ones put in any order, past the first k.
-
-    Of one image at most 708 nats: no logarithm of 0.
-    """
-    images = np.arange(len(labels))
-    true = values[images, labels][:, None]
-    ranks = (values > true).sum(1)[:, None] + np.arange(values.shape[1])
-    level = np.arange(values.shape[1]) < (values == true).sum(1)[:, None]
-    top1, top5 = (100 * np.mean(((ranks >= k) & level).sum(1) / level.sum(1)) for k in (1, 5))
-    nll = -np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean()
-    return {"samples": len(labels), "top1_error": top1, "top5_error": top5, "nll": nll}
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_errors_and_confused_pairs_are_those_of_numpy(seed: int):
     """Pairs: the most frequent first, then by label; of classes that are level the first one counts as predicted."""
@@ -262,12 +247,12 @@ def test_errors_and_confused_pairs_are_those_of_numpy(seed: int):
         tally = Tally(classes)
         for start in range(0, n + batch, batch):  # the last one is empty
             tally.add(*(torch.from_numpy(array[start : start + batch]) for array in (labels, values)))
-        assert asdict(tally.errors()) == pytest.approx(rates(labels, values), abs=1e-10)
+        assert asdict(tally.errors()) == pytest.approx(errors(labels, values), abs=1e-10)
         details = tally.details(records)
         for label, result in enumerate(details["classes"]):
             own = labels == label
             assert [result.pop(name) for name in ("label", "wnid", "words")] == [label, f"n{label}", f"w{label}"]
-            expected = rates(labels[own], values[own]) if own.any() else {"samples": 0}
+            expected = errors(labels[own], values[own]) if own.any() else {"samples": 0}
             assert result == pytest.approx(expected, abs=1e-10)
         for pair, position in zip(details["confused"], order, strict=True):
             true, other = divmod(int(position), classes)

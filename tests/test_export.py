@@ -20,9 +20,9 @@ from networks import HALVES, apart, drawn, images, narrow
 from pipeline import manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
-from pipeline.online.samples import SampleReader
 from reference import jpeg_pixels
 from runs import one_line, trainer
+from stored import jpegs
 from trainer import checkpoint as checkpoints
 from trainer import export
 from trainer import recipe as recipes
@@ -80,12 +80,10 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
     return exported(dataset, tmp_path_factory.mktemp("trained") / "run 1")
 
 
-def centres(dataset: Manifest) -> tuple[list[bytes], np.ndarray]:
-    """Every validation picture: its JPEG; of its 256 × 256 pixels, by Pillow, the middle as the files take it."""
-    with SampleReader(dataset, "val") as reader:
-        jpegs = [jpeg.tobytes() for jpeg in reader.read(np.arange(len(reader)))]
-    windows = [jpeg_pixels(jpeg)[16:240, 16:240].transpose(2, 0, 1) for jpeg in jpegs]
-    return jpegs, np.stack(windows).astype(np.float32)
+def centres(dataset: Manifest) -> np.ndarray:
+    """Of the 256 × 256 pixels of every validation picture, by Pillow, the middle as the files take it."""
+    windows = [jpeg_pixels(jpeg)[16:240, 16:240].transpose(2, 0, 1) for jpeg in jpegs(dataset.root, "val")]
+    return np.stack(windows).astype(np.float32)
 
 
 def of_the_loader(dataset: Manifest, weights: dict[str, torch.Tensor], **options: str) -> np.ndarray:
@@ -97,7 +95,7 @@ def of_the_loader(dataset: Manifest, weights: dict[str, torch.Tensor], **options
 
 
 def test_the_graph_takes_raw_pixels_and_gives_what_evaluation_sees(trained: Exported):
-    pixels = centres(trained.dataset)[1]
+    pixels = centres(trained.dataset)
     expected = of_the_loader(trained.dataset, trained.weights)
     assert expected.std(0).max() > 0.1  # pictures differ
     np.testing.assert_allclose(trained.probabilities(pixels), expected, atol=2e-5)
@@ -146,9 +144,9 @@ def test_the_examples_of_the_document_compute_the_network(
     torch_code, onnx_code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
     imported = set(re.findall(r"^(?:import|from) (\w+)", torch_code + onnx_code, re.MULTILINE))
     assert imported == {"torch", "safetensors", "json", "numpy", "onnxruntime", "PIL"}
-    jpegs, pixels = centres(trained.dataset)
+    pixels = centres(trained.dataset)
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "picture.jpg").write_bytes(jpegs[0])
+    (tmp_path / "picture.jpg").write_bytes(jpegs(trained.data, "val")[0])
     monkeypatch.chdir(tmp_path)
     exec(torch_code, plain := dict[str, Any]())
     expected = of_the_loader(trained.dataset, trained.weights)
@@ -164,7 +162,7 @@ def test_each_kind_of_mean_is_what_the_loader_subtracts(trained: Exported, mean:
     recipe = replace(RECIPE, data=replace(RECIPE.data, mean=mean))
     with Loader(trained.dataset, "val", batch_size=9, views="centre", mean=mean) as loader:
         seen = next(loader).images.numpy()
-    np.testing.assert_allclose(centres(trained.dataset)[1] - export.mean_view(trained.dataset, recipe), seen, atol=1e-4)
+    np.testing.assert_allclose(centres(trained.dataset) - export.mean_view(trained.dataset, recipe), seen, atol=1e-4)
 
 
 def test_a_data_set_without_validation_is_compared_on_training_pictures(raw: Path, tmp_path: Path):

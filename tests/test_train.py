@@ -103,14 +103,14 @@ def test_lighting_ends_when_the_recipe_says(dataset: Path):
 
 @pytest.mark.proof
 def test_training_learns(dataset: Path, tmp_path: Path):
-    """120 steps of 12 pictures: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
+    """150 steps of 12 pictures: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
 
-    Seeds 1, 2, 7 and 2012 do, to less than 0.03 nats. At rates above 0.002 the loss leaps, and last bits decide.
+    Seeds 1, 2, 7 and 2012 do in 120, to less than 0.03 nats. At higher rates the loss leaps, and last bits decide.
     """
     widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
     wide = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
-    settings = [*wide, "model.dropout=0.0", "optim.lr=0.001", "optim.bias_lr=0.001", "train.validate_every=120"]
-    assert train(dataset, tmp_path / "run", 120, *settings).exit_code == 0
+    settings = [*wide, "model.dropout=0.0", "optim.lr=0.002", "optim.bias_lr=0.002", "train.validate_every=150"]
+    assert train(dataset, tmp_path / "run", 150, *settings).exit_code == 0
     lines = read(tmp_path / "run")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert abs(losses[0] - np.log(3)) < 0.3
