@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,16 @@ def test_a_checkpoint_of_the_earlier_code_loads(tmp_path: Path):
     assert_same(old, replace(checkpoint(3), recipe=old.recipe))
 
 
+@dataclass
+class Payload:
+    """Unpickled, it leaves a folder."""
+
+    folder: str
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
 def altered(without: str = "", **values: object) -> Callable[[Path], object]:
     """Return a function that writes a checkpoint anew, with other values in its metadata, or a tensor less."""
 
@@ -111,9 +121,13 @@ def altered(without: str = "", **values: object) -> Callable[[Path], object]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: os.truncate(path, 0), "damaged"),
     "a byte short": (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
-    "torch.save": (lambda path: torch.save({"weights": torch.zeros(2)}, path), "damaged"),
+    "torch.save": (lambda path: torch.save(Payload(f"{path}.unpickled"), path), "damaged"),
     "of others": (lambda path: safetensors.torch.save_file({"a": torch.zeros(2)}, path), "something else"),
     "not JSON": (lambda path: safetensors.torch.save_file({}, path, {META: "{"}), "damaged"),
+    "no object": (lambda path: safetensors.torch.save_file({}, path, {META: "[1]"}), "not a JSON object"),
+    "deep JSON": (lambda path: safetensors.torch.save_file({}, path, {META: "[" * 10**5}), "damaged"),
+    "NaN": (altered(progress={"a": float("nan")}), "NaN is not a finite number"),
+    "negative step": (altered(step=-1), "(step: missing"),
     "newer format": (altered(format=3), "of format 3, and this version of the program reads format 2; read it with"),
     "no format": (lambda path: safetensors.torch.save_file({}, path, {META: "{}"}), "of format 1, and this version"),
     "types": (altered(step="3", history=None), "damaged (step, history: missing, or of another type)"),
@@ -133,7 +147,7 @@ def test_every_damage_is_one_line(tmp_path: Path, damage: str):
     assert message.endswith("; name another checkpoint, or train again")
     older = save(tmp_path, checkpoint(1))
     assert refusal(lambda: load(tmp_path)).endswith(f"; delete it to use {older.name}")
-    assert names(tmp_path) == [older.name, path.name]
+    assert names(tmp_path) == [older.name, path.name]  # nothing was unpickled
 
 
 def test_what_is_there_and_what_is_not(tmp_path: Path):

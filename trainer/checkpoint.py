@@ -209,7 +209,7 @@ def load(path: Path) -> Checkpoint:
         pass
     try:
         return _read(file)
-    except (SafetensorError, ValueError) as error:  # a UserError is a ValueError
+    except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError
         reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
         remedy = f"delete it to use {older[-1]}" if older else "name another checkpoint, or train again"
@@ -245,14 +245,17 @@ def _without_tensors(metadata: str | None) -> Checkpoint:
     """Return the checkpoint of a file's metadata. Raises as `_read`."""
     if metadata is None:
         raise UserError("not a checkpoint of ours: a safetensors file of something else")
-    values = json.loads(metadata)
+    values = json.loads(metadata, parse_constant=_refuse)
+    if type(values) is not dict:
+        raise UserError("damaged (its values are not a JSON object)")
     if (version := values.get("format", 1)) != FORMAT:
         raise UserError(
             f"of format {version!r}, and this version of the program reads format {FORMAT}; read it with the version "
             "that wrote it"
         )
-    if wrong := [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]:
-        raise UserError(f"damaged ({', '.join(wrong)}: missing, or of another type)")
+    wrong = [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]
+    if wrong or values["step"] < 0:
+        raise UserError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
     try:
         recipe = from_dict(values["recipe"], Recipe(), "its recipe")
     except UserError as error:
@@ -260,6 +263,10 @@ def _without_tensors(metadata: str | None) -> Checkpoint:
     fields = {key: values[key] for key in TYPES}
     fields |= {"recipe": recipe, "classes": tuple(values["classes"]), "history": tuple(values["history"])}
     return Checkpoint(**fields, weights={}, velocity={})
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a finite number")
 
 
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
