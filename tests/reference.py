@@ -1,6 +1,7 @@
 """Plain oracles: the same results by the shortest road, independent of the code under test."""
 
 import io
+import itertools
 import struct
 import zlib
 from collections import OrderedDict
@@ -25,6 +26,17 @@ def two_step_rescale(image: Image.Image, size: int) -> np.ndarray:
 
 def jpeg_pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def view_places(end: int) -> dict[str, list[tuple[int, int, int]]]:
+    """Return by views the top and the left of each, and the step along a row; `end` is the greatest of a corner."""
+    middle = end // 2
+    corners = [(0, 0), (0, end), (middle, middle), (end, 0), (end, end)]
+    return {
+        "centre": [(middle, middle, 1)],
+        "ten": [(*corner, step) for step in (1, -1) for corner in corners],
+        "nine": [(*corner, 1) for corner in itertools.product((0, middle, end), repeat=2)],
+    }
 
 
 def png(

@@ -74,3 +74,12 @@ def rewrite(root: Path, members: Members, shard: str = SHARD) -> None:
     for i, record in zip(np.flatnonzero(samples["shard"] == int(shard[-6:])), records):
         samples["offset"][i], samples["size"][i], samples["crc32"][i] = record
     np.save(root / "train/samples.npy", samples)
+
+
+def damage(root: Path, *samples: int, split: str = "train") -> None:
+    """Change a byte of some stored pictures: their CRC-32 differs."""
+    for record in np.load(root / split / "samples.npy")[list(samples)]:
+        shard = root / split / f"{split}-{record['shard']:06d}.tar"
+        content = bytearray(shard.read_bytes())
+        content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
+        shard.write_bytes(content)

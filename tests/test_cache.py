@@ -5,29 +5,16 @@ import random
 import shutil
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cached import (  # noqa: F401 – three are fixtures
-    AMPLE,
-    SHARDS,
-    built_locally,
-    content,
-    data_in_store,
-    fetched,
-    fetching,
-    limit_of,
-    name_of,
-    none_left,
-    on_disk,
-    pieces,
-    place,
-    soon,
-)
-from conftest import one_line
-from pipeline import UserError, files, storage
+from conftest import build, one_line
+from pipeline import UserError, files, manifest, storage
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.online import cache as module
 from pipeline.online.cache import ShardCache
@@ -35,6 +22,88 @@ from pipeline.storage import Location, StorageError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 
 pytestmark = pytest.mark.proof
+
+SHARDS = 12
+PIECE = 8192  # bytes: a shard comes in three
+AMPLE = 2**30  # bytes
+
+
+@pytest.fixture(scope="module")
+def built(little: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cached") / "dataset"
+    result = build(little, root, "--size", 32, "--samples-per-shard", 12, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def data(built: Path, s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """The data set in a store; of its files, the shards alone."""
+    for shard in range(SHARDS):
+        storage.put_if_absent(bucket / name_of(shard), (built / name_of(shard)).read_bytes())
+    monkeypatch.setattr(module, "PIECE", PIECE)
+    s3.faults(0)
+    return replace(manifest.load(built), root=bucket)
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """No test leaves a thread behind."""
+    yield
+    soon(lambda: not fetching())
+
+
+def limit_of(data: Manifest, shards: int) -> int:
+    """Bytes that any so many shards fit in, and no more shards than that."""
+    sizes = sorted(data.files[name_of(shard)].bytes for shard in range(SHARDS))
+    assert shards == SHARDS or sum(sizes[: shards + 1]) > sum(sizes[-shards:])
+    return sum(sizes[-shards:])
+
+
+def pieces(data: Manifest, shard: int) -> int:
+    """Return the requests for a whole shard."""
+    return -(-data.files[name_of(shard)].bytes // PIECE)
+
+
+def name_of(shard: int) -> str:
+    return f"train/train-{shard:06d}.tar"
+
+
+def assert_right(descriptors: dict[int, int], built: Path) -> None:
+    for shard, descriptor in descriptors.items():
+        assert os.pread(descriptor, 2**24, 0) == (built / name_of(shard)).read_bytes()
+
+
+def place(folder: Path, data: Manifest) -> Path:
+    return folder / data.identity / "train"
+
+
+def on_disk(folder: Path, data: Manifest) -> set[int]:
+    return {int(path.name[-10:-4]) for path in place(folder, data).glob("*.tar")}
+
+
+def fetched(s3: Store) -> Counter[int]:
+    """Return how many pieces of each shard were asked for since the last `faults`."""
+    requests = [request for request in s3.seen()["requests"] if request.startswith("GET ") and ".tar" in request]
+    return Counter(int(request.partition(".tar")[0][-6:]) for request in requests)
+
+
+def soon(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def fetching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "penstock-fetch"]
+
+
+def refused(cache: ShardCache, shards: list[int], kind: type[UserError], *words: str) -> None:
+    """Check that a lease is refused in a line."""
+    with pytest.raises(kind) as error, cache.lease(shards):
+        pytest.fail("leased")
+    one_line(error, *words)
 
 
 def test_every_byte_is_the_sources_and_the_bound_holds(data: Manifest, built: Path, tmp_path: Path):
@@ -55,12 +124,13 @@ def test_every_byte_is_the_sources_and_the_bound_holds(data: Manifest, built: Pa
                 cache.ahead(order)
                 for shard in order:
                     with cache.lease([shard]) as descriptors:
-                        assert content(descriptors[shard]) == (built / name_of(shard)).read_bytes()
+                        assert_right(descriptors, built)
                         with pytest.raises(OSError, match="Bad file descriptor"):
                             os.write(descriptors[shard], b"x")
         finally:
             over.set()
             watching.join()
+        assert not any(str(tmp_path) in os.path.realpath(path) for path in Path("/proc/self/fd").iterdir())
     assert limit // 2 < max(most) <= limit
     assert len(most) > 100
     assert not list(tmp_path.rglob("*.part"))
@@ -114,8 +184,7 @@ def test_a_second_run_fetches_what_is_damaged_alone(s3: Store, data: Manifest, b
         with ShardCache(data, "train", tmp_path, AMPLE) as cache:
             cache.ahead(range(SHARDS))
             with cache.lease(range(SHARDS)) as descriptors:
-                for shard, descriptor in descriptors.items():
-                    assert content(descriptor) == (built / name_of(shard)).read_bytes()
+                assert_right(descriptors, built)
         assert len(on_disk(tmp_path, data)) == SHARDS
         assert set(fetched(s3)) == expected
     s3.faults(0)
@@ -126,25 +195,22 @@ def test_a_second_run_fetches_what_is_damaged_alone(s3: Store, data: Manifest, b
     assert not fetched(s3)
 
 
-def test_a_shard_changed_in_the_store_is_refused_by_name(data: Manifest, bucket: Location, tmp_path: Path):
-    right = storage.read_bytes(bucket / name_of(1))
+def test_a_shard_changed_in_the_store_is_refused_by_name(data: Manifest, built: Path, bucket: Location, tmp_path: Path):
+    right, file = storage.read_bytes(bucket / name_of(1)), str(bucket / name_of(1))
     with ShardCache(data, "train", tmp_path, AMPLE) as cache:
-        for data_there in (right[:-1] + b"x", right[:-512]):
-            files.write_bytes_aside(bucket / name_of(1), data_there)
+        for content in (right[:-1] + b"x", right[:-512]):
+            files.write_bytes_aside(bucket / name_of(1), content)
             cache.ahead([0, 1, 2, 3])
             with cache.lease([0, 2, 3]):
                 pass
-            with pytest.raises(DatasetError) as error, cache.lease([0, 1]):
-                pytest.fail("leased")
-            one_line(error, str(bucket / name_of(1)), "changed or damaged in the store", "tools/verify_shards.py")
+            words = "changed or damaged in the store", "tools/verify_shards.py"
+            refused(cache, [0, 1], DatasetError, file, *words)
         storage.remove(bucket / name_of(1))
-        with pytest.raises(DatasetError) as error, cache.lease([1]):
-            pytest.fail("leased")
-        one_line(error, str(bucket / name_of(1)), "missing in the store")
+        refused(cache, [1], DatasetError, file, "missing in the store")
         assert on_disk(tmp_path, data) == {0, 2, 3}
         files.write_bytes_aside(bucket / name_of(1), right)
         with cache.lease([1]) as descriptors:
-            assert content(descriptors[1]) == right
+            assert_right(descriptors, built)
 
 
 def test_a_first_download_with_wrong_bytes_is_repeated(
@@ -158,22 +224,22 @@ def test_a_first_download_with_wrong_bytes_is_repeated(
 
     monkeypatch.setattr(storage, "read_range", garbled)
     with ShardCache(data, "train", tmp_path, AMPLE) as cache, cache.lease([6]) as descriptors:
-        assert content(descriptors[6]) == (built / name_of(6)).read_bytes()
+        assert_right(descriptors, built)
     assert reads.count(0) == 2
 
 
-def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(s3: Store, data: Manifest, tmp_path: Path):
+def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(
+    s3: Store, data: Manifest, built: Path, tmp_path: Path
+):
     s3.faults(1, kinds=["denied"], only="000002.tar")
     with ShardCache(data, "train", tmp_path, AMPLE) as cache:
         cache.ahead(range(6))
         soon(lambda: on_disk(tmp_path, data) == {0, 1, 3, 4, 5} and not fetching())
-        with pytest.raises(StorageError) as error, cache.lease([2]):
-            pytest.fail("leased")
-        one_line(error, name_of(2), "access denied")
+        refused(cache, [2], StorageError, name_of(2), "access denied")
         soon(lambda: not fetching())
         s3.faults(0)
         with cache.lease([2]) as descriptors:
-            assert len(content(descriptors[2])) == data.files[name_of(2)].bytes
+            assert_right(descriptors, built)
 
 
 def test_close_amid_a_fetch_waits_for_no_answer(s3: Store, data: Manifest, tmp_path: Path):
@@ -207,47 +273,34 @@ def test_close_amid_a_fetch_waits_for_no_answer(s3: Store, data: Manifest, tmp_p
 
 
 def test_caches_share_a_folder(s3: Store, data: Manifest, built: Path, tmp_path: Path):
-    """Each uses what the others have fetched; of what they fetch at once, the last to end puts the same bytes there."""
+    """Each uses what the others have fetched, and fetches again what they delete."""
     s3.faults(0, delay=0.005)
-    wrong = []
+    right = []
 
     def walk(cache: ShardCache) -> None:
         cache.ahead(range(SHARDS))
         for shard in range(SHARDS):
             with cache.lease([shard]) as descriptors:
-                if content(descriptors[shard]) != (built / name_of(shard)).read_bytes():
-                    wrong.append(shard)
+                assert_right(descriptors, built)
+        right.append(cache)
 
     with ExitStack() as stack:
         caches = [stack.enter_context(ShardCache(data, "train", tmp_path, AMPLE)) for _ in range(3)]
         walks = [threading.Thread(target=walk, args=[cache]) for cache in caches]
-        for each in walks:
-            each.start()
-        for each in walks:
-            each.join(20)
-            assert not each.is_alive()
-    assert not wrong
-    once = sum(pieces(data, shard) for shard in range(SHARDS))
-    assert once <= sum(fetched(s3).values()) <= 3 * once
-    assert len(list(place(tmp_path, data).iterdir())) == len(on_disk(tmp_path, data)) == SHARDS
-
-
-def test_what_another_cache_deletes_is_fetched_again(data: Manifest, built: Path, tmp_path: Path):
-    with (
-        ShardCache(data, "train", tmp_path, AMPLE) as ample,
-        ShardCache(data, "train", tmp_path, limit_of(data, 1)) as narrow,
-    ):
-        ample.ahead(range(4))
-        soon(lambda: on_disk(tmp_path, data) == set(range(4)) and not fetching())
-        with ample.lease([0]) as descriptors:
-            for shard in (0, 1, 2, 5):
-                with narrow.lease([shard]) as others:
-                    assert content(others[shard]) == (built / name_of(shard)).read_bytes()
-            assert 0 not in on_disk(tmp_path, data)
-            assert content(descriptors[0]) == (built / name_of(0)).read_bytes()
-        with ample.lease(range(4)) as descriptors:
-            for shard in range(4):
-                assert content(descriptors[shard]) == (built / name_of(shard)).read_bytes()
+        for thread in walks:
+            thread.start()
+        for thread in walks:
+            thread.join(20)
+        assert len(right) == 3
+        once = sum(pieces(data, shard) for shard in range(SHARDS))
+        assert once <= sum(fetched(s3).values()) <= 3 * once
+        assert len(list(place(tmp_path, data).iterdir())) == len(on_disk(tmp_path, data)) == SHARDS
+        narrow = stack.enter_context(ShardCache(data, "train", tmp_path, limit_of(data, 1)))
+        with caches[0].lease([0]) as descriptors, narrow.lease([5]):
+            assert on_disk(tmp_path, data) == {5}
+            assert_right(descriptors, built)
+        with caches[0].lease(range(4)) as descriptors:
+            assert_right(descriptors, built)
 
 
 def test_parts_of_the_dead_go_and_those_of_the_living_stay(data: Manifest, tmp_path: Path):
@@ -261,44 +314,31 @@ def test_parts_of_the_dead_go_and_those_of_the_living_stay(data: Manifest, tmp_p
         assert [path.name for path in folder.iterdir()] == [living.name]
 
 
-def test_descriptors_are_closed_with_their_lease(data: Manifest, tmp_path: Path):
-    def opened() -> int:
-        return sum(str(tmp_path) in os.path.realpath(path) for path in Path("/proc/self/fd").iterdir())
-
-    with ShardCache(data, "train", tmp_path, AMPLE) as cache:
-        with cache.lease(range(10)) as descriptors, cache.lease([0]):
-            assert len(set(descriptors.values())) == 10
-            assert opened() == 11
-        assert opened() == 0
-
-
 def test_limits_are_refused(data: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with ShardCache(data, "train", tmp_path, limit_of(data, 3)) as cache, cache.lease([0, 1]):
-        with pytest.raises(UserError) as error, cache.lease([1, 2, 3]):
-            pytest.fail("leased")
-        one_line(error, "4 shards in use", f"{limit_of(data, 3):,}", "raise it", "order='shards' with a smaller window")
+        limit = f"{limit_of(data, 3):,}"
+        refused(
+            cache, [1, 2, 3], UserError, "4 shards in use", limit, "raise it", "order='shards' with a smaller window"
+        )
         with cache.lease([1, 2]):
             pass
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
         ShardCache(data, "train", tmp_path / "file", AMPLE)
     one_line(error, str(tmp_path / "file"), "Not a directory", "another cache folder")
-    every = sum(shard.bytes for shard in data.splits["train"].shards)
     there = sum(path.stat().st_size for path in place(tmp_path, data).glob("*.tar"))
-    assert 0 < there < every
-    for free, fits in ((every - there, True), (every - there - 1, False)):
+    needed = sum(shard.bytes for shard in data.splits["train"].shards) - there
+    for free in (needed, needed - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(free, 0, free))
-        if fits:
+        if free == needed:
             ShardCache(data, "train", tmp_path, AMPLE).close()
             continue
         with pytest.raises(UserError) as error:
             ShardCache(data, "train", tmp_path, AMPLE)
-        one_line(error, str(tmp_path), f"{free:,} bytes free", f"needs {free + 1:,}", "lower the cache limit")
+        one_line(error, str(tmp_path), f"{free:,} bytes free", f"needs {needed:,}", "lower the cache limit")
 
 
 def test_a_folder_that_vanishes_is_one_line(data: Manifest, tmp_path: Path):
     with ShardCache(data, "train", tmp_path / "cache", AMPLE) as cache:
         shutil.rmtree(tmp_path / "cache")
-        with pytest.raises(UserError) as error, cache.lease([0]):
-            pytest.fail("leased")
-        one_line(error, str(tmp_path / "cache"), "No such file", "another cache folder")
+        refused(cache, [0], UserError, str(tmp_path / "cache"), "No such file", "another cache folder")

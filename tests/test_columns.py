@@ -79,20 +79,6 @@ def test_weights_survive_the_way_through_the_columns(name: str):
     assert columns.gathered()["conv1.weight"].any()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("original", "conv1 conv2 | conv3 conv4 conv5 | fc6 | fc7 | fc8"),
-        ("half", "conv1 conv2 conv3 conv4 conv5 fc6 fc7 fc8"),
-        (HALVES, "conv1 conv2 | conv3 conv4 conv5 | conv6 | fc6 | fc7 | bottleneck fc8"),
-    ],
-)
-def test_segments_end_where_a_layer_sees_both(name: str, expected: str):
-    model = narrow(name).model
-    segments = TwoColumnNet(model, CLASSES, CPU[: model.columns]).segments
-    assert " | ".join(" ".join(layer.name for layer in segment) for segment in segments) == expected
-
-
 def test_a_column_may_be_given_its_own_copies():
     """Of the images and of the masks, as the loader and the Philox words of each device come."""
     model = narrow("original").model

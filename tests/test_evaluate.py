@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from conftest import build
+from conftest import ROOT, build
 from evaluated import (
     CLASSES,
     FLOAT32,
@@ -25,15 +28,14 @@ from evaluated import (
     evaluate,
     known,
     save_run,
-    saved,
     shared_made,  # noqa: F401  # a fixture
-    spoil,
     weights,
 )
 from pipeline import manifest
 from pipeline.manifest import ClassRecord
 from reference import png
 from runs import one_line, trainer
+from stored import damage, remake
 from tars import tree
 from trainer import probabilities
 from trainer.evaluate import VIEWS, Tally, top_k_errors
@@ -114,7 +116,7 @@ def test_probabilities_of_every_image_once(made: Made, tmp_path: Path, views: st
     assert set(result) & set(VIEWS) == names
     for name in names:
         equal(result[name], errors(LABELS, expected[name]), FLOAT32)
-    np.testing.assert_allclose(saved(file), expected[last], rtol=0, atol=FLOAT32)
+    np.testing.assert_allclose(probabilities.load(file).values, expected[last], rtol=0, atol=FLOAT32)
     loaded = probabilities.load(file)
     assert loaded.labels.tolist() == LABELS.tolist()
     assert loaded.origin == Origin(result["dataset"], "val", last, (f"{made.run}, step {STEP}",), CLASSES)
@@ -128,7 +130,7 @@ def test_a_failure_half_way_leaves_the_old_files(own: Made, tmp_path: Path):
     assert not (own.run / "evaluation.json").exists()  # neither was the run's own evaluation
     evaluate(own, "--save-probabilities", file)
     before = file.read_bytes(), (own.run / "evaluation.json").read_bytes()
-    spoil(data, 25)  # of the last batch
+    damage(data, 25, split="val")  # of the last batch
     options = ("--checkpoint", own.run, "--devices", "cpu,cpu", "--batch-size", 7, "--save-probabilities", file)
     one_line(trainer("evaluate", "--data", data, *options), "damaged at sample 25")
     assert (file.read_bytes(), (own.run / "evaluation.json").read_bytes()) == before
@@ -144,7 +146,7 @@ def test_a_split_without_labels(own: Made, tmp_path: Path):
     assert result.exit_code == 0, result.output
     text = f"{file}: the probabilities of 5 images; not all have a label, so there are no errors"
     assert result.output.splitlines() == [text]
-    np.testing.assert_allclose(saved(file), known(own, "test", "ten"), rtol=0, atol=FLOAT32)
+    np.testing.assert_allclose(probabilities.load(file).values, known(own, "test", "ten"), rtol=0, atol=FLOAT32)
     assert probabilities.load(file).labels.tolist() == [-1] * 5
     about = evaluate(own, "--split", "test", "--save-probabilities", file)
     assert about == {"step": STEP, "split": "test", "dataset": about["dataset"], "samples": 5}
@@ -204,6 +206,16 @@ def test_a_run_that_cannot_be_written_to_is_told_all_the_same(own: Made, monkeyp
     assert json.loads((own.run / "evaluation.json").read_text())["ten"]["samples"] == sum(VAL)
 
 
+@pytest.mark.proof
+def test_a_terminal_that_lacks_letters(own: Made, tmp_path: Path):
+    root = Path(shutil.copytree(own.data, tmp_path / "data"))
+    remake(root, lambda body: [record.update(words="ânè") for record in body["classes"]])
+    command = [sys.executable, "-m", "trainer", "evaluate", *map(str, replace(own, data=root).options), "--per-class"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, "?n?" in done.stdout) == (0, "", True)
+
+
 def test_an_empty_split(made: Made, tmp_path: Path):
     """Its only picture was skipped."""
     files = {"train/a/0.png": png(40, 40, 2), "train/b/0.png": png(40, 40, 2), "val/a/1.png": b"none"}
@@ -214,20 +226,6 @@ def test_an_empty_split(made: Made, tmp_path: Path):
 
 
 # Error rates of drawn probabilities: many ties, few classes, classes without images
-
-
-def rates(labels: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """An image is wrong by the share of the true class's ranks, were level ones put in any order, past the first k.
-
-    Of one image at most 708 nats: no logarithm of 0.
-    """
-    images = np.arange(len(labels))
-    true = values[images, labels][:, None]
-    ranks = (values > true).sum(1)[:, None] + np.arange(values.shape[1])
-    level = np.arange(values.shape[1]) < (values == true).sum(1)[:, None]
-    top1, top5 = (100 * np.mean(((ranks >= k) & level).sum(1) / level.sum(1)) for k in (1, 5))
-    nll = -np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean()
-    return {"samples": len(labels), "top1_error": top1, "top5_error": top5, "nll": nll}
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -249,12 +247,12 @@ def test_errors_and_confused_pairs_are_those_of_numpy(seed: int):
         tally = Tally(classes)
         for start in range(0, n + batch, batch):  # the last one is empty
             tally.add(*(torch.from_numpy(array[start : start + batch]) for array in (labels, values)))
-        assert asdict(tally.errors()) == pytest.approx(rates(labels, values), abs=1e-10)
+        assert asdict(tally.errors()) == pytest.approx(errors(labels, values), abs=1e-10)
         details = tally.details(records)
         for label, result in enumerate(details["classes"]):
             own = labels == label
             assert [result.pop(name) for name in ("label", "wnid", "words")] == [label, f"n{label}", f"w{label}"]
-            expected = rates(labels[own], values[own]) if own.any() else {"samples": 0}
+            expected = errors(labels[own], values[own]) if own.any() else {"samples": 0}
             assert result == pytest.approx(expected, abs=1e-10)
         for pair, position in zip(details["confused"], order, strict=True):
             true, other = divmod(int(position), classes)

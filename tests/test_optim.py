@@ -108,17 +108,8 @@ def test_rates_grow_with_the_batch_and_layers_have_their_own():
     assert own.rates(0)["conv2"] == Rates(pytest.approx(0.002), pytest.approx(0.02), pytest.approx(0.0015))
     assert [own.rates(step)["fc8"].weights for step in (9, 10, 23, 30)] == pytest.approx([2e-2, 2e-3, 2e-4, 2e-5])
     assert [own.rates(step)["fc8"].biases for step in (9, 10, 23, 30)] == [0.04] * 4
-
-
-def test_every_recipe_has_rates_for_every_layer():
-    """At every hundredth of its run; decays of cuda-convnet's CIFAR-10 files are 0, 0, 0.004 …"""
-    for name in recipes.names():
-        recipe = recipes.load(name)
-        for step in range(0, 300, 3):
-            rates = Schedule(recipe, 300).rates(step)
-            assert tuple(rates) == recipe.model.order
-            assert all(rate.weights > 0 and rate.biases > 0 for rate in rates.values())
-    assert [rate.decay for rate in schedule("cifar-13", 1).rates(0).values()] == [0, 0, 0.004, 0.004, 0.004]
+    decays = [rate.decay for rate in schedule("cifar-13", 1).rates(0).values()]
+    assert decays == [0, 0, 0.004, 0.004, 0.004]  # cuda-convnet's
 
 
 ERRORS = [90, 80, 80, 81, 79.5, 80, 79.5, 80, 85, 90, 79, 80, 80, 80, 79, 79, 79, 79, 79, 79]

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import CLASSES, build, one_line, picture
+from conftest import build, one_line, picture
 from pipeline import UserError, manifest
 from pipeline.online.batch import Recipe
 from pipeline.online.plain import ImageNet, webdataset
@@ -61,8 +62,6 @@ def test_windows_are_those_of_the_scalar_rule(seed: int):
     assert (found.shape == expected[:, 2:4]).all()
     assert (found.flip == expected[:, 4]).all()
     assert {1, 2, 3, 11} <= set(expected[:, 5].tolist())  # later tries and the fallback were seen
-    assert (found.start >= 0).all()
-    assert (found.start + found.shape <= sizes).all()
     for array in (found.start, found.shape, found.flip):
         assert array.dtype == np.int32
         assert array.flags.c_contiguous
@@ -103,18 +102,9 @@ def pairs(samples: Iterable[tuple[Image.Image, int]]) -> Pairs:
 
 def stored_pairs(root: Path, split: str) -> Pairs:
     labels = manifest.load(root).samples(split)["label"].tolist()
-    found = [(label, jpeg_pixels(data).tobytes()) for label, data in zip(labels, jpegs(root, split), strict=True)]
-    assert len(set(found)) == len(found)  # so that equal lists are equal keys
-    return found
-
-
-def as_it_is(sample: object) -> object:
-    return sample
-
-
-def worked(dataset: torch.utils.data.IterableDataset, workers: int) -> Pairs:
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    return pairs(loader)
+    stored = [(label, jpeg_pixels(data).tobytes()) for label, data in zip(labels, jpegs(root, split), strict=True)]
+    assert len(set(stored)) == len(stored)  # so that equal lists are equal keys
+    return stored
 
 
 def test_webdataset_gives_every_sample_in_the_order_of_the_build(dataset: Path):
@@ -135,39 +125,38 @@ def test_webdataset_shuffles(dataset: Path):
     assert all(one != two for i, one in enumerate(orders) for two in orders[:i])
 
 
+def as_it_is(sample: object) -> object:
+    return sample
+
+
 def test_webdataset_workers_share_the_shards(dataset: Path):
     for split, shuffle in (("train", 20), ("val", 0)):  # three shards; one, so that a worker has none
-        found = worked(webdataset(dataset, split, shuffle=shuffle), workers=2)
-        assert Counter(found) == Counter(stored_pairs(dataset, split))
+        samples = webdataset(dataset, split, shuffle=shuffle)
+        loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=2, collate_fn=as_it_is)
+        assert Counter(pairs(loader)) == Counter(stored_pairs(dataset, split))
 
 
 def test_webdataset_ranks_share_the_shards(dataset: Path, monkeypatch: pytest.MonkeyPatch):
-    found: Pairs = []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        part = pairs(pickle.loads(pickle.dumps(webdataset(dataset, "train"))))  # as a spawned worker gets it
-        assert 0 < len(part) < 41
-        found += part
-    assert Counter(found) == Counter(stored_pairs(dataset, "train"))
+        parts.append(pairs(pickle.loads(pickle.dumps(webdataset(dataset, "train")))))  # as a spawned worker gets it
+    assert all(parts)
+    assert Counter(parts[0] + parts[1]) == Counter(stored_pairs(dataset, "train"))
 
 
 def test_webdataset_without_labels_and_with_whole_pictures(tmp_path: Path):
-    raw = tmp_path / "raw"
-    for name in CLASSES[:2]:
-        (raw / "train" / name).mkdir(parents=True)
-        for i in range(2):
-            picture(f"{name}{i}", 90 + 30 * i, 80).save(raw / "train" / name / f"{name}{i}.jpg")
-    (raw / "test").mkdir()
-    for i in range(3):
-        picture(f"test{i}", 60, 80).save(raw / "test" / f"{i}.jpg")
-    root = tmp_path / "dataset"
+    raw, root = tmp_path / "raw", tmp_path / "dataset"
+    for name, sides in (("train/a", (90, 80)), ("train/b", (120, 80)), ("test", (60, 80))):
+        (raw / name).mkdir(parents=True)
+        picture(name, *sides).save(raw / name / f"{name.replace('/', '')}.jpg")
     result = build(raw, root, "--workers", 1, "--size", 32, "--crop", "none")
     assert result.exit_code == 0, result.output
     for split in ("train", "test"):
         assert pairs(webdataset(root, split)) == stored_pairs(root, split)
-    assert {label for _, label in webdataset(root, "test")} == {-1}
-    assert [image.size for image, _ in webdataset(root, "test")] == [(32, 42)] * 3
+    ((image, label),) = webdataset(root, "test")
+    assert (image.size, label) == ((32, 42), -1)
 
 
 def test_impossible_webdatasets(small: Path, tmp_path: Path):
@@ -176,20 +165,13 @@ def test_impossible_webdatasets(small: Path, tmp_path: Path):
     one_line(caught, "s3://bucket/dataset", "copy")
     with pytest.raises(UserError, match="no split named 'other'; there are: train, val"):
         webdataset(small, "other")
-    with pytest.raises(UserError, match="no such directory"):
-        webdataset(tmp_path / "nothing", "train")
     with pytest.raises(UserError, match="shuffle=-1: must be at least 0"):
         webdataset(small, "train", shuffle=-1)
     odd = tmp_path / "a#b"
     odd.symlink_to(small)
     assert next(iter(webdataset(odd, "val")))[0].size == (32, 32)  # the link is followed
     odd.unlink()
-    odd.mkdir()
-    for path in small.rglob("*"):
-        target = odd / path.relative_to(small)
-        if path.is_file():
-            target.parent.mkdir(exist_ok=True)
-            target.hardlink_to(path)
+    shutil.copytree(small, odd)
     with pytest.raises(UserError) as caught:
         webdataset(odd, "val")
     one_line(caught, "a#b/val/val-000000.tar", "rename")

@@ -228,8 +228,7 @@ def test_mistakes_are_one_line(made: Made, tmp_path: Path):
     assert (result.exit_code, len(lines(result))) == (2, 1)
     assert result.stderr.splitlines() == ["left out: 1 *.txt", f"Error: no pictures in {tmp_path}"]
     one_line(predict(replace(made, run=tmp_path), picture), "checkpoint")
-    diverged = {name: value * 1e30 for name, value in weights(made.data).items()}
-    save_run(tmp_path / "run", made.data, diverged)
+    save_run(tmp_path / "run", made.data, {name: value * 1e30 for name, value in weights(made.data).items()})
     one_line(predict(replace(made, run=tmp_path / "run"), picture), "diverged")
 
 
@@ -245,12 +244,10 @@ def test_hostile_pictures_are_named_and_the_others_come(made: Made, shared: Path
     result = predict(made, folder)
     assert result.exit_code == 2
     assert failures(result) == expected
-    good = [line for line in lines(result) if "labels" in line]
-    assert len(expected) > 30
-    assert len(good) == 139 - len(expected)
-    assert all(np.isfinite([label["probability"] for label in line["labels"]]).all() for line in good)
+    good = [label["probability"] for line in lines(result) for label in line.get("labels", ())]
+    assert (len(good), np.isfinite(good).all()) == (5 * (139 - len(expected)), True)
     assert result.stderr.splitlines()[0] == "left out: 1 *.csv"
-    assert f"{len(expected)} could not be predicted, for the reasons above; {len(good)} were" in result.stderr
+    assert f"{len(expected)} could not be predicted, for the reasons above; {139 - len(expected)} were" in result.stderr
 
 
 def test_a_folder_is_gone_through_in_order_and_says_what_it_left_out(made: Made, tmp_path: Path):
@@ -265,8 +262,7 @@ def test_a_folder_is_gone_through_in_order_and_says_what_it_left_out(made: Made,
     names = [line["picture"].removeprefix(f"{folder}/") for line in lines(result)]
     assert names == ["a/z.JPG", "a-b.png", "b/1", "b/2.jpg", "bad.jpg"]
     assert failures(result) == {str(folder / "bad.jpg"): reason(GOOD[:300])}
-    left_out = "left out: 2 *.json, 1 *.txt, 2 hidden, 2 link to nothing, pipe or device"
-    assert result.stderr.splitlines()[0] == left_out
+    assert result.stderr.splitlines()[0] == "left out: 2 *.json, 1 *.txt, 2 hidden, 2 link to nothing, pipe or device"
     assert failures(predict(made, folder / "pipe")) == {str(folder / "pipe"): "unreadable"}
     assert predict(made, folder / ".hidden.jpg").exit_code == 0  # who names it means it
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.online import Loader
+from pipeline.online.normalise import Normaliser
 from pipeline.online.samples import SampleReader
 from pipeline.online.stall import Meter, Wait, waited
 from pipeline.online.turbo import Decoder
@@ -73,7 +74,7 @@ def test_events_count_once_the_device_has_come_to_them():
 
 @pytest.mark.parametrize(
     ("owner", "name", "cause"),
-    [(SampleReader, "read", "reading"), (Decoder, "result", "decoding")],
+    [(SampleReader, "read", "reading"), (Decoder, "result", "decoding"), (Normaliser, "prepare", "decoding")],
 )
 def test_the_slow_stage_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, cause: str):
     stage: Callable[..., object] = getattr(owner, name)

@@ -49,9 +49,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(kills: int, datas
             words = resumed(dataset, run)
     assert killed >= kills * 3 // 4
     saved = checkpoints.load(run).step
-    assert (
-        written(run) - saved <= 2 * 7 + 4
-    )  # the steps since the last checkpoint; one more may have been in the making
+    assert written(run) - saved <= 2 * 7 + 4  # since the last checkpoint; one more may have been in the making
     if saved < steps:
         assert resume(dataset, run).exit_code == 0
     assert_same_end(tmp_path / "whole", run)

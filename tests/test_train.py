@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
     assert [file.stem for file in (first, *newer)] == ["step-00000003", "step-00000006", "step-00000008"]
     newer[1].unlink()
     newer[0].write_bytes(newer[0].read_bytes()[:-100])
-    one_line(resume(dataset, tmp_path / "parts"), newer[0].name, "delete it to use", first.name)
+    one_line(resume(dataset, tmp_path / "parts"), newer[0].name, f"delete it to use {first.name}")
     newer[0].unlink()
     saved = checkpoints.load(first)
     assert saved.progress.keys() == {"schedule", "window", "steps", "over"}  # as in November 2026
@@ -103,18 +103,18 @@ def test_lighting_ends_when_the_recipe_says(dataset: Path):
 
 @pytest.mark.proof
 def test_training_learns(dataset: Path, tmp_path: Path):
-    """80 steps of 12 pictures at the width of `tiny`: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
+    """150 steps of 12 pictures: from guessing (ln 3 = 1.1, 67 %) to telling patterns apart.
 
-    Seed 1 learns all by heart; others reach losses of 0.4 to 0.7, and last bits decide what they get wrong.
+    Seeds 1, 2, 7 and 2012 do in 120, to less than 0.03 nats. At higher rates the loss leaps, and last bits decide.
     """
     widths = {"conv1": 24, "conv2": 64, "conv3": 96, "conv4": 96, "conv5": 64, "fc6": 256, "fc7": 256}
-    more = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
-    settings = [*more, "model.dropout=0.0", "optim.lr=0.01", "train.validate_every=80", "train.seed=1"]
-    assert train(dataset, tmp_path / "run", 80, *settings).exit_code == 0
+    wide = [f"model.layers.{name}.width={width}" for name, width in widths.items()]
+    settings = [*wide, "model.dropout=0.0", "optim.lr=0.002", "optim.bias_lr=0.002", "train.validate_every=150"]
+    assert train(dataset, tmp_path / "run", 150, *settings).exit_code == 0
     lines = read(tmp_path / "run")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert abs(losses[0] - np.log(3)) < 0.3
-    assert np.mean(losses[-4:]) < 0.7
+    assert np.mean(losses[-10:]) < 0.3
     assert lines[-1]["top1_error"] < 25
 
 

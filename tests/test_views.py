@@ -1,6 +1,6 @@
 """Views of any size, 24 of 32 × 32 pixels as of CIFAR-10 or 224 of 256: each against Pillow's decoder and numpy."""
 
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +11,12 @@ from conftest import one_line
 from pipeline import UserError, manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Loader, augment
-from pipeline.online.samples import SampleReader
-from reference import jpeg_pixels
+from reference import jpeg_pixels, view_places
+from stored import jpegs
 
 SIZE, VIEW = 32, 24
 CPUS = ("cpu:0", "cpu:1")  # by name two devices
-CORNERS = [(0, 0), (0, 8), (4, 4), (8, 0), (8, 8)]
-PLACES = {  # views → top, left, and the step along a row
-    "centre": [(4, 4, 1)],
-    "ten": [(top, left, step) for step in (1, -1) for top, left in CORNERS],
-    "nine": [(top, left, 1) for top, left in product((0, 4, 8), repeat=2)],
-}
+PLACES = view_places(SIZE - VIEW)
 OPTIONS = [
     {},
     {"mean": "aligned"},
@@ -39,8 +34,7 @@ OPTIONS = [
 
 def pictures(built: Manifest, split: str) -> list[np.ndarray]:
     """Each (size, size, 3) uint8, as Pillow decodes it, in the order of the ids."""
-    with SampleReader(built, split) as reader:
-        return [jpeg_pixels(data.tobytes()) for data in reader.read(np.arange(built.split(split).samples))]
+    return [jpeg_pixels(data) for data in jpegs(built.root, split)]
 
 
 def window(image: np.ndarray, top: int, left: int, step: int, view: int = VIEW) -> np.ndarray:
@@ -130,6 +124,11 @@ def test_a_rank_without_samples_has_no_views(small: Path, views: str):
             (n, len(PLACES[views]), 3, VIEW, VIEW)
             for n in (4, 0)  # 9 samples: the second batch is the other rank's
         ]
+
+
+def test_the_middle_of_several_views_is_rounded_down():
+    for views in (augment.ten_views, augment.nine_views):
+        assert {top for top, *_ in views(32, 25)} == {left for _, left, _ in views(32, 25)} == {0, 3, 7}
 
 
 def test_pictures_smaller_than_a_view(small: Path):
