@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import shutil
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -235,23 +233,3 @@ def test_a_damaged_dataset_is_an_error_that_names_the_file(dataset: Path, tmp_pa
         manifest.load(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="not a dataset directory"):
         manifest.load(tmp_path)
-
-
-@pytest.mark.slow
-def test_cifar10_keeps_all_its_samples(shared: Path, tmp_path: Path):
-    """The same file names stand in every class folder."""
-    with zipfile.ZipFile(shared / "cifar10.zip") as archive:
-        archive.extractall(tmp_path / "raw")
-        names = [name for name in archive.namelist() if name.endswith(".jpg")]
-    result = build(tmp_path / "raw", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    built = manifest.load(tmp_path / "out")
-    assert sum(split.samples for split in built.splits.values()) == len(names) == 60_000
-    assert built.split("test").samples == 10_000
-    keys = set()
-    for path in (path for split in built.splits for path in shard_paths(tmp_path / "out", split)):
-        with tarfile.open(path) as tar:
-            keys |= {name for name in tar.getnames() if name.endswith(".jpg")}
-    assert len(keys) == 60_000
-    labels = np.bincount(np.concatenate([built.samples(split)["label"] for split in built.splits]))
-    assert labels.tolist() == [6000] * 10
