@@ -17,6 +17,7 @@ from pipeline import manifest
 from pipeline.image import rescale
 from pipeline.manifest import DatasetError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
+from stored import remake
 from tars import tar_bytes, tree
 
 LITTLE = ("--workers", 1, "--samples-per-shard", 16)
@@ -195,14 +196,10 @@ def test_holdout_and_limit(raw: Path, tmp_path: Path):
     assert "0.9" in bad.output
 
 
-def test_an_unknown_key_with_a_right_checksum_is_an_error(dataset: Path):
-    built = manifest.load(dataset)
-    body = json.loads(built.to_json())
-    del body["checksum"]
-    body["recipe"]["colour"] = "grey"
-    data = manifest.canonical_json(body | {"checksum": manifest.sha256(manifest.canonical_json(body))})
+def test_an_unknown_key_with_a_right_checksum_is_an_error(root: Path):
+    remake(root, lambda body: body["recipe"].update(colour="grey"))
     with pytest.raises(DatasetError, match="colour"):
-        manifest.parse(data, dataset)
+        manifest.load(root)
 
 
 def test_a_damaged_dataset_is_an_error_that_names_the_file(dataset: Path, tmp_path: Path):
