@@ -15,8 +15,8 @@ from PIL import Image
 from conftest import ROOT, picture, saved
 from pipeline import manifest
 from pipeline.online import Loader, graph, turbo
-from pipeline.online.augment import AlexNet, Transform
-from pipeline.online.batch import Batch, Crops, Recipe, Undecodable
+from pipeline.online.augment import AlexNet, ViewOptions
+from pipeline.online.batch import Batch, Crops, Transform, Undecodable
 from pipeline.online.plain import ImageNet
 from reference import jpeg_pixels
 from stored import decoded, jpegs
@@ -34,7 +34,7 @@ def odd_pictures() -> list[bytes]:
     return [*made, saved(picture("grey", 300, 260).convert("L"), "JPEG")]
 
 
-def drawn_crops(recipe: Recipe, pictures: list[bytes]) -> Crops:
+def drawn_crops(recipe: Transform, pictures: list[bytes]) -> Crops:
     sizes = np.array([jpeg_pixels(data).shape[:2] for data in pictures])
     return recipe.crops(0, 0, np.arange(len(pictures)), None, sizes)
 
@@ -43,8 +43,8 @@ def drawn_crops(recipe: Recipe, pictures: list[bytes]) -> Crops:
 def test_the_cpus_views_are_those_of_dali(dataset: Path, threads: int):
     """Crop boxes, mirrored or not, of stored and of odd pictures; the whole picture, of which several are cut."""
     pictures, statistics = [*jpegs(dataset, "train"), *odd_pictures()], manifest.load(dataset).statistics()
-    recipes: list[Recipe] = [AlexNet(Transform(view=view), statistics, 256, 3) for view in (224, 223, 57, 22)]
-    for recipe in (*recipes, AlexNet(Transform(views="ten"), statistics, 256, 3), ImageNet("centre")):
+    recipes: list[Transform] = [AlexNet(ViewOptions(view=view), statistics, 256, 3) for view in (224, 223, 57, 22)]
+    for recipe in (*recipes, AlexNet(ViewOptions(views="ten"), statistics, 256, 3), ImageNet("centre")):
         crops, n = drawn_crops(recipe, pictures), len(pictures)
         cpu = turbo.Decoder(recipe, False, n, threads)
         dali = graph.Decoder((CPU,), graph.GraphOptions(recipe.decoded, threads=2), n, False)
@@ -83,7 +83,7 @@ def test_resized_views_are_torchvisions(dataset: Path):
 
 def test_what_does_not_decode_is_known_by_its_position(dataset: Path):
     """The CPU's decoder and DALI's; the rest of the batch, and the batches after it, come as they are."""
-    good, recipe = jpegs(dataset, "train"), AlexNet(Transform(), manifest.load(dataset).statistics(), 256, 3)
+    good, recipe = jpegs(dataset, "train"), AlexNet(ViewOptions(), manifest.load(dataset).statistics(), 256, 3)
     bad = {
         1: good[1][:-400],  # cut
         2: good[2][:300] + b"no JPEG" * 99,
@@ -122,7 +122,7 @@ def test_what_does_not_decode_is_known_by_its_position(dataset: Path):
 @pytest.mark.parametrize("replicate", [False, True])
 def test_devices_share_out_a_batch_or_decode_all_of_it(dataset: Path, replicate: bool):
     """Batches of 3, 1 and 0 samples, on one device and on two: parts may be empty; the order is kept."""
-    pictures, recipe = jpegs(dataset, "train"), AlexNet(Transform(), manifest.load(dataset).statistics(), 256, 3)
+    pictures, recipe = jpegs(dataset, "train"), AlexNet(ViewOptions(), manifest.load(dataset).statistics(), 256, 3)
     decoders = [graph.Decoder((CPU,) * n, graph.GraphOptions(224), 3, replicate) for n in (1, 2)]
     for decoder in (*decoders, cpu := turbo.Decoder(recipe, False, 3, 2)):
         for step, n in enumerate((3, 1, 0)):

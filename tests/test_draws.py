@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import UserError, manifest
 from pipeline.online import augment
-from pipeline.online.augment import Transform
+from pipeline.online.augment import ViewOptions
 from pipeline.online.order import Order
 from pipeline.online.philox import philox
 
@@ -121,6 +121,6 @@ def test_impossible_orders_and_transforms():
     with pytest.raises(UserError, match="seed=-1: must be between 0"):
         Order(10, 2, -1)
     with pytest.raises(UserError, match="views='eleven': must be one of random, centre, ten, nine"):
-        Transform(views="eleven")
+        ViewOptions(views="eleven")
     with pytest.raises(UserError, match="crop_chunk=0: must be at least 1"):
-        Transform(crop_chunk=0)
+        ViewOptions(crop_chunk=0)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from conftest import build, one_line, picture
 from pipeline import UserError, manifest
-from pipeline.online.batch import Recipe
+from pipeline.online.batch import Transform
 from pipeline.online.plain import ImageNet, webdataset
 from reference import jpeg_pixels, philox_words
 from stored import jpegs
@@ -76,7 +76,7 @@ def test_those_that_share_a_head_share_its_window():
 
 
 def test_centre_windows():
-    recipe: Recipe = ImageNet("centre", 1)
+    recipe: Transform = ImageNet("centre", 1)
     sizes = np.array([(256, 256), (256, 341), (400, 256), (224, 224), (225, 227)])
     found = recipe.crops(0, 0, np.arange(5), None, sizes)
     assert found.start.tolist() == [[16, 16], [16, 58], [88, 16], [0, 0], [0, 2]]  # 58.5 and ½ to even, as round does

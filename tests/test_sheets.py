@@ -200,7 +200,7 @@ def stored(dataset: manifest.Manifest) -> np.ndarray:
 def test_views_are_what_the_loader_gives(small: Path, lighting: str) -> None:
     dataset = manifest.load(small)
     mean = dataset.statistics().mean_image[4:28, 4:28]
-    options = augment.Transform(view=VIEW, lighting=lighting)
+    options = augment.ViewOptions(view=VIEW, lighting=lighting)
     expected = first_views(stored(dataset), options, dataset.statistics(), SEED, SAMPLE)
     images: list[np.ndarray] = []
     with Loader(dataset, "train", batch_size=16, seed=SEED, device="cpu", view=VIEW, lighting=lighting) as loader:
@@ -216,7 +216,7 @@ def test_views_are_what_the_loader_gives(small: Path, lighting: str) -> None:
 
 
 def test_the_sheet_of_a_sample_shows_its_views_and_crop_boxes(small: Path) -> None:
-    dataset, options = manifest.load(small), augment.Transform(view=VIEW)
+    dataset, options = manifest.load(small), augment.ViewOptions(view=VIEW)
     pixels, statistics = stored(dataset), dataset.statistics()
     sheet = np.asarray(augmentation(pixels, options, statistics, SEED, SAMPLE))
     views = first_views(pixels, options, statistics, SEED, SAMPLE)
@@ -244,8 +244,8 @@ def test_the_sheet_of_a_sample_shows_its_views_and_crop_boxes(small: Path) -> No
 def test_runs_without_lighting_and_views_that_do_not_fit(small: Path) -> None:
     dataset = manifest.load(small)
     pixels, statistics = stored(dataset), dataset.statistics()
-    off = augment.Transform(view=VIEW, lighting="off", crop_chunk=32)
-    lit, dark = (augmentation(pixels, kind, statistics, SEED, SAMPLE) for kind in (augment.Transform(view=VIEW), off))
+    off = augment.ViewOptions(view=VIEW, lighting="off", crop_chunk=32)
+    lit, dark = (augmentation(pixels, kind, statistics, SEED, SAMPLE) for kind in (augment.ViewOptions(view=VIEW), off))
     assert lit.height - dark.height > 150
     with pytest.raises(UserError, match="images of 32 pixels"):
-        augmentation(pixels, augment.Transform(), statistics, SEED, SAMPLE)
+        augmentation(pixels, augment.ViewOptions(), statistics, SEED, SAMPLE)

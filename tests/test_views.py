@@ -42,7 +42,7 @@ def window(image: np.ndarray, top: int, left: int, step: int, view: int = VIEW) 
 
 
 def recipe_of(built: Manifest, **options: object) -> augment.AlexNet:
-    transform = augment.Transform(**options)  # type: ignore[arg-type]
+    transform = augment.ViewOptions(**options)  # type: ignore[arg-type]
     return augment.AlexNet(transform, built.statistics(), built.recipe.size, seed=3)
 
 

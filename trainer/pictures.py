@@ -36,7 +36,7 @@ class Pictures:
 
         (n, 3, view, view) of `centre`, (n, 10, 3, view, view) of `ten`, (n, 9, 3, view, view) of `nine`.
         """
-        options = augment.Transform(views=views, view=self._view, mean=self._mean)
+        options = augment.ViewOptions(views=views, view=self._view, mean=self._mean)
         recipe = augment.AlexNet(options, self._statistics, self.rules.size, seed=0)
         return torch.from_numpy(np.stack([self._seen(pixels(jpeg), recipe) for jpeg in jpegs]))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline import UserError
 from pipeline.manifest import Statistics
-from pipeline.online.batch import Crops, Recipe, ViewBox, require_at_least, require_one_of
+from pipeline.online.batch import Crops, Transform, ViewBox, require_at_least, require_one_of
 from pipeline.online.philox import LIGHTING, VIEW, keyed_words
 
 VIEW_SIZE = 224  # pixels, unless one asks for others: the network's input is 224 × 224 (paper, section 3)
@@ -17,7 +17,7 @@ SHRINK = np.float32(1 + LIGHTING_SD)
 
 
 @dataclass(frozen=True)
-class Transform:
+class ViewOptions:
     """The options of the 2012 transform. The defaults are those of the code that gave the published numbers.
 
     Args:
@@ -65,10 +65,10 @@ class Transform:
         return float(SHRINK) if shrink and self.lit(step) else 1.0
 
 
-class AlexNet(Recipe):
+class AlexNet(Transform):
     """The recipe of 2012 for pictures of size × size pixels. Raises UserError where no view fits in them."""
 
-    def __init__(self, options: Transform, statistics: Statistics, size: int, seed: int) -> None:
+    def __init__(self, options: ViewOptions, statistics: Statistics, size: int, seed: int) -> None:
         self.positions = _positions(options, size)
         self.options, self._statistics, self._seed = options, statistics, seed
         self.training, self.aligned = options.views == "random", options.mean == "aligned"
@@ -181,7 +181,7 @@ def reference(
     return reference_normalise(view, crops.offset[index], crops.std[index], mean_deviation)
 
 
-def _positions(options: Transform, size: int) -> int:
+def _positions(options: ViewOptions, size: int) -> int:
     """Return how many positions a random view may start at, each way, in size × size pixels."""
     spare = options.positions == "paper"
     if size < options.view + spare:

@@ -1,4 +1,4 @@
-"""Batch, the one record that the loader fills; Crops, its crop boxes and colours; Recipe, which draws them."""
+"""Batch, the one record that the loader fills; Crops, its crop boxes and colours; Transform, which draws them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ ViewBox = tuple[int, int, bool]  # top and left of a view in its picture, in pix
 class Crops:
     """Crop box, flip, offset and deviation of each sample of a batch.
 
-    Pixels x become (x − offset) · (1/std) − mean deviation, in float32; `Recipe.mean_deviations` has the last of them.
+    Pixels x become (x − offset) · (1/std) − mean deviation, in float32; the last is of `Transform.mean_deviations`.
     """
 
     start: np.ndarray  # (n, 2) int32: top and left, pixels
@@ -32,7 +32,7 @@ class Crops:
         return Crops(*(getattr(self, name)[positions] for name in self.__dataclass_fields__))
 
 
-class Recipe(ABC):
+class Transform(ABC):
     """The views that a model sees: `augment.AlexNet` or `plain.ImageNet`."""
 
     view: int  # pixels of a side of a view
@@ -71,8 +71,8 @@ class Batch:
 
     step: int
     epoch: int
-    place: int  # position of its first sample in the global batch
-    whole: int  # samples of the global batch
+    position: int  # of its first sample in the global batch
+    global_size: int  # samples of the global batch
     ids: np.ndarray  # (n,) int64
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (n,), first device; −1: none
     replicas: tuple[Tensor, ...] = ()  # the images, on each device

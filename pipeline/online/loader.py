@@ -14,8 +14,8 @@ import torch
 from pipeline import UserError, manifest, storage
 from pipeline.manifest import Manifest
 from pipeline.online import turbo
-from pipeline.online.augment import AlexNet, Transform
-from pipeline.online.batch import Batch, Recipe, require_at_least, require_one_of
+from pipeline.online.augment import AlexNet, ViewOptions
+from pipeline.online.batch import Batch, Transform, require_at_least, require_one_of
 from pipeline.online.cache import ShardCache
 from pipeline.online.devices import devices_of
 from pipeline.online.normalise import DTYPES, Normaliser
@@ -43,7 +43,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         split: str = "train",
         *,
         batch_size: int = 128,  # of the global batch, all ranks' parts together
-        recipe: str = "alexnet",  # of 2012, with the options of `augment.Transform`; or "imagenet", with `views` alone
+        recipe: str = "alexnet",  # of 2012, with `augment.ViewOptions`; or "imagenet", with `views` alone
         order: str = "uniform",  # these three: see `order.Order`; evaluation has the fixed order
         last: str = "short",
         window: int = Order.window,
@@ -204,10 +204,10 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
-def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Recipe:
+def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> Transform:
     """Return the recipe of a name for a data set. Raises UserError where its pictures do not suit, or there is none."""
     require_one_of(("alexnet", "imagenet"), recipe=name)
-    known = tuple(Transform.__dataclass_fields__) if name == "alexnet" else ("views",)
+    known = tuple(ViewOptions.__dataclass_fields__) if name == "alexnet" else ("views",)
     for option, value in options.items():
         if option not in known:
             raise UserError(f"{option}={value!r}: no such option; this recipe has {', '.join(known)}")
@@ -216,4 +216,4 @@ def recipe_of(data: Manifest, name: str, seed: int, options: dict[str, Any]) -> 
     if data.recipe.crop != "centre":
         reason = "built with --crop none, whole pictures for other models' augmentation"
         raise UserError(f"{data.root}: {reason}; take recipe='imagenet', or build with --crop centre")
-    return AlexNet(Transform(**options), data.statistics(), data.recipe.size, seed)
+    return AlexNet(ViewOptions(**options), data.statistics(), data.recipe.size, seed)

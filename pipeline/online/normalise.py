@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Crops, Recipe, ViewBox
+from pipeline.online.batch import Batch, Crops, Transform, ViewBox
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8")}
 CHANNELS = np.array([0xFF, 0xFF00, 0xFF0000], np.int32)[:, None, None]  # of a word of RGBX, red first
@@ -82,7 +82,7 @@ class Normaliser:
     leaves the views as they were cut.
     """
 
-    def __init__(self, recipe: Recipe, devices: tuple[torch.device, ...], output: str) -> None:
+    def __init__(self, recipe: Transform, devices: tuple[torch.device, ...], output: str) -> None:
         self._recipe, self._devices, self._output = recipe, devices, DTYPES[output]
         self.in_decoder = devices[0].type == "cpu" and not recipe.several and output != "uint8"
         self._deviations = {

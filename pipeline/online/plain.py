@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from pipeline import UserError, manifest, storage
-from pipeline.online.batch import Crops, Recipe, require_at_least, require_one_of
+from pipeline.online.batch import Crops, Transform, require_at_least, require_one_of
 from pipeline.online.philox import REGION, VIEW, keyed_words
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ SCALE = (0.08, 1.0)  # share of the picture's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 
 
-class ImageNet(Recipe):
-    """The recipe that today's ImageNet models are trained with; see `batch.Recipe`.
+class ImageNet(Transform):
+    """The recipe that today's ImageNet models are trained with; see `batch.Transform`.
 
     "random" views are torchvision's RandomResizedCrop(224), bilinear with antialiasing, and RandomHorizontalFlip;
     "centre" views its CenterCrop(224), which after a build with --size 256 is Resize(256) and CenterCrop(224). Both are

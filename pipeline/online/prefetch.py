@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Recipe, Undecodable
+from pipeline.online.batch import Batch, Transform, Undecodable
 from pipeline.online.order import Order, part
 from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, SampleReader, jpeg_size
 
@@ -26,7 +26,7 @@ class Sampler:
     """Maps (step, rank) to sample ids and crops."""
 
     order: Order
-    recipe: Recipe
+    recipe: Transform
     rank: int
     ranks: int
     size: int | None  # pixels of a side of every stored picture; None: each has its own height and width

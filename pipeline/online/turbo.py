@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Crops, Recipe, Undecodable
+from pipeline.online.batch import Batch, Crops, Transform, Undecodable
 from pipeline.online.normalise import in_place, normalise_planes
 
 KEPT = 8  # arrays of batches that the consumer has let go, for later batches: more than are ever under way
@@ -38,7 +38,7 @@ class Decoder:
 
     under_way = 2  # batches that it has at a time: the threads never wait for the next
 
-    def __init__(self, recipe: Recipe, normalised: bool, most: int, threads: int) -> None:
+    def __init__(self, recipe: Transform, normalised: bool, most: int, threads: int) -> None:
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
         self._shape = (most, 3, side, side) if normalised else (most, side, side, 3)

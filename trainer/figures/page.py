@@ -201,7 +201,7 @@ def _augmentation(data: FigureData) -> Image.Image:
     """Return the sheet of the first training image."""
     recipe, keys = data.checkpoint.recipe, data.checkpoint.recipe.data
     lighting = keys.lighting if keys.lighting_until > 0 else "off"
-    options = augment.Transform(
+    options = augment.ViewOptions(
         view=recipe.model.size, mean=keys.mean, lighting=lighting, positions=keys.positions, crop_chunk=keys.crop_chunk
     )
     with SampleReader(data.dataset, "train") as reader:

@@ -129,7 +129,7 @@ class View:
 
 
 def first_views(
-    stored: np.ndarray, options: augment.Transform, statistics: Statistics, seed: int, sample: int
+    stored: np.ndarray, options: augment.ViewOptions, statistics: Statistics, seed: int, sample: int
 ) -> list[View]:
     """Return the views of a sample in the first epochs: stored (size, size, 3) uint8, in a run with this seed.
 
@@ -151,7 +151,7 @@ def first_views(
 
 
 def augmentation(
-    stored: np.ndarray, options: augment.Transform, statistics: Statistics, seed: int, sample: int
+    stored: np.ndarray, options: augment.ViewOptions, statistics: Statistics, seed: int, sample: int
 ) -> Image.Image:
     """Return the sheet of one sample as stored, (size, size, 3) uint8, and of its `first_views`."""
     views = first_views(stored, options, statistics, seed, sample)
@@ -174,7 +174,7 @@ def augmentation(
     return titled(f"Sample {sample} in training with seed {seed}", parts, _note(options))
 
 
-def _note(options: augment.Transform) -> str:
+def _note(options: augment.ViewOptions) -> str:
     divided = f", and divided by {options.divisor(0):g}" if options.divisor(0) != 1 else ""
     shared = f" In this run {options.crop_chunk} samples in a row share the crop of their first: not that shown here."
     return (
