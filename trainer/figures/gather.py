@@ -213,14 +213,12 @@ def _similar(
     """Return each query with its nearest training images, itself left out. Raises BadIndex, if one is needed."""
     rows = _training_features(run, dataset, network, checkpoint)
     query_features = hidden(network, Pictures(dataset, checkpoint.recipe).views([query.jpeg for query in queries]))
-    own = split == "train"  # each query is the nearest to itself
     similar = []
     with SampleReader(dataset, "train") as reader:
-        for query, all_ids, all_distances in zip(queries, *nearest(rows, query_features, NEAREST + own)):
-            others = all_ids != query.id if own else slice(None)
-            ids, distances = all_ids[others][:NEAREST], all_distances[others][:NEAREST]
-            jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
-            fields = zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), distances.tolist())
+        for query, ids, distances in zip(queries, *nearest(rows, query_features, NEAREST + 1)):
+            others = np.flatnonzero((ids != query.id) | (split != "train"))[:NEAREST]
+            jpegs, labels = [jpeg.tobytes() for jpeg in reader.read(ids[others])], reader.labels(ids[others])
+            fields = zip(ids[others].tolist(), jpegs, labels.tolist(), distances[others].tolist())
             similar.append((query, tuple(Neighbour(*row) for row in fields)))
     return tuple(similar)
 
