@@ -14,7 +14,6 @@ import torch
 from pipeline import UserError
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.online.samples import SampleReader
-from trainer import data as loaders
 from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
@@ -22,7 +21,7 @@ from trainer.evaluate import view_probabilities
 from trainer.nonfinite import Diverged, require_finite
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
-from trainer.retrieval.index import hidden
+from trainer.retrieval.index import features, hidden
 from trainer.retrieval.search import BadIndex, Index, digest, nearest
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
@@ -230,8 +229,7 @@ def _training_features(run: Path, dataset: Manifest, network: TwoColumnNet, chec
         BadIndex: there is no index of them.
     """
     if dataset.split("train").samples <= SEARCHED:
-        with loaders.evaluation(dataset, checkpoint.recipe, "train", "centre", network.devices) as loader:
-            return np.concatenate([hidden(network, batch.replicas) for batch in loader])
+        return np.concatenate([rows for _, rows in features(network, dataset, checkpoint.recipe, "train")])
     try:
         index = Index(run / INDEX)
         index.require(digest(checkpoint.weights), dataset.identity, run)

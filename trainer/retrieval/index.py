@@ -196,6 +196,15 @@ def write_meta(folder: Path, meta: Meta) -> None:
     (folder / search.META).write_bytes(canonical_json(body | {"checksum": sha256(canonical_json(body))}))
 
 
+def features(
+    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids (n,) int64 and features (n, units) float32 of every image of `split`, in the order of the ids."""
+    with loaders.evaluation(dataset, recipe, split, "centre", network.devices) as loader:
+        for batch in loader:
+            yield batch.ids, hidden(network, batch.replicas)
+
+
 @torch.inference_mode()
 def hidden(network: TwoColumnNet, images: torch.Tensor | tuple[torch.Tensor, ...]) -> np.ndarray:
     """(n, 3, size, size), or the same for each column → (n, units) float32. Raises Diverged if one is not finite."""
