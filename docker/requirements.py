@@ -8,7 +8,9 @@ from pathlib import Path
 BUILD_EXTRAS = ("s3", "parquet", "ray")
 TRAIN_EXTRAS = (*BUILD_EXTRAS, "retrieval", "export")
 # tools/build_shards.py imports none of these: the image `build` is smaller by gigabytes without them
-TRAINER_ONLY = {"torch", "nvidia-dali-cuda130", "webdataset", "safetensors", "tensorboardX", "braceexpand", "plotly"}
+TRAINER_ONLY = {
+    *("torch", "nvidia-dali-cuda130", "webdataset", "safetensors", "tensorboardX", "braceexpand", "plotly", "jinja2")
+}
 
 
 def requirements(project: Path, target: str) -> list[str]:

@@ -28,6 +28,7 @@ from trainer.checkpoint import Checkpoint, load_network
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval import codes
+from trainer.retrieval.index import features
 from trainer.retrieval.search import Index, digest
 
 CPU = (torch.device("cpu"),) * 2
@@ -119,6 +120,9 @@ def test_the_features_are_what_the_last_layer_sees_of_every_image(dataset: Path,
         logits = net(views).numpy()
     by_numpy = stored.astype(np.float64) @ weights["fc8.weight"].double().numpy().T + weights["fc8.bias"].numpy()
     np.testing.assert_allclose(by_numpy, logits, atol=2e-3 * np.abs(logits).max())
+    batches = list(features(net, data, RECIPE, "train"))
+    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in batches]), np.arange(41))
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in batches]), hidden)
 
 
 def test_the_files_of_an_index(dataset: Path, bare: Path, tmp_path: Path):

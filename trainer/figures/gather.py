@@ -14,7 +14,6 @@ import torch
 from pipeline import UserError
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.online.samples import SampleReader
-from trainer import data as loaders
 from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
@@ -22,7 +21,7 @@ from trainer.evaluate import view_probabilities
 from trainer.nonfinite import require_finite, require_finite_outputs
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
-from trainer.retrieval.index import hidden
+from trainer.retrieval.index import features, hidden
 from trainer.retrieval.search import BadIndex, Index, digest, nearest
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
@@ -212,14 +211,12 @@ def _similar(
     """Return each query with its nearest training images, itself left out. Raises BadIndex, if one is needed."""
     rows = _training_features(run, dataset, network, checkpoint)
     query_features = hidden(network, Pictures(dataset, checkpoint.recipe).views([query.jpeg for query in queries]))
-    own = split == "train"  # each query is the nearest to itself
     similar = []
     with SampleReader(dataset, "train") as reader:
-        for query, all_ids, all_distances in zip(queries, *nearest(rows, query_features, NEAREST + own)):
-            others = all_ids != query.id if own else slice(None)
-            ids, distances = all_ids[others][:NEAREST], all_distances[others][:NEAREST]
-            jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
-            fields = zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), distances.tolist())
+        for query, ids, distances in zip(queries, *nearest(rows, query_features, NEAREST + 1)):
+            others = np.flatnonzero((ids != query.id) | (split != "train"))[:NEAREST]
+            jpegs, labels = [jpeg.tobytes() for jpeg in reader.read(ids[others])], reader.labels(ids[others])
+            fields = zip(ids[others].tolist(), jpegs, labels.tolist(), distances[others].tolist())
             similar.append((query, tuple(Neighbour(*row) for row in fields)))
     return tuple(similar)
 
@@ -231,8 +228,7 @@ def _training_features(run: Path, dataset: Manifest, network: TwoColumnNet, chec
         BadIndex: there is no index of them.
     """
     if dataset.split("train").samples <= SEARCHED:
-        with loaders.evaluation(dataset, checkpoint.recipe, "train", "centre", network.devices) as loader:
-            return np.concatenate([hidden(network, batch.replicas) for batch in loader])
+        return np.concatenate([rows for _, rows in features(network, dataset, checkpoint.recipe, "train")])
     try:
         index = Index(run / INDEX)
         index.require(digest(checkpoint.weights), dataset.identity, run)

@@ -27,9 +27,10 @@ def sheet(weights: np.ndarray, columns: int) -> Image.Image:
 
 
 def measured(weights: np.ndarray) -> str:
-    """Return the selectivity of (n, 3, k, k) kernels in words."""
-    numbers = [mean(measure(weights), weights) for measure in (colour, orientation)]
-    return "colour {:.2f}, orientation {:.2f}".format(*numbers)
+    """Return the selectivity of (n, 3, k, k) kernels in words: means by their energy; 0 if all energies are 0."""
+    energies = energy(weights)
+    sums = [(measure(weights) * energies).sum() for measure in (colour, orientation)]
+    return "colour {:.2f}, orientation {:.2f}".format(*_ratio(np.array(sums), np.full(2, energies.sum())))
 
 
 def reading(weights: np.ndarray, columns: int) -> str:
@@ -96,14 +97,8 @@ def orientation(weights: np.ndarray) -> np.ndarray:
     return shares
 
 
-def mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """Return the mean of (n,) values, weighted by the energy of (n, 3, k, k) kernels; 0 if all energies are 0."""
-    energies = energy(weights)
-    return float(_ratio((values * energies).sum(), energies.sum()))
-
-
 def chance(weights: np.ndarray) -> float:
-    """Return the p-value of the two halves' difference in `mean` colour: how many random halves differ as much.
+    """Return the p-value of the two halves' difference in mean colour: how many random halves differ as much.
 
     (n, 3, k, k), n even → in (0, 1]; a permutation test (Phipson and Smyth, 2010: the halves themselves
     count as one of the draws). Small: the columns differ by more than chance.

@@ -29,20 +29,8 @@ from trainer.options import DEVICES, PATH, RUN
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.recipe import Recipe
-from trainer.retrieval import codes
-from trainer.retrieval.search import (
-    CODES,
-    ENCODER,
-    FEATURES,
-    FILES,
-    FORMAT,
-    META,
-    Index,
-    Meta,
-    digest,
-    recall,
-    require_faiss,
-)
+from trainer.retrieval import codes, search
+from trainer.retrieval.search import Index, Meta
 
 UNFINISHED = f"index{ASIDE}"  # the folder in an index that holds the files of its successor
 LEAST_BITS, MOST_BITS = 32, 256  # of a code, a multiple of 8
@@ -76,7 +64,7 @@ def index(
     if out is None and run.is_file():
         raise UserError(f"{run}: is a file; name the index directory: --out")
     out = out or run / "index"
-    require_faiss("trainer index")
+    search.require_faiss("trainer index")
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
     recipe, n = checkpoint.recipe, dataset.split(split).samples
     if n == 0:
@@ -85,7 +73,7 @@ def index(
     network = load_network(checkpoint, dataset, choose_devices(devices, recipe.model.columns), run)
     units = hidden(network, torch.zeros(1, 3, recipe.model.size, recipe.model.size)).shape[1]
     layer = recipe.model.order[-2] if len(recipe.model.order) > 1 else "the pictures"
-    origin = (checkpoint.step, digest(checkpoint.weights), dataset.identity, split)
+    origin = (checkpoint.step, search.digest(checkpoint.weights), dataset.identity, split)
     meta = Meta(*origin, layer, n, units, bits, "float32" if float32 else "float16")
     require_room(out, n * (units * np.dtype(meta.dtype).itemsize + bits // 8) + 8 * units * (bits + 1) + 2**20)
     with _appearing(out) as folder, progress_bars() as show:
@@ -94,7 +82,7 @@ def index(
         write_meta(folder, meta)
     click.echo(summary)
     made = Index(out)
-    if measured := recall(made, *_queries(made, network, dataset, recipe)):
+    if measured := search.recall(made, *_queries(made, network, dataset, recipe)):
         click.echo(measured)
     click.echo(f"index: {out}")
 
@@ -106,9 +94,9 @@ def _require_free(out: Path, force: bool) -> None:
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a directory as --out")
     names = {path.name for path in out.iterdir()}
-    if others := names - {META, *FILES, UNFINISHED}:
+    if others := names - {search.META, *search.FILES, UNFINISHED}:
         raise UserError(f"{out}: exists and is not an index (it has {min(others)}); name another --out")
-    if META in names and not force:
+    if search.META in names and not force:
         raise UserError(f"{out}: exists already; replace it by --force, or name another --out")
 
 
@@ -142,8 +130,10 @@ def _appearing(out: Path) -> Iterator[Path]:
         for path in aside.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        (out / META).unlink(missing_ok=True)  # from here to the last rename there is no index, and never half of one
-        for name in (*FILES, META):
+        (out / search.META).unlink(
+            missing_ok=True
+        )  # from here to the last rename there is no index, and never half of one
+        for name in (*search.FILES, search.META):
             os.rename(aside / name, out / name)
         sync_folder(out)
     except OSError as error:
@@ -167,7 +157,7 @@ def _write_features(
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (meta.n, meta.units)}
     with (
         loaders.evaluation(dataset, recipe, meta.split, "centre", network.devices) as loader,
-        open(folder / FEATURES, "xb") as file,
+        open(folder / search.FEATURES, "xb") as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for batch in loader:
@@ -185,25 +175,34 @@ def _write_features(
 
 def write_codes(folder: Path, meta: Meta, show: Show) -> None:
     """Learn the auto-encoder from a sample of the features in `folder`; write it, and the codes of all."""
-    rows: np.ndarray = np.load(folder / FEATURES, mmap_mode="r")
+    rows: np.ndarray = np.load(folder / search.FEATURES, mmap_mode="r")
     sample = np.random.default_rng(codes.SEED).choice(meta.n, min(meta.n, codes.SAMPLE), replace=False)
     learnt_from = torch.from_numpy(rows[np.sort(sample)].astype(np.float32))
     encoder = codes.learn(learnt_from, meta.bits, lambda steps: show("auto-encoder", steps, codes.STEPS))
-    (folder / ENCODER).write_bytes(save({name: layer.contiguous() for name, layer in vars(encoder).items()}))
+    (folder / search.ENCODER).write_bytes(save({name: layer.contiguous() for name, layer in vars(encoder).items()}))
     written = np.empty((meta.n, meta.bits // 8), np.uint8)
     for start in range(0, meta.n, ENCODED):
         written[start : start + ENCODED] = encoder.codes(rows[start : start + ENCODED])
         show("codes", min(meta.n, start + ENCODED), meta.n)
-    np.save(folder / CODES, written)
+    np.save(folder / search.CODES, written)
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Write index.json of a folder that holds the other files."""
-    files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in FILES}
-    for name in (CODES, ENCODER):
+    files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in search.FILES}
+    for name in (search.CODES, search.ENCODER):
         files[name]["sha256"] = sha256((folder / name).read_bytes())
-    body = {"format": FORMAT, **asdict(meta), "files": files}
-    (folder / META).write_bytes(canonical_json(body | {"checksum": sha256(canonical_json(body))}))
+    body = {"format": search.FORMAT, **asdict(meta), "files": files}
+    (folder / search.META).write_bytes(canonical_json(body | {"checksum": sha256(canonical_json(body))}))
+
+
+def features(
+    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids (n,) int64 and features (n, units) float32 of every image of `split`, in the order of the ids."""
+    with loaders.evaluation(dataset, recipe, split, "centre", network.devices) as loader:
+        for batch in loader:
+            yield batch.ids, hidden(network, batch.replicas)
 
 
 @torch.inference_mode()
