@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer import recipe as recipes
-from trainer.layers import ModelRecipe, dropped_units, shapes
+from trainer.layers import ModelRecipe, plan, shapes
 from trainer.recipe import Recipe
 
 WIDTHS = {
@@ -43,7 +43,8 @@ def images(model: ModelRecipe, n: int, dtype: torch.dtype = torch.float64) -> Te
 
 def masks_of(model: ModelRecipe, n: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> dict[str, Tensor]:
     """Dropout masks of torch's own generator."""
-    generator, units = torch.Generator().manual_seed(seed), dropped_units(model, 1000)
+    generator, dropped = torch.Generator().manual_seed(seed), model.dropout > 0
+    units = {layer.name: layer.width for layer in plan(model, 1000) if dropped and "dropout" in layer.recipe.then}
     return {name: torch.randint(2, (n, width), generator=generator).to(dtype) for name, width in units.items()}
 
 

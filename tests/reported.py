@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.offline.build import build
 from pipeline.offline.plan import make_plan
 from pipeline.offline.sources import find_sources
+from runs import trainer
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
-from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.layers import shapes
 
@@ -28,13 +28,10 @@ WIDTHS = {"conv1": 4, "conv2": 4, "conv3": 4, "conv4": 4, "conv5": 4, "fc6": 8, 
 SETTINGS = [f"model.layers.{name}.width={width}" for name, width in WIDTHS.items()]
 RECIPE = recipes.load("original", [*SETTINGS, "train.batch_size=8", "train.steps=40", "train.seed=7"])
 STEP = 40
+SPEEDS = ((20, 4, 1.25, 100.0, 0.25), (30, 7, 1.125, 321.0, 0.125), (40, 9, 0.75, 400.0, 0.0))
 TRAIN = [
     {"step": step, "epoch": epoch, "lr": 0.01, "loss": loss, "time": {"images_per_second": speed, "stall": stall}}
-    for step, epoch, loss, speed, stall in (
-        (20, 4, 1.25, 100.0, 0.25),
-        (30, 7, 1.125, 321.0, 0.125),
-        (40, 9, 0.75, 400.0, 0.0),
-    )
+    for step, epoch, loss, speed, stall in SPEEDS
 ]
 RATIOS = {"conv1": (0.004, 0.002, 0.001), "fc8": (0.5, 0.0, 0.125)}  # by layer; fc8 stands still at step 30
 VALIDATION = {"step": 40, "epoch": 9, "samples": 9, "top1_error": 62.5, "top5_error": 12.25, "nll": 1.0625}
@@ -49,17 +46,17 @@ class Element:
     text: str = ""
     inside: list["Element"] = field(default_factory=list)
 
-    def all(self, tag: str, style: str | None = None) -> list["Element"]:
-        """The descendants with this tag and, where given, this class, in document order."""
-        found = []
+    def all(self, tag: str = "", style: str = "") -> list["Element"]:
+        """Return the descendants, perhaps those of a tag and a class, in document order."""
+        elements = []
         for child in self.inside:
-            if child.tag == tag and style in (None, child.attributes.get("class")):
-                found.append(child)
-            found += child.all(tag, style)
-        return found
+            if tag in ("", child.tag) and style in ("", child.attributes.get("class")):
+                elements.append(child)
+            elements += child.all(tag, style)
+        return elements
 
     def words(self) -> str:
-        """The text of a leaf."""
+        """Return the text of a leaf."""
         return " ".join(self.text.split())
 
 
@@ -90,14 +87,8 @@ class Page(HTMLParser):
             element.text += data
 
     def section(self, name: str) -> Element:
-        (found,) = (section for section in self.root.all("section") if section.attributes["id"] == name)
-        return found
-
-    def everything(self) -> list[Element]:
-        def below(element: Element) -> list[Element]:
-            return [element, *(deeper for child in element.inside for deeper in below(child))]
-
-        return below(self.root)
+        (section,) = (section for section in self.root.all("section") if section.attributes["id"] == name)
+        return section
 
 
 @dataclass
@@ -146,9 +137,7 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
 
 
 def invoke(data: Path, run: Path, *more: str) -> Result:
-    return CliRunner().invoke(
-        main, ["figures", str(run), "--data", str(data), "--devices", "cpu,cpu", *more], prog_name="trainer"
-    )
+    return trainer("figures", run, "--data", data, "--devices", "cpu,cpu", *more)
 
 
 def read_page(run: Path) -> Page:

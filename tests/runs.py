@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +17,6 @@ from trainer import checkpoint as checkpoints
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.metrics import read
-from trainer.recipe import to_dict
 
 WIDTHS = {"conv1": 4, "conv2": 8, "conv3": 8, "conv4": 8, "conv5": 8, "fc6": 32, "fc7": 32}
 TINY = (
@@ -75,7 +75,7 @@ def one_line(result: Result, *words: str) -> None:
 
 def of_november_2026(checkpoint: Checkpoint, recipe: dict[str, Any] | None = None) -> bytes:
     """Return the bytes of a checkpoint as the code of November 2026 wrote it; `recipe`: other values than its own."""
-    values = {"format": 2, "step": checkpoint.step, "recipe": recipe or to_dict(checkpoint.recipe)}
+    values = {"format": 2, "step": checkpoint.step, "recipe": recipe or asdict(checkpoint.recipe)}
     values |= {"classes": checkpoint.classes, "dataset": checkpoint.dataset, "loader": checkpoint.loader}
     values |= {"progress": checkpoint.progress, "history": checkpoint.history, "tensors": sorted(checkpoint.weights)}
     header: dict[str, Any] = {"__metadata__": {"penstock": json.dumps(values)}}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from pipeline import UserError
 from runs import of_november_2026
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint, CheckpointError, CheckpointWriter, best_file, files, load, save
-from trainer.recipe import Recipe, override, to_dict
+from trainer.recipe import Recipe, override
 
 FLOATS = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e22, 2.0**-1074 * 3]
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_the_earlier_code_loads(tmp_path: Path):
     path.parent.mkdir()
     path.write_bytes(of_november_2026(checkpoint(3), recipe))
     old = load(tmp_path)
-    assert json.loads(json.dumps(to_dict(old.recipe))) == recipe
+    assert json.loads(json.dumps(asdict(old.recipe))) == recipe
     assert_same(old, replace(checkpoint(3), recipe=old.recipe))
 
 

@@ -17,7 +17,6 @@ from conftest import LIMITS, picture, reason, saved
 from pipeline.decode import REASONS, ImageError, decode
 from pipeline.image import rescale
 
-FEW, MANY = 300, 10_000  # cases
 SMALL = {**LIMITS, "max_bytes": 2**20, "max_pixels": 10**6}  # quick to decode, whatever a header claims
 NUMBERS = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 BIG_TIFF = b"II+\0" + struct.pack("<HHQ", 8, 0, 2**64 - 1)  # its directory lies at the end of the address space
@@ -163,11 +162,6 @@ def seeds() -> list[bytes]:
     ]
 
 
-def odd_images(shared: Path) -> list[bytes]:
-    files = (path for path in sorted((shared / "odd-images" / "files").rglob("*")) if path.is_file())
-    return [path.read_bytes() for path in files if path.stat().st_size <= SMALL["max_bytes"]]
-
-
 def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
     """Damage a file in one to three ways, in its first bytes more often than elsewhere."""
     result = bytearray(data)
@@ -213,11 +207,15 @@ def tiff(chance: random.Random) -> bytes:
     return head + number + b"".join(entries) + bytes(chance.choice((0, 4, 8, 3000)))
 
 
-def verdicts(files: list[bytes], cases: int, seed: int) -> Counter[str]:
-    """Decode so many mutations; count them by reason. An exception names its case."""
+@pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("odd", [False, True])
+def test_mutations_are_decided(odd: bool, cases: int, shared: Path, capfd: pytest.CaptureFixture[str]):
+    """Of drawn and of odd pictures; an exception names its case."""
+    folder = (path.read_bytes() for path in sorted((shared / "odd-images/files").rglob("*")) if path.is_file())
+    files = [data for data in folder if len(data) <= SMALL["max_bytes"]] if odd else seeds()
     counted: Counter[str] = Counter()
     for case in range(cases):
-        chance = random.Random(f"{seed}/{case}")
+        chance = random.Random(f"{odd}/{cases}/{case}")
         data = mutated(chance.choice(files), chance.choice(files), chance)
         try:
             image = decode(data, **SMALL, exif=chance.choice(("ignore", "apply")))
@@ -227,26 +225,8 @@ def verdicts(files: list[bytes], cases: int, seed: int) -> Counter[str]:
         except ImageError as error:
             counted[error.code] += 1
         except Exception as error:
-            error.add_note(f"seed {seed}, case {case}, {len(data)} bytes, {data[:40]!r}")
+            error.add_note(f"case {case}, {len(data)} bytes, {data[:40]!r}")
             raise
-    return counted
-
-
-def assert_decided(counted: Counter[str], cases: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert counted.total() == cases
     assert min(counted[key] for key in ("decoded", "corrupt", "unrecognised", "truncated")) > cases // 100
     assert capfd.readouterr() == ("", "")  # nor does a library in C write
-
-
-def test_mutations_of_drawn_pictures_are_decided(capfd: pytest.CaptureFixture[str]):
-    assert_decided(verdicts(seeds(), FEW, 1), FEW, capfd)
-
-
-def test_mutations_of_odd_pictures_are_decided(shared: Path, capfd: pytest.CaptureFixture[str]):
-    assert_decided(verdicts(odd_images(shared), FEW, 2), FEW, capfd)
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("seed", [3, 4])
-def test_many_mutations_are_decided(seed: int, shared: Path, capfd: pytest.CaptureFixture[str]):
-    assert_decided(verdicts(seeds() if seed == 3 else odd_images(shared), MANY, seed), MANY, capfd)

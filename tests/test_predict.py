@@ -267,6 +267,20 @@ def test_a_folder_is_gone_through_in_order_and_says_what_it_left_out(made: Made,
     assert predict(made, folder / ".hidden.jpg").exit_code == 0  # who names it means it
 
 
+def test_folders_may_be_nested_more_deeply_than_calls(made: Made, tmp_path: Path):
+    folder = tmp_path / "deep"
+    for _ in range(sys.getrecursionlimit() + 50):
+        os.mkdir(folder)
+        folder = folder / "a"
+    folder.with_name("one.jpg").write_bytes(GOOD)
+    try:
+        result = predict(made, tmp_path / "deep")
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "deep"], check=True)  # pytest's own deletion calls itself
+    assert result.exit_code == 0, result.output
+    assert len(lines(result)) == 1
+
+
 def member(name: str, size: int, **fields: object) -> bytes:
     info = tarfile.TarInfo(name)
     info.size = size

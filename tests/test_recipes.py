@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import one_line
 from trainer import recipe as recipes
 from trainer.layers import RecipeError, plan
-from trainer.recipe import FOLDER, Recipe, as_setting, difference, from_dict, load, override, to_dict
+from trainer.recipe import FOLDER, Recipe, difference, from_dict, load, override
 
 NAMES = recipes.names()
 CONV3 = "model.layers.conv3"
@@ -25,7 +26,7 @@ def written(folder: Path, name: str, text: str) -> str:
 def test_every_recipe_survives_json_and_names_its_command(name: str):
     """As recipe.json and checkpoints hold it; the command is in the comment at its beginning, with its own name."""
     recipe = load(name)
-    assert from_dict(json.loads(json.dumps(to_dict(recipe), allow_nan=False)), Recipe(), "") == recipe
+    assert from_dict(json.loads(json.dumps(asdict(recipe), allow_nan=False)), Recipe(), "") == recipe
     lines = (FOLDER / f"{name}.toml").read_text().splitlines()
     command = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
     assert re.search(f"python -m trainer train --data .* --recipe {name} .*--out ", command)
@@ -39,7 +40,7 @@ def test_settings_of_a_difference_lead_from_one_recipe_to_the_other(name: str):
     assert (not changes) == (name == "original")
     assert all(before != now for before, now in changes.values())
     if recipe.model.order == original.model.order:
-        settings = [as_setting(key, now) for key, (_, now) in changes.items() if now is not None]
+        settings = [f"{key}={json.dumps(now)}" for key, (_, now) in changes.items() if now is not None]
         assert all(key.startswith("optim.layers.") for key, (_, now) in changes.items() if now is None)
         assert override(original, settings) == recipe
 

@@ -1,7 +1,6 @@
 """The records of a run: old ones are read, and damaged ones are one line that names file, line and remedy."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from pipeline import UserError
 from pipeline.manifest import Manifest
-from reported import CENTRE, CLASSES, TEN, TRAIN, VALIDATION, Written, invoke, read_page, sheet
+from reported import CENTRE, TEN, TRAIN, VALIDATION, Written, invoke
 from runs import one_line
 from trainer import checkpoint as checkpoints
 from trainer.figures import gather
@@ -56,12 +55,6 @@ def test_a_damaged_line_is_named(number: int, change: dict[str, Any], problem: s
     assert problem in str(caught.value)
 
 
-def test_an_evaluation_without_confused_pairs_is_read(tmp_path: Path) -> None:
-    assert gather.read_evaluation(tmp_path, 3) is None
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    assert gather.read_evaluation(tmp_path, 3) == EVALUATION | {"confused": []}
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -73,17 +66,12 @@ def test_an_evaluation_without_confused_pairs_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_evaluation_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    assert gather.read_evaluation(tmp_path, 3) is None
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    assert gather.read_evaluation(tmp_path, 3) == EVALUATION | {"confused": []}
     (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION | change))
     with pytest.raises(UserError, match=r"evaluation\.json: damaged .*; mend or delete it$"):
         gather.read_evaluation(tmp_path, 3)
-
-
-def test_the_command_draws_old_lines_and_refuses_damaged_ones(written: Written, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(written.run, tmp_path / "run"))
-    write_lines(run, [without(line, "layers") for line in LINES])
-    assert invoke(written.data, run).exit_code == 0
-    write_lines(run, [without(line, "time") for line in LINES])
-    one_line(invoke(written.data, run), "metrics.jsonl: line 1 is damaged (it lacks 'time')")
 
 
 def test_a_diverged_last_layer_is_one_line(written: Written, tmp_path: Path) -> None:
@@ -109,19 +97,3 @@ def test_errors_are_not_looked_for_where_there_are_no_labels(
     (run / "metrics.jsonl").unlink()
     result = invoke(written.data, run, "--only-errors")
     assert "no predictions.png: No image in val has a label, so none is known to be an error." in result.output
-
-
-def test_a_training_picture_is_not_its_own_neighbour(written: Written, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(written.run, tmp_path / "run"))
-    assert invoke(written.data, run, "--split", "train").exit_code == 0
-    rows = sheet(read_page(run), "similar-training-images").attributes["alt"].split("; ")
-    assert len(rows) == 5
-    for row in rows:
-        query, *neighbours = re.findall(r"(?:sample|samples|,) (\d+) \(", row)
-        assert len(set(neighbours)) == 6
-        assert query not in neighbours
-
-
-def test_long_words_of_confused_pairs_may_break(written: Written) -> None:
-    cells = written.page.section("result").all("tbody")[1].all("span", "word")
-    assert [cell.words() for cell in cells] == [CLASSES[0], CLASSES[2]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.retrieval import codes, search
-from trainer.retrieval.codes import learn, principal
+from trainer.retrieval.codes import learn
 from trainer.retrieval.index import write_codes, write_meta
 from trainer.retrieval.search import CODES, FEATURES, Index, Meta, binary_index, nearest, recall, similar
 
@@ -23,11 +23,11 @@ def brute(rows: np.ndarray, queries: np.ndarray, k: int) -> Answer:
     """In float64 over all rows; of equal distances the lower id first."""
     distances = np.array([((rows.astype(np.float64) - query) ** 2).sum(1) for query in queries.astype(np.float64)])
     ids = np.argsort(distances, 1, kind="stable")[:, :k]
-    return ids, np.sqrt(np.take_along_axis(distances, ids, 1)).astype(np.float32)
+    return ids, np.sqrt(np.take_along_axis(distances, ids, 1))
 
 
 def same(answer: Answer, expected: Answer) -> None:
-    assert [part.dtype for part in answer] == [np.int64, np.float32]
+    assert [part.dtype for part in answer] == [np.int64, np.float64]
     np.testing.assert_array_equal(answer[0], expected[0])
     np.testing.assert_allclose(answer[1], expected[1], rtol=1e-6)
 
@@ -56,10 +56,9 @@ def made(folder: Path, rows: np.ndarray, bits: int = 64) -> Index:
     return Index(folder)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("k", [1, 6, 500])
-def test_the_nearest_are_those_of_float64(dtype: type, k: int, monkeypatch: pytest.MonkeyPatch):
-    rows, queries = clusters(230, 33).astype(dtype), clusters(9, 33, seed=1)
+def test_the_nearest_are_those_of_float64(k: int, monkeypatch: pytest.MonkeyPatch):
+    rows, queries = clusters(230, 33).astype(np.float16), clusters(9, 33, seed=1)
     rows[100:140] = rows[60:100]  # ties, on both sides of borders of chunks
     queries[:4] = rows[[0, 61, 101, 229]]
     for chunk in (1, 33 * 7, 33 * 64, 2**22):
@@ -80,16 +79,15 @@ def test_rounding_in_float32_does_not_decide_and_a_row_is_at_no_distance_from_it
     assert expected[1][0, 0] == 0
 
 
-@pytest.mark.parametrize("size", [1e30, 1e-30])
-def test_numbers_whose_squares_float32_does_not_hold(size: float):
-    rows, queries = (clusters(50, 20) * np.float32(size)), clusters(3, 20, seed=1) * np.float32(size)
-    same(nearest(rows, queries, 4), brute(rows, queries, 4))
+@pytest.mark.parametrize("greatest", [3e38, 1e-30])
+def test_distances_and_squares_that_float32_does_not_hold(greatest: float):
+    rows = clusters(53, 20)
+    rows *= np.float32(greatest / rows.max())
+    same(nearest(rows[:50], -rows[50:], 4), brute(rows[:50], -rows[50:], 4))
 
 
 def test_rows_that_are_all_equal_come_in_the_order_of_their_ids():
-    ids, distances = nearest(np.ones((700, 5), np.float16), np.zeros((2, 5), np.float32), 3)
-    assert ids.tolist() == [[0, 1, 2]] * 2
-    assert np.allclose(distances, np.sqrt(5))
+    assert nearest(np.ones((700, 5), np.float16), np.zeros((2, 5), np.float32), 3)[0].tolist() == [[0, 1, 2]] * 2
     assert nearest(np.ones((3, 5), np.float16), np.zeros((0, 5), np.float32), 2)[0].shape == (0, 2)
 
 
@@ -140,7 +138,7 @@ def test_it_gives_back_what_it_has_learnt_and_finds_more_than_random_projections
 
 
 def test_queries_that_are_rows_do_not_find_themselves(tmp_path: Path):
-    rows = np.repeat(clusters(60, 16), 2, 0)  # each twice, so that a row is not told by its distance
+    rows = np.repeat(clusters(60, 16), 2, 0)  # each twice, so that no row is known by its distance
     index = made(tmp_path / "index", rows, 32)
     own = np.arange(0, 120, 10)
     others = [np.delete(np.arange(120), number) for number in own]
@@ -151,8 +149,6 @@ def test_queries_that_are_rows_do_not_find_themselves(tmp_path: Path):
     assert share != "100.0"
     text = f"12 queries: of the 6 nearest, the nearest 12 codes hold {share} %, the answer {share} %\n"
     assert recall(index, rows[own], own).startswith(text)
-    few = made(tmp_path / "index3", rows[::2][:3], 32)
-    assert "of the 2 nearest, the nearest 2 codes hold 100.0 %" in recall(few, rows[::2][:3], np.arange(3))
     assert recall(made(tmp_path / "index1", rows[:1], 32), rows[:1], np.zeros(1, np.int64)) == ""
 
 
@@ -166,15 +162,6 @@ def test_any_rows_have_codes(n: int, units: int, bits: int):
         for name, value in vars(encoder).items():
             assert bool(value.isfinite().all())
             assert torch.equal(getattr(again, name), value)
-
-
-def test_it_begins_with_the_principal_components():
-    x = torch.from_numpy(clusters(400, 96))
-    x -= x.mean(0)
-    components = principal(x, 20, torch.Generator().manual_seed(0)).double().numpy()
-    np.testing.assert_allclose(components.T @ components, np.eye(20), atol=1e-5)
-    most = (np.linalg.svd(x.double().numpy(), compute_uv=False)[:20] ** 2).sum()
-    assert ((x.double().numpy() @ components) ** 2).sum() > 0.999 * most
 
 
 def test_features_stay_on_disk(tmp_path: Path):

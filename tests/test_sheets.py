@@ -70,18 +70,18 @@ def test_characters_that_the_font_lacks_are_spelled(words: str, spelled: str) ->
     assert all(bytes(FONT.getmask(character)) != box for character in spelled)
 
 
-@pytest.mark.parametrize("width", [40, 171, 999])
 @pytest.mark.parametrize("words", [WHALE, "x" * 5000, "猫" * 50])
-def test_text_fits(words: str, width: int) -> None:
-    shortened = fitted(words, width)
-    assert FONT.getlength(shortened) <= width
+def test_text_fits(words: str) -> None:
     full = drawable(words)
-    if shortened.endswith("…"):
+    for width in (40, 171, 999):
+        shortened = fitted(words, width)
+        assert FONT.getlength(shortened) <= width
         shown = len(shortened) - 1
-        assert full.startswith(shortened[:-1])
-        assert FONT.getlength(full[: shown + 1].rstrip() + "…") > width or full[shown] == " "
-    else:
-        assert shortened in (full, full.split(",")[0])
+        if shortened.endswith("…"):
+            assert full.startswith(shortened[:-1])
+            assert FONT.getlength(full[: shown + 1].rstrip() + "…") > width or full[shown] == " "
+        else:
+            assert shortened in (full, full.split(",")[0])
 
 
 def test_paragraphs_are_full_lines_within_the_margins() -> None:
@@ -105,12 +105,9 @@ def test_a_pillow_that_cannot_write_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_small_pictures_are_magnified_exactly_and_large_ones_fit() -> None:
-    small = noise(24, 20)
+    small = noise(24, 24)
     assert (np.asarray(picture(small, 100)) == small.repeat(4, 0).repeat(4, 1)).all()
-    even = np.full((900, 300, 3), 77, np.uint8)
-    assert picture(even, 90).size == (30, 90)
-    assert (np.asarray(picture(even, 90)) == 77).all()
-    assert picture(noise(1, 5000), 100).size == (100, 1)
+    assert (np.asarray(picture(np.full((900, 900, 3), 77, np.uint8), 90)) == np.full((90, 90, 3), 77)).all()
 
 
 # Predictions and neighbours
@@ -246,9 +243,9 @@ def test_the_sheet_of_a_sample_shows_its_views_and_crop_boxes(small: Path) -> No
 
 def test_runs_without_lighting_and_views_that_do_not_fit(small: Path) -> None:
     dataset = manifest.load(small)
-    lit = augmentation(stored(dataset), augment.Transform(view=VIEW), dataset.statistics(), SEED, SAMPLE)
-    options = augment.Transform(view=VIEW, lighting="off", crop_chunk=32)
-    dark = augmentation(stored(dataset), options, dataset.statistics(), SEED, SAMPLE)
+    pixels, statistics = stored(dataset), dataset.statistics()
+    off = augment.Transform(view=VIEW, lighting="off", crop_chunk=32)
+    lit, dark = (augmentation(pixels, kind, statistics, SEED, SAMPLE) for kind in (augment.Transform(view=VIEW), off))
     assert lit.height - dark.height > 150
     with pytest.raises(UserError, match="images of 32 pixels"):
-        augmentation(stored(dataset), augment.Transform(), dataset.statistics(), SEED, SAMPLE)
+        augmentation(pixels, augment.Transform(), statistics, SEED, SAMPLE)

@@ -80,7 +80,6 @@ def steps(name: str) -> list[int]:
     from pipeline.online.batch import Batch
     from trainer import recipe as recipes
     from trainer.evaluate import view_probabilities
-    from trainer.layers import dropped_units
     from trainer.model import initial_weights
     from trainer.nonfinite import Watch
     from trainer.optim import Momentum, Schedule
@@ -95,7 +94,8 @@ def steps(name: str) -> list[int]:
     optimiser, watch, rates = Momentum(network.parts(), 0.9), Watch(network), Schedule(recipe, 100).rates(0)
     views = [torch.empty(BATCH, 10, 3, model.size, model.size, device=device) for device in devices]
     labels = torch.zeros(BATCH, dtype=torch.int64, device=devices[0])
-    masks = {unit: torch.ones(BATCH, width) for unit, width in dropped_units(model, classes).items()}
+    dropped = [layer for layer in network.layers if "dropout" in layer.recipe.then]
+    masks = {layer.name: torch.ones(BATCH, layer.width) for layer in dropped}
     copies = [{unit: mask.to(device) for unit, mask in masks.items()} for device in devices]
     for drop in (masks, copies):  # of the host, or of each device
         batch = Batch(0, 0, 0, BATCH, torch.arange(BATCH), labels, tuple(view[:, 0] for view in views))

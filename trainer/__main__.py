@@ -40,16 +40,16 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(self._lines.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # bars, names, class words: `?` for what its encoding lacks
+        if isinstance(sys.stdout, io.TextIOWrapper):  # prints `?` for characters that the terminal's encoding lacks
             sys.stdout.reconfigure(errors="replace")
         return super().invoke(ctx)
 
 
 def load(name: str) -> click.Command:
-    """Import a command, and torch; products of float32 are exact, as in 2012, until a recipe says otherwise."""
-    # Threads that spin for long while another program has the core of the one they wait for cost most of a step: beside
-    # two busy processes on two cores, `tiny` has 20 images/s by default and 90 with this. libgomp reads the variable
-    # when torch is imported.
+    """Return a command, after the import of torch; its float32 products are exact until a recipe says otherwise."""
+    # OpenMP's threads spin while they wait for each other; if another program has a core, that costs most of a step:
+    # beside two busy processes on two cores, `tiny` has 20 images/s by default and 90 with this. libgomp reads the
+    # variable when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from trainer.parallel import reference_precision

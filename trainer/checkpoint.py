@@ -5,7 +5,7 @@ import json
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.manifest import Manifest
 from trainer import layers
 from trainer.distributed import World
 from trainer.parallel import TwoColumnNet
-from trainer.recipe import Recipe, from_dict, to_dict
+from trainer.recipe import Recipe, from_dict
 
 FOLDER = "checkpoints"
 META = "penstock"  # key of the file's metadata; its value is JSON
@@ -73,6 +73,11 @@ def files(run: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
+def newest_step(run: Path) -> int | None:
+    """Return the step of the newest checkpoint of a run directory; None if there is none."""
+    return int(files(run)[-1].stem.removeprefix("step-")) if files(run) else None
+
+
 # ---- Writing. ----
 
 
@@ -91,7 +96,7 @@ def contents(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
     tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
     tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
     values = {"format": FORMAT} | {key: getattr(checkpoint, key) for key in TYPES}
-    values |= {"recipe": to_dict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}  # older versions read it
+    values |= {"recipe": asdict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}  # older versions read it
     return {name: w.detach().contiguous() for name, w in tensors.items()}, json.dumps(values, allow_nan=False)
 
 
@@ -120,13 +125,13 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in a thread, one at a time; the newest `keep` stay, and best.safetensors.
+    """Writes the checkpoints of a run in a thread, one at a time; keeps the newest `keep`, and best.safetensors.
 
-    An interpreter that exits waits for the write in hand.
+    An interpreter that exits waits for the pending write.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
-        """Delete the unfinished files of writers that were killed: no other may write checkpoints of this run now."""
+        """Delete the unfinished files of writers that were killed; the caller holds the lock of the run."""
         self._run, self._keep = run, keep
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -148,7 +153,7 @@ class CheckpointWriter:
         return path
 
     def raise_if_failed(self) -> None:
-        """Raise UserError if the write in hand has failed by now. Does not wait."""
+        """Raise UserError if the pending write has failed by now. Does not wait."""
         if self._pending and self._pending.done():
             self._wait()
 
@@ -177,20 +182,20 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, path: Path, best: bool, tensors: dict[str, Tensor], metadata: str) -> None:
-        # the best first: a run that is killed between the two goes on from before, and finds it the best again
+        # best.safetensors first: a run that is killed between the two writes resumes from an older checkpoint, and
+        # this one is the best again.
         targets = [best_file(self._run), path] if best else [path]
         try:
             for target in targets:
                 write(target, tensors, metadata)
-            others = [file for file in files(self._run) if file != path]  # the new one stays, whatever its step
+            others = [file for file in files(self._run) if file != path]  # the new one stays, even with a lower step
             for target in others[: max(0, len(others) - self._keep + 1)]:
                 target.unlink(missing_ok=True)
         except OSError as error:
-            remedy, older = REMEDIES.get(error.errno or 0, "mend that"), files(self._run)
+            remedy, older = REMEDIES.get(error.errno or 0, "mend that"), newest_step(self._run)
             advice = f"there is no older checkpoint; {remedy}, then start again"
-            if older:
-                step = int(older[-1].stem.removeprefix("step-"))
-                advice = f"the checkpoint of step {step} stays; {remedy}, then go on by --resume"
+            if older is not None:
+                advice = f"the checkpoint of step {older} stays; {remedy}, then go on by --resume"
             raise UserError(f"{target}: {error.strerror}; {advice}") from error
 
 
@@ -228,7 +233,7 @@ def _newest(run: Path) -> Path:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Raise UserError without the name of the file, and whatever safetensors and json raise."""
+    """Read a file. Raises UserError without the name of the file, and what safetensors and json raise."""
     with safe_open(path, framework="pt") as file:
         checkpoint, names = _without_tensors((file.metadata() or {}).get(META)), file.keys()
         weights, velocity = (
@@ -270,7 +275,7 @@ def _refuse(constant: str) -> None:
 
 
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Return the main process's checkpoint in all, where it has one; its tensors are in the main process alone."""
+    """Return the main process's checkpoint in every process; its tensors are in the main process alone."""
     text = world.all_gather(contents(checkpoint)[1] if world.size > 1 and checkpoint else None)[0]
     return checkpoint if world.is_main or text is None else _without_tensors(text)
 

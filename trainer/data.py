@@ -14,12 +14,12 @@ from trainer.devices import local_rank
 from trainer.distributed import SINGLE, World
 from trainer.recipe import Recipe
 
-BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images; several views make as many inputs of each
+BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images of a batch in evaluation, of each rank
 CPU = (torch.device("cpu"),)
 
 
 def steps_per_epoch(dataset: Manifest, recipe: Recipe) -> int:
-    """Return the number of batches of an epoch; the last one may be short."""
+    """Return the number of batches of an epoch, the last of which may be short."""
     return -(-dataset.split("train").samples // recipe.train.batch_size)
 
 
@@ -41,7 +41,7 @@ def require_pictures(dataset: Manifest, recipe: Recipe) -> None:
 
 
 def require_few_bad(bad: Sequence[int], recipe: Recipe, step: int) -> None:
-    """Raise UserError if the samples that failed in all ranks are too many; each rank has met fewer."""
+    """Raise UserError if too many samples failed in all ranks together; each rank's loader checks only its own."""
     if len(bad) > recipe.data.max_bad:
         raise UserError(
             f"step {step}: {len(bad)} samples failed in all processes, allowed: data.max_bad={recipe.data.max_bad}; "
@@ -56,7 +56,7 @@ def training(
     world: World = SINGLE,
     batch_size: int | None = None,
 ) -> Loader:
-    """Return the loader of the training split, as a rank of a run sees it. Raises UserError as `require_pictures`."""
+    """Return the loader of one rank's part of the training split. Raises UserError as `require_pictures`."""
     return _loader(
         dataset,
         recipe,
@@ -83,8 +83,11 @@ def evaluation(
     batch_size: int | None = None,
     world: World = SINGLE,
 ) -> Loader:
-    """Return a loader of every image of a split once, as the centre view, ten views, or nine. Raises as `training`."""
-    size = BATCH_SIZE[views] * world.size if batch_size is None else batch_size
+    """Return the loader of every image of a split once: the "centre" view, "ten" or "nine". Raises as `training`.
+
+    `batch_size`: images that all ranks take together.
+    """
+    size = batch_size or BATCH_SIZE[views] * world.size
     return _loader(dataset, recipe, split, devices, world, batch_size=size, views=views)
 
 

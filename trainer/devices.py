@@ -1,4 +1,4 @@
-"""The device of each column, of each process."""
+"""Choose the device of each column in each process."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ from pipeline.online.devices import devices_of
 
 
 def local_rank() -> tuple[int, int]:
-    """Return this process's number on its machine and how many are there; (0, 1) without torchrun.
+    """Return this process's index on its machine, and the number of processes there; (0, 1) without torchrun.
 
     Raises UserError: LOCAL_RANK or LOCAL_WORLD_SIZE are not as torchrun sets them.
     """
@@ -24,11 +24,11 @@ def local_rank() -> tuple[int, int]:
 
 
 def choose_devices(names: str | None, columns: int = 2) -> tuple[torch.device, ...]:
-    """Return this process's device for each column: of those named, such as `cuda:0,cuda:1`, or by `default_devices`.
+    """Return this process's device for each column: of `names`, such as "cuda:0,cuda:1", or by `default_devices`.
 
-    Of several processes on a machine, each takes its own of as many names as they have columns together; where fewer
-    are named, all take the same, which only a CPU can be.
-    Raises UserError: one is not there, too few or too many are named, or two processes name one GPU.
+    Several processes on a machine share out the names if these are as many as all their columns together; else all
+    processes take the same devices, which must be CPUs.
+    Raises UserError: a device is missing, too few or too many are named, or two processes name one GPU.
     """
     names = default_devices(columns) if names is None else names
     rank, processes = local_rank()
@@ -55,11 +55,9 @@ def choose_devices(names: str | None, columns: int = 2) -> tuple[torch.device, .
 
 
 def default_devices(columns: int = 2) -> str:
-    """Return a GPU per column where there are as many, one for all where there are fewer, else the CPU.
+    """Return a GPU per column if there are enough, else one GPU for all columns; without GPUs the CPU.
 
-    Of several processes on a machine, each has its own: process 1 the third and the fourth, with two columns, or the
-    second where there are not as many.
-    Raises UserError: there are fewer GPUs than processes on this machine.
+    Several processes on a machine have GPUs of their own. Raises UserError: there are fewer GPUs than processes.
     """
     rank, processes = local_rank()
     count = torch.cuda.device_count()

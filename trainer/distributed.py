@@ -1,7 +1,6 @@
-"""Several processes of torchrun: what they agree on, and the sum of their gradients."""
+"""Processes of torchrun: collective calls, errors that end all of them, and the sum of their gradients."""
 
 import gc
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +18,9 @@ from pipeline import UserError, volumes
 from trainer.model import Masks
 from trainer.parallel import TwoColumnNet
 
-PATIENCE = 50.0  # seconds; so that a run knows within a minute that one of its machines is gone
-# gloo's errors have no type of their own: the path of its code, or its words once one collective was late
-GLOO = ("/gloo/", "Application timeout caused pair closure")
+PATIENCE = 50.0  # seconds; so that a run ends within a minute of the loss of a machine
+# gloo's errors have no type of their own: they name a path of its code, or have these words once a collective was late
+GLOO_ERRORS = ("/gloo/", "Application timeout caused pair closure")
 
 
 class RankLost(UserError):
@@ -32,7 +31,7 @@ class RankLost(UserError):
 class World:
     """The processes of a run, as one of them sees them; without torchrun there is one.
 
-    Every process calls the methods, in the same order. They raise RankLost where another process is gone.
+    Every process calls the methods, in the same order. They raise RankLost if another process is gone.
     """
 
     rank: int = 0
@@ -41,54 +40,26 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this process prints and writes."""
+        """Return True in the process that prints and writes."""
         return self.rank == 0
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return each process's value, by rank. It travels as JSON, which keeps every bit of a float."""
+        """Return each process's value, a plain Python object, by rank."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        values: list[Any] = [None] * self.size
         with self.collective():
-            dist.all_gather(sizes, torch.tensor([len(own)]))
-            padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
-            padded[: len(own)] = own
-            received = [torch.empty_like(padded) for _ in sizes]
-            dist.all_gather(received, padded)
-        return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(received, sizes)]
+            dist.all_gather_object(values, value)
+        return values
 
-    def gather_rows(self, rows: Tensor, most: int) -> Tensor:
-        """Return all processes' rows, by rank, in the main process; its own in each other.
-
-        `rows` (n, width) float64 on the CPU; n may differ, be 0, and is at most `most`, which is the same for all.
-        """
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Return all processes' rows (n, width), by rank, in the main process; its own in each other. n may differ."""
         if self.size == 1:
             return rows
-        padded = torch.zeros((most, 1 + rows.shape[1]), dtype=torch.float64)
-        padded[: len(rows), 0], padded[: len(rows), 1:] = 1.0, rows  # a row that counts begins with 1
-        received = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
+        gathered: list[Any] | None = [None] * self.size if self.is_main else None
         with self.collective():
-            dist.gather(padded, received)
-        if received is None:
-            return rows
-        gathered = torch.cat(received)
-        return gathered[gathered[:, 0] == 1.0, 1:]
-
-    def minimum(self, numbers: list[int]) -> list[int]:
-        """Return the least of all processes, element by element; numbers below 2⁶³."""
-        if self.size == 1:
-            return numbers
-        least = torch.tensor(numbers)
-        with self.collective():
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-        return least.tolist()
-
-    def sum(self, values: Tensor) -> None:
-        """Add up `values` over all processes, in place; on the tensor's device."""
-        if self.size > 1:
-            with self.collective():
-                dist.all_reduce(values)
+            dist.gather_object(rows, gathered)
+        return torch.cat(gathered) if gathered else rows
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the main one's values, in place; tensors of the same shapes and layouts in all."""
@@ -124,30 +95,27 @@ class World:
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """Raise RankLost where a collective within fails because another process is gone."""
+        """Raise RankLost if a collective within fails because another process is gone."""
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in GLOO):
+            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in GLOO_ERRORS):
                 raise
-            late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            reason = (
-                f"has not answered for {self.patience:g} s"
-                if late
-                else "has ended before its time; the reason is in its own line"
-            )
+            reason = "has ended before its time; the reason is in its own line"
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                reason = f"has not answered for {self.patience:g} s"
             raise RankLost(f"another process of this job {reason}") from error
 
     def require_equal_settings(self, settings: Mapping[str, Any]) -> None:
-        """Raise UserError, in every process, where one's settings (JSON values by name) are not the main one's."""
-        main, *others = self.all_gather([socket.gethostname(), dict(settings)])
+        """Raise UserError, in every process, if one's settings (plain values by name) are not the main one's."""
+        (main_host, expected), *others = self.all_gather((socket.gethostname(), dict(settings)))
         with self.raise_together():
             for rank, (host, values) in enumerate(others, 1):
-                for key in dict.fromkeys((*main[1], *values)):
-                    if values.get(key) != main[1].get(key):
+                for key in expected | values:
+                    if values.get(key) != expected.get(key):
                         raise UserError(
                             f"process {rank}, on {host}, has {key} {values.get(key)}, and the first process, on "
-                            f"{main[0]}, has {main[1].get(key)}; start all processes alike"
+                            f"{main_host}, has {expected.get(key)}; start all processes alike"
                         )
 
 
@@ -155,14 +123,14 @@ SINGLE = World()
 
 
 class AnyRank:
-    """An asynchronous any(): each call returns the answer of the call before, so that it never waits."""
+    """An asynchronous any(): each call returns the result of the call before, so that it never waits."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, own: bool) -> bool:
-        """Return whether any process said True at its last call; with one process, `own`. Every process calls it."""
+        """Return True if `own` of any process was True in the call before; with one process, `own`. Collective."""
         if self._world.size == 1:
             return own
         with self._world.collective():
@@ -205,11 +173,11 @@ def join(patience: float = PATIENCE) -> Iterator[World]:
 
 
 class Replicas:
-    """A network that every process has, each on devices of its own, as one network to train.
+    """Copies of a network, one in each process on devices of its own, to be trained as one network.
 
     After `backward` a parameter's gradient is the sum over the processes. A loss that is a sum over samples, divided by
     the global batch's size, thus has the gradient of the mean over the global batch, however unequal the processes'
-    parts are, and where one has none.
+    parts are, even if one is empty.
     """
 
     def __init__(self, network: TwoColumnNet, world: World) -> None:
@@ -228,12 +196,12 @@ class Replicas:
         return logits
 
     def _wrap(self) -> None:
-        """Wrap the network anew where layers have been frozen since: their gradients are not waited for."""
+        """Wrap the network anew if layers were frozen since: DistributedDataParallel would wait for their gradients."""
         trained = [parameter.requires_grad for parameter in self.network.parameters()]
         if trained == self._trained:
             return
         self._trained, self._forward = trained, self.network
-        gc.collect()  # the wrapper before, which is part of a cycle, and its hooks on the gradients
+        gc.collect()  # frees the wrapper before, which is part of a cycle, with its hooks on the gradients
         if any(trained):
             wrapped = DistributedDataParallel(self.network, gradient_as_bucket_view=True, init_sync=False)
             wrapped.register_comm_hook(None, _sum_gradients)
@@ -252,6 +220,6 @@ class Replicas:
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum over the processes, in place of DistributedDataParallel's mean: parts of a batch differ in size."""
+    """Sum over the processes, where DistributedDataParallel takes the mean: parts of a batch differ in size."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

@@ -1,4 +1,4 @@
-"""Several networks as one: the weighted mean of their probabilities (paper, section 6); the command ensemble."""
+"""Average several networks: the weighted mean of their probabilities (paper, section 6); the command ensemble."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,27 +17,27 @@ from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import Checkpoint, load_network, require_classes
-from trainer.data import require_pictures
+from trainer.data import evaluation, require_pictures
 from trainer.devices import choose_devices
 from trainer.evaluate import LEAST, VIEWS, Evaluation, Tally, labelled, predictions
 from trainer.options import DEVICES, JSON, PATH, require_npz, require_writable
 from trainer.probabilities import Origin, Probabilities, top
 
-ROUNDS, CHANGE = 10_000, 1e-10  # of fitting: it ends where no weight changes by more
+ROUNDS, CHANGE = 10_000, 1e-10  # of fitting: at most so many, until no weight changes by more
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks, or saved probabilities of networks, and what they are computed on."""
+    """Members, which are networks or saved probabilities of networks, and the options of computing these."""
 
     members: list[tuple[Path, Checkpoint | Probabilities]]
-    dataset: Manifest | None  # of saved probabilities too; None: all are saved
+    dataset: Manifest | None  # None: all members are saved probabilities
     views: str
     devices: str | None
     progress: Callable[..., None]
 
     def require(self, split: str, with_labels: bool) -> None:
-        """Raise UserError, before anything is computed, where a split or a member of it cannot be used."""
+        """Raise UserError, before anything is computed, if the split or a member cannot be used."""
         path, source = self.members[0]
         root, classes, identity, unlabelled = str(path), source.classes, "", False
         if self.dataset is not None:
@@ -66,7 +66,7 @@ class Ensemble:
             raise UserError(f"{root}: the split {split!r} has images without a label; fit on one that has")
 
     def probabilities(self, split: str) -> Iterator[Probabilities]:
-        """Yield the probabilities of each member; networks are computed when their turn comes.
+        """Yield the probabilities of each member, in order; those of a network are computed only then.
 
         Raises:
             UserError: the labels of two members differ.
@@ -81,17 +81,20 @@ class Ensemble:
             yield part
 
     def _computed(self, path: Path, checkpoint: Checkpoint, split: str) -> Probabilities:
-        dataset, recipe = self.dataset, checkpoint.recipe
+        dataset, recipe, batches, done = self.dataset, checkpoint.recipe, [], 0
         assert dataset is not None
         network = load_network(checkpoint, dataset, choose_devices(self.devices, recipe.model.columns), path)
-        batches = predictions(network, dataset, recipe, split, [self.views], progress=self.progress)
-        pairs = [(labels.numpy(), by_views[self.views].numpy()) for labels, by_views in batches]
-        labels, values = (np.concatenate(arrays) for arrays in zip(*pairs))
-        return Probabilities(Origin(dataset.identity, split, self.views, (), checkpoint.classes), labels, values)
+        with evaluation(dataset, recipe, split, self.views, network.devices) as loader:
+            for labels, by_views in predictions(network, loader, [self.views]):
+                batches.append((labels.numpy(), by_views[self.views].numpy()))
+                done += len(labels)
+                self.progress(split, done, dataset.split(split).samples)
+        origin = Origin(dataset.identity, split, self.views, (), checkpoint.classes)
+        return Probabilities(origin, *(np.concatenate(arrays) for arrays in zip(*batches)))
 
 
 def errors(part: Probabilities) -> Evaluation | None:
-    """Return the error rates; None where not every image has a label."""
+    """Return the error rates; None if not every image has a label."""
     if part.labels.min() < 0:
         return None
     tally = Tally(part.values.shape[1])
@@ -100,7 +103,7 @@ def errors(part: Probabilities) -> Evaluation | None:
 
 
 def parse_weights(text: str, members: int) -> np.ndarray:
-    """Return `2,1,1` as (members,) float64 that sum to 1. Raises UserError where it is something else."""
+    """Return a text such as "2,1,1" as (members,) float64 of sum 1. Raises UserError if it is no such text."""
     try:
         weights = np.array([float(word) for word in text.split(",")])
     except ValueError as error:
@@ -137,8 +140,8 @@ def fitted_weights(true: np.ndarray) -> np.ndarray:
 def devkit_ids(dataset: Manifest, split: str) -> np.ndarray:
     """Return the devkit ids (classes,) int64, by label.
 
-    Raises UserError where classes have none, or where images of the split are missing or shuffled: the lines of a
-    submission stand for the images in the order of the file names.
+    Raises UserError if classes have none, or if images of the split are missing or shuffled: the lines of a submission
+    are in the order of the images' file names.
     """
     ids, root = np.array([record.devkit_id or 0 for record in dataset.classes]), dataset.root
     skipped, limit = dataset.split(split).skipped, dataset.recipe.limit
@@ -192,7 +195,7 @@ def ensemble(
     if submission is not None:
         if dataset is None:
             raise UserError(f"--submission {submission}: name the data set, whose devkit ids it needs: --data DATASET")
-        devkit_ids(dataset, split)  # it refuses before anything is computed
+        devkit_ids(dataset, split)  # raises before anything is computed
     require_writable(submission)
     require_npz(saved)
     weights = np.full(len(members), 1 / len(members)) if numbers is None else parse_weights(numbers, len(members))
@@ -203,24 +206,24 @@ def ensemble(
             networks.require(name, with_labels=name == fit)
         parts: Iterable[Probabilities] = networks.probabilities(split)
         if fit:
-            parts = list(parts) if fit == split else parts  # computed once, though all are in memory
+            parts = list(parts) if fit == split else parts  # all in memory, but computed once
             fitted_on = parts if fit == split else networks.probabilities(fit)
             weights = fitted_weights(np.stack([part.of_labels() for part in fitted_on]))
-        alone, seen, values = [], [], np.zeros(())
+        alone, views_seen, values = [], [], np.zeros(())
         for weight, part in zip(weights, parts):
             alone.append(errors(part))
-            seen.append(part.origin.views)
+            views_seen.append(part.origin.views)
             values = values + weight * part.values
     names = [f"{p}, step {s.step}" if isinstance(s, Checkpoint) else str(p) for p, s in zip(members, sources)]
-    origin = replace(part.origin, networks=tuple(names), views=", ".join(dict.fromkeys(seen)))
+    origin = replace(part.origin, networks=tuple(names), views=", ".join(dict.fromkeys(views_seen)))
     mean = Probabilities(origin, part.labels, values)
     together = errors(mean)
     rows = [{"network": n, "weight": w, "errors": e and asdict(e)} for n, w, e in zip(names, weights.tolist(), alone)]
-    about = {"split": split, "dataset": origin.dataset, "samples": len(mean.labels), "fitted_on": fit}
-    result = about | {"networks": rows, "together": together and asdict(together)}
+    result = {"split": split, "dataset": origin.dataset, "samples": len(mean.labels), "fitted_on": fit}
+    result |= {"networks": rows, "together": together and asdict(together)}
     try:
         click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else _text(result))
-    finally:  # write the files even if stdout is closed (`| head`), and print the errors even if the disk is full
+    finally:  # the files are written even if stdout is closed (`| head`), and errors printed even if the disk is full
         if submission is not None and dataset is not None:
             lines = [" ".join(map(str, row)) + "\n" for row in devkit_ids(dataset, split)[top(mean.values)].tolist()]
             write_bytes_aside(submission, "".join(lines).encode())

@@ -1,9 +1,9 @@
-"""A network's probabilities for every image of a split, and its error rates; the command evaluate."""
+"""Compute probabilities of a network for every image of a split, and its error rates; the command evaluate."""
 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,22 +17,23 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command, printable, progress_bars
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import ClassRecord, DatasetError, Manifest
+from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import load_network
 from trainer.data import evaluation
 from trainer.devices import choose_devices
 from trainer.distributed import SINGLE, World, join
-from trainer.nonfinite import Diverged
+from trainer.nonfinite import require_finite_outputs
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, require_npz
 from trainer.parallel import TwoColumnNet
 from trainer.probabilities import Origin, Probabilities
 from trainer.recipe import Recipe
 
 VIEWS = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
-CENTRE = {"centre": 0, "ten": 2, "nine": 4}  # position of the centre view among those of pipeline.online.augment
-LEAST = torch.finfo(torch.float64).tiny  # of a probability: its logarithm is finite
-RECORDED = 1000  # confused pairs in evaluation.json
+CENTRE = {"centre": 0, "ten": 2, "nine": 4}  # index of the centre view in those of pipeline.online.augment
+LEAST = torch.finfo(torch.float64).tiny  # least probability in logarithms, which it keeps finite
+RECORDED = 1000  # confused pairs in evaluation.json, at most
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Evaluation:
 
 
 class Tally:
-    """Sums of errors by class, and counts of confused pairs, batch by batch; `sums` of several processes add up."""
+    """Adds up errors by class and counts confused pairs, batch by batch; `sums` of several processes may be added."""
 
     def __init__(self, classes: int) -> None:
         self.sums = torch.zeros((classes, 4), dtype=torch.float64)  # images, wrong by top-1, wrong by top-5, nats
@@ -57,7 +58,7 @@ class Tally:
         nats = -values.gather(1, labels[:, None])[:, 0].clamp_min(LEAST).log()
         wrong = [top_k_errors(values, labels, k) for k in (1, 5)]
         self.sums.index_add_(0, labels, torch.stack([torch.ones_like(nats), *wrong, nats], 1))
-        predicted = values.argmax(1)  # the first of several that are level
+        predicted = values.argmax(1)  # the first of several equal ones
         missed = predicted != labels
         self._confused.update(zip(labels[missed].tolist(), predicted[missed].tolist()))
 
@@ -67,11 +68,11 @@ class Tally:
         return Evaluation(int(images), 100 * wrong1 / images, 100 * wrong5 / images, nats / images)
 
     def details(self, classes: Sequence[ClassRecord]) -> dict[str, Any]:
-        """Return, as JSON values, the errors by label and the pairs confused most often, level ones by label."""
+        """Return, as JSON values, the errors by label, and the pairs confused most often, equally frequent by label."""
         by_class = []
         for label, record in enumerate(classes):
-            about = {"label": label, "wnid": record.wnid, "words": record.words}
-            by_class.append(about | (asdict(self.errors(label)) if self.sums[label, 0] else {"samples": 0}))
+            names = {"label": label, "wnid": record.wnid, "words": record.words}
+            by_class.append(names | (asdict(self.errors(label)) if self.sums[label, 0] else {"samples": 0}))
         pairs = sorted(self._confused.items(), key=lambda item: (-item[1], item[0]))[:RECORDED]
         confused = [
             {
@@ -88,10 +89,10 @@ class Tally:
 
 
 def top_k_errors(values: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return errors (n,) in [0, 1] of (n, classes), (n,): 1 if k classes or more are strictly likelier; ties share.
+    """Return the top-k errors (n,) in [0, 1] of (n, classes) and labels (n,): 1 if k classes or more are likelier.
 
-    As in the 2012 code: with `larger` classes strictly above and `equal` level with the true one (itself included),
-    the credit is (k − larger) / equal, at most 1.
+    Ties share, as in the 2012 code: with `larger` classes likelier than the true one, and `equal` as likely (itself
+    included), the credit is (k − larger) / equal, at most 1.
     """
     true = values.gather(1, labels[:, None])
     larger = (values > true).sum(1)
@@ -101,54 +102,29 @@ def top_k_errors(values: Tensor, labels: Tensor, k: int) -> Tensor:
 
 @torch.inference_mode()
 def predictions(
-    network: TwoColumnNet,
-    dataset: Manifest,
-    recipe: Recipe,
-    split: str,
-    views: Sequence[str],
-    batch_size: int | None = None,
-    world: World = SINGLE,
-    progress: Callable[..., None] | None = None,
-    report: Callable[[str], None] | None = None,
-    gather: bool = True,
+    network: TwoColumnNet, loader: Loader, views: Sequence[str], world: World = SINGLE, gather: bool = True
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield labels (n,) int64, −1: none, and by views probabilities (n, classes) float64, on the CPU, batch by batch.
 
-    Every image of `split` comes exactly once, in the order of the ids: all in the first process, its share in others.
+    Every image comes exactly once, in the order of the ids: all in the first process, its share in others.
 
     Args:
-        views: "centre", and "ten" or "nine", whose probabilities are averaged; the centre view is one of those, and
-            pictures are decoded once for both.
-        batch_size: images that all processes together take at a time.
-        progress: called with the split, the images done, and those of the split, after each batch.
-        report: called once, after the last batch, with a line: this process's speed and stall.
-        gather: else the first process, too, gets its share alone.
+        loader: from `data.evaluation`.
+        views: the loader's, whose probabilities are averaged; before them perhaps "centre", which is one of them.
+        gather: False: the first process, too, gets its share alone.
     Raises:
-        UserError: the split is empty; data and recipe do not fit together.
         Diverged: an output is not a finite number.
     """
-    decoded = next((name for name in views if name != "centre"), "centre")
-    assert {*views} <= {decoded, "centre"}, views
-    with evaluation(dataset, recipe, split, decoded, network.devices, batch_size, world) as loader:
-        began, images = time.perf_counter(), 0
-        for batch in loader:
-            rows = torch.zeros(0, 1 + network.classes * len(views), dtype=torch.float64)  # of a label and probabilities
-            if len(batch.ids):  # a process may have none of a short last batch
-                values = view_probabilities(network, batch.replicas)
-                by_views = [values[:, CENTRE[decoded]] if name == "centre" else values.mean(1) for name in views]
-                rows = torch.cat([batch.labels.cpu()[:, None].double(), *(each.cpu() for each in by_views)], 1)
-            if not bool(rows.isfinite().all()):
-                raise Diverged("the network's outputs are not finite numbers: its training has diverged")
-            images += len(batch.ids)
-            if progress:
-                progress(split, batch.step * loader.order.batch_size + batch.whole, loader.order.samples)
-            if gather:
-                rows = world.gather_rows(rows, batch.whole)
-            yield rows[:, 0].long(), dict(zip(views, rows[:, 1:].chunk(len(views), 1)))
-        if report:
-            seconds = time.perf_counter() - began
-            stall = loader.meter.total.said(seconds)
-            report(f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s, {stall}")
+    for batch in loader:
+        rows = torch.zeros(0, 1 + network.classes * len(views), dtype=torch.float64)  # of a label and probabilities
+        if len(batch.ids):  # a process may have none of a short last batch
+            values = view_probabilities(network, batch.replicas)
+            by_views = [values[:, CENTRE[views[-1]]] if name == "centre" else values.mean(1) for name in views]
+            rows = torch.cat([batch.labels.cpu()[:, None].double(), *(values.cpu() for values in by_views)], 1)
+            require_finite_outputs(rows)
+        if gather:
+            rows = world.gather_rows(rows)
+        yield rows[:, 0].long(), dict(zip(views, rows[:, 1:].chunk(len(views), 1)))
 
 
 def error_rates(
@@ -157,10 +133,10 @@ def error_rates(
     """Return, in each process, the error rates over every image of `split`. Raises UserError: one has no label."""
     require_labels(dataset, split)
     tally = Tally(network.classes)
-    with world.raise_together():
-        for labels, by_views in predictions(network, dataset, recipe, split, [views], world=world, gather=False):
+    with world.raise_together(), evaluation(dataset, recipe, split, views, network.devices, world=world) as loader:
+        for labels, by_views in predictions(network, loader, [views], world, gather=False):
             tally.add(labels, by_views[views])
-    world.sum(tally.sums)
+    tally.sums = torch.stack(world.all_gather(tally.sums)).sum(0)
     return tally.errors()
 
 
@@ -170,7 +146,7 @@ def labelled(dataset: Manifest, split: str) -> bool:
 
 
 def require_labels(dataset: Manifest, split: str) -> None:
-    """Raise UserError where an image of the split has no label."""
+    """Raise UserError if an image of the split has no label."""
     if not labelled(dataset, split):
         remedy = "they can be predicted (--save-probabilities, or the command ensemble), not evaluated"
         raise UserError(f"{dataset.root}: the split {split!r} has images without a label; {remedy}")
@@ -231,30 +207,36 @@ def evaluate(
             if not saved:
                 require_labels(dataset, split)
             network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
-        facts = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
-        world.require_equal_settings(facts | {"--split": split, "--views": names, "--batch-size": batch_size})
+        inputs = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
+        world.require_equal_settings(inputs | {"--split": split, "--views": names, "--batch-size": batch_size})
         origin = Origin(dataset.identity, split, names[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
         keep = Probabilities.empty(origin, samples if saved and world.is_main else 0)
-        tallies, speed, done = {name: Tally(network.classes) for name in names}, list[str](), 0
+        tallies, done = {name: Tally(network.classes) for name in names}, 0
         progress = stack.enter_context(progress_bars()) if world.is_main else None
-        for labels, by_views in predictions(
-            network, dataset, checkpoint.recipe, split, names, batch_size, world, progress, speed.append
-        ):
+        loader = stack.enter_context(
+            evaluation(dataset, checkpoint.recipe, split, names[-1], network.devices, batch_size, world)
+        )
+        began = time.perf_counter()
+        for labels, by_views in predictions(network, loader, names, world):
             if saved and world.is_main:
                 keep.labels[done : done + len(labels)] = labels
                 keep.values[done : done + len(labels)] = by_views[names[-1]]
-                done += len(labels)
             for name in names if has_labels else ():
                 tallies[name].add(labels, by_views[name])
+            done += len(labels)
+            if progress:
+                progress(split, done, samples)
+        seconds = time.perf_counter() - began
+        stall = loader.meter.total.said(seconds) + (" in the first process" if world.size > 1 else "")
     if not world.is_main:
         return
     if saved:
         probabilities.save(saved, keep)
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
     if not has_labels:
-        count = f"{printable(str(saved))}: the probabilities of {samples:,} images"
-        text = f"{count}; not all have a label, so there are no errors"
-        click.echo(json.dumps(result | {"samples": samples}, indent=1) if as_json else text)
+        text = f"the probabilities of {samples:,} images; not all have a label, so there are no errors"
+        result["samples"] = samples
+        click.echo(json.dumps(result, indent=1) if as_json else f"{printable(str(saved))}: {text}")
         return
     result |= {name: asdict(tally.errors()) for name, tally in tallies.items()}
     result |= {"details_of": names[-1], **tallies[names[-1]].details(dataset.classes)}
@@ -264,7 +246,7 @@ def evaluate(
             click.echo(text, nl=False)
         else:
             _print(result, names, per_class, confused)
-            click.echo(speed[0] + (f"; of {world.size} processes, the first's" if world.size > 1 else ""))
+            click.echo(f"{samples:,} images in {seconds:.1f} s, {samples / seconds:,.0f} images/s, {stall}")
     finally:  # write the evaluation even if stdout is closed (`| head`), and print it even if the run is read-only
         if run.is_dir() and names == ["centre", "ten"]:
             name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"

@@ -21,11 +21,11 @@ from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import META, Checkpoint, load_network
+from trainer.checkpoint import META, Checkpoint, load_network, require_same_data
 from trainer.layers import ModelRecipe, parameter_count
 from trainer.lrn import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
 from trainer.model import Grouped, Weights
-from trainer.nonfinite import Diverged
+from trainer.nonfinite import Diverged, require_finite_outputs
 from trainer.options import DATA, PATH, RUN
 from trainer.pictures import Pictures, pixels
 from trainer.recipe import Recipe
@@ -38,7 +38,7 @@ MAX_DIFFERENCE = 1e-4  # of a probability
 
 
 class PlainNetwork(Grouped):
-    """The network in evaluation, without the gradients written by hand, which torch.onnx cannot export.
+    """The network in evaluation, without hand-written gradients, which torch.onnx cannot export.
 
     `tensors` are those of the safetensors file: the weights, and the mean, which is subtracted from the pixels.
     """
@@ -102,7 +102,7 @@ def mean_view(dataset: Manifest, recipe: Recipe) -> np.ndarray:
     statistics, size = dataset.statistics(), recipe.model.size
     if recipe.data.mean == "colour":
         return np.tile(statistics.mean_color.astype(np.float32)[:, None, None], (1, size, size))
-    return _centre(statistics.mean_image, size)  # also where the mean is "aligned": the centre view was cut from there
+    return _centre(statistics.mean_image, size)  # for mean = "aligned", too: a centre view's part of the image
 
 
 def metadata(checkpoint: Checkpoint, dataset: Manifest) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def metadata(checkpoint: Checkpoint, dataset: Manifest) -> dict[str, Any]:
 
 
 def _samples(dataset: Manifest) -> tuple[str, list[bytes]]:
-    """Return stored pictures spread evenly over the validation split, or else the training split, and its name."""
+    """Return the name of the validation split, or else of the training split, and JPEGs spread evenly over it."""
     split = next((name for name in ("val", "train") if name in dataset.splits and dataset.splits[name].samples), None)
     if split is None:
         raise UserError(f"{dataset.root}: no pictures in val or train, on which to compare the files with the network")
@@ -156,8 +156,7 @@ def _onnx_probabilities(graph: bytes, raw: np.ndarray) -> Tensor:
 
 def _difference(name: str, ours: Tensor, theirs: Tensor) -> float:
     """Return the greatest difference between probabilities. Raises UserError if it is too large, or not a number."""
-    if not bool(ours.isfinite().all()):
-        raise Diverged("the network's outputs are not finite numbers: its training has diverged")
+    require_finite_outputs(ours)
     greatest = float((ours - theirs).abs().max())
     if not greatest <= MAX_DIFFERENCE:  # also where it is not a number
         raise UserError(
@@ -192,10 +191,7 @@ def export(run: Path, data: Path, out: Path | None) -> None:
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
     recipe, classes = checkpoint.recipe, len(checkpoint.classes)
     network = load_network(checkpoint, dataset, (torch.device("cpu"),) * recipe.model.columns, run)
-    if checkpoint.dataset != dataset.identity:
-        sets = f"trained on the data set {checkpoint.dataset[:12]}…, {dataset.root} is {dataset.identity[:12]}…"
-        remedy = "whose mean image the network has never seen subtracted; name the one that it was trained on"
-        raise UserError(f"{run}: {sets}, {remedy}")
+    require_same_data(checkpoint, dataset.identity, run)  # its mean image is exported, too
     for name, value in checkpoint.weights.items():
         if not bool(value.isfinite().all()):
             raise Diverged(f"{run}: {name} is not finite: its training has diverged; name an older checkpoint")

@@ -1,4 +1,4 @@
-"""Layers as a recipe gives them, and their sizes, parameters and multiply-adds."""
+"""The recipe of a model, and the layers that it makes: their shapes, parameters and multiply-adds."""
 
 import math
 import re
@@ -11,8 +11,6 @@ MAX_PARAMETERS = 2**31
 KINDS = ("conv", "local", "linear")
 MAPS = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh")  # what may follow "conv" and "local"
 UNITS = ("relu", "tanh", "dropout")  # what may follow "linear"
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class RecipeError(UserError):
@@ -27,7 +25,7 @@ class LayerRecipe:
         kind: "conv"; "local", a convolution with other weights at each position; "linear".
         width: maps or units, of all columns together; 0, in the last layer: one per class.
         kernel, stride, padding: in pixels, of "conv" and "local".
-        overhang: zeros beyond the right and the bottom edge: the last windows of the 2012 code hang over.
+        overhang: zeros, in pixels, beyond the right and the bottom edge, over which the 2012 code's last windows hang.
         sees: "own": the maps of its own column, or "both". The first layer sees the image.
         then: "lrn" across maps, "rnorm" within a map, "pool" and "mean-pool" (the greatest value of a window, the
             mean), "relu", "tanh", "dropout"; in this order.
@@ -79,10 +77,8 @@ class ModelRecipe:
             require(name in self.order, key, name, f"in model.order, which has {', '.join(self.order)}")
             require(name in self.layers, "model.order", name, f"a layer that has a section, model.layers.{name}")
             _check(key, self.layers[name])
-        if self.order:
-            plan(
-                self, self.classes or 1000
-            )  # layers that do not fit together are an error here, before the first image
+        if self.order:  # layers that do not fit together are an error here, before the first image
+            plan(self, self.classes or 1000)
 
 
 def _check(key: str, layer: LayerRecipe) -> None:
@@ -101,16 +97,16 @@ def _check(key: str, layer: LayerRecipe) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer in its network, all columns together. Sides are in pixels; 1 for units."""
+    """A layer in its network, all columns together. Sides are in pixels; of units they are 1."""
 
     name: str
     recipe: LayerRecipe
     width: int  # maps or units
     inputs: int  # maps or units that one of its maps or units sees
-    groups: int  # 2: either column sees its own
-    columns: int  # that hold it: a last layer that sees both columns is on the first alone
-    side: int  # of its output
-    end: int  # side of what the operations after it leave
+    groups: int  # 2: each column sees its own maps alone
+    columns: int  # that hold it: a last layer that sees both columns is in the first alone
+    side: int  # of the output of the weights
+    end: int  # side after the operations that follow
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -137,9 +133,9 @@ class Layer:
 
 
 def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
-    """Return the layers for so many classes. Raises RecipeError, naming the key, where they do not fit together."""
+    """Return the layers of a network for so many classes. Raises RecipeError if they do not fit together."""
     layers: list[Layer] = []
-    maps, side = 3, recipe.size
+    maps, side = 3, recipe.size  # of the layer before; at first, of the image
     for i, name in enumerate(recipe.order):
         layer, key, last = recipe.layers[name], f"model.layers.{name}", i == len(recipe.order) - 1
         widths = "0 in the last layer, which has one per class, and only there"
@@ -173,16 +169,14 @@ def plan(recipe: ModelRecipe, classes: int) -> tuple[Layer, ...]:
 
 
 def pooled(side: int, size: int, stride: int) -> int:
-    """Return the side after pooling. A last window that hangs over counts, as in the 2012 code, if it begins inside."""
+    """Return the side after pooling. A last window that hangs over counts if it begins inside, as in the 2012 code."""
     return min(-(-(side - size) // stride), (side - 1) // stride) + 1
 
 
-def shapes(recipe: ModelRecipe, classes: int) -> Shapes:
+def shapes(recipe: ModelRecipe, classes: int) -> dict[str, tuple[int, ...]]:
     """Return every parameter's shape in the grouped layout: conv1.weight, conv1.bias, …"""
-    result: Shapes = {}
-    for layer in plan(recipe, classes):
-        result[f"{layer.name}.weight"], result[f"{layer.name}.bias"] = layer.weight, layer.bias
-    return result
+    layers = plan(recipe, classes)
+    return {f"{layer.name}.{kind}": getattr(layer, kind) for layer in layers for kind in ("weight", "bias")}
 
 
 def parameter_count(recipe: ModelRecipe, classes: int) -> int:
@@ -194,15 +188,8 @@ def multiply_adds(recipe: ModelRecipe, classes: int) -> int:
     return sum(layer.multiply_adds for layer in plan(recipe, classes))
 
 
-def dropped_units(recipe: ModelRecipe, classes: int) -> dict[str, int]:
-    """Return the widths of the layers with dropout, by name."""
-    if not recipe.dropout:
-        return {}
-    return {layer.name: layer.width for layer in plan(recipe, classes) if "dropout" in layer.recipe.then}
-
-
 def require(holds: bool, key: str, value: object, allowed: str) -> None:
-    """Raise RecipeError, with what is allowed, unless a condition on a key's value holds."""
+    """Raise RecipeError, which says what is allowed, unless a key's value `holds`."""
     if not holds:
         raise RecipeError(f"{key} = {value}: must be {allowed}")
 

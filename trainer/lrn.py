@@ -1,4 +1,4 @@
-"""The two local normalisations of 2012, with their gradients written out: autograd's own take most of a step's time."""
+"""The two local normalisations of 2012. Their gradients are written out: autograd's took most of a step's time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor
 
 BETA = 0.75
 SAME_MAP_SIZE, SAME_MAP_ALPHA = 5, 1e-3  # within a map
-CACHED = 2**18  # elements of a block: 1 MB of float32, of which a CPU's cache holds the few that are in use
+CACHED = 2**18  # elements of a block: 1 MB of float32, so that a CPU's cache holds the few blocks in use
 
 
 class LRN(NamedTuple):
@@ -25,9 +25,9 @@ ORIGINAL = LRN(5, 1e-4 / 5, 2.0)
 
 
 def lrn(x: Tensor, columns: int, constants: LRN = ORIGINAL) -> Tensor:
-    """Normalise across maps; neighbours end at the ends of a column. Sums are of float32 where x is bfloat16.
+    """Normalise x (n, maps, height, width) across maps; a map's neighbours are of its own column.
 
-    x (n, maps, height, width) holds the maps of `columns` columns.
+    x holds the maps of `columns` columns. If it is bfloat16, sums are in float32.
     """
     neighbours = partial(_sum_over_maps, columns=columns, size=constants.size)
     return _Normalised.apply(x, neighbours, constants.alpha, constants.k)
@@ -38,7 +38,7 @@ def same_map_norm(x: Tensor) -> Tensor:
 
     In the 2012 code, and not in the paper.
     """
-    if _in_blocks(x):
+    if _in_blocks(x):  # there shifted sums are faster than average pooling
         return _Normalised.apply(x, _sum_over_pixels, SAME_MAP_ALPHA / SAME_MAP_SIZE**2, 1.0)
     return _Normalised.apply(x, _mean_over_pixels, SAME_MAP_ALPHA, 1.0)
 
@@ -72,14 +72,14 @@ class _Normalised(torch.autograd.Function):
 
 
 def _in_blocks(x: Tensor) -> bool:
-    """Return whether x is computed in blocks: on a GPU each operation of each block would be a kernel launch."""
+    """Return True on a CPU: on a GPU each operation of each block would be a kernel launch."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _by_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return function(*tensors), on a CPU for as many samples at a time as stay in its cache.
+    """Return function(*tensors), computed on a CPU for as many samples at a time as fit in its cache.
 
-    All tensors, and what the function returns for any samples, are alike in shape.
+    The tensors and the results have one shape, of which the first dimension is the samples.
     """
     x = tensors[0]
     if not _in_blocks(x) or x.numel() <= CACHED:
@@ -95,23 +95,23 @@ def _by_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) ->
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 at least: the squares of conv1's responses overflow in less."""
+    """Return x in float32 at least: the squares of conv1's responses overflow float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _power(scale: Tensor) -> Tensor:
-    """Return scale^−¾, without the slow general power."""
+    """Return scale^−¾ by two roots: a general power is slow."""
     root = scale.rsqrt()
     return root.mul_(root.sqrt())
 
 
 def _sum_over_maps(x: Tensor, columns: int, size: int) -> Tensor:
-    """Return the sum over the maps within size / 2 of each map, inside its column."""
+    """Return the sums over the `size` maps around each map, in its own column."""
     return _shifted_sums(x.unflatten(1, (columns, -1)), 2, size // 2).flatten(1, 2)
 
 
 def _sum_over_pixels(x: Tensor) -> Tensor:
-    """Return the sum over the neighbours within a map: along rows, then along columns."""
+    """Return the sums over 5 × 5 neighbours within a map: along rows, then along columns."""
     return _shifted_sums(_shifted_sums(x, 3, SAME_MAP_SIZE // 2), 2, SAME_MAP_SIZE // 2)
 
 
@@ -120,7 +120,7 @@ def _mean_over_pixels(x: Tensor) -> Tensor:
 
 
 def _shifted_sums(x: Tensor, dim: int, reach: int) -> Tensor:
-    """Return for each index along `dim` the sum over the indices within `reach` of it."""
+    """Return for each index along `dim` the sum over the indices at most `reach` away."""
     total, length = x.clone(), x.shape[dim]
     for distance in range(1, min(reach, length - 1) + 1):
         total.narrow(dim, distance, length - distance).add_(x.narrow(dim, 0, length - distance))

@@ -27,20 +27,20 @@ FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"
 class LogInterval:
     """Loss, speed and stall of the steps since the last log line, over all processes.
 
-    Every process calls `state` and `close`. A checkpoint holds the sums of the loss.
+    Every process calls `state` and `close`. A checkpoint holds `state`, which a resumed run begins with.
     """
 
     def __init__(self, device: torch.device, meter: Meter, world: World, state: dict[str, Any] | None) -> None:
         self._device, self._meter, self._world = device, meter, world
         self._restart()
-        if state and world.is_main:
+        if state and world.is_main:  # which are sums of all processes
             self._losses.fill_(state["losses"])
             self._images = state["images"]
 
     def _restart(self) -> None:
-        # In float64 sums of float32 losses are exact: a run that goes on has the sum of one that was not interrupted.
+        # In float64 sums of float32 losses are exact: a resumed run has the sum of one that was not interrupted.
         self._losses = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._images = self._timed = 0
+        self._images = self._timed = 0  # the images of the losses; those since the start of this process
         self._since, self._waited = time.perf_counter(), self._meter.total
 
     def add(self, losses: Tensor, images: int) -> None:
@@ -65,9 +65,9 @@ class LogInterval:
         return {key: sum(rank[key] for rank in ranks) for key in own}
 
     def close(self) -> tuple[dict[str, Any], str]:
-        """Return {"loss": mean, "time": images/s and stall} and the stall in words, and begin anew. Waits for the GPU.
+        """Return {"loss": mean in nats, "time": speed and stall} and the stall in words; begin anew. Waits for the GPU.
 
-        Processes wait for each other, so the stall is that of the one that waited most for its batches.
+        Processes wait for each other, so the stall is that of the process that waited longest for its batches.
         """
         seconds = time.perf_counter() - self._since
         own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
@@ -84,10 +84,11 @@ class LogInterval:
         return {"loss": losses / images, "time": speed}, ranks[worst]["text"]
 
 
-class Metrics:
+class Metrics(ExitStack):
     """Appends to RUN/metrics.jsonl and RUN/tensorboard. Values that depend on the machine's speed are under `time`.
 
-    A line is the operating system's as soon as it is written. Nothing waits for the disk, and no thread is started.
+    Each line is handed to the operating system at once, so that nothing is lost without `close`. No thread is started,
+    and nothing waits for the disk.
     """
 
     def __init__(self, run: Path, step: int) -> None:
@@ -95,25 +96,16 @@ class Metrics:
 
         Raises UserError: a line of an earlier run is damaged; the disk is full.
         """
+        super().__init__()
         path = run / FILE_NAME
-        if path.exists():  # without a line that a kill cut off: the next one starts on a line of its own
+        if path.exists():  # a last line that a kill cut off is dropped, too: the next one starts on a line of its own
             text = "".join(json.dumps(line) + "\n" for line in read(run) if line["step"] <= step)
             with _room(path):
                 write_bytes_aside(path, text.encode())
         with ExitStack() as stack:
             self._events = _Events(stack.enter_context(_event_file(run / FOLDER_NAME)), step + 1)
             self._lines = stack.enter_context(FileIO(path, "ab"))
-            self._open = stack.pop_all()
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files. Nothing is lost without it."""
-        self._open.close()
+            self.push(stack.pop_all())
 
     def train(self, line: dict[str, Any]) -> None:
         """Write a line of training.
@@ -169,10 +161,7 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _room(path: Path | str) -> Iterator[None]:
-    """Raise UserError if the disk of `path` is full; other errors of the system as they are.
-
-    Not left to `pipeline.cli`: the system's error does not say which file it is about, nor what saves the run.
-    """
+    """Raise UserError if the disk of `path` is full; its OSError names neither the file nor the remedy."""
     try:
         yield
     except OSError as error:
@@ -182,9 +171,9 @@ def _room(path: Path | str) -> Iterator[None]:
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """Write all of `data`. `file` has no buffer of its own: a failed write is not tried again when it is closed."""
+    """Write all of `data`. A FileIO has no buffer, which would be written again when the file is closed."""
     with _room(str(file.name)):
-        while data:  # a disk that fills up takes a part first
+        while data:  # before a disk is full, it takes a part
             data = data[file.write(data) :]
 
 
@@ -197,14 +186,14 @@ def _event_file(folder: Path) -> FileIO:
 
 
 class _Events:
-    """Writes TensorBoard events; of the files before this one, TensorBoard hides all from step `purge` on.
+    """Writes TensorBoard events; TensorBoard hides events of earlier files from step `purge` on.
 
-    tensorboardX's own writer is not used, its messages and checksums are: that writer's thread dies of a full disk, and
-    the training waits for ever for room in the thread's queue; a run resumed in the same second overwrites its file.
+    With tensorboardX's messages and checksums, but not by its writer: on a full disk its thread dies, and the training
+    waits for ever for room in the thread's queue; and a run resumed within the same second overwrites its file.
     """
 
     def __init__(self, file: FileIO, purge: int) -> None:
-        # 0.3 s, which commands that write no events need not wait for
+        # these imports take 0.3 s, for which commands that write no events need not wait
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.record_writer import masked_crc32c

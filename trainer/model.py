@@ -1,4 +1,4 @@
-"""Layers of a recipe in plain torch, as one grouped network or as one column of it."""
+"""The layers of a recipe in plain torch, as one column or as one grouped network; their first weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from trainer.lrn import LRN, lrn, same_map_norm
 
 Weights = dict[str, Tensor]  # by layer: conv1.weight, conv1.bias, …
 Masks = Mapping[str, Tensor]  # by layer: 0/1 dropout masks (n, units)
-Observer = Callable[[str, Tensor], None]  # takes the name of a layer and its output
+Observer = Callable[[str, Tensor], None]  # of the name of a layer and its output
 
 
 class Column(nn.Module):
-    """The layers' maps and units that one device holds: those of one column, or of all (`column=None`). Zero at first.
+    """One column of the network, on one device; or with `column=None` all columns. Weights are zero at first.
 
-    With all columns, maps stand in the order [column 0 | column 1]: the layout of saved weights.
-    `observe` is called with each layer's output.
+    All columns' maps stand in the order [column 0 | column 1]: the grouped layout, in which weights are saved.
+    `observe` is called with the name and the output of each layer that `run` computes.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Column(nn.Module):
                     self.register_parameter(f"{layer.name}_{kind}", nn.Parameter(values))
 
     def share(self, layer: Layer) -> slice:
-        """Return the maps or units of a layer that are here."""
+        """Return the maps or units of a layer that this column holds."""
         return slice(0, layer.width) if self.column is None else layer.share(self.column)
 
     def weights(self) -> Weights:
@@ -46,22 +46,22 @@ class Column(nn.Module):
         return {name.replace("_", "."): parameter for name, parameter in self.named_parameters()}
 
     def groups(self, count: int) -> int:
-        """Return the number of a layer's groups, or columns, that are here."""
+        """Return how many of a layer's `count` groups, or columns, are here."""
         return count if self.column is None else 1
 
     def layer(self, layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Compute one layer and what follows it.
+        """Compute one layer and the operations that follow it.
 
         Args:
             x: (n, maps, side, side) or (n, units).
-            mask: (n, units) of the units that are here; None: testing.
+            mask: (n, units) of 0 and 1, for the units of this column; None in evaluation, or without dropout.
         """
         weight, bias = getattr(self, f"{layer.name}_weight"), getattr(self, f"{layer.name}_bias")
         recipe, groups = layer.recipe, self.groups(layer.groups)
         if recipe.kind == "linear":
             x = _linear(x.flatten(1), weight, bias, groups)
         else:
-            if recipe.overhang:  # where the last windows hang over, they read zero
+            if recipe.overhang:  # the last windows hang over the edge, and see zeros there
                 x = F.pad(x, (0, recipe.overhang, 0, recipe.overhang))
             if recipe.kind == "conv":
                 x = F.conv2d(x, weight, bias, recipe.stride, recipe.padding, groups=groups)
@@ -87,7 +87,7 @@ class Column(nn.Module):
         return pool(x, size, stride, ceil_mode=True)  # a last window may hang over, as `layers.pooled` has it
 
     def run(self, layers: Sequence[Layer], x: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
-        """Compute several layers in a row, with a mask or None for each."""
+        """Compute layers one after the other, with a mask or None for each."""
         for layer, mask in zip(layers, masks):
             x = self.layer(layer, x, mask)
             if self.observe:
@@ -98,9 +98,6 @@ class Column(nn.Module):
 class Grouped(Column):
     """The network on one device, without columns: the layout of saved weights, and the oracle for TwoColumnNet."""
 
-    def __init__(self, recipe: ModelRecipe, classes: int) -> None:
-        super().__init__(recipe, classes)
-
     def load(self, weights: Weights) -> None:
         """Copy weights in the grouped layout into the network."""
         with torch.no_grad():
@@ -108,7 +105,7 @@ class Grouped(Column):
                 parameter.copy_(weights[name])
 
     def forward(self, x: Tensor, masks: Masks | None = None) -> Tensor:
-        """Return the logits (n, classes) of images (n, 3, size, size). `masks` by layer with dropout; None: testing."""
+        """Return the logits (n, classes) of images (n, 3, size, size). `masks` for training; None: evaluation."""
         return self.run(self.layers, x, [(masks or {}).get(layer.name) for layer in self.layers])
 
 

@@ -1,8 +1,9 @@
-"""Numbers of a run that are not finite, by step and layer; and how much each update changes a layer's weights."""
+"""Find numbers that are not finite, by step and layer; and the change of each layer's weights by an update."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from pipeline import UserError
@@ -20,7 +21,10 @@ class Diverged(UserError):
 
 
 class Watch:
-    """Notes on the devices, at every step, whether loss, outputs and gradients are finite; `check` reads the notes."""
+    """Keeps on the devices the first step at which loss, output or gradient of a layer is not finite.
+
+    `note` at every step does not wait for the devices; `check` reads the steps.
+    """
 
     def __init__(self, network: TwoColumnNet, world: World = SINGLE) -> None:
         self._world = world
@@ -29,19 +33,17 @@ class Watch:
 
     @torch.no_grad()
     def note(self, step: int, losses: Tensor) -> None:
-        """Note a step, after its forward and backward passes and before its update."""
+        """Examine a step, after its forward and backward passes and before its update."""
         self._loss = _first(self._loss, losses, step)
         for column in self._columns:
             column.note(step)
 
     def check(self) -> None:
-        """Raise Diverged, with the step and the layer, if a number noted so far was not finite.
-
-        A collective call: every rank learns what any rank has noted.
-        """
+        """Raise Diverged, with the step and the layer, if a number was not finite in any rank. A collective call."""
         outputs = _by_layer((column.layers, column.outputs) for column in self._columns)
         gradients = _by_layer((column.layers, column.gradients) for column in self._columns)
-        loss, *steps = self._world.minimum([int(self._loss), *outputs.values(), *gradients.values()])
+        own = [int(self._loss), *outputs.values(), *gradients.values()]
+        loss, *steps = map(min, zip(*self._world.all_gather(own)))
         outputs, gradients = dict(zip(outputs, steps)), dict(zip(gradients, steps[len(outputs) :]))
         step = min(loss, *steps)
         if step == NEVER:
@@ -53,7 +55,7 @@ class Watch:
 
 
 class _ColumnNotes:
-    """The first steps at which the outputs and the gradients of a column's layers were not finite: (layers,) int64."""
+    """The first steps at which outputs and gradients of a column's layers were not finite: (layers,) int64."""
 
     def __init__(self, column: Column) -> None:
         self._weights = column.weights()
@@ -65,17 +67,17 @@ class _ColumnNotes:
         column.observe = self._observe
 
     def _observe(self, layer: str, output: Tensor) -> None:
-        """Keep the sum of an output: it is not a finite number where one of its terms is not."""
+        """Keep the sum of an output, which is not finite if one of its terms is not."""
         self._sums[layer] = output.detach().sum(dtype=torch.promote_types(output.dtype, torch.float32))
 
     def note(self, step: int) -> None:
         sums = torch.stack([self._sums[layer] for layer in self.layers])
-        self._sums |= self._nothing  # so that CUDA graphs have their memory back
+        self._sums |= self._nothing  # which gives CUDA graphs their memory back
         self.outputs = _first(self.outputs, sums, step)
         zero = sums.new_zeros(1)  # for a frozen layer
         gradients = [zero if w.grad is None else w.grad for w in self._weights.values()]
-        # On a CPU the norm of squares takes a fifteenth of the time that the greatest value takes. It overflows
-        # beyond 1.8e19, with which no run goes on.
+        # On a CPU the 2-norm takes a fifteenth of the time of the maximum. It overflows if a gradient is above 1.8e19,
+        # at which a run has diverged, too.
         norms = torch.stack(torch._foreach_norm(gradients))
         self.gradients = _first(self.gradients, norms.unflatten(0, (len(self.layers), 2)).sum(1), step)
 
@@ -97,9 +99,9 @@ def _by_layer(columns: Iterable[tuple[Sequence[str], Tensor]]) -> dict[str, int]
 def update_ratios(
     parts: Sequence[dict[str, Tensor]], velocity: Sequence[dict[str, Tensor]], rates: Mapping[str, Rates]
 ) -> dict[str, dict[str, float]]:
-    """Return by layer the mean of |w| and of |Δw|, the last update, and their ratio, as the 2012 program printed it.
+    """Return by layer the means of |w| and of |Δw|, the last update, and their ratio, which the 2012 program printed.
 
-    A ratio between 10⁻⁴ and 3·10⁻³ is healthy; a frozen layer has 0. Waits for the devices.
+    A ratio between 10⁻⁴ and 3·10⁻³ is healthy; that of a frozen layer is 0. Waits for the devices.
     """
     ratios = {}
     for name in (name for name in parts[0] if name.endswith(".weight")):
@@ -110,6 +112,12 @@ def update_ratios(
         v = 0.0 if rates[layer].frozen else v
         ratios[layer] = {"weight": w, "update": v, "ratio": v / w if w else 0.0}
     return ratios
+
+
+def require_finite_outputs(outputs: Tensor | ndarray) -> None:
+    """Raise Diverged if outputs in evaluation are not finite numbers."""
+    if not bool(torch.as_tensor(outputs).isfinite().all()):
+        raise Diverged("the network's outputs are not finite numbers: its training has diverged")
 
 
 def require_finite(step: int, weights: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The update rule of 2012, and its learning rates.
 
-v ← μ·v − λ·ε·w − ε·⟨∂L/∂w⟩,  w ← w + v   (paper, section 5). ε stands inside v, so that a drop of the rate does not
-rescale the momentum gathered before it; torch.optim.SGD differs there.
+v ← μ·v − λ·ε·w − ε·⟨∂L/∂w⟩,  w ← w + v   (paper, section 5). The rate ε is a factor within v, so that a drop of the
+rate does not rescale the momentum gathered before it; torch.optim.SGD multiplies v by the rate.
 """
 
 import math
@@ -17,27 +17,28 @@ from trainer.recipe import LayerRates, Recipe
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one layer. `decay` is λ of its weights; a frozen layer does not change, nor does its velocity."""
+    """Learning rates of one layer at a step."""
 
     weights: float
     biases: float
-    decay: float
-    frozen: bool = False
+    decay: float  # λ, of the weights alone
+    frozen: bool = False  # neither weights nor velocity change
 
 
 class Schedule:
-    """The rates at each of a run's `steps`, to which the recipe's epochs stretch; and what a plateau needs."""
+    """The rates at each of a run's `steps`, to which the recipe's epochs stretch; and the search for plateaus."""
 
     def __init__(self, recipe: Recipe, steps: int) -> None:
         self._recipe, self._steps = recipe, steps
-        self._best, self._since, self._fallen = math.inf, 0, 0
+        self._best = math.inf  # top-1 error
+        self._since, self._fallen = 0, 0  # validations since the best one or the last drop; drops
 
     def epoch(self, step: int) -> float:
-        """Return the time of a step in the recipe's epochs: `train.epochs` at the end of the run."""
+        """Return the time of a step in epochs of the recipe: `train.epochs` at the end of the run."""
         return step * self._recipe.train.epochs / self._steps  # exact at whole epochs, in this order
 
     def lr(self, step: int) -> float:
-        """Return the rate of the weights, without the layers' factors, for log lines."""
+        """Return the rate of the weights, without factors of layers, for log lines."""
         return self._scaled(self._recipe.optim.lr) / self._divisor(step)[0]
 
     def rates(self, step: int) -> dict[str, Rates]:
@@ -56,7 +57,7 @@ class Schedule:
         return rates
 
     def validated(self, error: float) -> str | None:
-        """Record a validation's top-1 error; return what follows on a plateau, "drop" or "end", or None."""
+        """Record a validation's top-1 error; return "drop" or "end", which follows on a plateau, or None."""
         optim = self._recipe.optim
         if error < self._best:
             self._best, self._since = error, 0
@@ -69,14 +70,14 @@ class Schedule:
         return "end" if self._fallen > optim.most_drops else "drop"
 
     def is_best(self, error: float) -> bool:
-        """Return True if no validation so far had so low an error. To be called before `validated`."""
+        """Return True if the error is below those of all validations so far; to be called before `validated`."""
         return error < self._best
 
     def state(self) -> dict[str, Any]:
         return {"best": None if self._best == math.inf else self._best, "since": self._since, "fallen": self._fallen}
 
     def load_state(self, state: dict[str, Any], forget_errors: bool = False) -> None:
-        """Restore `state`; without its errors, where they are of other images, but with the number of drops."""
+        """Restore `state`; with `forget_errors`, for they are of other images, only the number of drops."""
         self._fallen = state["fallen"]
         if not forget_errors:
             self._best = math.inf if state["best"] is None else state["best"]
@@ -87,7 +88,7 @@ class Schedule:
         return rate * self._recipe.train.batch_size / self._recipe.optim.batch_size
 
     def _divisor(self, step: int) -> tuple[float, float]:
-        """Return the numbers by which the rates of weights and of biases are divided."""
+        """Return the divisors of the rates of weights and of biases."""
         optim, now = self._recipe.optim, self.epoch(step)
         if optim.schedule == "plateau":
             return (optim.drop_factor ** min(self._fallen, optim.most_drops),) * 2  # "equal for all layers": the paper
@@ -105,28 +106,28 @@ def _passed(times: Sequence[float], now: float) -> int:
 
 
 def _fall(progress: float, stretches: int, factor: float) -> float:
-    """Return 1 in the first stretch, `factor` in the last, and equal ratios between."""
+    """Return the divisor at `progress` (0 to 1): 1 in the first stretch, `factor` in the last, in equal ratios."""
     if stretches == 1:
         return 1.0
     return factor ** (min(int(progress * stretches), stretches - 1) / (stretches - 1))
 
 
 class Momentum:
-    """The velocities of a network's parameters; `parts` is one dict of parameters per column."""
+    """The optimiser: velocities of a network's parameters, which `parts` has by name for each column."""
 
     def __init__(self, parts: Sequence[dict[str, Tensor]], momentum: float) -> None:
         self.parts, self.momentum = parts, momentum
         self.velocity = [{name: torch.zeros_like(parameter) for name, parameter in part.items()} for part in parts]
 
     def freeze(self, rates: dict[str, Rates]) -> None:
-        """Switch gradients off in frozen layers, and on in all others. To be called before the forward pass."""
+        """Switch gradients off in frozen layers, and on in all others; to be called before the forward pass."""
         for part in self.parts:
             for name, w in part.items():
                 w.requires_grad_(not rates[name.partition(".")[0]].frozen)
 
     @torch.no_grad()
     def step(self, rates: dict[str, Rates]) -> None:
-        """Update from the parameters' gradients, and drop them. Biases do not decay."""
+        """Update velocities and parameters by the gradients, and free these. Biases do not decay."""
         for part, velocity in zip(self.parts, self.velocity):
             for name, w in part.items():
                 layer, _, kind = name.partition(".")

@@ -1,16 +1,15 @@
-"""What several commands ask for, and what they make of it."""
+"""Options that several commands share, and checks of the paths that they name."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline import UserError, storage
+from pipeline import UserError, files, storage
 
 
 class Local(click.Path):
-    """A path on this machine: of a URL, a path would be a folder called s3: here."""
+    """A path on this machine. A URL is refused: as a path it would be a folder named s3:."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and storage.is_remote(value):
@@ -18,7 +17,7 @@ class Local(click.Path):
         return super().convert(value, param, ctx)
 
 
-PATH = Local(path_type=Path, readable=False)  # what cannot be read is told with its remedy, where it is read
+PATH = Local(path_type=Path, readable=False)  # click checks no permission: the error of opening it has a remedy
 
 DATA = click.option("--data", type=PATH, required=True, help="A dataset directory, from tools/build_shards.py.")
 CHECKPOINT = click.option(
@@ -38,25 +37,19 @@ JSON = click.option("--json", "as_json", is_flag=True, help="JSON, for programs,
 
 
 def require_writable(path: Path | None) -> None:
-    """Meet what keeps a file from being written now, and not once its content is computed.
-
-    Raises:
-        UserError: it is a directory, or stands below a file.
-        OSError: the operating system's own words.
-    """
+    """Raise UserError or OSError if a file cannot be written; to be called before its content is computed."""
     if path is None:
         return
     if path.is_dir():
         raise UserError(f"{path}: is a directory; name a file")
-    above = next(each for each in path.absolute().parents if each.exists())
+    above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise UserError(f"{path}: {above} is a file, not a directory; name another place")
-    with tempfile.TemporaryFile(dir=above):
-        pass
+        raise UserError(f"{path}: {above} is a file, not a directory; name another path")
+    files.require_writable(path.parent)
 
 
 def require_npz(path: Path | None) -> None:
-    """Raise, before probabilities are computed, what would keep them from being saved: UserError or OSError."""
+    """Raise UserError or OSError if probabilities cannot be saved; to be called before they are computed."""
     if path is not None and path.suffix != ".npz":
         raise UserError(f"--save-probabilities {path}: give a name that ends in .npz")
     require_writable(path)

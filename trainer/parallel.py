@@ -13,8 +13,8 @@ from trainer.model import Column, Masks, Weights, compiled
 class TwoColumnNet(nn.Module):
     """The network of `model.Grouped` cut into its columns, one for each device; a device may be named twice.
 
-    A segment of one column is started after the other's without waiting for it: on two GPUs they run at once. Values go
-    from device to device only before a layer that sees both columns.
+    The columns compute a segment of layers at the same time on two GPUs, for kernels are launched without waiting. Then
+    they exchange values, if the next layer sees both columns.
     """
 
     def __init__(
@@ -28,10 +28,11 @@ class TwoColumnNet(nn.Module):
         super().__init__()
         assert len(devices) == recipe.columns
         self.recipe, self.classes, self.devices = recipe, classes, tuple(devices)
-        self.columns = nn.ModuleList(Column(recipe, classes, i, device) for i, device in enumerate(devices))
-        self.layers = self._columns()[0].layers
+        self._columns = [Column(recipe, classes, i, device) for i, device in enumerate(devices)]
+        self.columns = nn.ModuleList(self._columns)
+        self.layers = self._columns[0].layers
         self.segments = segments(self.layers)
-        self._runs = [compiled(column.run, compile) for column in self._columns()]
+        self._runs = [compiled(column.run, compile) for column in self._columns]
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         for parameter in self.parameters():
             if parameter.dim() == 4:  # velocities get the layout of their weights
@@ -41,15 +42,15 @@ class TwoColumnNet(nn.Module):
         """Return the logits (n, classes) on the first device.
 
         Args:
-            x: (n, 3, size, size), or a copy for each column.
-            masks: as in `model.Grouped`, on any device, or a copy for each column.
+            x: (n, 3, size, size), or a copy for each column, on any device.
+            masks: (n, units) by layer with dropout, or a copy for each column, on any device; None: evaluation.
         """
         return joined(self._run(self.segments, x, masks), self.devices[0])
 
     def hidden(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Return the last layer's input, when testing: (n, units) on the first device, [column 0 | column 1].
+        """Return the input of the last layer in evaluation: (n, units) on the first device, [column 0 | column 1].
 
-        After dropout, that is times 1 − probability, as in `forward`. A last layer that is the first sees the images.
+        After dropout, that is times 1 − probability. If the last layer is the first one, its input is the images.
         """
         if len(self.layers) == 1:
             return (x if isinstance(x, Tensor) else x[0]).to(self.devices[0]).flatten(1)
@@ -61,17 +62,17 @@ class TwoColumnNet(nn.Module):
         x: Tensor | Sequence[Tensor],
         masks: Masks | Sequence[Masks] | None,
     ) -> list[Tensor]:
-        """Return the output of each column that has the last layer."""
+        """Return the output of the last segment, of each column that holds its last layer."""
         copies = [x] * len(self.devices) if isinstance(x, Tensor) else x
         values = [copy.to(device, memory_format=self._format) for copy, device in zip(copies, self.devices)]
-        # compiled for training alone: evaluation has other sizes, and keeps outputs that CUDA graphs would overwrite;
-        # and not for the empty part of a batch, for which torch compiles wrongly (2.13)
-        runs = self._runs if torch.is_grad_enabled() and len(values[0]) else [column.run for column in self._columns()]
+        # Compiled for training alone: evaluation has other sizes, and keeps outputs that CUDA graphs would overwrite.
+        # And not for an empty part of a batch, for which torch 2.13 compiles wrongly.
+        runs = self._runs if torch.is_grad_enabled() and len(values[0]) else [column.run for column in self._columns]
         for index, layers in enumerate(segments):
             columns = range(layers[0].columns)
             if index:
                 values = [joined(values, self.devices[i]) for i in columns]
-            # one column after the other, so that the devices are both busy
+            # launched one after the other without waiting, so that both devices are busy
             values = [runs[i](layers, values[i], self._masks(i, layers, masks)) for i in columns]
         return values
 
@@ -83,49 +84,41 @@ class TwoColumnNet(nn.Module):
             for layer in layers
         ]
 
-    def _columns(self) -> list[Column]:
-        return [column for column in self.columns if isinstance(column, Column)]
-
     def parts(self) -> list[Weights]:
         """Return each column's parameters by name."""
-        return [column.weights() for column in self._columns()]
+        return [column.weights() for column in self._columns]
 
-    def gathered(self, values: Sequence[Weights] | None = None) -> Weights:
-        """Return weights, or `values` by the same names per column, in the grouped layout: copies, on the CPU."""
-        parts = values or self.parts()
-        result = {}
-        for name in parts[0]:
-            shares = [part[name].detach().to("cpu") for part in parts if name in part]
-            result[name] = torch.cat(shares, 0).contiguous()
-        return result
+    def gathered(self, parts: Sequence[Weights] | None = None) -> Weights:
+        """Return the weights, or other `parts` of the same names, in the grouped layout: copies, on the CPU."""
+        parts = parts or self.parts()
+        shares = {name: [part[name].detach().to("cpu") for part in parts if name in part] for name in parts[0]}
+        return {name: torch.cat(tensors, 0).contiguous() for name, tensors in shares.items()}
 
     @torch.no_grad()
     def scatter(self, grouped: Weights) -> list[Weights]:
-        """Cut tensors in the grouped layout into each column's share: copies, on its device."""
+        """Cut tensors in the grouped layout into each column's share: copies, on its device, in the weights' format."""
         parts = []
-        for column in self._columns():
+        for column in self._columns:
             rows = {layer.name: column.share(layer) for layer in self.layers}
-            part = {}
-            for name, w in column.weights().items():
-                part[name] = torch.empty_like(w).copy_(grouped[name][rows[name.partition(".")[0]]])
-            parts.append(part)
+            shares = {name: grouped[name][rows[name.partition(".")[0]]] for name in column.weights()}
+            parts.append({name: torch.empty_like(w).copy_(shares[name]) for name, w in column.weights().items()})
         return parts
 
+    @torch.no_grad()
     def load(self, weights: Weights) -> None:
         """Copy weights in the grouped layout into the columns."""
-        with torch.no_grad():
-            for parameters, part in zip(self.parts(), self.scatter(weights)):
-                for name, parameter in parameters.items():
-                    parameter.copy_(part[name])
+        for parameters, part in zip(self.parts(), self.scatter(weights)):
+            for name, parameter in parameters.items():
+                parameter.copy_(part[name])
 
 
 def joined(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the columns' values side by side on one device: the only copy from column to column."""
+    """Return the columns' values side by side on one device. Values are copied between devices nowhere else."""
     return values[0] if len(values) == 1 else torch.cat([value.to(device) for value in values], 1)
 
 
 def segments(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
-    """Cut the layers where columns exchange values: a segment begins with each layer that sees both columns."""
+    """Cut the layers where columns exchange values: each layer that sees both columns begins a segment."""
     starts = [0, *(i for i, layer in enumerate(layers) if i and layer.groups == 1), len(layers)]
     if layers[0].columns == 1:  # one column has nothing to exchange
         starts = [0, len(layers)]
@@ -133,6 +126,6 @@ def segments(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
 
 
 def reference_precision(precision: str = "fp32") -> None:
-    """Choose a GPU's float32 products: "fp32", as in 2012; else TF32, with 10 bits of mantissa."""
+    """Set the precision of float32 products on GPUs: "fp32", as in 2012; else TF32, with 10 bits of mantissa."""
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"

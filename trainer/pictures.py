@@ -1,4 +1,4 @@
-"""Single pictures as a network sees them: stored ones, or raw ones on the builder's way. On the CPU, without DALI."""
+"""Prepare single pictures, stored or raw, for a network as builder and loader do; on the CPU, without DALI."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from trainer.recipe import Recipe
 
 
 class Pictures:
-    """The pixels that the loader would give a network of `recipe` of pictures of `dataset`'s kind.
+    """Prepares pictures as the builder of `dataset` and the loader of a network of `recipe` do.
 
     Raises:
         UserError: data set and recipe do not fit together; the statistics are damaged.

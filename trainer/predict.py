@@ -24,7 +24,7 @@ from trainer import checkpoint as checkpoints
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.evaluate import view_probabilities
-from trainer.nonfinite import Diverged
+from trainer.nonfinite import require_finite_outputs
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
@@ -33,23 +33,23 @@ from trainer.probabilities import top
 BATCH_SIZE = {"centre": 32, "ten": 8}  # pictures; results come a batch at a time
 THREADS = min(4, os.cpu_count() or 1)  # that decode, each with as much memory as the builder's worker
 TARS = (".tar", ".tar.gz", ".tgz")  # of which the packed ones are refused
-BESIDE = (  # endings of files that lie beside pictures and are none
+NO_PICTURES = (  # endings of files that often lie beside pictures
     *(".cls", ".csv", ".html", ".idx", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet", ".py"),
     *(".safetensors", ".toml", ".tsv", ".txt", ".xml", ".yaml", ".yml"),
 )
-TAKEN = ("", archives.UNSAFE_NAME, archives.SECOND_OF_NAME)  # no picture is written to a path of its name
 TOO_LARGE = "too_many_bytes", REASONS["too_many_bytes"]
-SILENT = (archives.FOLDER, archives.DATA_AFTER_END)
+USABLE = ("", archives.UNSAFE_NAME, archives.SECOND_OF_NAME)  # of reasons; no picture is written to a path of its name
+NOT_COUNTED = (archives.FOLDER, archives.DATA_AFTER_END)
 
 
 @dataclass(frozen=True)
 class Raw:
     """A file that should be a picture."""
 
-    picture: str  # the file's path or URL; of a member of a tar, after the tar's own
+    picture: str  # path or URL of the file; for a member of a tar TAR/MEMBER
     size: int  # bytes
     read: Callable[[], bytes]  # raises OSError, StorageError; any thread may call it
-    stored: bool = False  # a manifest says that the builder stored it: of its own size, it is taken as it is
+    stored: bool = False  # listed in a manifest: if it has the data set's size, it is used as it is
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Failure:
 class RawPictures:
     """Every picture at locations that exist, one after the other, in the order of paths and of members.
 
-    In folders and tars, what is hidden, ends as in BESIDE or is no file is counted in `left_out`; all else should be
-    pictures. `empty` lists locations without any. Raises StorageError: the object store fails.
+    In folders and tars, entries that are hidden, end as in NO_PICTURES or are no files are counted in `left_out`; all
+    others should be pictures. `empty` lists locations without any. Raises StorageError: the object store fails.
     """
 
     def __init__(self, locations: Sequence[Location], rules: BuildRecipe) -> None:
-        """`rules` are those of the data set that the network was trained on."""
+        """Take the `rules` of the data set that the network was trained on."""
         self._locations, self._rules = locations, rules
         self.left_out: Counter[str] = Counter()
         self.empty: list[str] = []
@@ -91,42 +91,40 @@ class RawPictures:
             if empty:
                 self.empty.append(str(location))
 
-    def _at(self, location: Location) -> Iterator[Raw | Failure]:
-        try:
-            if storage.is_dir(location):
-                yield from self._below(location, set())
-            elif storage.is_file(location):
-                yield from self._file(location, storage.stamp(location)[0])
-            else:
-                yield Failure(str(location), "unreadable", "neither a file nor a folder")
-        except OSError as error:
-            yield unreadable(location, error)
-
-    def _below(self, folder: Location, seen: set[Location]) -> Iterator[Raw | Failure]:
-        """Yield the pictures of a folder and its folders. Links to folders are followed, each folder once."""
-        resolved = folder.resolve() if isinstance(folder, Path) else folder
-        try:
-            entries = [] if resolved in seen else storage.scan(folder)
-        except OSError as error:
-            yield unreadable(folder, error)
+    def _at(self, root: Location) -> Iterator[Raw | Failure]:
+        """Yield a file, or the pictures of a folder and its folders. Links are followed, and folders visited once."""
+        is_file, is_dir = storage.is_file(root), storage.is_dir(root)
+        if not is_file and not is_dir:
+            yield Failure(str(root), "unreadable", "neither a file nor a folder")
             return
-        seen.add(resolved)
-        for entry in entries:
-            if entry.is_dir and not entry.name.startswith("."):
-                yield from self._below(folder / entry.name, seen)
-            elif not self._counted(entry.name, entry.is_file):
-                yield from self._file(folder / entry.name, entry.size)
+        entry = storage.Entry("", is_file, is_dir, storage.stamp(root)[0] if is_file else 0)
+        seen, pending = set[object](), [(root, entry)]
+        while pending:  # a stack: folders may be nested more deeply than Python's calls
+            folder, entry = pending.pop()
+            path = folder / entry.name if entry.name else folder
+            if not entry.is_dir or entry.name.startswith("."):
+                if not self._counted(entry.name, entry.is_file):
+                    yield from self._file(path, entry.size)
+                continue
+            try:
+                identity = os.stat(path)[1:3] if isinstance(path, Path) else path  # inode and device
+                entries = [] if identity in seen else storage.scan(path)
+            except OSError as error:
+                yield unreadable(path, error)
+                continue
+            seen.add(identity)
+            pending += [(path, entry) for entry in reversed(entries)]
 
     def _file(self, path: Location, size: int) -> Iterator[Raw | Failure]:
         if path.name.lower().endswith(TARS):
             yield from self._tar(path)
-        elif size > self._rules.max_bytes:  # it is not even read
+        elif size > self._rules.max_bytes:
             yield Failure(str(path), *TOO_LARGE)
         else:
             yield Raw(str(path), size, lambda: storage.read_range(str(path), 0, size))
 
     def _tar(self, tar: Location) -> Iterator[Raw | Failure]:
-        """Yield the members that should be pictures; and why there are no more, where the tar is damaged."""
+        """Yield the members that should be pictures, and at last a Failure if the tar is damaged."""
         stored = is_shard(tar)
         try:
             with storage.opened(tar) as (read, size):
@@ -134,14 +132,14 @@ class RawPictures:
                     name = f"{tar}/{member.name}"
                     if member.reason == archives.NO_END:
                         raise SourceError(f"cut short at byte {member.offset:,}: it has no end mark; fetch it again")
-                    if member.reason not in TAKEN:
-                        if member.reason not in SILENT:
+                    if member.reason not in USABLE:
+                        if member.reason not in NOT_COUNTED:
                             self.left_out["link, device or sparse file in a tar"] += 1
                     elif self._counted(member.name):
                         continue
                     elif member.size > self._rules.max_bytes:
                         yield Failure(name, *TOO_LARGE)
-                    else:  # read now: other threads would leap about in the tar
+                    else:  # read now: threads would read the tar out of order
                         yield Raw(name, member.size, partial(bytes, read(member.size, member.offset)), stored)
         except OSError as error:
             yield unreadable(tar, error)
@@ -149,9 +147,9 @@ class RawPictures:
             yield Failure(str(tar), "bad_tar", f"not a whole, plain tar ({str(error).removeprefix(f'{tar}: ')})")
 
     def _counted(self, name: str, is_file: bool = True) -> bool:
-        """Return True, and count the file, if it is none, or no picture by its name."""
+        """Return True, and count the entry in `left_out`, if it is no file, or no picture by its name."""
         last, other = name.rpartition("/")[2].lower(), "" if is_file else "link to nothing, pipe or device"
-        kind = "hidden" if last.startswith(".") else next((f"*{end}" for end in BESIDE if last.endswith(end)), other)
+        kind = "hidden" if last.startswith(".") else next((f"*{e}" for e in NO_PICTURES if last.endswith(e)), other)
         self.left_out.update([kind] if kind else [])
         return bool(kind)
 
@@ -159,13 +157,13 @@ class RawPictures:
 def is_shard(tar: Location) -> bool:
     """Return True if the manifest of a dataset directory lists a tar: the builder has rescaled its pictures already.
 
-    Where a picture comes from decides, not how it looks: the builder would encode a raw JPEG of size × size again.
+    The pictures' size does not decide it: the builder would encode a raw JPEG of that size again.
     """
     path = tar.resolve() if isinstance(tar, Path) else tar
     root = path.parent.parent
     try:
         dataset = manifest.parse(storage.read_bytes(root / manifest.FILE_NAME), root)
-    except (OSError, UserError):  # none, or not one of ours: then it vouches for nothing
+    except (OSError, UserError):  # no manifest, or not one of ours
         return False
     names = {shard.name for split in dataset.splits.values() for shard in split.shards}
     return f"{path.parent.name}/{path.name}" in names
@@ -183,7 +181,7 @@ def classify(
     views: str,
     classes: Sequence[ClassRecord],
 ) -> Iterator[Prediction | Failure]:
-    """Yield, for each of `raws` in its order, its prediction or why there is none. Few are in memory at a time.
+    """Yield, for each of `raws` in order, a prediction or the reason of a failure. Few are in memory at a time.
 
     Args:
         views: "centre", or "ten", whose probabilities are averaged.
@@ -194,26 +192,24 @@ def classify(
     ready = read_ahead(raws, partial(_jpeg, pictures), THREADS, lambda raw: raw.size if isinstance(raw, Raw) else 0)
     while batch := list(islice(ready, BATCH_SIZE[views])):
         jpegs = [jpeg for _, jpeg in batch if isinstance(jpeg, bytes)]
-        values = np.zeros(0)
+        rows: Iterator[np.ndarray] = iter(())
         if jpegs:
-            values = view_probabilities(network, pictures.views(jpegs, views)).mean(1).cpu().numpy()
-        if not np.isfinite(values).all():
-            raise Diverged("the network's outputs are not finite numbers: its training has diverged")
-        rows: Iterator[np.ndarray] = iter(values)
+            probabilities = view_probabilities(network, pictures.views(jpegs, views)).mean(1).cpu().numpy()
+            require_finite_outputs(probabilities)
+            rows = iter(probabilities)
         for raw, jpeg in batch:
             if isinstance(jpeg, Failure):
                 yield jpeg
-            else:
-                row = next(rows)
-                labels = [
-                    {"label": i, "wnid": classes[i].wnid, "words": classes[i].words, "probability": float(row[i])}
-                    for i in top(row).tolist()
-                ]
-                yield Prediction(raw.picture, labels)
+                continue
+            row, labels = next(rows), []
+            for i in top(row).tolist():
+                names = {"label": i, "wnid": classes[i].wnid, "words": classes[i].words}
+                labels.append({**names, "probability": float(row[i])})
+            yield Prediction(raw.picture, labels)
 
 
 def _jpeg(pictures: Pictures, raw: Raw | Failure) -> bytes | Failure:
-    """Return a picture as the builder would store it, or why it cannot."""
+    """Return a picture as the builder would store it, or why that fails. Raises StorageError."""
     if isinstance(raw, Failure):
         return raw
     try:
@@ -256,7 +252,7 @@ def predict(words: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
     network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     raws, pictures = RawPictures(locations, dataset.recipe), Pictures(dataset, checkpoint.recipe)
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it tells of bad pictures, as we do
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # which reports bad pictures, as this command does
     predicted = failed = 0
     for result in classify(network, pictures, raws, views, dataset.classes):
         failed += isinstance(result, Failure)

@@ -1,4 +1,4 @@
-"""Saved probabilities: one .npz of a network's, or several networks', for every image of a split."""
+"""Save and load the probabilities of a network, or of several, for every image of a split: one .npz file."""
 
 import errno
 import io
@@ -41,7 +41,7 @@ class Probabilities:
 
     @classmethod
     def empty(cls, origin: Origin, samples: int) -> "Probabilities":
-        """Return arrays to be filled."""
+        """Return arrays of so many samples, to be filled."""
         return cls(origin, np.empty(samples, np.int64), np.empty((samples, len(origin.classes))))
 
     @property
@@ -75,13 +75,11 @@ def load(path: Path) -> Probabilities:
             with zipfile.ZipFile(file) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("a member is compressed")  # it could fill the memory
-                if archive.testzip():
-                    raise ValueError("the CRC-32 of a member differs")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return _checked(*(np.asarray(arrays[name]) for name in ARRAYS))
         except DAMAGE as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # as a seek to before the file is
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek to a negative offset
                 raise
             reason = " ".join(str(error).split())
             raise UserError(
@@ -111,5 +109,5 @@ def _checked(about: np.ndarray, classes: np.ndarray, labels: np.ndarray, values:
 
 
 def top(values: np.ndarray, k: int = 5) -> np.ndarray:
-    """Return the labels (…, ≤ k) int64 of the k greatest of (…, classes), the greatest first, level ones by label."""
+    """Return the labels (…, ≤ k) int64 of the k greatest of (…, classes), the greatest first, equal ones by label."""
     return np.argsort(-values, axis=-1, kind="stable")[..., :k]

@@ -1,6 +1,5 @@
 """A training recipe: the options that determine a run. One frozen dataclass, read from TOML, validated once."""
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -10,19 +9,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 from trainer.layers import LayerRecipe, ModelRecipe, RecipeError, require, require_least, require_one_of
 
 FOLDER = Path(__file__).parent / "recipes"
-GREATEST = 3.4e38  # about the greatest float32
-MOST = 2**20  # images of a batch, epochs, steps between two events: beyond any sense
+MAX_FLOAT = 3.4e38  # about the greatest float32
+MAX_COUNT = 2**20  # images of a batch, epochs, steps between two log lines: beyond any sense
 
 
 @dataclass(frozen=True)
 class LayerRates:
-    """Differences of one layer's rates from the others'. Times are epochs of `train.epochs`."""
+    """Factors of one layer's rates, and its own drops. Times are epochs of `train.epochs`."""
 
-    lr: float = 1.0  # times the rate of the weights
-    bias_lr: float = 1.0  # times the rate of the biases
-    decay: float = 1.0  # times optim.decay
+    lr: float = 1.0  # × the rate of the weights
+    bias_lr: float = 1.0  # × the rate of the biases
+    decay: float = 1.0  # × optim.decay
     drops: tuple[float, ...] = ()  # when its weights' rate is divided by optim.drop_factor once more
-    frozen_from: float = 0.0  # when it stops learning, and its gradient is not computed any more; 0: never
+    frozen_from: float = 0.0  # when it stops learning: its gradient is no longer computed; 0: never
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,11 @@ class OptimRecipe:
     """v ← momentum·v − decay·lr·w − lr·gradient; w ← w + v. Times are epochs of `train.epochs`.
 
     Args:
-        batch_size: what the rates are meant for; another train.batch_size scales them in proportion.
-        schedule: "stretches": equally long ones, of rates that fall in equal ratios to lr / lr_factor; "drops": a
-            division by drop_factor at each time of `drops`; "plateau": one whenever the validation error has not
-            improved for `patience` validations, `most_drops` times, and at the next plateau the run ends.
+        batch_size: the batch that the rates are meant for; another train.batch_size scales them in proportion.
+        schedule: "stretches": `lr_steps` stretches of equal length, with rates that fall in equal ratios from lr to
+            lr / lr_factor; "drops": the rate is divided by drop_factor at each time of `drops`; "plateau": whenever the
+            validation error has not improved for `patience` validations, `most_drops` times; the next plateau ends the
+            run.
     """
 
     batch_size: int = 128
@@ -66,7 +66,7 @@ class OptimRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """The loader's options, which pipeline/online/augment.py describes."""
+    """Options of the loader, which pipeline/online/augment.py and order.py describe."""
 
     order: str = "uniform"
     mean: str = "centre"
@@ -95,14 +95,15 @@ class TrainRecipe:
     validate_every: int = 0  # steps; 0: at the end of every epoch
     checkpoint_every: int = 0  # steps; 0: at the end of every epoch
     keep: int = 3  # of the newest checkpoints; the best stays as well
-    precision: str = "fp32"  # "tf32": 10 bits of mantissa in products; "bf16": products of bfloat16, LRN and loss not
+    precision: str = "fp32"  # "tf32": products have 10 bits of mantissa; "bf16": bfloat16, but for LRN sums and loss
     compile: str = "no"  # "segments": torch.compile of each column between exchanges; "graphs": CUDA graphs of them too
     channels_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every", "keep"):
-            require(1 <= getattr(self, name) <= MOST, f"train.{name}", getattr(self, name), f"between 1 and {MOST:,}")
-        require(0 < self.epochs <= MOST, "train.epochs", self.epochs, f"above 0, and at most {MOST:,}")
+            value = getattr(self, name)
+            require(1 <= value <= MAX_COUNT, f"train.{name}", value, f"between 1 and {MAX_COUNT:,}")
+        require(0 < self.epochs <= MAX_COUNT, "train.epochs", self.epochs, f"above 0, and at most {MAX_COUNT:,}")
         require(self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as the epochs take)")
         for name in ("validate_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -175,16 +176,16 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     return recipe
 
 
-def from_dict(values: Mapping[str, Any], base: Recipe, where: str) -> Recipe:
-    """Return `base` with `values` put over it, where an error says `where` they are from.
+def from_dict(values: Mapping[str, Any], base: Recipe, source: str) -> Recipe:
+    """Return `base` with `values` put over it; the inverse of `dataclasses.asdict`. Errors begin with `source`.
 
-    Of `model.layers`, and of their rates, those that a new `model.order` does not name go.
+    Layers of `base` that a new `model.order` does not name are dropped, and their rates.
 
     Raises:
         RecipeError: an unknown key, a value of another type, or what a recipe refuses.
     """
-    values = _typed(values, Recipe, "", where)
-    merged, order = to_dict(base), values.get("model", {}).get("order", base.model.order)
+    values = _typed(values, Recipe, "", source)
+    merged, order = asdict(base), values.get("model", {}).get("order", base.model.order)
     for section in ("model", "optim"):
         layers = merged[section]["layers"]
         merged[section]["layers"] = {name: layer for name, layer in layers.items() if name in order}
@@ -196,54 +197,43 @@ def from_dict(values: Mapping[str, Any], base: Recipe, where: str) -> Recipe:
         data, train = DataRecipe(**merged["data"]), TrainRecipe(**merged["train"])
         return Recipe(ModelRecipe(**model), OptimRecipe(**optim), data, train)
     except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return plain values, which `from_dict` takes back."""
-    return asdict(recipe)
+        raise RecipeError(f"{source}: {error}") from error
 
 
 def difference(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the keys in which two recipes differ, with both values: {"optim.lr": (0.01, 0.001)}; None: no such key."""
-    one, other = flat(to_dict(before)), flat(to_dict(now))
-    keys = [*one, *(key for key in other if key not in one)]
-    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
+    one, other = flat(asdict(before)), flat(asdict(now))
+    return {key: (one.get(key), other.get(key)) for key in one | other if one.get(key) != other.get(key)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of `to_dict` by full keys: {"optim.lr": 0.01}."""
+    """Return the values of nested sections by their full keys: {"optim.lr": 0.01}."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return result
 
 
-def as_setting(key: str, value: Any) -> str:
-    """Return KEY=VALUE for `--set`."""
-    return f"{key}={json.dumps(value)}"
-
-
-def _typed(value: Any, kind: Any, key: str, where: str) -> Any:
-    """Return a value of TOML or JSON as a field of type `kind` takes it, a section as a dict of such values."""
+def _typed(value: Any, kind: Any, key: str, source: str) -> Any:
+    """Convert a value of TOML or JSON to type `kind`, and a section to a dict of such values. Raises RecipeError."""
     if is_dataclass(kind) or get_origin(kind) is Mapping:
         if not isinstance(value, Mapping):
-            raise RecipeError(f"{where}: {key} = {value!r}: a section, not a value")
+            raise RecipeError(f"{source}: {key} = {value!r}: a section, not a value")
         prefix = f"{key}." if key else ""
         types = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
         if unknown := [name for name in value if name not in types]:
             known = ", ".join(prefix + name for name in types)
-            raise RecipeError(f"{where}: unknown key {prefix}{unknown[0]}; known: {known}")
-        return {name: _typed(inner, types[name], prefix + name, where) for name, inner in value.items()}
+            raise RecipeError(f"{source}: unknown key {prefix}{unknown[0]}; known: {known}")
+        return {name: _typed(inner, types[name], prefix + name, source) for name, inner in value.items()}
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(element, get_args(kind)[0], key, where) for element in value)
-    if kind is float and type(value) in (int, float) and abs(value) <= GREATEST:
+        return tuple(_typed(element, get_args(kind)[0], key, source) for element in value)
+    if kind is float and type(value) in (int, float) and abs(value) <= MAX_FLOAT:
         return float(value)
     if kind is not float and type(value) is kind:
         return value
-    names = {float: f"a number up to {GREATEST:.2g}", int: "a whole number", bool: "true or false", str: "a text"}
+    names = {float: f"a number up to {MAX_FLOAT:.2g}", int: "a whole number", bool: "true or false", str: "a text"}
     expected = names[kind] if kind in names else f"a list, each {names[get_args(kind)[0]]}"
-    raise RecipeError(f"{where}: {key} = {value!r}: must be {expected}")
+    raise RecipeError(f"{source}: {key} = {value!r}: must be {expected}")
 
 
 def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

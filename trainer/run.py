@@ -1,11 +1,11 @@
-"""A run and its directory: what may start there, the lock, the history, and the first weights."""
+"""A run and its directory: checks of a new and of a resumed run, the lock, the history, the first weights."""
 
 import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,32 @@ from trainer.checkpoint import Checkpoint, CheckpointWriter
 from trainer.layers import multiply_adds, parameter_count
 from trainer.metrics import Metrics
 from trainer.model import Weights, initial_weights
-from trainer.recipe import Recipe, difference, to_dict
+from trainer.recipe import Recipe, difference
 from trainer.terminal import Terminal
 
-# Keys that the weights and the sequence of batches depend on; all others may change on resume
+# Prefixes of keys that may not change on resume, for weights and batches depend on them; all other keys may, and FREE
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
 FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad")
-OWN = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
+FILES = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
 History = tuple[dict[str, Any], ...]  # an entry for each start of the run
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run as asked for: a new one, perhaps with layers of another (`init`), or one that goes on (`resumed`)."""
+    """A run to start: a new one, perhaps with layers of another (`init`), or one that goes on (`resumed`)."""
 
     data: Path
     run: Path
     recipe: Recipe
     devices: tuple[torch.device, ...]  # of this process, one for each column
     resumed: Checkpoint | None = None  # its tensors are in the main process alone
-    other_data: bool = False  # the data set may be another than the checkpoint's
+    other_data: bool = False  # the data set may be another than the resumed checkpoint's
     init: Checkpoint | None = None  # in the main process alone
-    init_layers: tuple[str, ...] = ()  # empty: all that fit
+    init_layers: tuple[str, ...] = ()  # to take from `init`; empty: all that fit
 
     @property
     def start(self) -> int:
-        """Return the number of steps that are done."""
+        """Return the number of steps that are done before this start."""
         return self.resumed.step if self.resumed else 0
 
 
@@ -59,14 +59,14 @@ class Writers:
 
 @contextmanager
 def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers]:
-    """Make and lock the directory of a run of so many steps until the context ends; write recipe.json, history.json.
+    """Make and lock the run directory until the context ends, write recipe.json and history.json, open the outputs.
 
-    Raises UserError: another process trains there; a disk is full.
+    `steps` is the length of the run. Raises UserError: another process trains there; a disk is full.
     """
     run, keep, start = settings.run, settings.recipe.train.keep, settings.start
     with _locked(run):
         sweep(run)  # files that a killed process left half-written
-        for name, value in (("recipe.json", to_dict(settings.recipe)), ("history.json", history)):
+        for name, value in (("recipe.json", asdict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
         with Metrics(run, start) as metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
             yield Writers(metrics, writer, console)
@@ -87,20 +87,20 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 def require_fresh(run: Path) -> None:
-    """Raise UserError unless a new run may start here: no directory, an empty one, or a run's without a checkpoint."""
+    """Raise UserError unless a new run may start here: no or an empty directory, or a run's without checkpoints."""
     if not run.exists():
         return
     if not run.is_dir():
         raise UserError(f"{run}: is a file; name a directory as --out")
     if checkpoints.files(run) or checkpoints.best_file(run).exists():
         raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
-    others = [path.name for path in run.iterdir() if path.name not in OWN and path.suffix != ASIDE]
+    others = [path.name for path in run.iterdir() if path.name not in FILES and path.suffix != ASIDE]
     if others:
         raise UserError(f"{run}: exists and is not a run directory (it has {min(others)}); name another --out")
 
 
 def require_trainable(dataset: Manifest, recipe: Recipe, validated: bool) -> None:
-    """Raise UserError if the data set lacks what the recipe needs. `validated`: it has labelled validation images."""
+    """Raise UserError if the recipe cannot train on the data set. `validated`: this has labelled validation images."""
     classes = len(dataset.classes)
     if recipe.model.classes not in (0, classes):
         raise UserError(
@@ -118,7 +118,7 @@ def require_trainable(dataset: Manifest, recipe: Recipe, validated: bool) -> Non
 
 
 def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest, steps: int) -> None:
-    """Raise UserError if data or recipe changed in what cannot change on resume, or if no steps are left to do."""
+    """Raise UserError if the data set or a fixed key of the recipe has changed, or if no steps are left to do."""
     run, recipe = settings.run, settings.recipe
     if not settings.other_data:
         checkpoints.require_same_data(resumed, dataset.identity, run, ", or say --other-data")
@@ -140,10 +140,10 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
 
 
 def first_weights(settings: Settings, classes: tuple[str, ...]) -> Weights:
-    """Return the weights of a new run, those of `init` among them: of the layers named, or of all that fit.
+    """Return the weights of a new run, drawn or from `init`: of the layers in `init_layers`, or of all that fit.
 
-    A layer fits by its name and shape, and the last one only if the classes are the same, too.
-    Raises UserError: a layer that was named does not fit, or is not there; or none fits.
+    A layer fits if name and shape are equal, and the last one only if the classes are, too.
+    Raises UserError: a layer of `init_layers` does not fit or is missing; or none fits.
     """
     weights = initial_weights(settings.recipe.model, len(classes), settings.recipe.train.seed)
     source, names = settings.init, settings.init_layers
@@ -168,7 +168,7 @@ def first_weights(settings: Settings, classes: tuple[str, ...]) -> Weights:
 
 
 def history_entry(settings: Settings, dataset: Manifest, processes: int) -> dict[str, Any]:
-    """Return the entry of a start of the run: from which step, on what, and what changed."""
+    """Return this start's entry in history.json: step, devices, versions, data set, changed keys of the recipe."""
     resumed, init = settings.resumed, settings.init
     changed = difference(resumed.recipe, settings.recipe) if resumed else {}
     return {
@@ -184,7 +184,7 @@ def history_entry(settings: Settings, dataset: Manifest, processes: int) -> dict
 
 
 def introduction(recipe: Recipe, classes: int, validated: bool, history: History) -> list[str]:
-    """Return the first lines of a run: its network, and what it changed if it was resumed."""
+    """Return the first lines that a run prints: its network, and the changes of a resumed one."""
     now = history[-1]
     count, work = parameter_count(recipe.model, classes), multiply_adds(recipe.model, classes) / 1e6
     columns = "one column on" if recipe.model.columns == 1 else "two columns on"

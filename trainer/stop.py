@@ -1,4 +1,4 @@
-"""Early ends of a run: a signal that asks for one, and the remedy that each error names."""
+"""End a run early: on a signal, or on an error, to which the remedy is added."""
 
 import signal
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGHUP within its context; a second signal acts as it would without it."""
+    """Notes SIGTERM, SIGINT and SIGHUP within its context; a second signal acts as without this context."""
 
     number: int | None = None  # of the signal
 
     def __enter__(self) -> "StopRequest":
-        # those that nohup and a shell's `&` ignore stay ignored
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in heard}
+        # signals that nohup and a shell's `&` ignore stay ignored
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -69,10 +69,9 @@ def remedies(run: Path, world: World) -> Iterator[None]:
             raise SystemExit(error.exit_code) from error
         if isinstance(error, Stopped):
             raise
-        files = checkpoints.files(run)
-        if not files:
+        step = checkpoints.newest_step(run)
+        if step is None:
             raise Diverged(f"{error}; the first weights are too large: lower the layers' sd") from error
-        step = int(files[-1].stem.removeprefix("step-"))
         raise Diverged(
             f"{error}; the checkpoint of step {step} is from before: lower optim.lr and go on from it, "
             "--resume --set optim.lr=…"

@@ -1,4 +1,4 @@
-"""The lines that a run prints: a bar on a terminal, plain lines elsewhere."""
+"""Print the progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 WIDTH = 120  # characters of a plain line
-REDRAWN = 2.0  # times a second; each costs the training a millisecond or two
-ESTIMATE_OVER = 600.0  # seconds of the latest steps, from which the bar estimates the rest
+REDRAWN = 2.0  # times a second; each time costs the training a millisecond or two
+ESTIMATE_OVER = 600.0  # seconds; from the speed of the latest steps the bar estimates the time left
 
 
 class Terminal:
@@ -67,7 +67,7 @@ class Terminal:
         )
 
     def print(self, text: str) -> None:
-        """Print any other line."""
+        """Print another line."""
         try:
             if self._bar:
                 self._bar.console.print(text, markup=False, soft_wrap=True)
@@ -87,7 +87,7 @@ class Terminal:
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _shortened(self, stall: str, room: int) -> tuple[str, str]:
-        """Return `stall 12.3 % (cause: remedy)`, where too long without the remedy; that as a line when it is news."""
+        """Return `stall 12.3 % (cause: remedy)` and ""; if too long, it without the remedy, and that if it is new."""
         share, _, hint = stall.partition(" (")
         cause, _, remedy = hint.rstrip(")").partition(": ")
         if len(stall) <= room or not remedy:

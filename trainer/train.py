@@ -1,9 +1,8 @@
-"""python -m trainer train: learn a data set's split `train`, in one process or in each of a job's."""
+"""The training loop, in one process or in each of a job's; the command train."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import click
@@ -17,12 +16,11 @@ from pipeline.online.batch import Batch
 from pipeline.online.devices import missing_device
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders
-from trainer import nonfinite
+from trainer import dropout, nonfinite
 from trainer import recipe as recipes
 from trainer import run as runs
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
-from trainer.dropout import masks as drawn_masks
 from trainer.evaluate import error_rates, labelled
 from trainer.metrics import LogInterval
 from trainer.model import Masks
@@ -34,10 +32,10 @@ from trainer.stop import Stopped, StopRequest, remedies
 
 def draw_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
     """Return the dropout masks of a batch for each column, drawn on its device."""
-    dropout = network.recipe.dropout
-    units = {layer.name: layer.width for layer in network.layers if dropout and "dropout" in layer.recipe.then}
-    draw = partial(drawn_masks, seed, batch.step, len(batch.ids), units, dropout, first=batch.place)
-    masks = {device: draw(device=device) for device in dict.fromkeys(network.devices)}  # once where two share one
+    probability = network.recipe.dropout
+    units = {layer.name: layer.width for layer in network.layers if probability and "dropout" in layer.recipe.then}
+    size, devices = len(batch.ids), dict.fromkeys(network.devices)  # one device may have both columns
+    masks = {d: dropout.masks(seed, batch.step, size, units, probability, d, batch.place) for d in devices}
     return [masks[device] for device in network.devices]
 
 
@@ -52,17 +50,17 @@ def train_step(
 ) -> Tensor:
     """Update the weights by a batch; return the sum of its losses in nats, a scalar on the first device.
 
-    Of several ranks, each has its part of the batch and the sum of that part's losses; `Replicas` adds up gradients. A
-    short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
+    Each of several ranks has its part of the batch, and gets that part's sum of losses; `Replicas` sums the gradients.
+    A short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
     """
-    optimiser.freeze(rates)
+    optimiser.freeze(rates)  # before the forward pass, which records what needs gradients
 
     # forward
     with torch.autocast(network.devices[0].type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits = network(batch.replicas, masks)  # (n, classes)
 
     # loss
-    if logits.dtype == torch.bfloat16:
+    if logits.dtype == torch.bfloat16:  # but not float64, in which tests compute
         logits = logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="sum")
 
@@ -103,7 +101,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         loaders.require_pictures(dataset, recipe)
     placement = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
     versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
-    world.require_equal_settings({**recipes.flat(recipes.to_dict(recipe)), **versions})
+    world.require_equal_settings(recipes.flat(asdict(recipe)) | versions)
 
     # ---------------- Network, optimiser, schedule ----------------
     reference_precision(recipe.train.precision)
@@ -117,47 +115,46 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             optimiser.velocity = network.scatter(resumed.velocity)
         elif world.is_main:
             network.load(runs.first_weights(settings, classes))
-    replicas = Replicas(network, world)  # with the main process's weights
+    replicas = Replicas(network, world)  # broadcasts the main process's weights
     world.broadcast([v for part in optimiser.velocity for v in part.values()])
 
     with ExitStack() as stack:
         # ---------------- Outputs and loader, which end with the run ----------------
         stop, any_rank = stack.enter_context(StopRequest()), AnyRank(world)
-        entry = runs.history_entry(settings, dataset, world.size)
-        history = (*(resumed.history if resumed else ()), entry)
+        start = runs.history_entry(settings, dataset, world.size)
+        history = (*(resumed.history if resumed else ()), start)
         with world.raise_together():
             writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
             loader = stack.enter_context(loaders.training(dataset, recipe, devices, world))
-            if resumed:
-                same_step = {**loader.state_dict(), "step": settings.start}
-                loader.load_state_dict(same_step if settings.other_data else resumed.loader)
+            if resumed:  # on other data only the step is the checkpoint's
+                other_state = {**loader.state_dict(), "step": settings.start}
+                loader.load_state_dict(other_state if settings.other_data else resumed.loader)
         watch = nonfinite.Watch(network, world)
         interval = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
         if writers:
             for text in runs.introduction(recipe, len(classes), validated, history):
                 writers.console.print(text)
 
-        def save(step: int, best: bool = False, over: bool = False, last: bool = False) -> None:
-            """Hand a checkpoint to its writer, and wait if it is the last. Raises Diverged: a number is not finite."""
+        def save(step: int, best: bool = False, over: bool = False) -> None:
+            """Check the weights of all processes, and hand a checkpoint to its writer.
+
+            `best`: no validation had a lower error. `over`: a run that ended on its last plateau, and cannot go on.
+            """
             watch.check()
-            tensors = [w for parts in (network.parts(), optimiser.velocity) for part in parts for w in part.values()]
-            replicas.require_equal(step, tensors)
-            progress = {"schedule": schedule.state(), "window": interval.state(), "steps": steps, "over": over}
+            replicas.require_equal(step, [w for part in (*network.parts(), *optimiser.velocity) for w in part.values()])
             bad = sorted({sample for samples in world.all_gather(loader.bad) for sample in samples})
-            state = {**loader.state_dict(), "bad": bad}, progress, history
+            progress = {"schedule": schedule.state(), "window": interval.state(), "steps": steps, "over": over}
             with world.raise_together():
                 loaders.require_few_bad(bad, recipe, step)
                 if writers:
                     weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
                     nonfinite.require_finite(step, weights)
+                    state = {**loader.state_dict(), "bad": bad}, progress, history
                     saved = checkpoints.Checkpoint(step, recipe, classes, dataset.identity, weights, velocity, *state)
-                    path = writers.checkpoints.save(saved, best)
-                    if last:
-                        writers.checkpoints.close()
-                        writers.console.print(f"checkpoint: {path}")
+                    writers.checkpoints.save(saved, best)
 
-        if not resumed or entry["changed"] or settings.other_data:
-            save(settings.start)  # to go on from, whatever happens; and what was changed holds
+        if not resumed or start["changed"] or settings.other_data:  # a --resume finds the start, and keeps the changes
+            save(settings.start)
 
         # ---------------- The loop. Log lines, validations, checkpoints and checks wait for devices. ----------------
         epoch = loaders.steps_per_epoch(dataset, recipe)
@@ -165,7 +162,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         for batch in loader:
             rates = schedule.rates(batch.step)
             masks = draw_masks(network, recipe.train.seed, batch)
-            with world.collective():
+            with world.collective():  # gradients are summed within
                 losses = train_step(replicas, optimiser, batch, masks, rates, recipe.train, watch)
             interval.add(losses, len(batch.ids))
 
@@ -195,24 +192,29 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
                 with interval.paused():
                     errors = error_rates(network, dataset, recipe, "val", "centre", world)
                 best, plateau = schedule.is_best(errors.top1_error), schedule.validated(errors.top1_error)
+                ending = ending or plateau == "end"
                 with world.raise_together():
                     if writers:
                         line = {"step": done, "epoch": batch.epoch, **asdict(errors)}
                         writers.metrics.validation(line)
                         writers.console.validation(line)
-                if writers and plateau == "drop":
-                    writers.console.print(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
-                ending = ending or plateau == "end"
+                        if plateau == "drop":
+                            writers.console.print(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
 
             # save
-            stopping = any_rank(stop.number is not None)  # asked for now: a validation takes long
+            stopping = any_rank(stop.number is not None)  # after the validation, which takes long
             if best or ending or stopping or done % save_every == 0:
                 with interval.paused():
-                    save(done, best, over=plateau == "end", last=ending or stopping)
-            if ending:
+                    save(done, best, over=plateau == "end")
+            if ending or stopping:
                 break
-            if stopping:
-                raise Stopped(done, stop.number)
+
+        with world.raise_together():
+            if writers:
+                writers.checkpoints.close()  # waits for the last checkpoint
+                writers.console.print(f"checkpoint: {checkpoints.step_file(settings.run, done)}")
+        if stopping and not ending:
+            raise Stopped(done, stop.number)
 
 
 @click.command(cls=Command)
@@ -255,9 +257,10 @@ def train(
       python -m trainer train --data /data/imagenet-256 --out runs/1 --resume --set optim.lr=0.001
       torchrun --nproc-per-node 4 -m trainer train --data /data/imagenet-256 --out runs/1   (docs/scale-out.md)
     """
+    layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
     with join(patience) as world:
         with world.raise_together():
-            _require_possible(run, recipe, resume, other_data, init, init_layers)
+            _require_consistent(run, recipe, resume, other_data, init, init_layers)
             resumed = checkpoints.load(run) if resume and world.is_main else None
             initial = checkpoints.load(init) if init and world.is_main else None
         resumed = checkpoints.shared(world, resumed)
@@ -266,24 +269,23 @@ def train(
         with world.raise_together():
             base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
             chosen = recipes.override(base, overrides)
-            where = choose_devices(devices, chosen.model.columns)
-            layers = tuple(name.strip() for name in (init_layers or "").split(",") if name.strip())
+            own_devices = choose_devices(devices, chosen.model.columns)
             if init_layers is not None and not layers:
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
-        if devices is None and where[0].type == "cpu" and torch.version.cuda and world.is_main:
+        if devices is None and own_devices[0].type == "cpu" and torch.version.cuda and world.is_main:
             click.echo(f"training on the CPU: {missing_device(0)}", err=True)
         with remedies(run, world):
-            main(runs.Settings(data, run, chosen, where, resumed, other_data, initial, layers), world)
+            main(runs.Settings(data, run, chosen, own_devices, resumed, other_data, initial, layers), world)
     if world.is_main:
         from trainer.figures import page  # imports plotly
 
         try:
-            click.echo(f"page: {page.draw(data, run, where)[-1]}")
-        except (UserError, OSError) as error:  # the run is whole, and saved, whatever happens to its page
+            click.echo(f"page: {page.draw(data, run, own_devices)[-1]}")
+        except (UserError, OSError) as error:  # the run is complete, and saved, whatever happens to its page
             click.echo(f"no page: {error}", err=True)
 
 
-def _require_possible(
+def _require_consistent(
     run: Path, recipe: str | None, resume: bool, other_data: bool, init: Path | None, init_layers: str | None
 ) -> None:
     """Raise UserError where options contradict each other."""

@@ -14,13 +14,13 @@ from pipeline.cli import Command
 from tools.bench import common
 from tools.bench.common import Figures, Row
 from trainer.retrieval.index import require_room, write_codes, write_meta
-from trainer.retrieval.search import FEATURES, Index, Meta, exact, similar
+from trainer.retrieval.search import FEATURES, Index, Meta, nearest, similar
 
 UNITS, BITS = 4096, 128  # of the original's last hidden layer; of a code
 NEAREST = 6  # rows that a search returns
 BLOCK = 4096  # rows made at a time
 SHARED = 0.7  # standard deviation of what the rows of a block have in common, where that of the rest is 1
-SEARCHES = {"codes": similar, "exact": exact}
+SEARCHES = {"codes": similar, "exact": lambda index, queries, k: nearest(index.rows, queries, k)}
 ROWS = (
     Row("codes", "by codes, in memory", "codes"),
     Row("exact", "exact, in memory", "exact"),

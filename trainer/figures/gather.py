@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from math import gcd, isfinite
 from pathlib import Path
@@ -14,22 +14,22 @@ import torch
 from pipeline import UserError
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.online.samples import SampleReader
+from trainer import data as loaders
 from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
-from trainer.evaluate import Evaluation, view_probabilities
-from trainer.nonfinite import Diverged, require_finite
+from trainer.evaluate import view_probabilities
+from trainer.nonfinite import require_finite, require_finite_outputs
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
-from trainer.retrieval.index import features, hidden
+from trainer.retrieval.index import hidden
 from trainer.retrieval.search import BadIndex, Index, digest, nearest
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
 SEARCHED = 20_000  # training images that are searched for a figure at most; more need an index
 INDEX, EVALUATION = "index", "evaluation.json"  # in the run directory
 AT_ONCE = 16  # pictures of a batch that are searched for errors
-RECORDED = ("size", "crop", "filter", "quality", "subsampling", "exif", "samples_per_shard", "seed", "holdout", "limit")
-DAMAGED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class FigureData:
         return self.dataset.classes[label].words if label >= 0 else "no label"
 
 
+def has_images(dataset: Manifest, split: str) -> bool:
+    """Return whether a data set has this split, and an image in it."""
+    return split in dataset.splits and dataset.splits[split].samples > 0
+
+
 def gather(
     run: Path,
     dataset: Manifest,
@@ -102,16 +107,20 @@ def gather(
         lacking["kernels"] = f"The first layer, {first.name}, has no kernels to look at."
     examples: tuple[Example, ...] = ()
     similar: Similar = ()
-    if split not in dataset.splits or not dataset.splits[split].samples:
+    if not has_images(dataset, split):
         lacking["predictions"] = lacking["neighbours"] = f"The data set has no images in {split}."
     else:
-        examples, queries = _examples(dataset, network, checkpoint.recipe, split, only_errors)
-        if not examples:
-            labelled = (dataset.samples(split)["label"] >= 0).any()
-            none = f"No image in {split} has a label, so none is known to be an error."
-            lacking["predictions"] = f"The network makes no error in {split}." if labelled else none
+        samples = _with_probabilities(dataset, network, checkpoint.recipe, split)
+        examples = spread = tuple(islice(samples, SHOWN))
+        if only_errors and (dataset.samples(split)["label"] < 0).all():
+            examples, lacking["predictions"] = (), f"No image in {split} has a label, so none is known to be an error."
+        elif only_errors:
+            errors = (one for one in chain(spread, samples) if one.label not in (-1, int(one.probabilities.argmax())))
+            examples = tuple(islice(errors, SHOWN))
+            if not examples:
+                lacking["predictions"] = f"The network makes no error in {split}."
         try:
-            similar = _similar(run, dataset, network, checkpoint, split, queries)
+            similar = _similar(run, dataset, network, checkpoint, split, spread[:QUERIES])
         except BadIndex as error:
             lacking["neighbours"] = str(error)
     recorded = (run, dataset, checkpoint, lines, evaluation, kernels)
@@ -128,10 +137,12 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             if line["kind"] == "validation":
-                _require_finite(*(line[key] for key in ("nll", "top1_error", "top5_error")))
+                _require_numbers(line, "nll", "top1_error", "top5_error")
             else:
-                _require_finite(line["loss"], *(line["time"][key] for key in ("images_per_second", "stall")))
-                _require_finite(*(layer["ratio"] for layer in line.get("layers", {}).values()))
+                _require_numbers(line, "loss")
+                _require_numbers(line["time"], "images_per_second", "stall")
+                for layer in line.get("layers", {}).values():
+                    _require_numbers(layer, "ratio")
         except DAMAGED as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             path = run / metrics.FILE_NAME
@@ -142,8 +153,6 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
     """Return the content of evaluation.json, of a network of so many classes; None if there is no such file.
 
-    Returns:
-        {"step", "split", "dataset", "centre" and "ten": an `Evaluation`, "confused": [(true, taken for, images)]}
     Raises:
         UserError: the file is damaged.
     """
@@ -151,38 +160,24 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-        views = {name: asdict(Evaluation(**content[name])) for name in ("centre", "ten")}
-        _require_finite(*(value for view in views.values() for value in view.values()))
-        pairs = content.get("confused", ())
-        confused = [tuple(int(pair[key]) for key in ("true", "predicted", "images")) for pair in pairs]
-        if not all(0 <= label < classes for pair in confused for label in pair[:2]):
-            raise ValueError(f"a label of confused pairs is none of {classes} classes")
-        about = {"step": int(content["step"]), "split": str(content["split"]), "dataset": str(content["dataset"])}
-        return about | views | {"confused": confused}
+        content: dict[str, Any] = {"confused": []} | json.loads(path.read_bytes())
+        _require_numbers(content, "step")
+        for view in (content["centre"], content["ten"]):
+            _require_numbers(view, "samples", "top1_error", "top5_error", "nll")
+        for pair in content["confused"]:
+            _require_numbers(pair, "images")
+            if not all(type(label) is int and 0 <= label < classes for label in (pair["true"], pair["predicted"])):
+                raise ValueError(f"a label of confused pairs is none of {classes} classes")
+        return content | {key: str(content[key]) for key in ("split", "dataset")}
     except DAMAGED as error:
         raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
 
 
-def _require_finite(*values: Any) -> None:
-    """Raise ValueError if a value is not a finite number."""
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+def _require_numbers(record: dict[str, Any], *keys: str) -> None:
+    """Raise KeyError if a record lacks a key, ValueError if its value is not a finite number."""
+    for value in (record[key] for key in keys):
+        if type(value) not in (int, float) or not isfinite(value):
             raise ValueError(f"{value!r} is not a finite number")
-
-
-def _examples(
-    dataset: Manifest, network: TwoColumnNet, recipe: recipes.Recipe, split: str, only_errors: bool
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Return the examples with predictions, with `only_errors` perhaps none, and the queries for neighbours."""
-    samples = _with_probabilities(dataset, network, recipe, split)
-    first = tuple(islice(samples, SHOWN))
-    if not only_errors:
-        return first, first[:QUERIES]
-    if not (dataset.samples(split)["label"] >= 0).any():
-        return (), first[:QUERIES]
-    errors = (one for one in chain(first, samples) if one.label not in (-1, int(one.probabilities.argmax())))
-    return tuple(islice(errors, SHOWN)), first[:QUERIES]
 
 
 @torch.inference_mode()
@@ -200,8 +195,7 @@ def _with_probabilities(
             ids = order[start : start + AT_ONCE]
             jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
             rows = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
-            if not np.isfinite(rows).all():
-                raise Diverged("the network's outputs are not finite numbers: its training has diverged")
+            require_finite_outputs(rows)
             for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
 
@@ -237,7 +231,8 @@ def _training_features(run: Path, dataset: Manifest, network: TwoColumnNet, chec
         BadIndex: there is no index of them.
     """
     if dataset.split("train").samples <= SEARCHED:
-        return np.concatenate([rows for _, rows in features(network, dataset, checkpoint.recipe, "train")])
+        with loaders.evaluation(dataset, checkpoint.recipe, "train", "centre", network.devices) as loader:
+            return np.concatenate([hidden(network, batch.replicas) for batch in loader])
     try:
         index = Index(run / INDEX)
         index.require(digest(checkpoint.weights), dataset.identity, run)
@@ -253,9 +248,9 @@ def commands(data: FigureData) -> dict[str, list[str]]:
     """Return the commands that make the page from raw images; RAW, which nobody recorded, is left open."""
     dataset = data.dataset
     build = ["python", "tools/build_shards.py", "RAW", str(dataset.root)]
-    for name in RECORDED:
-        if getattr(dataset.recipe, name) != getattr(BuildRecipe, name):
-            build += [f"--{name.replace('_', '-')}", str(getattr(dataset.recipe, name))]
+    for field in fields(BuildRecipe):
+        if (value := getattr(dataset.recipe, field.name)) != field.default and field.metadata:  # an option of the build
+            build += [f"--{field.name.replace('_', '-')}", str(value)]
     trainer, data_option, run = ["python", "-m", "trainer"], ["--data", str(dataset.root)], str(data.run)
     return {
         "build": build,
@@ -272,6 +267,6 @@ def _recipe_options(recipe: recipes.Recipe) -> list[str]:
         known = recipes.load(name)
         if known.model.order == recipe.model.order and known.optim.layers.keys() == recipe.optim.layers.keys():
             changed = recipes.difference(known, recipe)
-            settings = (("--set", recipes.as_setting(key, new)) for key, (_, new) in changed.items())
+            settings = (("--set", f"{key}={json.dumps(new)}") for key, (_, new) in changed.items())
             choices.append(["--recipe", name, *(word for pair in settings for word in pair)])
     return min(choices, key=len, default=["--recipe", "RECIPE"])

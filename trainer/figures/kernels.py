@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from trainer.figures.sheets import INK, MARGIN, TEXT, WIDTH, blank, paragraph, titled
+from trainer.figures.sheets import INK, TEXT, grid, paragraph, titled
 
 PADDED = 4  # the Fourier transform is taken of a square so many times as wide, zero outside the kernel
 FLAT = 1e-12  # of a kernel's energy: what is left of a constant kernel less its mean, by rounding
@@ -20,7 +20,7 @@ def sheet(weights: np.ndarray, columns: int) -> Image.Image:
     shown = np.split(tiles(weights, zoom=max(1, SIDE // side)), columns)
     for i, (column, column_tiles) in enumerate(zip(np.split(weights, columns), shown)):
         name = f"Column {i}" if columns > 1 else "One column"
-        parts += [paragraph(f"{name}: {measured(column)}", TEXT, INK), _grid(column_tiles)]
+        parts += [paragraph(f"{name}: {measured(column)}", TEXT, INK), grid(column_tiles, column_tiles.shape[1], GAP)]
     return titled(
         f"First layer: {len(weights)} kernels of {side} × {side} RGB weights", parts, reading(weights, columns)
     )
@@ -54,16 +54,6 @@ def tiles(weights: np.ndarray, zoom: int) -> np.ndarray:
     largest = float(np.abs(weights).max()) or 1.0
     levels = np.rint(ZERO + LARGEST * (weights.astype(np.float64) / largest)).astype(np.uint8)
     return levels.transpose(0, 2, 3, 1).repeat(zoom, axis=1).repeat(zoom, axis=2)
-
-
-def _grid(column_tiles: np.ndarray) -> Image.Image:
-    """Return tiles (n, side, side, 3) uint8 in rows, as many in each as fit."""
-    pitch = column_tiles.shape[1] + GAP
-    across = max(1, (WIDTH - 2 * MARGIN + GAP) // pitch)
-    part = blank(-(-len(column_tiles) // across) * pitch - GAP)
-    for i, tile in enumerate(column_tiles):
-        part.paste(Image.fromarray(tile), (MARGIN + i % across * pitch, i // across * pitch))
-    return part
 
 
 def energy(weights: np.ndarray) -> np.ndarray:

@@ -4,23 +4,22 @@ import base64
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
-from html import escape
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from string import Template
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
+from jinja2 import StrictUndefined, Template
+from markupsafe import Markup
 from nvidia import dali
 from PIL import Image
 
 from pipeline import UserError, manifest, volumes
 from pipeline.cli import Command
 from pipeline.files import write_bytes_aside
-from pipeline.manifest import Manifest
 from pipeline.online import augment
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
@@ -28,16 +27,15 @@ from trainer import data as loaders
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.figures import kernels, sheets
-from trainer.figures.gather import FigureData, commands, gather
+from trainer.figures.gather import FigureData, commands, gather, has_images
 from trainer.layers import plan
 from trainer.options import DATA, DEVICES, RUN
 from trainer.pictures import pixels
-from trainer.predict import top
+from trainer.probabilities import top
 
 FOLDER, FILE_NAME = "figures", "report.html"
-TRAINING_SAMPLES, CONFUSED = 16, 8  # the numbers shown
+TRAINING_SAMPLES = 16  # shown
 MID_GREY = 128  # grey levels: added to an input, whose mean is about zero, to show it
-NO_VALIDATION = "<p>The data set has no images in val.</p>"
 FEW = 100  # points of a curve, up to which they are marked
 DASHES = ("solid", "dash", "dot", "dashdot")  # curves are told apart without colour, too
 AXIS = {"gridcolor": "#e3e8ec", "showgrid": True, "automargin": True, "fixedrange": True}
@@ -52,6 +50,16 @@ LAYOUT = {
     "showlegend": True,
     "xaxis": AXIS | {"title": "step (updates)", "rangemode": "tozero"},
 }
+
+Points = list[tuple[int, float]]  # of a curve: step, value
+
+
+class Chart(NamedTuple):
+    """A chart; `label` is for those who cannot see it."""
+
+    title: str
+    label: str
+    html: Markup
 
 
 @click.command(cls=Command)
@@ -91,7 +99,7 @@ def draw(
         "neighbours": lambda: sheets.neighbours(content.similar, content.words),
         "augmentation": lambda: _augmentation(content),
     }
-    drawn = {name: _png(draw_sheet()) for name, draw_sheet in draws.items() if name not in content.lacking}
+    drawn = {name: sheets.png(draw_sheet()) for name, draw_sheet in draws.items() if name not in content.lacking}
     files = {run / FOLDER / f"{name}.png": sheet for name, sheet in drawn.items()}
     files[run / FILE_NAME] = page(content, drawn).encode(errors="replace")
     try:
@@ -106,141 +114,63 @@ def draw(
 
 def page(data: FigureData, drawn: Mapping[str, bytes]) -> str:
     """Return the page; `drawn` has the PNG sheets by name."""
-    lines, sheet = commands(data), partial(_sheet, data, drawn)
-    parts = {
-        "Result": _facts(data) + _errors(data, lines["evaluate"]),
-        "Validation images" if data.split == "val" else f"Images of {data.split}": sheet("predictions"),
-        "Similar training images": sheet("neighbours"),
-        "First-layer kernels": sheet("kernels"),
-        "Curves": curves(data),
-        "Mean image and colours": _mean(data),
-        "Training samples": _training_samples(data),
-        "Augmentation": sheet("augmentation"),
-    }
-    links = body = ""
-    for name, content in parts.items():
-        anchor = name.lower().replace(" ", "-")
-        links += f'<li><a href="#{anchor}">{name}</a></li>'
-        body += f'<section id="{anchor}"><h2>{name}</h2>{content}</section>\n'
-    versions = [f"penstock {metadata.version('penstock-imagenet')}", f"torch {torch.__version__}"]
-    versions += [f"DALI {dali.__version__}", f"pillow-simd {Image.__version__}"]
-    return Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"AlexNet, run {data.run}"),
-        links=links,
-        body=body,
-        commands=escape("\n".join(map(shlex.join, lines.values()))),
-        versions=escape(", ".join(versions)),
+    statistics, model = data.dataset.statistics(), data.checkpoint.recipe.model
+    columns = [] if data.kernels is None else np.split(data.kernels, model.columns)
+    versions = f"penstock {metadata.version('penstock-imagenet')}, torch {torch.__version__}"
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return Template(template, autoescape=True, trim_blocks=True, undefined=StrictUndefined).render(
+        data=data,
+        drawn=drawn,
+        commands={name: shlex.join(words) for name, words in commands(data).items()},
+        layers=plan(model, len(data.checkpoint.classes)),
+        times=[line["time"] for line in data.lines if line["kind"] == "train"],
+        validated=has_images(data.dataset, "val"),
+        charts=charts(data.lines),
+        statistics=statistics,
+        components=list(zip(np.sqrt(np.maximum(statistics.eigenvalues, 0.0)), statistics.eigenvectors.T)),
+        samples=_training_samples(data),
+        mid_grey=MID_GREY,
+        versions=f"{versions}, DALI {dali.__version__}, pillow-simd {Image.__version__}",
+        picture=_picture,
+        top=top,
+        distance=sheets.distance,
+        measured=[kernels.measured(column) for column in columns],
+        rgb=_rgb,
+        median=lambda records, key: median(record[key] for record in records),
     )
 
 
-def _sheet(data: FigureData, drawn: Mapping[str, bytes], name: str) -> str:
-    """Return the PNG sheet `name` with a text for those who cannot see it, or why there is none."""
-    if name in data.lacking:
-        return f"<p>{escape(data.lacking[name])}</p>"
-    note = "<p>Only images that the network gets wrong.</p>" if name == "predictions" and data.only_errors else ""
-    return note + _picture(drawn[name], "png", _alternative_text(data, name), "sheet")
+def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Return charts of losses, errors and updates over the steps of metrics.jsonl, but for those without points."""
 
+    def points(kind: str, key: str) -> Points:
+        return [(line["step"], line[key]) for line in lines if line["kind"] == kind]
 
-def _alternative_text(data: FigureData, name: str) -> str:
-    """Return in words what a sheet shows."""
-    texts = []
-    if name == "augmentation":
-        return "One training picture: random crops of it, some mirrored, and its centre in the lightings of six epochs"
-    if name == "kernels":
-        weights = np.asarray(data.kernels)
-        texts = [f"The {len(weights)} kernels of {weights.shape[2]} × {weights.shape[3]} weights of the first layer"]
-        columns = np.split(weights, data.checkpoint.recipe.model.columns)
-        texts += [f"column {i}: {kernels.measured(column)}" for i, column in enumerate(columns)]
-    for one in data.examples if name == "predictions" else ():
-        guesses = ", ".join(f"{data.words(i)} {100 * one.probabilities[i]:.1f} %" for i in top(one.probabilities))
-        texts.append(f"{data.split} sample {one.id} ({data.words(one.label)}) is taken for {guesses}")
-    for query, near in data.similar if name == "neighbours" else ():
-        training = ", ".join(f"{one.id} ({data.words(one.label)}) at {sheets.distance(one)}" for one in near)
-        words = data.words(query.label)
-        texts.append(f"nearest to {data.split} sample {query.id} ({words}): training samples {training}")
-    return "; ".join(texts)
-
-
-def _facts(data: FigureData) -> str:
-    """Return the list of what the run was given, and its speed."""
-    dataset, checkpoint = data.dataset, data.checkpoint
-    model, train = checkpoint.recipe.model, checkpoint.recipe.train
-    layers = ", ".join(f"{layer.name} {layer.width:,}" for layer in plan(model, len(checkpoint.classes)))
-    samples = ", ".join(f"{split.samples:,} {escape(name)}" for name, split in dataset.splits.items())
-    speed = "not recorded"
-    if times := [line["time"] for line in data.lines if line["kind"] == "train"]:
-        images, stall = (median(time[key] for time in times) for key in ("images_per_second", "stall"))
-        speed = f"{images:,.0f} images/s, stall {100 * stall:.1f} % of the time (medians over the training log)"
-    rows = {
-        "Data set": f"{escape(dataset.root.resolve().name)}: {samples} samples, {len(dataset.classes):,} classes, "
-        f"identity <code>{dataset.identity[:12]}</code>",
-        "Network": f"{layers} maps or units, {model.columns} column{'s together' if model.columns > 1 else ''}",
-        "Training": f"{checkpoint.step:,} of {checkpoint.progress['steps']:,} steps of {train.batch_size} images, "
-        f"seed {train.seed}",
-        "Speed": speed,
-    }
-    return (
-        f'<dl class="facts">{"".join(f"<div><dt>{name}</dt><dd>{row}</dd></div>" for name, row in rows.items())}</dl>'
-    )
-
-
-def _errors(data: FigureData, command: list[str]) -> str:
-    """Return the tables of `evaluate`'s results; `command` is that of an evaluation."""
-    evaluation, checkpoint = data.evaluation, data.checkpoint
-    if evaluation is None:
-        hint = f"<p>Not evaluated yet; the command is <code>{escape(shlex.join(command))}</code></p>"
-        return hint if _validated(data.dataset) else NO_VALIDATION
-    images, step = evaluation["centre"]["samples"], evaluation["step"]
-    caption = f"Errors on the split {evaluation['split']} ({images:,} images) at step {step:,}"
-    if (step, evaluation["dataset"]) != (checkpoint.step, checkpoint.dataset):
-        caption += f"; out of date, the newest checkpoint is that of step {checkpoint.step:,}: evaluate again"
-    rows = []
-    for name, key in (("centre view", "centre"), ("ten views", "ten")):
-        rates = (f"{evaluation[key][rate]:.1f}&nbsp;%" for rate in ("top1_error", "top5_error"))
-        rows.append([name, *rates, f"{evaluation[key]['nll']:.3f}"])
-    tables = _table(caption, ("view", "top-1 error", "top-5 error", "negative log-likelihood, nats"), rows)
-    if confused := evaluation["confused"][:CONFUSED]:
-        word = '<span class="word">{}</span>'
-        rows = [[*(word.format(escape(data.words(i))) for i in pair), f"{images:,}"] for *pair, images in confused]
-        heads = ("true label", "taken for", "images")
-        tables += f"</div><div>{_table('Confused most often, by the ten views', heads, rows)}"
-    return f'<div class="beside"><div>{tables}</div></div>'
-
-
-def curves(data: FigureData) -> str:
-    """Return charts of losses, errors and updates over the steps; a curve without points is left out."""
-
-    def points(kind: str, key: str) -> list[tuple[int, float]]:
-        return [(line["step"], line[key]) for line in data.lines if line["kind"] == kind]
-
-    updates: dict[str, list[tuple[int, float]]] = {}
-    for line in data.lines:
+    updates: dict[str, Points] = {}
+    for line in lines:
         for name, layer in line.get("layers", {}).items():
             if layer["ratio"] > 0:  # the axis is logarithmic, and the update of a layer that stands still is 0
                 updates.setdefault(name, []).append((line["step"], layer["ratio"]))
     losses = {"training": points("train", "loss"), "validation": points("validation", "nll")}
     errors = {"top-1": points("validation", "top1_error"), "top-5": points("validation", "top5_error")}
-    html = ""
-    for name, title, unit, lines in (
+    drawn: list[Chart] = []
+    for name, title, unit, curves in (
         ("losses", "Loss", "loss (nats per image)", losses),
         ("errors", "Validation error", "error (% of images)", errors),
         ("updates", "Updates", "mean |update| / mean |weight|", updates),
     ):
-        if drawn := {curve: course for curve, course in lines.items() if course}:
-            html += _chart(name, title, unit, drawn, with_library=not html)
-    if not html:
-        return "<p>No steps are recorded.</p>"
-    note = "<p>Training is measured with dropout on random views, validation without, on the centre view.</p>"
-    return f'{note if _validated(data.dataset) else NO_VALIDATION}<div class="charts">{html}</div>'
+        if curves := {curve: course for curve, course in curves.items() if course}:
+            drawn.append(_chart(name, title, unit, curves, with_library=not drawn))
+    return drawn
 
 
-def _chart(name: str, title: str, unit: str, lines: dict[str, list[tuple[int, float]]], with_library: bool) -> str:
+def _chart(name: str, title: str, unit: str, curves: dict[str, Points], with_library: bool) -> Chart:
     """Return a chart of curves, each (step, value) by name; `with_library` puts plotly.js (5 MB) before it."""
     import plotly.graph_objects as go  # here, because it takes long to import
 
     axis = {"type": "log", "dtick": 1, "exponentformat": "power"} if name == "updates" else {"rangemode": "tozero"}
     traces, courses = [], []
-    for i, (curve, points) in enumerate(lines.items()):
+    for i, (curve, points) in enumerate(curves.items()):
         steps, values = zip(*points)
         mode = "lines+markers" if len(points) <= FEW else "lines"
         style = {"line_dash": DASHES[i % len(DASHES)], "marker_symbol": i, "marker_size": 7}
@@ -253,54 +183,18 @@ def _chart(name: str, title: str, unit: str, lines: dict[str, list[tuple[int, fl
         default_height="340px",
         div_id=name,
     )
-    label = escape(f"{title}, {unit}: {'; '.join(courses)}")
-    return f'<div><h3>{title}</h3><div class="chart" role="img" aria-label="{label}">{html}</div></div>'
+    return Chart(title, f"{title}, {unit}: {'; '.join(courses)}", Markup(html))
 
 
-def _mean(data: FigureData) -> str:
-    """Return the mean image, and the components of the colours."""
-    statistics = data.dataset.statistics()
-    colour, deviations = statistics.mean_color, np.sqrt(np.maximum(statistics.eigenvalues, 0.0))
-    image = _picture((data.dataset.root / "mean.png").read_bytes(), "png", "The mean of the training images", "mean")
-    rows = []
-    for i, (deviation, along) in enumerate(zip(deviations, statistics.eigenvectors.T), 1):
-        strip = _gradient(colour - deviation * along, colour + deviation * along)
-        cells = (f"{i} {strip}", f"{deviation:.1f}", ", ".join(f"{part:.2f}".replace("-", "−") for part in along))
-        rows.append([f'<span class="whole">{cell}</span>' for cell in cells])
-    caption = "Principal components of the pixels’ colours; each strip ends one standard deviation off the mean colour"
-    heads = ("no.", "standard deviation, grey levels", "direction (R, G, B)")
-    levels = ", ".join(f"{level:.1f}" for level in colour)
-    return (
-        f'<div class="beside"><figure>{image}<figcaption>Mean of {statistics.n:,} training images</figcaption></figure>'
-        f"<div><p>{_gradient(colour, colour)} Mean colour: {levels} grey levels of red, green and blue</p>"
-        f"{_table(caption, heads, rows)}</div></div>"
-    )
-
-
-def _training_samples(data: FigureData) -> str:
-    """Return the first samples of the run's first batch: as stored, and as the network saw them in the first epoch."""
-    dataset, recipe = data.dataset, data.checkpoint.recipe
-    side, view = dataset.recipe.size, recipe.model.size
-    with loaders.training(dataset, recipe, batch_size=TRAINING_SAMPLES) as loader:
+def _training_samples(data: FigureData) -> list[tuple[int, str, bytes, bytes]]:
+    """Return the first samples of the run's first batch: id, words, the JPEG stored, a PNG of the network's view."""
+    with loaders.training(data.dataset, data.checkpoint.recipe, batch_size=TRAINING_SAMPLES) as loader:
         batch = next(loader)
-    with SampleReader(dataset, "train") as reader:
-        jpegs = reader.read(batch.ids)
-    cards = ""
-    for number, jpeg, label, x in zip(batch.ids, jpegs, batch.labels.tolist(), batch.images.numpy()):
-        levels = np.clip(np.rint(x.transpose(1, 2, 0) + MID_GREY), 0, 255).astype(np.uint8)
-        name, words = f"Training sample {number}", data.words(label)
-        stored = _picture(jpeg.tobytes(), "jpeg", f"{name}, {words}, as stored", "stored")
-        seen = _picture(_png(Image.fromarray(levels)), "png", f"{name}, {words}, as the network sees it", "seen")
-        cards += f"<figure>{stored}{seen}<figcaption>{escape(words)}</figcaption></figure>"
-    lit = recipe.data.lighting != "off" and recipe.data.lighting_until > 0
-    treated = f"minus the mean {'colour' if recipe.data.mean == 'colour' else 'image'}"
-    treated += ", with its colours shifted (lighting)" if lit else ""
-    treated += " and divided by 1.1" if lit and recipe.data.lighting == "code" else ""
-    return (
-        f"<p>Above, each sample as it is stored ({side} × {side} pixels, JPEG). Beneath, as the network sees it in the "
-        f"first epoch: a random view of {view} × {view} pixels, mirrored or not, {treated}. To show it, {MID_GREY} "
-        f'grey levels are added, and what falls outside 0 to 255 is clipped.</p><div class="samples">{cards}</div>'
-    )
+    with SampleReader(data.dataset, "train") as reader:
+        jpegs = [jpeg.tobytes() for jpeg in reader.read(batch.ids)]
+    levels = np.clip(np.rint(batch.images.numpy().transpose(0, 2, 3, 1) + MID_GREY), 0, 255).astype(np.uint8)
+    views = [sheets.png(Image.fromarray(view)) for view in levels]
+    return list(zip(batch.ids.tolist(), map(data.words, batch.labels.tolist()), jpegs, views))
 
 
 def _augmentation(data: FigureData) -> Image.Image:
@@ -315,34 +209,14 @@ def _augmentation(data: FigureData) -> Image.Image:
     return sheets.augmentation(stored, options, data.dataset.statistics(), recipe.train.seed, sample=0)
 
 
-def _png(sheet: Image.Image) -> bytes:
-    out = io.BytesIO()
-    sheet.save(out, "PNG")
-    return out.getvalue()
-
-
-def _picture(data: bytes, kind: str, alt: str, style: str) -> str:
+def _picture(file: bytes, kind: str, alt: str, style: str) -> Markup:
     """Return an <img> of a `png` or `jpeg` file at its own size, of the class `style`."""
-    width, height = Image.open(io.BytesIO(data)).size
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return f'<img class="{style}" src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
+    width, height = Image.open(io.BytesIO(file)).size
+    source = f"data:image/{kind};base64,{base64.b64encode(file).decode('ascii')}"
+    image = Markup('<img class="{}" src="{}" alt="{}" width="{}" height="{}">')
+    return image.format(style, source, alt, width, height)
 
 
-def _gradient(low: np.ndarray, high: np.ndarray) -> str:
-    """Return a strip from one colour to another; each (3,) in RGB grey levels, clipped to what a screen shows."""
-    colours = (np.clip(np.rint(colour), 0, 255).astype(int).tolist() for colour in (low, high))
-    stops = ", ".join("rgb({}, {}, {})".format(*colour) for colour in colours)
-    return f'<span class="strip" style="background: linear-gradient(to right, {stops})"></span>'
-
-
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; the first cell of a row is its head. `rows` are HTML, the rest is text."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = ""
-    for first, *others in rows:
-        body += f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _validated(dataset: Manifest) -> bool:
-    return "val" in dataset.splits and dataset.splits["val"].samples > 0
+def _rgb(colour: np.ndarray) -> str:
+    """Return the CSS of a colour (3,) in RGB grey levels, clipped to what a screen shows."""
+    return "rgb({}, {}, {})".format(*np.clip(np.rint(colour), 0, 255).astype(int))

@@ -8,7 +8,7 @@ from functools import cache
 from unicodedata import combining, normalize
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline import UserError
 from pipeline.manifest import Statistics
@@ -35,7 +35,7 @@ NEAR = (WIDTH - 2 * MARGIN - SIDE - GAP - (ACROSS - 1) * NEAR_GAP) // ACROSS  # 
 EPOCHS, VIEW_GAP = 6, 16  # epochs whose views are shown, pixels between two
 VIEW = (WIDTH - 2 * MARGIN - (ACROSS - 1) * VIEW_GAP) // ACROSS  # pixels, of the box of a view
 STORED = 512  # pixels, of the box of the stored picture
-TAG = 24  # pixels, of the number of a crop box
+TAG, LINES = 24, 52  # pixels: of the number of a crop box; of two lines beneath a view
 COLOURS = ("#1f5f8b", "#b4530f", "#3b7d3b", "#7a3e9d", "#00737a", "#a6195a")  # of the epochs
 
 Words = Callable[[int], str]  # of a label; −1: "no label"
@@ -57,8 +57,13 @@ def neighbours(similar: Similar, words: Words) -> Image.Image:
 
 
 def titled(title: str, parts: Sequence[Image.Image], note: str) -> Image.Image:
-    """Return a sheet of parts with a title above and a note beneath."""
-    return stacked(paragraph(title, TITLE, INK, bold=True), *parts, paragraph(note))
+    """Return a sheet of parts, one beneath the other, with a title above and a note beneath."""
+    rows = [paragraph(title, TITLE, INK, bold=True), *parts, paragraph(note)]
+    sheet, top = blank(sum(row.height + MARGIN for row in rows) + MARGIN), MARGIN
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + MARGIN
+    return sheet
 
 
 def _prediction(example: Example, words: Words) -> Image.Image:
@@ -155,7 +160,7 @@ def augmentation(
         paragraph("As stored, with the crop boxes of the first six epochs", TEXT, INK),
         _crop_boxes(stored, views, options.view),
         paragraph(f"The views of {options.view} × {options.view} pixels, as cut and mirrored", TEXT, INK),
-        _views([view.pixels for view in views], boxes),
+        grid([view.pixels for view in views], VIEW, VIEW_GAP, boxes),
     ]
     if options.lit(0):
         middle = (len(stored) - options.view) // 2
@@ -163,7 +168,7 @@ def augmentation(
         lit = [np.clip(np.rint(centre + view.shift), 0, 255).astype(np.uint8) for view in views]
         title = "The centre view with each epoch's lighting: grey levels added to red, green and blue"
         added = ["{:+.1f}, {:+.1f}, {:+.1f}".format(*view.shift) for view in views]
-        parts += [paragraph(title, TEXT, INK), _views(lit, added)]
+        parts += [paragraph(title, TEXT, INK), grid(lit, VIEW, VIEW_GAP, added)]
     else:
         parts.append(paragraph("This run has no lighting.", TEXT, INK))
     return titled(f"Sample {sample} in training with seed {seed}", parts, _note(options))
@@ -195,15 +200,16 @@ def _crop_boxes(stored: np.ndarray, views: Sequence[View], side: int) -> Image.I
     return part
 
 
-def _views(views: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
-    """Return views, one of an epoch, in rows, each with its epoch and a caption beneath."""
-    pitch = VIEW + 60
-    part = blank(-(-len(views) // ACROSS) * pitch - 8)
-    for i, (view, caption) in enumerate(zip(views, captions)):
-        left, top = MARGIN + i % ACROSS * (VIEW + VIEW_GAP), i // ACROSS * pitch
-        put(part, (left, top), view, VIEW)
-        write(part, (left, top + VIEW + 4), f"epoch {i}", SMALL, COLOURS[i], bold=True, width=VIEW)
-        write(part, (left, top + VIEW + 26), caption, SMALL, SOFT, width=VIEW)
+def grid(tiles: Sequence[np.ndarray] | np.ndarray, side: int, gap: int, captions: Sequence[str] = ()) -> Image.Image:
+    """Return pictures in rows, as many in each as fit; with captions each has its epoch and its caption beneath."""
+    across, down = max(1, (WIDTH - 2 * MARGIN + gap) // (side + gap)), side + gap + (LINES if captions else 0)
+    part = blank(-(-len(tiles) // across) * down - gap)
+    for i, tile in enumerate(tiles):
+        left, top = MARGIN + i % across * (side + gap), i // across * down
+        put(part, (left, top), tile, side)
+        if captions:
+            write(part, (left, top + side + 4), f"epoch {i}", SMALL, COLOURS[i], bold=True, width=side)
+            write(part, (left, top + side + 26), captions[i], SMALL, SOFT, width=side)
     return part
 
 
@@ -293,16 +299,6 @@ def paragraph(text: str, size: int = SMALL, colour: str = SOFT, bold: bool = Fal
     return part
 
 
-def stacked(*parts: Image.Image, gap: int = 16) -> Image.Image:
-    """Return a sheet of parts, one beneath the other, with margins above and below."""
-    sheet = blank(sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * MARGIN)
-    top = MARGIN
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height + gap
-    return sheet
-
-
 def png(sheet: Image.Image) -> bytes:
     """Return the bytes of a PNG file."""
     out = io.BytesIO()
@@ -311,20 +307,18 @@ def png(sheet: Image.Image) -> bytes:
 
 
 def picture(pixels: np.ndarray, side: int) -> Image.Image:
-    """(height, width, 3) uint8 → a picture in a square box: reduced, or as it is, or magnified a whole number of times.
+    """(n, n, 3) uint8 → a picture in a square box: reduced, or as it is, or magnified a whole number of times.
 
     Small pictures are magnified without smoothing: their pixels are what the network sees.
     """
-    image, longest = Image.fromarray(pixels), max(pixels.shape[:2])
-    if longest <= side:
-        return image.resize(
-            (image.width * (side // longest), image.height * (side // longest)), Image.Resampling.NEAREST
-        )
-    size = (max(1, round(image.width * side / longest)), max(1, round(image.height * side / longest)))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    image, times = Image.fromarray(pixels), side // len(pixels)
+    if times == 0:
+        return image.resize((side, side), Image.Resampling.LANCZOS)
+    return ImageOps.scale(image, times, Image.Resampling.NEAREST)
 
 
 def put(sheet: Image.Image, position: tuple[int, int], pixels: np.ndarray, side: int) -> None:
     """Draw a picture in the middle of a square box, whose left and top are given."""
     shown = picture(pixels, side)
-    sheet.paste(shown, (position[0] + (side - shown.width) // 2, position[1] + (side - shown.height) // 2))
+    margin = (side - shown.width) // 2
+    sheet.paste(shown, (position[0] + margin, position[1] + margin))

@@ -17,7 +17,7 @@ SEED = 2012
 SAMPLE = 20_000  # rows that it learns from, at most
 STEPS, BATCH, RATE = 1000, 256, 0.03  # the rate is relative to the first weights' spread, and falls to nothing
 NOISE = 1.0  # standard deviation, where that of the code's inputs is 1
-POWER = 4  # iterations for the principal components
+SPARE, POWER = 16, 4  # components beyond those asked for, and iterations, for exact ones
 RIDGE = 1e-3  # of the first decoder's least squares, relative to the rows
 
 
@@ -45,43 +45,25 @@ def learn(rows: Tensor, bits: int, show: Callable[[int], object] = lambda steps:
 
     `show` is called after each of the `STEPS`, with the number of those done.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    mean = rows.mean(0)
-    spread = float((rows - mean).square().sum(1).mean().sqrt()) or 1.0  # 1 where all rows are equal
-    x = (rows - mean) / spread
-    up = _turned(x, bits, generator)
-    up = up / (float((x @ up).std(correction=0)) or 1.0)
-    up, bias, down, offset = _trained(x, up, generator, show)
-    up = up / spread
-    return AutoEncoder(up, bias - mean @ up, down * spread, offset * spread + mean)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        largest = float(rows.abs().max()) or 1.0  # divided out: no sum or square is then beyond float32's range
+        x = rows / largest
+        mean = x.mean(0)
+        x -= mean
+        spread = float(x.square().sum(1).mean().sqrt()) or 1.0  # 1 where all rows are equal
+        x /= spread
+        # the principal components, turned at random: where they are fewer than bits, each bit is a direction among
+        # them, and no two are mixed unequally, for the rows of the random matrix are orthonormal
+        count = min(bits, x.shape[1], max(1, len(x) - 1))
+        components = torch.svd_lowrank(x, min(count + SPARE, *x.shape), niter=POWER)[2][:, :count]
+        up = components @ torch.linalg.qr(torch.randn(bits, count)).Q.T
+        up, bias, down, offset = _trained(x, up / (float((x @ up).std(correction=0)) or 1.0), show)
+    scale = largest * spread
+    return AutoEncoder(up / scale, bias - mean @ up / spread, down * scale, offset * scale + mean * largest)
 
 
-def _turned(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
-    """Return the principal components of centred rows (n, units), turned at random: (units, bits).
-
-    Where there are fewer components than bits, each bit is a direction among them, and no two components are mixed
-    unequally: the rows of the random matrix are orthonormal.
-    """
-    components = principal(x, min(bits, x.shape[1], max(1, len(x) - 1)), generator)
-    turn = torch.linalg.qr(torch.randn(bits, components.shape[1], generator=generator)).Q
-    return components @ turn.T
-
-
-def principal(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return the first principal components of centred rows (n, units), orthonormal, in no order: (units, count).
-
-    By subspace iteration (Halko, Martinsson and Tropp, Finding structure with randomness, 2011, algorithm 4.4).
-    """
-    more = min(x.shape[1], count + 16)
-    basis = torch.linalg.qr(torch.randn(x.shape[1], more, generator=generator)).Q
-    for _ in range(POWER):
-        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
-    projected = x @ basis
-    turn = torch.linalg.eigh((projected.T @ projected).double()).eigenvectors.float()
-    return basis @ turn[:, -count:]
-
-
-def _trained(x: Tensor, up: Tensor, generator: torch.Generator, show: Callable[[int], object]) -> tuple[Tensor, ...]:
+def _trained(x: Tensor, up: Tensor, show: Callable[[int], object]) -> tuple[Tensor, ...]:
     """Train encoder and decoder to give rows x back, by Adam, starting with `up`."""
     signs = (x @ up > 0).float() * 2 - 1
     ridge = RIDGE * len(x) * torch.eye(up.shape[1])
@@ -93,18 +75,13 @@ def _trained(x: Tensor, up: Tensor, generator: torch.Generator, show: Callable[[
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / STEPS, STEPS)
     for step in range(STEPS):
-        batch = x[torch.randint(len(x), (min(BATCH, len(x)),), generator=generator)]
-        _loss(batch, parameters, generator).backward()
+        batch = x[torch.randint(len(x), (min(BATCH, len(x)),))]
+        encode, bias, decode, offset = parameters
+        inputs = batch @ encode + bias
+        code = torch.tanh(inputs + NOISE * torch.randn(inputs.shape))
+        (code @ decode + offset - batch).square().sum(1).mean().backward()  # the mean squared distance
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
         show(step + 1)
     return tuple(parameter.detach() for parameter in parameters)
-
-
-def _loss(x: Tensor, parameters: list[Tensor], generator: torch.Generator) -> Tensor:
-    """Return the mean squared distance of rows to what the decoder makes of their noisy codes."""
-    up, bias, down, offset = parameters
-    inputs = x @ up + bias
-    code = torch.tanh(inputs + NOISE * torch.randn(inputs.shape, generator=generator))
-    return (code @ down + offset - x).square().sum(1).mean()

@@ -171,21 +171,16 @@ def _write_features(
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for batch in loader:
-            assert batch.ids[0] == done
-            file.write(rounded(hidden(network, batch.replicas), dtype).data)
-            done += len(batch.ids)
+            rows = hidden(network, batch.replicas)
+            greatest, limit = float(np.abs(rows).max()), float(np.finfo(dtype).max)
+            if greatest > limit:
+                raise UserError(f"a feature is {greatest:,.6g}, and {dtype} ends at {limit:,.0f}; name --float32")
+            file.write(rows.astype(dtype).data)
+            done += len(rows)
             show("features", done, meta.n)
         seconds = time.perf_counter() - began
         stall = loader.meter.total.said(seconds)
     return f"{meta.n:,} images, {meta.units:,} features of {meta.layer} each: {meta.n / seconds:,.0f} images/s  {stall}"
-
-
-def rounded(features: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return float32 features as `dtype`. Raises UserError if one is too large for it."""
-    greatest, limit = float(np.abs(features).max(initial=0)), float(np.finfo(dtype).max)
-    if greatest > limit:
-        raise UserError(f"a feature is {greatest:,.0f}, and {dtype} ends at {limit:,.0f}; name --float32")
-    return features.astype(dtype)
 
 
 def write_codes(folder: Path, meta: Meta, show: Show) -> None:
@@ -209,19 +204,6 @@ def write_meta(folder: Path, meta: Meta) -> None:
         files[name]["sha256"] = sha256((folder / name).read_bytes())
     body = {"format": FORMAT, **asdict(meta), "files": files}
     (folder / META).write_bytes(canonical_json(body | {"checksum": sha256(canonical_json(body))}))
-
-
-def features(
-    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids (n,) int64 and features (n, units) float32 of every image of `split`, in the order of the ids.
-
-    Raises:
-        UserError: as `loaders.evaluation` and `hidden`.
-    """
-    with loaders.evaluation(dataset, recipe, split, "centre", network.devices) as loader:
-        for batch in loader:
-            yield batch.ids, hidden(network, batch.replicas)
 
 
 @torch.inference_mode()

@@ -138,13 +138,8 @@ def binary_index(codes: np.ndarray) -> Any:
     return index
 
 
-def exact(index: Index, features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `k` rows of an index that are nearest to each of `features`, (q, units) float32: see `nearest`."""
-    return nearest(index.rows, features, k)
-
-
 def similar(index: Index, features: np.ndarray, k: int, candidates: int = CANDIDATES) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `k` nearest of the rows that have the nearest codes: as `exact`, but for rows that codes hide.
+    """Return the `k` nearest of the rows that have the nearest codes: as `nearest`, but for rows that codes hide.
 
     Args:
         features: (q, units) float32.
@@ -166,7 +161,7 @@ def nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, 
         rows: (n, units) float16 or float32, finite.
         queries: (q, units) float32, finite.
     Returns:
-        ids (q, min(k, n)) int64, distances (q, min(k, n)) float32.
+        ids (q, min(k, n)) int64, distances (q, min(k, n)) float64, which holds those of float32's greatest numbers.
     """
     step, q = max(1, CHUNK // rows.shape[1]), torch.from_numpy(queries).double()
     least, ids = q.new_zeros(len(q), 0), torch.zeros(len(q), 0, dtype=torch.int64)
@@ -180,7 +175,7 @@ def nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, 
 
 
 def _ranked(rows: np.ndarray, ids: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `k` nearest of the rows `ids` (q, c) of each query, by distances in float64, and these as float32."""
+    """Return the `k` nearest of the rows `ids` (q, c) of each query, and their distances in float64."""
     ids, distances = np.sort(ids, 1), np.empty(ids.shape)
     for i, query in enumerate(queries):
         _read_ahead(rows, ids[i])
@@ -188,7 +183,7 @@ def _ranked(rows: np.ndarray, ids: np.ndarray, queries: np.ndarray, k: int) -> t
         # not by products, whose rounding would give a row a distance from itself
         distances[i] = torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist")[0].numpy()
     first = np.argsort(distances, 1, kind="stable")[:, :k]
-    return np.take_along_axis(ids, first, 1), np.take_along_axis(distances, first, 1).astype(np.float32)
+    return np.take_along_axis(ids, first, 1), np.take_along_axis(distances, first, 1)
 
 
 def _float64(rows: np.ndarray) -> Tensor:
@@ -217,7 +212,7 @@ def recall(index: Index, queries: np.ndarray, own: np.ndarray | None = None) -> 
     if k < 1 or not len(queries):
         return ""
     candidates = min(CANDIDATES, max(index.meta.n // 10, k), n)
-    true, _ = exact(index, queries, k + beside)
+    true, _ = nearest(index.rows, queries, k + beside)
     chosen = index.binary.search(index.encoder.codes(queries), candidates + beside)[1]
     answered, _ = similar(index, queries, k + beside, candidates + beside)
 
@@ -226,7 +221,7 @@ def recall(index: Index, queries: np.ndarray, own: np.ndarray | None = None) -> 
         return list(ids) if own is None else [row[row != i][: ids.shape[1] - 1] for row, i in zip(ids, own)]
 
     shares = [np.mean([np.isin(*pair).mean() for pair in zip(others(true), others(ids))]) for ids in (chosen, answered)]
-    slow = _seconds(lambda query: exact(index, query, k), queries[:TIMED])
+    slow = _seconds(lambda query: nearest(index.rows, query, k), queries[:TIMED])
     fast = _seconds(lambda query: similar(index, query, k, candidates), queries)
     return (
         f"{len(queries):,} queries: of the {k} nearest, the nearest {candidates:,} codes hold "

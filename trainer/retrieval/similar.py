@@ -17,7 +17,6 @@ from trainer import checkpoint as checkpoints
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
-from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
 from trainer.retrieval import search
 from trainer.retrieval.index import hidden
@@ -56,56 +55,44 @@ def similar(
     index.require(digest(checkpoint.weights), dataset.identity, run)
     network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # which reports bad pictures, as this command does
-    vectors = _features(network, Pictures(dataset, checkpoint.recipe), pictures)
-    usable = [vector for vector in vectors if isinstance(vector, np.ndarray)]
-    if usable:
-        ids, distances = (search.exact if exact else search.similar)(index, np.stack(usable), count)
-        answers = iter(_answers(dataset, index.meta.split, ids, distances))
-    for path, vector in zip(pictures, vectors):
-        _print(path, next(answers) if isinstance(vector, np.ndarray) else vector, as_json)
-    if len(usable) < len(pictures):
-        raise UserError(f"{len(pictures) - len(usable):,} could not be used, for the reasons above")
-
-
-def _features(network: TwoColumnNet, pictures: Pictures, paths: tuple[Path, ...]) -> list[np.ndarray | dict[str, str]]:
-    """Return for each picture its features (units,) float32, or why there are none."""
-    vectors: list[np.ndarray | dict[str, str]] = []
-    for path in paths:
+    kind = Pictures(dataset, checkpoint.recipe)
+    vectors: dict[Path, np.ndarray] = {}
+    answers: dict[Path, dict[str, Any]] = {}
+    for path in pictures:
         try:
             with open(path, "rb") as file:
-                raw = file.read(pictures.rules.max_bytes + 1)  # one more is refused
-            vectors.append(hidden(network, pictures.views([pictures.stored(raw)]))[0])
+                raw = file.read(kind.rules.max_bytes + 1)  # one more is refused
+            vectors[path] = hidden(network, kind.views([kind.stored(raw)]))[0]
         except ImageError as error:
-            vectors.append({"error": error.code, "reason": str(error).partition(": ")[2]})
+            answers[path] = {"error": error.code, "reason": str(error).partition(": ")[2]}
         except OSError as error:
-            vectors.append({"error": "unreadable", "reason": error.strerror or str(error)})
-    return vectors
-
-
-def _answers(dataset: Manifest, split: str, ids: np.ndarray, distances: np.ndarray) -> list[list[dict[str, Any]]]:
-    """Return for each query, of ids and distances (q, k), the records of its nearest images."""
-    with SampleReader(dataset, split) as reader:
-        return [
-            [_record(dataset, reader, *pair) for pair in zip(*rows)] for rows in zip(ids.tolist(), distances.tolist())
-        ]
+            answers[path] = {"error": "unreadable", "reason": error.strerror or str(error)}
+    if vectors:
+        queries = np.stack(list(vectors.values()))
+        ids, distances = search.nearest(index.rows, queries, count) if exact else search.similar(index, queries, count)
+        with SampleReader(dataset, index.meta.split) as reader:
+            for path, *row in zip(vectors, ids.tolist(), distances.tolist()):
+                answers[path] = {"nearest": [_record(dataset, reader, *pair) for pair in zip(*row)]}
+    for path in pictures:
+        _print(path, answers[path], as_json)
+    if bad := sum(path not in vectors for path in pictures):
+        raise UserError(f"{bad:,} could not be used, for the reasons above")
 
 
 def _record(dataset: Manifest, reader: SampleReader, id: int, distance: float) -> dict[str, Any]:
     label = int(reader.labels(np.array([id]))[0])
-    known = dataset.classes[label] if label >= 0 else None
-    names = {key: known and getattr(known, key) for key in ("label", "wnid", "words")}
+    names = {key: getattr(dataset.classes[label], key) if label >= 0 else None for key in ("label", "wnid", "words")}
     return {"id": id, "key": reader.key(id), **names, "distance": distance}
 
 
-def _print(path: Path, answer: list[dict[str, Any]] | dict[str, str], as_json: bool) -> None:
+def _print(path: Path, answer: dict[str, Any], as_json: bool) -> None:
     """Print a picture's answer: a line of JSON, or a table for people; why there is none on stderr."""
     if as_json:
-        fields = answer if isinstance(answer, dict) else {"nearest": answer}
-        click.echo(json.dumps({"picture": str(path), **fields}, allow_nan=False))
-    elif isinstance(answer, dict):
+        click.echo(json.dumps({"picture": str(path), **answer}, allow_nan=False))
+    elif "error" in answer:
         click.echo(f"{printable(str(path))}: {answer['error']}: {answer['reason']}", err=True)
     else:
         click.echo(click.style(printable(str(path)), bold=True))
-        for image in answer:
+        for image in answer["nearest"]:
             words = printable(image["words"]) if image["words"] is not None else "no label"
             click.echo(f"{image['distance']:10.4g}  {image['id']:>9}  {image['key']}  {words}")
