@@ -236,6 +236,7 @@ def test_what_fails_ahead_reaches_the_lease_and_the_next_lease_tries_again(
         cache.ahead(range(6))
         soon(lambda: on_disk(tmp_path, data) == {0, 1, 3, 4, 5} and not fetching())
         refused(cache, [2], StorageError, name_of(2), "access denied")
+        cache.ahead([2])  # fails once more, which the next lease forgets
         soon(lambda: not fetching())
         s3.faults(0)
         with cache.lease([2]) as descriptors:

@@ -56,8 +56,13 @@ class Exported:
     weights: dict[str, torch.Tensor]
     output: str
 
-    def __post_init__(self) -> None:
-        self.dataset, self.folder = manifest.load(self.data), self.run / "export"
+    @property
+    def dataset(self) -> Manifest:
+        return manifest.load(self.data)
+
+    @property
+    def folder(self) -> Path:
+        return self.run / "export"
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         return session((self.folder / "model.onnx").read_bytes()).run(["probabilities"], {"pixels": pixels})[0]
