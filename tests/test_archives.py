@@ -236,11 +236,15 @@ def test_a_damaged_listing_cache_is_ignored_and_written_again(tmp_path: Path):
 def test_no_build_is_begun_where_none_may_be(tmp_path: Path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "all.tar").write_bytes(NESTED)
-    for name in ("notes.txt", "dataset.json"):
+    for name, words in (
+        ("notes.txt", "exists and is not an unfinished build"),
+        ("dataset.json", "a finished dataset is there already"),
+    ):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text("{}")
         find_sources(tmp_path / "raw", cache=folder / ".build")
         assert [path.name for path in folder.iterdir()] == [name]
-        assert build(tmp_path / "raw", folder, "--holdout", 0).exit_code == 2
-        assert [path.name for path in folder.iterdir()] == [name]
+        refused = build(tmp_path / "raw", folder, "--holdout", 0)
+        assert (refused.exit_code, words in refused.output) == (2, True)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "{}")]

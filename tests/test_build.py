@@ -102,9 +102,7 @@ def test_statistics_are_those_of_the_rescaled_pixels(dataset: Path, raw: Path):
     assert np.sum([shard.second_moments for shard in shards], 0).tolist() == (flat.T @ flat).tolist()
 
 
-def test_same_bytes_with_two_workers_and_another_seed_differs(dataset: Path, raw: Path, tmp_path: Path):
-    assert build(raw, tmp_path / "two", "--workers", 2, "--samples-per-shard", 16).exit_code == 0
-    assert digests(tmp_path / "two") == digests(dataset)
+def test_another_seed_gives_another_order_of_training(dataset: Path, raw: Path, tmp_path: Path):
     assert build(raw, tmp_path / "seed", *LITTLE, "--seed", 1).exit_code == 0
     other = digests(tmp_path / "seed")
     assert other["train/train-000000.tar"] != digests(dataset)["train/train-000000.tar"]
@@ -140,19 +138,6 @@ def test_archives_in_a_store_with_a_failing_server_and_two_workers(s3: Store, ra
     assert result.exit_code == 0, result.output
     s3.faults(0.0)
     assert s3.digests("built") == digests(tmp_path / "local")
-
-
-def test_an_existing_dataset_or_folder_is_refused_and_left_alone(dataset: Path, raw: Path, tmp_path: Path):
-    before = digests(dataset)
-    result = build(raw, dataset, "--samples-per-shard", 16)
-    assert result.exit_code == 2
-    assert "a finished dataset is there already" in result.output
-    assert digests(dataset) == before
-    (tmp_path / "notes.txt").write_text("notes")
-    result = build(raw, tmp_path)
-    assert result.exit_code == 2
-    assert "exists and is not an unfinished build" in result.output
-    assert digests(tmp_path) == {"notes.txt": hashlib.sha256(b"notes").hexdigest()}
 
 
 def test_no_training_picture_that_decodes_is_an_error(tmp_path: Path):
@@ -226,7 +211,3 @@ def test_a_damaged_dataset_is_an_error_that_names_the_file(dataset: Path, tmp_pa
     assert "damaged" in damaged("statistics.npz", bytes(size))
     assert "damaged" in damaged("train/samples.npy", bytes((dataset / "train/samples.npy").stat().st_size))
     assert "not a manifest" in damaged("dataset.json", b"[]")
-    with pytest.raises(DatasetError, match="no such directory"):
-        manifest.load(tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match="not a dataset directory"):
-        manifest.load(tmp_path)

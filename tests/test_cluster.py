@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, SHARDS, build, digests, gone
+from conftest import ROOT, SHARDS, build, digests, gone, until
 
 pytestmark = [pytest.mark.skipif(find_spec("ray") is None, reason="needs the package ray"), pytest.mark.proof]
 COMMAND = (str(ROOT / "tools/build_shards.py"),)
@@ -65,15 +65,6 @@ def refused(*arguments: object, **options: Any) -> str:
     return line
 
 
-def until(condition: Callable[[], Any], pause: float = 0.02) -> Any:
-    """Wait for a true value, and return it."""
-    deadline = time.monotonic() + 40
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(pause)
-    return value
-
-
 def recorded(root: Path) -> set[str]:
     return {path.stem for path in (root / ".build").glob("*.npz")}
 
@@ -110,7 +101,7 @@ def test_a_node_is_killed_in_the_middle_of_a_build_and_the_bytes_are_the_same(
     process = begun(pictures, root, *options)
 
     try:
-        until(lambda: recorded(root) and any(root.rglob("*.tmp")), pause=0.001)
+        until(process, lambda: bool(recorded(root)) and any(root.rglob("*.tmp")))
         assert len(recorded(root)) < SHARDS - 1
         workers = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
         for pid in (raylet, *map(int, workers)):
@@ -156,7 +147,7 @@ def test_a_build_may_be_interrupted_at_any_moment(pictures: Path, head: Any, tmp
         options = ("--samples-per-shard", 1, "--executor", "ray", "--ray-address", head.address)
         process = begun(pictures, root, *options)
         pattern = ".build/*.npz" if trial > 5 else ".build/plan.json"
-        until(lambda root=root, pattern=pattern: any(root.glob(pattern)))
+        until(process, lambda root=root, pattern=pattern: any(root.glob(pattern)))
         time.sleep(0.07 * (trial - 5) if trial > 5 else 0.3 * trial)
         send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all
         send(process.pid, number)

@@ -193,8 +193,8 @@ def test_refusals_are_one_line_and_leave_everything_as_it_is(tmp_path: Path, mon
     few = ("--train", 1, "--val", 1, "--classes")
     for out, classes, words in (
         (tmp_path / "out", 12, "2<=x<=11"),
-        (tmp_path, 2, str(tmp_path)),
-        (notes, 2, str(notes)),
+        (tmp_path, 2, f"{tmp_path} exists and is not an empty directory"),
+        (notes, 2, f"{notes} exists and is not an empty directory"),
         (tmp_path / "out", 2, "No space left on device"),
     ):
         result = invoke(out, *few, classes)
