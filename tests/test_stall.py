@@ -34,9 +34,9 @@ def test_sums_shares_and_words():
     assert meter.total == Wait(1, 5, 1)
     assert (meter.total - Wait(1, 2, 0)) == Wait(0, 3, 1)
     assert meter.total.shares(70) == pytest.approx({"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70})
-    assert meter.total.said(70).startswith("stall 10.0 % (decoding: more threads=")
-    assert meter.total.said(1000) == "stall  0.7 %"
-    assert Wait().said(0) == "stall  0.0 %"
+    assert meter.total.text(70).startswith("stall 10.0 % (decoding: more threads=")
+    assert meter.total.text(1000) == "stall  0.7 %"
+    assert Wait().text(0) == "stall  0.0 %"
 
 
 def test_on_a_gpu_the_devices_time_counts():
@@ -89,7 +89,7 @@ def test_the_slow_stage_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch,
     assert max(shares, key=lambda each: shares[each]) == cause
     assert sum(shares.values()) == pytest.approx(wait.seconds / wall)
     assert wait.seconds <= wall
-    assert f"({cause}: " in wait.said(wall)
+    assert f"({cause}: " in wait.text(wall)
 
 
 def test_a_consumer_slower_than_the_loader_does_not_wait(dataset: Path):

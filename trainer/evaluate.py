@@ -227,7 +227,7 @@ def evaluate(
             if progress:
                 progress(split, done, samples)
         seconds = time.perf_counter() - began
-        stall = loader.meter.total.said(seconds) + (" in the first process" if world.size > 1 else "")
+        stall = loader.meter.total.text(seconds) + (" in the first process" if world.size > 1 else "")
     if not world.is_main:
         return
     if saved:

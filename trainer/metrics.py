@@ -72,7 +72,7 @@ class LogInterval:
         seconds = time.perf_counter() - self._since
         own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
         waited = self._meter.total - self._waited
-        own |= {"stall": waited.shares(seconds), "text": waited.said(seconds)}
+        own |= {"stall": waited.shares(seconds), "text": waited.text(seconds)}
         self._restart()
         ranks = self._world.all_gather(own)
         losses, images, timed = (sum(rank[key] for rank in ranks) for key in ("losses", "images", "timed"))

@@ -45,7 +45,7 @@ class Terminal:
             self._bar.update(self._bar.row, completed=done)
 
     def train(self, line: dict[str, Any], stall: str) -> None:
-        """Print a log line, as for `Metrics.train`; `stall` is `stall.Wait.said`."""
+        """Print a log line, as for `Metrics.train`; `stall` is `stall.Wait.text`."""
         speed = f"{line['time']['images_per_second']:6.0f} images/s"
         figures = f"epoch {line['epoch']:<3} loss {line['loss']:.4f}  lr {line['lr']:.2g}  {speed}  "
         if self._bar:

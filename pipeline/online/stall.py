@@ -47,7 +47,7 @@ class Wait:
             return {cause: stall * (cause == "transfer") for cause in KNOBS}
         return {cause: stall * getattr(self, cause) / host for cause in KNOBS}
 
-    def said(self, wall: float) -> str:
+    def text(self, wall: float) -> str:
         """Return `stall 12.3 % (decoding: options to change)`; the cause only above `LIMIT`."""
         shares = self.shares(wall)
         stall, worst = sum(shares.values()), max(shares, key=lambda cause: shares[cause])

@@ -219,14 +219,14 @@ class Stored:
         import numpy as np
 
         records = np.load(Path(job.source, "train/samples.npy"))
-        self._places = list(zip(*(records[name].tolist() for name in ("shard", "offset", "size"))))
+        self._records = list(zip(*(records[name].tolist() for name in ("shard", "offset", "size"))))
         self._files = [os.open(shard, os.O_RDONLY) for shard in shards(job)]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._records)
 
     def __getitem__(self, position: int) -> bytes:
-        shard, offset, size = self._places[position]
+        shard, offset, size = self._records[position]
         return os.pread(self._files[shard], size, offset)
 
 
