@@ -51,8 +51,8 @@ def test_ranks_have_the_batches_of_one(dataset: Path, ranks: int, order: str):
         assert torch.equal(one.images, torch.cat([each.images for each in theirs]))
         assert torch.equal(one.labels, torch.cat([each.labels for each in theirs]))
         assert np.concatenate([each.ids for each in theirs]).tolist() == one.ids.tolist()
-        assert [each.place for each in theirs] == np.cumsum([0, *(len(each.ids) for each in theirs[:-1])]).tolist()
-        assert {each.whole for each in theirs} == {len(one.ids)}
+        assert [each.start for each in theirs] == np.cumsum([0, *(len(each.ids) for each in theirs[:-1])]).tolist()
+        assert {each.global_size for each in theirs} == {len(one.ids)}
         assert {each.step for each in theirs} == {one.step}
         sizes = [len(each.images) for each in theirs]
         assert sizes == sorted(sizes, reverse=True)

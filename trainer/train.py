@@ -35,7 +35,7 @@ def draw_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
     probability = network.recipe.dropout
     units = {layer.name: layer.width for layer in network.layers if probability and "dropout" in layer.recipe.then}
     size, devices = len(batch.ids), dict.fromkeys(network.devices)  # one device may have both columns
-    masks = {d: dropout.masks(seed, batch.step, size, units, probability, d, batch.place) for d in devices}
+    masks = {d: dropout.masks(seed, batch.step, size, units, probability, d, batch.start) for d in devices}
     return [masks[device] for device in network.devices]
 
 

@@ -71,8 +71,8 @@ class Batch:
 
     step: int
     epoch: int
-    place: int  # position of its first sample in the global batch
-    whole: int  # samples of the global batch
+    start: int  # position of its first sample in the global batch
+    global_size: int  # samples of the global batch
     ids: np.ndarray  # (n,) int64
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (n,), first device; −1: none
     replicas: tuple[Tensor, ...] = ()  # the images, on each device
