@@ -132,7 +132,7 @@ def spool(images: RawTable, indices: np.ndarray, folder: Location) -> RawTable:
     for copy in missing:
         if not storage.is_file(copy.tar):  # another part may have written it in the meantime
             write_aside(copy.tar, copy.write)
-    return images.moved((copy.indices, str(copy.tar), *copy.places()) for copy in copies) if copies else images
+    return images.moved((copy.indices, str(copy.tar), *copy.extents()) for copy in copies) if copies else images
 
 
 class _Copy:
@@ -148,17 +148,17 @@ class _Copy:
         self.tar = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.tar"
 
     def write(self, out: HashingFile) -> None:
-        places = []
+        extents = []
         with _opened(self.source) as file:
             for row, data in zip(self.rows.tolist(), file.images(self.rows)):
-                places.append((add_tar_member(out, str(row), data), len(data)))
-        if len(places) != len(self.rows):
-            problem = f"has no row {self.rows[len(places)]}; it changed since the build began"
+                extents.append((add_tar_member(out, str(row), data), len(data)))
+        if len(extents) != len(self.rows):
+            problem = f"has no row {self.rows[len(extents)]}; it changed since the build began"
             raise SourceError(f"{self.source}: {problem}; delete DATASET and start again")
-        add_tar_member(out, "places", np.array(places, "<u8").tobytes())
+        add_tar_member(out, "extents", np.array(extents, "<u8").tobytes())
         out.write(bytes(2 * TAR_BLOCK))
 
-    def places(self) -> np.ndarray:
+    def extents(self) -> np.ndarray:
         """Return the offset and the size of each row in the tar, (2, n) uint64, from its last member."""
         length = 16 * len(self.rows)
         start = storage.stamp(self.tar)[0] - 2 * TAR_BLOCK - length - -length % TAR_BLOCK

@@ -77,7 +77,7 @@ class Plan:
         return [self.keys[i] for i in self.splits[slot.split][slot.start : slot.stop].tolist()]
 
     def fingerprint(self) -> bytes:
-        """Return as JSON all that must be equal for a build to be resumed; `write_shard` compares places of images."""
+        """Return as JSON all that must be equal for a build to be resumed; `write_shard` compares offsets and sizes."""
         digest = hashlib.sha256()
         for split, indices in self.splits.items():
             for image in self.part(split, 0, len(indices)):

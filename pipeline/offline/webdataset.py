@@ -55,7 +55,7 @@ def are_alone(folder: Folder, suffix: str, hub: str = "") -> bool:
 
 
 def files_by_split(folder: Folder, suffix: str, hub: str = "") -> dict[str, str]:
-    """Return the path below RAW and the split of each file with this suffix: of its folder, or told by its name.
+    """Return path below RAW → split of the files with this suffix: that of its folder, or the one in its name.
 
     Files lie in train/ and the like; else in RAW itself or its folder `hub`, for training if no name tells a split.
     """

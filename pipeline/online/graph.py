@@ -58,14 +58,12 @@ class Graph:
         """Return the oldest batch's views, (n, h, w, 3) uint8, RGB: on a GPU ready on its current stream."""
         jpegs, _ = self._inside[0]
         views = torch.empty((len(jpegs), self._view, self._view, 3), dtype=torch.uint8, device=self._device)
-        if jpegs and self._device.type == "cuda":
-            stream = torch.cuda.current_stream(self._device)
+        if jpegs:
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
             (output,) = self._pipeline.outputs(cuda_stream=stream)
             feed_ndarray(output.as_tensor(), views, cuda_stream=stream)
-            stream.synchronize()  # before DALI may take its memory back
-        elif jpegs:
-            (output,) = self._pipeline.outputs()
-            feed_ndarray(output.as_tensor(), views)
+            if stream:
+                stream.synchronize()  # before DALI may take its memory back
         self._inside.popleft()
         return views
 

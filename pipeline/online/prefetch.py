@@ -61,7 +61,7 @@ class Prefetch:
         step: int,
         end: int | None,
         depth: int,  # batches that are made ready ahead of use
-        upcoming: Callable[[list[int]], None] | None,  # is told the shards of the samples that come, in their order
+        upcoming: Callable[[list[int]], None] | None,  # takes the shards of the samples that come, in order
     ) -> None:
         self._sampler, self._reader, self._decoder, self._bad = sampler, reader, decoder, bad
         self._prepare, self._end, self._depth, self._upcoming = prepare, end, depth, upcoming

@@ -69,12 +69,12 @@ def build(
         common.interleave(rows, run, report["repetitions"], images)
     table = [common.cells(rows, row, CEILING, str(row.workers)) for row in rows]
     facts = [f"{pictures}; {per_shard:,} a shard; as many cores as workers"]
-    whole = [
+    start_to_exit = [
         f"{row.name}, workers {row.workers}, start to exit: {common.spread(row.rates('start_to_exit'))} images/s"
         for row in rows
         if row.function == "penstock" and row.runs
     ]
-    notes = common.baseline_lines(rows) + whole
+    notes = common.baseline_lines(rows) + start_to_exit
     common.publish(common.HEADER, table, rows, facts, notes, **report)
 
 

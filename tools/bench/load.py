@@ -70,7 +70,9 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
             if row.function in OWN_FORMAT and not (scratch / row.name).exists():
                 click.echo(f"{row.name}: writing its own format, untimed", err=True)
                 if not pictures.exists():
-                    write_pictures(Job("", str(source), "", CORES), taken, pictures / "all")
+                    (pictures / "all").mkdir(parents=True)
+                    for i, jpeg in enumerate(islice(cycle(stored_jpegs(str(source))), taken)):
+                        (pictures / "all" / f"{i:08d}.jpg").write_bytes(jpeg)
                 built = {"source": str(pictures), "per_shard": max(1, min(1000, taken // (4 * CORES)))}
                 common.run_job("peers_build.py", row, job | built)
             return common.run_job("peers_load.py", row, job)
@@ -166,10 +168,3 @@ def of_images(dataset: Path, images: int, root: Path, shards: int = 0) -> Manife
     result = replace(built, root=root, splits=splits, files=digests)
     (root / manifest.FILE_NAME).write_bytes(result.to_json())
     return result
-
-
-def write_pictures(job: Job, images: int, folder: Path) -> None:
-    """Write so many files of the JPEGs of a data set, repeated where there are fewer."""
-    folder.mkdir(parents=True)
-    for i, jpeg in enumerate(islice(cycle(stored_jpegs(job)), images)):
-        (folder / f"{i:08d}.jpg").write_bytes(jpeg)

@@ -41,8 +41,9 @@ class Job:
         return [(str(path), label) for label, folder in folders for path in sorted(folder.iterdir())]
 
 
-def main(functions: Mapping[str, Callable[[Job], Figures]]) -> None:
-    """Run the job that the command line gives as JSON, on as many cores as workers; print its figures last."""
+def main(functions: Mapping[str, Any]) -> None:
+    """Run the one of `functions` that the job names, JSON on the command line, on as many cores as workers; print its
+    figures last."""
     job = Job(**json.loads(sys.argv[1]))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.workers :])
     print("\n" + json.dumps(functions[job.function](job)), flush=True)
@@ -254,7 +255,5 @@ def ffcv(job: Job) -> Figures:
     return measured(writer.num_samples, began.value, time.monotonic(), "ffcv", "opencv-python", "pillow", "torch")
 
 
-FUNCTIONS = {f.__name__: f for f in (codec, penstock, webdataset, opencv, img2dataset, litdata, ffcv)}
-
 if __name__ == "__main__":
-    main(FUNCTIONS)
+    main(globals())

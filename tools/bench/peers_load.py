@@ -32,13 +32,13 @@ def images_of(job: Job) -> int:
     return (warm_up(job) + job.batches + 4 * job.workers) * job.batch
 
 
-def shards(job: Job) -> list[str]:
-    return sorted(map(str, Path(job.source, "train").glob("*.tar")))
+def shards(source: str) -> list[str]:
+    return sorted(map(str, Path(source, "train").glob("*.tar")))
 
 
-def stored_jpegs(job: Job) -> Iterator[bytes]:
+def stored_jpegs(source: str) -> Iterator[bytes]:
     """Yield the JPEG of every training picture in the order of the shards."""
-    for shard in shards(job):
+    for shard in shards(source):
         with tarfile.open(shard) as archive:
             for member in archive:
                 if member.name.endswith(".jpg") and (file := archive.extractfile(member)):
@@ -95,7 +95,7 @@ def decode(job: Job) -> Figures:
     import numpy as np
     import simplejpeg  # type: ignore[import-untyped,unused-ignore]
 
-    jpegs = list(islice(cycle(stored_jpegs(job)), images_of(job)))
+    jpegs = list(islice(cycle(stored_jpegs(job.source)), images_of(job)))
 
     def decoded(start: int) -> SimpleNamespace:
         buffer = np.empty((SIDE, SIDE, 3), np.uint8)
@@ -141,8 +141,8 @@ def dali_reader(job: Job) -> Figures:
     from nvidia.dali.pipeline import Pipeline
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    indices = [str(Path(shard).with_suffix(".idx")) for shard in shards(job)]
-    files: Any = {"paths": shards(job), "index_paths": indices, "ext": ["jpg", "cls"]}
+    indices = [str(Path(shard).with_suffix(".idx")) for shard in shards(job.source)]
+    files: Any = {"paths": shards(job.source), "index_paths": indices, "ext": ["jpg", "cls"]}
     colours: Any = {"mean": mean_colour(job), "std": [1.0] * 3, "dtype": types.DALIDataType.FLOAT}
     pipeline = Pipeline(batch_size=job.batch, num_threads=job.workers, device_id=None, prefetch_queue_depth=2)
     with pipeline:
@@ -187,7 +187,7 @@ def webdataset(job: Job) -> Figures:
     from webdataset import WebDataset
 
     mean = torch.tensor(mean_colour(job)).reshape(3, 1, 1)
-    stream = WebDataset(shards(job), resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
+    stream = WebDataset(shards(job.source), resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
     views = stream.to_tuple("jpg", "cls").map(lambda pair: (pillow_view(pair[0], mean), pair[1])).batched(job.batch)
     loader = DataLoader(views, batch_size=None, num_workers=job.workers)
     return take(job, (images for images, _ in loader), "webdataset", "pillow", "torch")
@@ -219,14 +219,14 @@ class Stored:
         import numpy as np
 
         records = np.load(Path(job.source, "train/samples.npy"))
-        self._places = list(zip(*(records[name].tolist() for name in ("shard", "offset", "size"))))
-        self._files = [os.open(shard, os.O_RDONLY) for shard in shards(job)]
+        self._records = list(zip(*(records[name].tolist() for name in ("shard", "offset", "size"))))
+        self._files = [os.open(shard, os.O_RDONLY) for shard in shards(job.source)]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._records)
 
     def __getitem__(self, position: int) -> bytes:
-        shard, offset, size = self._places[position]
+        shard, offset, size = self._records[position]
         return os.pread(self._files[shard], size, offset)
 
 
@@ -263,8 +263,5 @@ def ffcv(job: Job) -> Figures:
     return take(job, (images for images, _ in loader), "ffcv", "numba", "torch")
 
 
-JOBS = (penstock, first_batch, decode, dali_reader, synthetic, webdataset, litdata, grain, ffcv)
-FUNCTIONS = {job.__name__: job for job in JOBS}
-
 if __name__ == "__main__":
-    main(FUNCTIONS)
+    main(globals())

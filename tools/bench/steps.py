@@ -138,7 +138,7 @@ def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
 
 def decode(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Decode random windows of JPEGs in memory by DALI alone, a share of them by a GPU's hardware decoder."""
-    jpegs = list(islice(stored_jpegs(job), AHEAD * job.batch))
+    jpegs = list(islice(stored_jpegs(job.source), AHEAD * job.batch))
     windows = dali_windows(jpegs, job.batch, CORES, job_devices(job)[0].index, row.options["hardware_share"])
     return Timed(lambda: next(windows).shape[0])
 
