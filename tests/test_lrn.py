@@ -55,6 +55,12 @@ def test_blocks_of_a_batch_are_its_samples():
         assert torch.equal(batch.grad, samples.grad)
 
 
+def test_the_mean_within_a_map_has_the_bits_of_average_pooling():
+    x = torch.randn(3, 8, 80, 80, generator=torch.Generator().manual_seed(2)) * 60
+    scale = 1 + 1e-3 * F.avg_pool2d(x * x, 5, 1, 2)
+    assert torch.equal(same_map_norm(x), x * (scale.rsqrt() * scale.rsqrt().sqrt()))
+
+
 def test_bfloat16_is_reckoned_in_float32():
     """The float32 result and gradient, rounded once."""
     x = maps(6, 300).to(torch.bfloat16)
