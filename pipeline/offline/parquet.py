@@ -155,7 +155,7 @@ class _Copy:
         if len(extents) != len(self.rows):
             problem = f"has no row {self.rows[len(extents)]}; it changed since the build began"
             raise SourceError(f"{self.source}: {problem}; delete DATASET and start again")
-        add_tar_member(out, "extents", np.array(extents, "<u8").tobytes())
+        add_tar_member(out, "places", np.array(extents, "<u8").tobytes())
         out.write(bytes(2 * TAR_BLOCK))
 
     def extents(self) -> np.ndarray:
