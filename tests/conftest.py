@@ -41,6 +41,12 @@ SHARDS = 11 + 2  # of `plain`
 DATA = np.random.default_rng(0).bytes(300_000)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Take SIGINT again: a shell's `&` has it ignored, which children inherit, and tests of Ctrl-C would fail."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def picture(name: str, width: int, height: int) -> Image.Image:
     """A smooth random picture with some grain, a function of its name."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
