@@ -129,13 +129,13 @@ def _index_of(tar: str) -> str:
 
 
 def _unlisted(dataset: Manifest) -> Iterator[Failure]:
-    listed = {FILE_NAME, *dataset.files}
+    expected_files = {FILE_NAME, *dataset.files}
     for folder, entries in storage.walk(dataset.root):
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if path in LEFT_OVER:
                 yield Failure(path, LEFT_OVER[path])
-            elif path not in listed and (not entry.is_dir or entry.name.startswith(".")):  # `walk` enters other folders
+            elif path not in expected_files and (not entry.is_dir or entry.name.startswith(".")):  # others are entered
                 yield Failure(path, f"not listed in {FILE_NAME}")
 
 

@@ -77,8 +77,8 @@ class Batch:
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # (n,), first device; −1: none
     replicas: tuple[Tensor, ...] = ()  # the images, on each device
 
-    # What the stages before hand on to the next. `ids` differs from `planned_ids` where a bad sample is replaced.
-    planned_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)  # whose crops are used
+    # What the stages before hand on to the next. `ids` differs from `requested_ids` where a bad sample is replaced.
+    requested_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)  # whose crops are used
     crop_owner_ids: np.ndarray | None = field(default=None, repr=False)
     jpegs: list[np.ndarray] = field(default_factory=list, repr=False)  # (bytes,) uint8 each, until they are decoded
     crops: Crops = field(init=False, repr=False)  # set when the samples are read

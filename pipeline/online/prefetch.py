@@ -36,15 +36,17 @@ class Sampler:
         ids, chunk = self.order.batch(step, permutation), self.recipe.chunk
         positions = part(len(ids), self.rank, self.ranks)
         owners = ids[np.arange(len(ids)) // chunk * chunk][positions] if chunk > 1 else None
-        planned, epoch = ids[positions], step // self.order.steps_per_epoch
-        return Batch(step, epoch, positions.start, len(ids), planned.copy(), planned_ids=planned, crop_owner_ids=owners)
+        requested, epoch = ids[positions], step // self.order.steps_per_epoch
+        batch = Batch(step, epoch, positions.start, len(ids), requested.copy())
+        batch.requested_ids, batch.crop_owner_ids = requested, owners
+        return batch
 
     def draw(self, batch: Batch) -> None:
         """Set the crops of a batch whose samples are read."""
         sizes = np.array(
             [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64
         ).reshape(-1, 2)
-        batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.planned_ids, batch.crop_owner_ids, sizes)
+        batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.requested_ids, batch.crop_owner_ids, sizes)
 
 
 class Prefetch:
