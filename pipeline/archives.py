@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import IO, NamedTuple, cast
 
 from pipeline import SourceError, storage
-from pipeline.files import TAR_BLOCK, HashingFile, write_aside
+from pipeline.files import TAR_BLOCK, HashingFile, content, write_aside
 from pipeline.storage import Location, Read
 
 MAX_HEADERS = 2**16  # bytes of all headers of one member; real ones have some hundred
@@ -144,8 +144,7 @@ class ListingCache:
         if self._path is None or self._used.keys() <= self._known.keys():
             return
         root = self._path.parent.parent
-        empty = not storage.exists(root) or (storage.is_dir(root) and not storage.scan(root))
-        if empty or storage.is_dir(self._path.parent):
+        if storage.is_dir(self._path.parent) or not (storage.is_file(root) or content(root)):
             write_aside(self._path, self._write)
 
     def _write(self, file: HashingFile) -> None:

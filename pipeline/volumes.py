@@ -1,8 +1,10 @@
-"""Hints on local volumes: not mounted, empty, read-only, or another user's, each with the remedy."""
+"""Errors of local volumes in one line: not mounted, empty, read-only, or another user's, each with the remedy."""
 
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import UserError
@@ -20,6 +22,16 @@ def explained(error: OSError) -> str:
         return _unmounted(path) or _denied(path) or plain
     read_only = f"{_nearest(path)}: is read-only; mount the volume without :ro, or name another place"
     return _unmounted(path) or read_only if error.errno == errno.EROFS else plain
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Name `path` in the errors of calls that know no more than the number of an open file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def hint(path: Path) -> str:

@@ -107,7 +107,7 @@ class RawPictures:
                     yield from self._file(path, entry.size)
                 continue
             try:
-                identity = os.stat(path)[1:3] if isinstance(path, Path) else path  # inode and device
+                identity = os.path.realpath(path) if isinstance(path, Path) else path  # inodes may not be unique
                 entries = [] if identity in seen else storage.scan(path)
             except OSError as error:
                 yield unreadable(path, error)
