@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary name, fsync, rename; for an object store one upload. Locks of folders."""
+"""Files written whole or not at all: a temporary name, fsync, rename; for a store one upload. Locks of folders."""
 
 import errno
 import fcntl
@@ -16,13 +16,10 @@ from typing import IO, Any
 
 from pipeline import UserError, storage, volumes
 from pipeline.storage import Location
-from pipeline.volumes import naming
+from pipeline.volumes import is_junk, naming
 
 ASIDE = ".tmp"  # ends the name of a file that is not yet whole
 TAR_BLOCK = 512  # bytes; a tar is made of these
-# What file systems, network storage and desktops put into a folder without being asked
-JUNK = {"lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "@Recycle", "#recycle", ".thumbnails"}
-JUNK |= {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".Spotlight-V100", ".fseventsd"}
 # Answers of a file system that does not have a call: CIFS, 9p, WSL's DrvFs and many FUSE ones cannot sync a folder;
 # Lustre (without -o flock), NFS (without lockd) and many FUSE ones have no locks.
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -108,11 +105,6 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def is_junk(name: str) -> bool:
-    """Return whether an entry of a folder is one of `JUNK`, of a wastebasket, or macOS's shadow of another file."""
-    return name in JUNK or name.startswith((".Trash", "._"))
 
 
 def content(folder: Location) -> set[str]:

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline import UserError
-from pipeline.volumes import naming
+from pipeline.volumes import is_junk, naming
 
 # For mypy a Path, as it knows the methods of both. At run time a remote UPath is no Path, but a local UPath is one.
 Location: TypeAlias = Path
@@ -161,13 +161,13 @@ def scan(folder: Location) -> list[Entry]:
 
 
 def walk(folder: Location) -> Iterator[tuple[str, list[Entry]]]:
-    """Yield the path of each folder below `folder` ("" for itself), unless hidden, and its entries, level by level."""
-    level = [""]  # its folders are listed at once: with 1,000 classes that takes seconds, not minutes
+    """Yield the path of each folder below `folder` ("" for itself), unless hidden or junk, and its entries."""
+    level = [""]  # the folders of a level are listed at once: with 1,000 classes that takes seconds, not minutes
     while level:
         deeper = []
         for below, entries in read_ahead(level, lambda below: scan(folder / below if below else folder)):
             yield below, entries
-            names = [entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]
+            names = [e.name for e in entries if e.is_dir and not (e.name.startswith(".") or is_junk(e.name))]
             deeper += [f"{below}/{name}" if below else name for name in names]
         level = deeper
 

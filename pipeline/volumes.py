@@ -11,6 +11,9 @@ from pipeline import UserError
 
 CONTAINER = "PENSTOCK_CONTAINER"  # set in the images of docker/Dockerfile, where what lies in no volume is soon lost
 MOUNTS = Path("/proc/self/mountinfo")
+# What file systems, network storage and desktops put into a folder without being asked
+JUNK = {"lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "@Recycle", "#recycle", ".thumbnails"}
+JUNK |= {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".Spotlight-V100", ".fseventsd"}
 
 
 def explained(error: OSError) -> str:
@@ -32,6 +35,11 @@ def naming(path: object) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def is_junk(name: str) -> bool:
+    """Return whether an entry of a folder is one of `JUNK`, of a wastebasket, or macOS's shadow of another file."""
+    return name in JUNK or name.startswith((".Trash", "._"))
 
 
 def hint(path: Path) -> str:

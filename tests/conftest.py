@@ -96,6 +96,14 @@ def finish(
     return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
+def patched(folder: Path, code: str, **variables: object) -> dict[str, str]:
+    """Return the environment of a Python, and of its workers, that begins with `code`."""
+    (folder / "patch").mkdir(exist_ok=True)
+    (folder / "patch" / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(folder / "patch"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
+
+
 def begun(line: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """A process that leads a group of its own."""
     pipe = subprocess.PIPE

@@ -109,6 +109,15 @@ def test_another_seed_gives_another_order_of_training(dataset: Path, raw: Path, 
     assert other["val/val-000000.tar"] == digests(dataset)["val/val-000000.tar"]
 
 
+def test_a_dataset_that_holds_what_a_file_system_puts_there_is_empty(dataset: Path, raw: Path, tmp_path: Path):
+    junk = (".DS_Store", "._.DS_Store", "lost+found/1/file")
+    root = tree(tmp_path / "volume", dict.fromkeys(junk, b"not ours"))
+    done = build(raw, root, *LITTLE)
+    assert done.exit_code == 0, done.output
+    assert {name: file for name, file in digests(root).items() if name not in junk} == digests(dataset)
+    assert verify(root, "--quick").exit_code == 0
+
+
 @pytest.mark.proof
 def test_folders_in_a_store_give_the_same_bytes_in_a_store(s3: Store, raw: Path, dataset: Path):
     s3.upload(raw, "raw")
