@@ -34,7 +34,7 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
     _require_free(root)
     fingerprint, state = plan.fingerprint(), root / BUILD_FOLDER / PLAN_FILE
     with _file_lock(plan, root, fingerprint, alone) if isinstance(root, Path) else nullcontext():
-        before = state.read_bytes() if isinstance(state, Path) else storage.put_if_absent(state, fingerprint)
+        before = storage.read_bytes(state) if isinstance(state, Path) else storage.put_if_absent(state, fingerprint)
         _require_equal(before, fingerprint, root)
         if alone and not isinstance(root, Path):
             sweep(root)  # uploads without an end are invisible, and are paid for
