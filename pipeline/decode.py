@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import UserError
+from pipeline import LFS_POINTER, UserError
 
 # A closed list, so that reasons can be counted and compared between builds.
 REASONS = {
@@ -24,6 +24,7 @@ REASONS = {
     "too_many_bytes": "more bytes than max_bytes, packed or unpacked, or more than that in its metadata",
     "too_many_pixels": "more pixels than max_pixels, or than its kind can have in the memory of one worker",
     "too_many_scans": "a JPEG with more scans than max_scans",
+    "lfs_pointer": "a Git LFS pointer; run git lfs pull",
     "unrecognised": "no picture format that we read",
     "truncated": "the data ends before the picture does",
     "corrupt": "the decoder rejects the data",
@@ -88,6 +89,8 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
                 data = _inflated(packed, max_bytes)  # as some of ILSVRC2010's pictures; one level
             if not data:
                 raise ImageError("empty")
+            if data.startswith(LFS_POINTER):
+                raise ImageError("lfs_pointer")
             if max(len(packed), len(data)) > max_bytes:
                 raise ImageError("too_many_bytes")
             jpeg = _read_jpeg(data, max_scans) if data.startswith(b"\xff\xd8") else _Jpeg()

@@ -13,7 +13,7 @@ from PIL import Image
 from wds2idx import IndexCreator
 
 from conftest import build, digests, verify
-from pipeline import manifest
+from pipeline import LFS_POINTER, manifest
 from pipeline.image import rescale
 from pipeline.manifest import DatasetError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
@@ -147,6 +147,20 @@ def test_archives_in_a_store_with_a_failing_server_and_two_workers(s3: Store, ra
     assert result.exit_code == 0, result.output
     s3.faults(0.0)
     assert s3.digests("built") == digests(tmp_path / "local")
+
+
+def test_pictures_that_git_lfs_has_not_fetched_are_skipped_for_this_reason(raw: Path, tmp_path: Path):
+    pointer, folder = LFS_POINTER + b"v1\noid sha256:0\nsize 400000000\n", tmp_path / "raw"
+    for name in ("blobs", "stripes"):
+        shutil.copytree(raw / "train" / name, folder / name)
+    tree(folder, {"blobs/99.jpg": pointer, "stripes/99.jpg": pointer})
+    assert build(folder, tmp_path / "out", "--workers", 1, "--size", 32).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    skipped = {(line["source"], line["reason"]) for line in lines}
+    assert skipped == {("blobs/99.jpg", "lfs_pointer"), ("stripes/99.jpg", "lfs_pointer")}
+    refused = build(tree(tmp_path / "tars", {"train-0.tar": pointer}), tmp_path / "none")
+    assert refused.exit_code == 2
+    assert refused.stderr == f"Error: {tmp_path}/tars/train-0.tar: a Git LFS pointer; run git lfs pull\n"
 
 
 def test_no_training_picture_that_decodes_is_an_error(tmp_path: Path):

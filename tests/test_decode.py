@@ -14,6 +14,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from conftest import LIMITS, picture, reason, saved
+from pipeline import LFS_POINTER
 from pipeline.decode import REASONS, ImageError, decode
 from pipeline.image import rescale
 
@@ -68,6 +69,7 @@ def test_reasons():
     good = saved(picture("good", 200, 100), "JPEG")
     assert reason(b"") == "empty"
     assert reason(b"no picture at all") == "unrecognised"
+    assert reason(LFS_POINTER + b"v1\noid sha256:0\nsize 9\n") == "lfs_pointer"
     assert reason(good[: len(good) // 2]) == "truncated"
     assert reason(good, max_bytes=100) == "too_many_bytes"
     assert reason(good, max_pixels=100 * 200 - 1) == "too_many_pixels"
