@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline import LFS_POINTER, UserError
 
@@ -44,6 +44,10 @@ HELD_BYTES = 284_000_000
 # Measured bytes per pixel, and per byte of the file beside the file: Pillow's picture (4, colour or not) and the RGB
 # one (4); WebP's decoder keeps two canvases and a frame as well (12), TIFF's a strip or tile (8).
 _HELD = {"PNG": (8, 1), "GIF": (8, 1), "BMP": (8, 0), "WEBP": (20, 2), "TIFF": (16, 0)}
+
+# Pillow rejects a PNG with a text or profile of more than 1 MiB unpacked. Those are cut out, for nothing of them is a
+# pixel, and so is what passes 4 MiB in all: unpacking costs time.
+_TEXT, _TEXTS = PngImagePlugin.MAX_TEXT_CHUNK, 4 * PngImagePlugin.MAX_TEXT_CHUNK
 
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by TIFF's type
@@ -97,6 +101,9 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             tags = sum(_tag_memory(directory) for directory in jpeg.tags or (data,))
             if tags > HELD_BYTES // 4:
                 raise ImageError("too_many_bytes")
+            texts = 0
+            if data.startswith(b"\x89PNG\r\n\x1a\n"):
+                data, texts = _with_short_texts(data)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             pixels = image.width * image.height
             if pixels > max_pixels:
@@ -104,6 +111,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             if jpeg.scans > max_scans:
                 raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
             held = _held(image, data, jpeg) + len(data) + len(packed) * (packed is not data) + tags
+            held += 4 * texts  # at most 4 bytes a character
             if held + 4 * pixels * (exif == "apply") > HELD_BYTES:  # 4: the turned picture
                 raise ImageError("too_many_pixels")
             rgb = _load(image, data, jpeg, held)
@@ -140,8 +148,39 @@ def _inflated(packed: bytes, max_bytes: int) -> bytes:
     return data
 
 
-# The two parsers below read by slices, int.from_bytes and iter_unpack of whole entries, none of which raises anything,
+# The parsers below read by slices, int.from_bytes and iter_unpack of whole entries, none of which raises anything,
 # whatever offset, length or count a file claims.
+
+
+def _with_short_texts(png: bytes) -> tuple[bytes, int]:
+    """Return a PNG without texts and profiles that are too long, and the bytes of the other texts, unpacked."""
+    parts, start, position, left, texts = list[memoryview](), 0, 8, _TEXTS, 0
+    while (end := position + 12 + int.from_bytes(png[position : position + 4], "big")) <= len(png):
+        if (kind := png[position + 4 : position + 8]) == b"IEND":
+            break
+        if kind in (b"iCCP", b"iTXt", b"zTXt"):
+            size = _text_bytes(kind, png[position + 8 : end - 4], min(left, _TEXT)) if left else _TEXTS
+            if size > left:
+                parts.append(memoryview(png)[start:position])
+                start = end
+            elif kind != b"iCCP":
+                texts += size
+            left -= min(size, left, _TEXT)
+        position = end
+    return b"".join([*parts, memoryview(png)[start:]]) if parts else png, texts
+
+
+def _text_bytes(kind: bytes, body: bytes, limit: int) -> int:
+    """Return the bytes of a text or profile, unpacked; `_TEXTS` + 1 where it is packed, and longer than `limit`."""
+    rest = body.partition(b"\0")[2]  # behind the name: the method, or whether packed, method, language, translated name
+    if kind == b"iTXt" and rest[:1] in (b"", b"\0"):
+        return len(body)
+    packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
+    inflate = zlib.decompressobj()
+    with suppress(zlib.error):  # then Pillow passes over it
+        size = len(inflate.decompress(packed, limit))
+        return _TEXTS + 1 if inflate.unconsumed_tail else size
+    return 0
 
 
 def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
@@ -202,9 +241,8 @@ def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
     if image.format == "TIFF":
         width, height = (int(image.tag_v2.get(tag, 0)) for tag in (322, 323))  # type: ignore[attr-defined]
         pixels = max(pixels, width * height)  # of a tile
-    texts = data.count(b"zTXt") + data.count(b"iTXt") if image.format == "PNG" else 0  # each at most 4 MiB unpacked
     per_pixel, per_byte = _HELD[str(image.format)]
-    return pixels * per_pixel + len(data) * per_byte + texts * 2**22 + 24 * image.height  # Pillow's pointers to rows
+    return pixels * per_pixel + len(data) * per_byte + 24 * image.height  # Pillow's pointers to rows
 
 
 def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Image:
