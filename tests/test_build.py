@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -189,6 +190,12 @@ def test_filter_subsampling_and_orientation_are_options(raw: Path, tmp_path: Pat
         expected = io.BytesIO()
         Image.fromarray(rescale(raw_picture, 256, "area")[..., :3]).save(expected, "JPEG", quality=100, subsampling=0)
         assert sample["jpg"] == expected.getvalue()
+
+
+def test_json_names_any_folder(raw: Path, tmp_path: Path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    lines = build(raw, root, *LITTLE, "--size", 32, "--json").stdout.splitlines()
+    assert json.loads(lines[-1])["dataset"] == rf"{tmp_path}/caf\xe9"
 
 
 def test_holdout_and_limit(raw: Path, tmp_path: Path):

@@ -1,6 +1,5 @@
 """The progress, estimate and closing table of tools/build_shards.py, as text or as JSON lines."""
 
-import json
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
+from pipeline.cli import json_text
 from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK
 from pipeline.image import encode, rescaled
@@ -72,7 +72,7 @@ class BuildProgress:
 
 def print_event(event: str, **values: Any) -> None:
     """Print one line of JSON."""
-    click.echo(json.dumps({"event": event, **values}))
+    click.echo(json_text({"event": event, **values}))
 
 
 def _speed(figures: Mapping[str, Any]) -> str:
