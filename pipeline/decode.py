@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Literal, NamedTuple
@@ -51,6 +51,7 @@ _TEXT, _TEXTS = PngImagePlugin.MAX_TEXT_CHUNK, 4 * PngImagePlugin.MAX_TEXT_CHUNK
 
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by TIFF's type
+_DAMAGE = ("Corrupt", "Premature", "Inconsistent")  # begin libjpeg's warnings of it; others are of what turbo cannot do
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation → Image.Transpose
 
 
@@ -73,13 +74,22 @@ class _Jpeg(NamedTuple):
     tags: Sequence[bytes | bytearray] = ()  # TIFF directories that Pillow parses: Exif; indexes of multi-picture files
 
 
-def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif: str = "ignore") -> Image.Image:
+def decode(
+    data: bytes,
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    max_scans: int,
+    exif: str = "ignore",
+    warn: Callable[[str], object] = lambda warning: None,
+) -> Image.Image:
     """Decode the first frame of a picture in any of `FORMATS`, gzipped or not, as mode RGB.
 
     CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. Colour
     profiles are ignored, and so is the EXIF orientation, as torchvision and the original do, unless `exif` is "apply".
     Limits are counts, so that the verdict is the same on every machine; so is the one on memory, `HELD_BYTES`. The
     verdict is Pillow's: it reads the header, and each picture that libjpeg-turbo does not decode without a warning.
+    `warn` is called with the warning where that is of damage and Pillow decodes the picture.
 
     Raises:
         ImageError: with the reason's code. No other exception, whatever the bytes.
@@ -114,7 +124,7 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             held += 4 * texts  # at most 4 bytes a character
             if held + 4 * pixels * (exif == "apply") > HELD_BYTES:  # 4: the turned picture
                 raise ImageError("too_many_pixels")
-            rgb = _load(image, data, jpeg, held)
+            rgb = _load(image, data, jpeg, held, warn)
             turn = _TURNS.get(image.getexif().get(0x0112, 1)) if exif == "apply" else None
             return rgb if turn is None else rgb.transpose(Image.Transpose(turn))
     except ImageError:
@@ -245,19 +255,25 @@ def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
     return pixels * per_pixel + len(data) * per_byte + 24 * image.height  # Pillow's pointers to rows
 
 
-def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Image:
+def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float, warn: Callable[[str], object]) -> Image.Image:
+    warning = ""
     # the kinds that every libjpeg has: baseline, extended, progressive; accurate DCT, smooth chroma, as Pillow has them
     if image.mode in ("RGB", "L") and jpeg.frame in (0xC0, 0xC1, 0xC2):
-        with suppress(ValueError):  # a warning is enough: then Pillow has to judge
+        try:
             pixels = simplejpeg.decode_jpeg(data, "RGBX", strict=True)
             if pixels.shape == (image.height, image.width, 4):
                 rgb = as_image(pixels)
                 rgb.format = image.format if image.mode == "RGB" else None  # as Pillow has it after a conversion
                 return rgb
+        except ValueError as error:  # a warning is enough: then Pillow has to judge
+            warning = str(error)
     if jpeg.header and image.mode == "L" and held + image.width * image.height > HELD_BYTES:
         raise ImageError("too_many_pixels")  # a grey picture beside the RGB one
     image.load()
-    return _to_rgb(image)
+    rgb = _to_rgb(image)
+    if warning.startswith(_DAMAGE):
+        warn(warning)
+    return rgb
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 from wds2idx import IndexCreator
 
-from conftest import build, digests, verify
+from conftest import build, digests, drawn, saved, verify
 from pipeline import LFS_POINTER, manifest
 from pipeline.image import rescale
 from pipeline.manifest import DatasetError
@@ -190,6 +190,47 @@ def test_filter_subsampling_and_orientation_are_options(raw: Path, tmp_path: Pat
         expected = io.BytesIO()
         Image.fromarray(rescale(raw_picture, 256, "area")[..., :3]).save(expected, "JPEG", quality=100, subsampling=0)
         assert sample["jpg"] == expected.getvalue()
+
+
+@pytest.fixture
+def torn(tmp_path: Path) -> Path:
+    """12 pictures of two classes: five whose LF became CR LF, and one with bytes too many before its end."""
+    files = {}
+    for name in ("a", "b"):
+        files |= {f"{name}/{i}.jpg": saved(drawn("blobs", f"torn{name}{i}", 90, 80), "JPEG") for i in range(6)}
+    for name in ("a/1.jpg", "a/3.jpg", "b/0.jpg", "b/2.jpg", "b/4.jpg"):
+        files[name] = files[name].replace(b"\n", b"\r\n")
+    files["b/5.jpg"] = files["b/5.jpg"][:-2] + bytes(20) + files["b/5.jpg"][-2:]
+    return tree(tmp_path / "torn", files)
+
+
+ONE_BY_ONE = ("--workers", 1, "--size", 32, "--holdout", 0, "--samples-per-shard", 1)
+
+
+def test_warnings_of_the_decoder_are_counted_and_said(torn: Path, tmp_path: Path):
+    """Of all shards, whoever built them; the build is otherwise like any other."""
+    problem = "6 pictures were decoded although libjpeg warned of damaged data, such as "
+    cause = "; in 5 a CR stands before each LF, as after a transfer as text: fetch them again as binary files"
+    warned = {"a/1.jpg", "a/3.jpg", "b/0.jpg", "b/2.jpg", "b/4.jpg", "b/5.jpg"}
+
+    def is_said(output: str) -> bool:
+        (line,) = (line for line in output.splitlines() if line.startswith("note: 6"))
+        named = line.removeprefix(f"note: {problem}").removesuffix(cause).split(", ")
+        return line == f"note: {problem}{', '.join(named)}{cause}" and len(named) == 3 and {*named} < warned
+
+    done = build(torn, tmp_path / "once", *ONE_BY_ONE)
+    assert done.exit_code == 0, done.output
+    assert is_said(done.output)
+    for part in ("1/2", "2/2"):
+        assert build(torn, tmp_path / "parts", *ONE_BY_ONE, "--part", part).exit_code == 0
+    assert is_said(build(torn, tmp_path / "parts", *ONE_BY_ONE, "--merge").output)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "once")
+    last = json.loads(build(torn, tmp_path / "json", *ONE_BY_ONE, "--json").stdout.splitlines()[-1])
+    assert last["decoder_warnings"].items() >= {"pictures": 6, "as_text": 5}.items()
+    assert {*last["decoder_warnings"]["such_as"]} < warned
+    for name in warned:
+        (torn / name).unlink()
+    assert "libjpeg" not in build(torn, tmp_path / "sound", *ONE_BY_ONE).output
 
 
 def test_json_names_any_folder(raw: Path, tmp_path: Path):

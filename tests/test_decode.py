@@ -87,9 +87,23 @@ def test_reasons():
 def test_what_libjpeg_warns_of_is_left_to_pillow(mode: str):
     good = saved(picture("warned", 200, 100).convert(mode), "JPEG")
     bad = good[:-2] + bytes(20) + good[-2:]  # extraneous bytes before the end of the image
-    with pytest.raises(ValueError, match="extraneous"):
+    with pytest.raises(ValueError, match="extraneous") as strict:
         simplejpeg.decode_jpeg(bad, "RGBX", strict=True)
-    assert (np.asarray(decode(bad, **LIMITS)) == np.asarray(decode(good, **LIMITS))).all()
+    warnings: list[str] = []
+    assert (np.asarray(decode(bad, **LIMITS, warn=warnings.append)) == np.asarray(decode(good, **LIMITS))).all()
+    assert warnings == [str(strict.value)]
+    decode(good, **LIMITS, warn=warnings.append)
+    assert reason(bad[: len(bad) // 2], warn=warnings.append) == "truncated"
+    assert len(warnings) == 1
+
+
+def test_what_turbo_cannot_decode_is_no_damage(shared: Path):
+    """4:1:0."""
+    data, warnings = (shared / "odd-images/files/2x2_410.jpg").read_bytes(), list[str]()
+    with pytest.raises(ValueError, match="subsampling"):
+        simplejpeg.decode_jpeg(data, "RGBX", strict=True)
+    assert decode(data, **LIMITS, warn=warnings.append).mode == "RGB"
+    assert not warnings
 
 
 LONG = zlib.compress(b"x" * 3 * 2**20)

@@ -23,9 +23,9 @@ SLOW = """
 import os, re, time
 from pipeline.offline import shards
 rescaled = shards.rescaled
-def slow(data, recipe):
+def slow(*picture):
     eval(os.environ["BEFORE_DECODE"])
-    return rescaled(data, recipe)
+    return rescaled(*picture)
 shards.rescaled = slow
 shards.SECONDS = float(os.environ.get("SECONDS", shards.SECONDS))
 """
