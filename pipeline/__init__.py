@@ -1,5 +1,8 @@
 """Raw ImageNet to shards (offline), shards to batches on the device (online)."""
 
+# Begins the few lines of text that git leaves instead of a large file where git-lfs is not installed
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that names the value, the limit and the remedy.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import IO, NamedTuple, cast
 
-from pipeline import SourceError, storage
-from pipeline.files import TAR_BLOCK, HashingFile, write_aside
+from pipeline import LFS_POINTER, SourceError, storage
+from pipeline.files import TAR_BLOCK, HashingFile, content, write_aside
 from pipeline.storage import Location, Read
 
 MAX_HEADERS = 2**16  # bytes of all headers of one member; real ones have some hundred
@@ -49,7 +49,9 @@ def members(read: Read, start: int, end: int, archive: str) -> Iterator[Member]:
     """
     if start == end:
         raise SourceError(f"{archive}: empty, not even an archive's end; fetch it again")
-    if read(min(6, end - start), start).startswith(COMPRESSED):
+    head = read(min(len(LFS_POINTER), end - start), start)
+    require_content(archive, head)
+    if head.startswith(COMPRESSED):
         raise SourceError(f"{archive}: is compressed, so that no image can be found alone; unpack it to a plain tar")
     headers = _Headers(read, end)
     # A TarFile for reading would read a header here, and would not say later why one is damaged. Nothing is written.
@@ -84,6 +86,12 @@ def members(read: Read, start: int, end: int, archive: str) -> Iterator[Member]:
         yield Member(info.name if reason else name, info.offset_data, info.size, reason)
         at = tar.offset
     yield Member("", end, 0, NO_END)
+
+
+def require_content(file: object, head: bytes) -> None:
+    """Raise SourceError where the first bytes of a file are those of a Git LFS pointer to its content."""
+    if head.startswith(LFS_POINTER):
+        raise SourceError(f"{file}: a Git LFS pointer; run git lfs pull")
 
 
 def _plain(name: str) -> str:
@@ -144,8 +152,7 @@ class ListingCache:
         if self._path is None or self._used.keys() <= self._known.keys():
             return
         root = self._path.parent.parent
-        empty = not storage.exists(root) or (storage.is_dir(root) and not storage.scan(root))
-        if empty or storage.is_dir(self._path.parent):
+        if storage.is_dir(self._path.parent) or not (storage.is_file(root) or content(root)):
             write_aside(self._path, self._write)
 
     def _write(self, file: HashingFile) -> None:

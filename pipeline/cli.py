@@ -1,6 +1,8 @@
 """click command that turns user errors, OS errors and signals into one line and an exit code; what commands print."""
 
+import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -61,6 +63,22 @@ def printable(text: str, limit: int = 0) -> str:
     """Return text that a terminal may show, cut to `limit` characters (0: all): control characters are escaped."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return plain if not limit or len(plain) <= limit else plain[: limit - 3] + "..."
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    r"""Return JSON that every parser takes: a byte of a file name that is not UTF-8 becomes the text \xNN.
+
+    Python has such a byte as half of a surrogate pair, which no JSON may hold alone. Raises ValueError: not finite.
+    """
+
+    def as_text(half: re.Match[str]) -> str:
+        if not half[1]:  # a backslash of the text, or a whole pair
+            return half[0]
+        number = int(half[1], 16)
+        return rf"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else rf"\\u{half[1]}"
+
+    text = json.dumps(value, indent=indent, allow_nan=False)
+    return re.sub(r"\\\\|\\ud[89ab]..\\ud[c-f]..|\\u(d[89a-f]..)", as_text, text)
 
 
 @contextmanager

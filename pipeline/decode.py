@@ -7,16 +7,16 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from pipeline import UserError
+from pipeline import LFS_POINTER, UserError
 
 # A closed list, so that reasons can be counted and compared between builds.
 REASONS = {
@@ -24,6 +24,7 @@ REASONS = {
     "too_many_bytes": "more bytes than max_bytes, packed or unpacked, or more than that in its metadata",
     "too_many_pixels": "more pixels than max_pixels, or than its kind can have in the memory of one worker",
     "too_many_scans": "a JPEG with more scans than max_scans",
+    "lfs_pointer": "a Git LFS pointer; run git lfs pull",
     "unrecognised": "no picture format that we read",
     "truncated": "the data ends before the picture does",
     "corrupt": "the decoder rejects the data",
@@ -44,8 +45,13 @@ HELD_BYTES = 284_000_000
 # one (4); WebP's decoder keeps two canvases and a frame as well (12), TIFF's a strip or tile (8).
 _HELD = {"PNG": (8, 1), "GIF": (8, 1), "BMP": (8, 0), "WEBP": (20, 2), "TIFF": (16, 0)}
 
+# Pillow rejects a PNG with a text or profile of more than 1 MiB unpacked. Those are cut out, for nothing of them is a
+# pixel, and so is what passes 4 MiB in all: unpacking costs time.
+_TEXT, _TEXTS = PngImagePlugin.MAX_TEXT_CHUNK, 4 * PngImagePlugin.MAX_TEXT_CHUNK
+
 _MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not a stuffed FF 00, not one of the restarts D0 … D7
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by TIFF's type
+_DAMAGE = ("Corrupt", "Premature", "Inconsistent")  # begin libjpeg's warnings of it; others are of what turbo cannot do
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation → Image.Transpose
 
 
@@ -68,13 +74,22 @@ class _Jpeg(NamedTuple):
     tags: Sequence[bytes | bytearray] = ()  # TIFF directories that Pillow parses: Exif; indexes of multi-picture files
 
 
-def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif: str = "ignore") -> Image.Image:
+def decode(
+    data: bytes,
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    max_scans: int,
+    exif: str = "ignore",
+    warn: Callable[[str], object] = lambda warning: None,
+) -> Image.Image:
     """Decode the first frame of a picture in any of `FORMATS`, gzipped or not, as mode RGB.
 
     CMYK and YCCK are converted, palettes resolved, transparency put over white, 16-bit grey scaled to 8 bits. Colour
     profiles are ignored, and so is the EXIF orientation, as torchvision and the original do, unless `exif` is "apply".
     Limits are counts, so that the verdict is the same on every machine; so is the one on memory, `HELD_BYTES`. The
     verdict is Pillow's: it reads the header, and each picture that libjpeg-turbo does not decode without a warning.
+    `warn` is called with the warning where that is of damage and Pillow decodes the picture.
 
     Raises:
         ImageError: with the reason's code. No other exception, whatever the bytes.
@@ -88,12 +103,17 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
                 data = _inflated(packed, max_bytes)  # as some of ILSVRC2010's pictures; one level
             if not data:
                 raise ImageError("empty")
+            if data.startswith(LFS_POINTER):
+                raise ImageError("lfs_pointer")
             if max(len(packed), len(data)) > max_bytes:
                 raise ImageError("too_many_bytes")
             jpeg = _read_jpeg(data, max_scans) if data.startswith(b"\xff\xd8") else _Jpeg()
             tags = sum(_tag_memory(directory) for directory in jpeg.tags or (data,))
             if tags > HELD_BYTES // 4:
                 raise ImageError("too_many_bytes")
+            texts = 0
+            if data.startswith(b"\x89PNG\r\n\x1a\n"):
+                data, texts = _with_short_texts(data)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             pixels = image.width * image.height
             if pixels > max_pixels:
@@ -101,9 +121,10 @@ def decode(data: bytes, *, max_bytes: int, max_pixels: int, max_scans: int, exif
             if jpeg.scans > max_scans:
                 raise ImageError("too_many_scans")  # libjpeg's time grows with pixels × scans
             held = _held(image, data, jpeg) + len(data) + len(packed) * (packed is not data) + tags
+            held += 4 * texts  # at most 4 bytes a character
             if held + 4 * pixels * (exif == "apply") > HELD_BYTES:  # 4: the turned picture
                 raise ImageError("too_many_pixels")
-            rgb = _load(image, data, jpeg, held)
+            rgb = _load(image, data, jpeg, held, warn)
             turn = _TURNS.get(image.getexif().get(0x0112, 1)) if exif == "apply" else None
             return rgb if turn is None else rgb.transpose(Image.Transpose(turn))
     except ImageError:
@@ -137,8 +158,39 @@ def _inflated(packed: bytes, max_bytes: int) -> bytes:
     return data
 
 
-# The two parsers below read by slices, int.from_bytes and iter_unpack of whole entries, none of which raises anything,
+# The parsers below read by slices, int.from_bytes and iter_unpack of whole entries, none of which raises anything,
 # whatever offset, length or count a file claims.
+
+
+def _with_short_texts(png: bytes) -> tuple[bytes, int]:
+    """Return a PNG without texts and profiles that are too long, and the bytes of the other texts, unpacked."""
+    parts, start, position, left, texts = list[memoryview](), 0, 8, _TEXTS, 0
+    while (end := position + 12 + int.from_bytes(png[position : position + 4], "big")) <= len(png):
+        if (kind := png[position + 4 : position + 8]) == b"IEND":
+            break
+        if kind in (b"iCCP", b"iTXt", b"zTXt"):
+            size = _text_bytes(kind, png[position + 8 : end - 4], min(left, _TEXT)) if left else _TEXTS
+            if size > left:
+                parts.append(memoryview(png)[start:position])
+                start = end
+            elif kind != b"iCCP":
+                texts += size
+            left -= min(size, left, _TEXT)
+        position = end
+    return b"".join([*parts, memoryview(png)[start:]]) if parts else png, texts
+
+
+def _text_bytes(kind: bytes, body: bytes, limit: int) -> int:
+    """Return the bytes of a text or profile, unpacked; `_TEXTS` + 1 where it is packed, and longer than `limit`."""
+    rest = body.partition(b"\0")[2]  # behind the name: the method, or whether packed, method, language, translated name
+    if kind == b"iTXt" and rest[:1] in (b"", b"\0"):
+        return len(body)
+    packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
+    inflate = zlib.decompressobj()
+    with suppress(zlib.error):  # then Pillow passes over it
+        size = len(inflate.decompress(packed, limit))
+        return _TEXTS + 1 if inflate.unconsumed_tail else size
+    return 0
 
 
 def _read_jpeg(jpeg: bytes, max_scans: int) -> _Jpeg:
@@ -199,24 +251,29 @@ def _held(image: Image.Image, data: bytes, jpeg: _Jpeg) -> float:
     if image.format == "TIFF":
         width, height = (int(image.tag_v2.get(tag, 0)) for tag in (322, 323))  # type: ignore[attr-defined]
         pixels = max(pixels, width * height)  # of a tile
-    texts = data.count(b"zTXt") + data.count(b"iTXt") if image.format == "PNG" else 0  # each at most 4 MiB unpacked
     per_pixel, per_byte = _HELD[str(image.format)]
-    return pixels * per_pixel + len(data) * per_byte + texts * 2**22 + 24 * image.height  # Pillow's pointers to rows
+    return pixels * per_pixel + len(data) * per_byte + 24 * image.height  # Pillow's pointers to rows
 
 
-def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float) -> Image.Image:
+def _load(image: Image.Image, data: bytes, jpeg: _Jpeg, held: float, warn: Callable[[str], object]) -> Image.Image:
+    warning = ""
     # the kinds that every libjpeg has: baseline, extended, progressive; accurate DCT, smooth chroma, as Pillow has them
     if image.mode in ("RGB", "L") and jpeg.frame in (0xC0, 0xC1, 0xC2):
-        with suppress(ValueError):  # a warning is enough: then Pillow has to judge
+        try:
             pixels = simplejpeg.decode_jpeg(data, "RGBX", strict=True)
             if pixels.shape == (image.height, image.width, 4):
                 rgb = as_image(pixels)
                 rgb.format = image.format if image.mode == "RGB" else None  # as Pillow has it after a conversion
                 return rgb
+        except ValueError as error:  # a warning is enough: then Pillow has to judge
+            warning = str(error)
     if jpeg.header and image.mode == "L" and held + image.width * image.height > HELD_BYTES:
         raise ImageError("too_many_pixels")  # a grey picture beside the RGB one
     image.load()
-    return _to_rgb(image)
+    rgb = _to_rgb(image)
+    if warning.startswith(_DAMAGE):
+        warn(warning)
+    return rgb
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:

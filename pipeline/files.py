@@ -1,20 +1,29 @@
-"""Files written whole or not at all: a temporary name, fsync, rename; for an object store one upload."""
+"""Files written whole or not at all: a temporary name, fsync, rename; for a store one upload. Locks of folders."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
+import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline import UserError, storage, volumes
 from pipeline.storage import Location
+from pipeline.volumes import is_junk, naming
 
 ASIDE = ".tmp"  # ends the name of a file that is not yet whole
 TAR_BLOCK = 512  # bytes; a tar is made of these
+# Answers of a file system that does not have a call: CIFS, 9p, WSL's DrvFs and many FUSE ones cannot sync a folder;
+# Lustre (without -o flock), NFS (without lockd) and many FUSE ones have no locks.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class HashingFile:
@@ -86,12 +95,59 @@ def require_writable(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to disk, so that the names in it survive a loss of power."""
+    """Flush a folder to disk, so that the names in it survive a loss of power, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def content(folder: Location) -> set[str]:
+    """Return the names in a folder but for junk; none where it does not exist. Raises NotADirectoryError: a file."""
+    with suppress(FileNotFoundError):
+        return {entry.name for entry in storage.scan(folder) if not is_junk(entry.name)}
+    return set()
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Lock a folder for this process alone. Raises UserError, `busy`, where another process has the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            lock(descriptor, fcntl.LOCK_EX, folder)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: {busy}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: int | IO[str], kind: int, folder: Path) -> bool:
+    """Take the lock of an open file, `fcntl.LOCK_EX` or `LOCK_SH`, without waiting; return False if there are no locks.
+
+    Of those a line on stderr warns, once for each `folder`. Raises BlockingIOError where another process has the lock.
+    """
+    try:
+        with naming(folder):
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(folder)
+        return False
+    return True
+
+
+@cache
+def _warn_of_no_locks(folder: Path) -> None:
+    problem = "its file system has no locks, and nothing keeps a second process from writing there"
+    print(f"warning: {folder}: {problem}; start one at a time", file=sys.stderr, flush=True)
 
 
 def sweep(folder: Location) -> int:

@@ -6,6 +6,7 @@ RGB so, and 4-byte pixels vectorise.
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -20,10 +21,13 @@ _ONE = 2**14  # the sum of the weights of one pixel
 _PART = 8  # rescaled rows, or columns, at a time: their weights and raw pixels take little memory
 
 
-def rescaled(data: bytes, recipe: BuildRecipe) -> np.ndarray:
-    """Return the pixels that `recipe` stores of a raw picture, RGBX. Raises ImageError with the reason's code."""
+def rescaled(data: bytes, recipe: BuildRecipe, warn: Callable[[str], object] = lambda warning: None) -> np.ndarray:
+    """Return the pixels that `recipe` stores of a raw picture, RGBX. Raises ImageError with the reason's code.
+
+    `warn` is called where `decode` calls it.
+    """
     limits = {name: getattr(recipe, name) for name in ("max_bytes", "max_pixels", "max_scans", "exif")}
-    return rescale(decode(data, **limits), recipe.size, recipe.filter, recipe.crop)
+    return rescale(decode(data, **limits, warn=warn), recipe.size, recipe.filter, recipe.crop)
 
 
 def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre") -> np.ndarray:

@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline import UserError
+from pipeline.volumes import is_junk, naming
 
 # For mypy a Path, as it knows the methods of both. At run time a remote UPath is no Path, but a local UPath is one.
 Location: TypeAlias = Path
@@ -160,13 +161,13 @@ def scan(folder: Location) -> list[Entry]:
 
 
 def walk(folder: Location) -> Iterator[tuple[str, list[Entry]]]:
-    """Yield the path of each folder below `folder` ("" for itself), unless hidden, and its entries, level by level."""
-    level = [""]  # its folders are listed at once: with 1,000 classes that takes seconds, not minutes
+    """Yield the path of each folder below `folder` ("" for itself), unless hidden or junk, and its entries."""
+    level = [""]  # the folders of a level are listed at once: with 1,000 classes that takes seconds, not minutes
     while level:
         deeper = []
         for below, entries in read_ahead(level, lambda below: scan(folder / below if below else folder)):
             yield below, entries
-            names = [entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]
+            names = [e.name for e in entries if e.is_dir and not (e.name.startswith(".") or is_junk(e.name))]
             deeper += [f"{below}/{name}" if below else name for name in names]
         level = deeper
 
@@ -184,8 +185,7 @@ def opened(path: Location) -> Iterator[tuple[Read, int]]:
     """Yield positioned reads of a file, for one thread, and its bytes. Remote reads fetch `BLOCK` bytes ahead."""
     if isinstance(path, Path):
         with open(path, "rb") as file:
-            descriptor = file.fileno()
-            yield lambda size, at: os.pread(descriptor, size, at), os.fstat(descriptor).st_size
+            yield lambda size, at: _pread(file, size, at), os.fstat(file.fileno()).st_size
     else:
         from fsspec.caching import ReadAheadCache
 
@@ -206,17 +206,19 @@ def read_range(file: str, offset: int, size: int) -> bytes:
     if _protocol(file):
         return retried(file, "read", ranged) if size > 0 else b""
     with open(file, "rb") as local:
-        try:
-            return os.pread(local.fileno(), size, offset)
-        except OSError as error:
-            error.filename = file  # os.pread knows a number alone
-            raise
+        return _pread(local, size, offset)
+
+
+def _pread(file: IO[bytes], size: int, offset: int) -> bytes:
+    with naming(file.name):
+        return os.pread(file.fileno(), size, offset)
 
 
 def read_bytes(path: Location) -> bytes:
     """Return a whole file. Raises FileNotFoundError."""
     if isinstance(path, Path):
-        return path.read_bytes()
+        with naming(path):
+            return path.read_bytes()
     total, _ = stamp(path)
     pieces = read_ahead(range(0, total, PIECE), lambda at: read_range(str(path), at, min(PIECE, total - at)), 4)
     return b"".join(piece for _, piece in pieces)

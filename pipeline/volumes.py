@@ -1,14 +1,19 @@
-"""Hints on local volumes: not mounted, empty, read-only, or another user's, each with the remedy."""
+"""Errors of local volumes in one line: not mounted, empty, read-only, or another user's, each with the remedy."""
 
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import UserError
 
 CONTAINER = "PENSTOCK_CONTAINER"  # set in the images of docker/Dockerfile, where what lies in no volume is soon lost
 MOUNTS = Path("/proc/self/mountinfo")
+# What file systems, network storage and desktops put into a folder without being asked
+JUNK = {"lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "@Recycle", "#recycle", ".thumbnails"}
+JUNK |= {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".Spotlight-V100", ".fseventsd"}
 
 
 def explained(error: OSError) -> str:
@@ -20,6 +25,21 @@ def explained(error: OSError) -> str:
         return _unmounted(path) or _denied(path) or plain
     read_only = f"{_nearest(path)}: is read-only; mount the volume without :ro, or name another place"
     return _unmounted(path) or read_only if error.errno == errno.EROFS else plain
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Name `path` in the errors of calls that know no more than the number of an open file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def is_junk(name: str) -> bool:
+    """Return whether an entry of a folder is one of `JUNK`, of a wastebasket, or macOS's shadow of another file."""
+    return name in JUNK or name.startswith((".Trash", "._"))
 
 
 def hint(path: Path) -> str:

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # small networks on busy cores: two threads wait for each other far longer than they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +61,7 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def reason(data: bytes, **limits: int) -> str:
+def reason(data: bytes, **limits: Any) -> str:
     """Why `decode` leaves a picture out."""
     with pytest.raises(ImageError) as caught:
         decode(data, **{**LIMITS, **limits})
@@ -94,6 +94,14 @@ def finish(
     """Run `command` to its end, in a process of its own. (`build` is faster, where that is not needed.)"""
     line = command(raw, root, *options)
     return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=env)
+
+
+def patched(folder: Path, code: str, **variables: object) -> dict[str, str]:
+    """Return the environment of a Python, and of its workers, that begins with `code`."""
+    (folder / "patch").mkdir(exist_ok=True)
+    (folder / "patch" / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(folder / "patch"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
 
 
 def begun(line: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import build, picture, saved
-from pipeline import SourceError
+from pipeline import LFS_POINTER, SourceError
 from pipeline.archives import DATA_AFTER_END, NO_END, members
 from pipeline.offline.ilsvrc import TRAIN_TAR
 from pipeline.offline.sources import find_sources
@@ -142,6 +142,7 @@ TERABYTES = b"\x80" + (2**43).to_bytes(11, "big")
     ("content", "message"),
     [
         (b"", "empty, not even an archive's end"),
+        (LFS_POINTER + b"v1\noid sha256:0\nsize 9\n", "all.tar: a Git LFS pointer; run git lfs pull$"),
         (GOOD[:700], "cut short inside 'n00000001.tar', which claims 10,240 bytes where 188 are left"),
         (with_field(GOOD, 124, TERABYTES), "cut short inside 'n00000001.tar', which claims 8,796,093,022,208 bytes"),
         (gzip.compress(GOOD), "is compressed, so that no image can be found alone"),

@@ -1,5 +1,6 @@
 """What a user can get wrong with a run, by its commands: one clear line, and nothing written or lost."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -67,6 +68,21 @@ def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, t
     before = checkpoints.best_file(run).read_bytes()
     one_line(train(dataset, run, 1), "exists already", "--resume")  # of which only the best checkpoint is left
     assert checkpoints.best_file(run).read_bytes() == before
+
+
+def test_without_locks_a_run_begins_with_a_warning(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def flock(file: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = tmp_path / "run"
+    (run / "lost+found").mkdir(parents=True)  # as in the top folder of a disk
+    result = train(dataset, run, 1)
+    assert result.exit_code == 0, result.output
+    problem = "its file system has no locks, and nothing keeps a second process from writing there"
+    assert (
+        result.stderr.count("warning:") == result.stderr.count(f"warning: {run}: {problem}; start one at a time\n") == 1
+    )
 
 
 def test_options_of_a_new_run(run: Path, dataset: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import webdataset
 from PIL import Image
 from wds2idx import IndexCreator
 
-from conftest import build, digests, verify
-from pipeline import manifest
+from conftest import build, digests, drawn, saved, verify
+from pipeline import LFS_POINTER, manifest
 from pipeline.image import rescale
 from pipeline.manifest import DatasetError
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
@@ -109,6 +110,15 @@ def test_another_seed_gives_another_order_of_training(dataset: Path, raw: Path, 
     assert other["val/val-000000.tar"] == digests(dataset)["val/val-000000.tar"]
 
 
+def test_a_dataset_that_holds_what_a_file_system_puts_there_is_empty(dataset: Path, raw: Path, tmp_path: Path):
+    junk = (".DS_Store", "._.DS_Store", "lost+found/1/file")
+    root = tree(tmp_path / "volume", dict.fromkeys(junk, b"not ours"))
+    done = build(raw, root, *LITTLE)
+    assert done.exit_code == 0, done.output
+    assert {name: file for name, file in digests(root).items() if name not in junk} == digests(dataset)
+    assert verify(root, "--quick").exit_code == 0
+
+
 @pytest.mark.proof
 def test_folders_in_a_store_give_the_same_bytes_in_a_store(s3: Store, raw: Path, dataset: Path):
     s3.upload(raw, "raw")
@@ -140,6 +150,20 @@ def test_archives_in_a_store_with_a_failing_server_and_two_workers(s3: Store, ra
     assert s3.digests("built") == digests(tmp_path / "local")
 
 
+def test_pictures_that_git_lfs_has_not_fetched_are_skipped_for_this_reason(raw: Path, tmp_path: Path):
+    pointer, folder = LFS_POINTER + b"v1\noid sha256:0\nsize 400000000\n", tmp_path / "raw"
+    for name in ("blobs", "stripes"):
+        shutil.copytree(raw / "train" / name, folder / name)
+    tree(folder, {"blobs/99.jpg": pointer, "stripes/99.jpg": pointer})
+    assert build(folder, tmp_path / "out", "--workers", 1, "--size", 32).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    skipped = {(line["source"], line["reason"]) for line in lines}
+    assert skipped == {("blobs/99.jpg", "lfs_pointer"), ("stripes/99.jpg", "lfs_pointer")}
+    refused = build(tree(tmp_path / "tars", {"train-0.tar": pointer}), tmp_path / "none")
+    assert refused.exit_code == 2
+    assert refused.stderr == f"Error: {tmp_path}/tars/train-0.tar: a Git LFS pointer; run git lfs pull\n"
+
+
 def test_no_training_picture_that_decodes_is_an_error(tmp_path: Path):
     tree(tmp_path / "raw", {"a/1.jpg": b"", "b/1.jpg": b""})
     result = build(tmp_path / "raw", tmp_path / "out", "--holdout", 0)
@@ -166,6 +190,53 @@ def test_filter_subsampling_and_orientation_are_options(raw: Path, tmp_path: Pat
         expected = io.BytesIO()
         Image.fromarray(rescale(raw_picture, 256, "area")[..., :3]).save(expected, "JPEG", quality=100, subsampling=0)
         assert sample["jpg"] == expected.getvalue()
+
+
+@pytest.fixture
+def torn(tmp_path: Path) -> Path:
+    """12 pictures of two classes: five whose LF became CR LF, and one with bytes too many before its end."""
+    files = {}
+    for name in ("a", "b"):
+        files |= {f"{name}/{i}.jpg": saved(drawn("blobs", f"torn{name}{i}", 90, 80), "JPEG") for i in range(6)}
+    for name in ("a/1.jpg", "a/3.jpg", "b/0.jpg", "b/2.jpg", "b/4.jpg"):
+        files[name] = files[name].replace(b"\n", b"\r\n")
+    files["b/5.jpg"] = files["b/5.jpg"][:-2] + bytes(20) + files["b/5.jpg"][-2:]
+    return tree(tmp_path / "torn", files)
+
+
+ONE_BY_ONE = ("--workers", 1, "--size", 32, "--holdout", 0, "--samples-per-shard", 1)
+
+
+def test_warnings_of_the_decoder_are_counted_and_said(torn: Path, tmp_path: Path):
+    """Of all shards, whoever built them; the build is otherwise like any other."""
+    problem = "6 pictures were decoded although libjpeg warned of damaged data, such as "
+    cause = "; in 5 a CR stands before each LF, as after a transfer as text: fetch them again as binary files"
+    warned = {"a/1.jpg", "a/3.jpg", "b/0.jpg", "b/2.jpg", "b/4.jpg", "b/5.jpg"}
+
+    def is_said(output: str) -> bool:
+        (line,) = (line for line in output.splitlines() if line.startswith("note: 6"))
+        named = line.removeprefix(f"note: {problem}").removesuffix(cause).split(", ")
+        return line == f"note: {problem}{', '.join(named)}{cause}" and len(named) == 3 and {*named} < warned
+
+    done = build(torn, tmp_path / "once", *ONE_BY_ONE)
+    assert done.exit_code == 0, done.output
+    assert is_said(done.output)
+    for part in ("1/2", "2/2"):
+        assert build(torn, tmp_path / "parts", *ONE_BY_ONE, "--part", part).exit_code == 0
+    assert is_said(build(torn, tmp_path / "parts", *ONE_BY_ONE, "--merge").output)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "once")
+    last = json.loads(build(torn, tmp_path / "json", *ONE_BY_ONE, "--json").stdout.splitlines()[-1])
+    assert last["decoder_warnings"].items() >= {"pictures": 6, "as_text": 5}.items()
+    assert {*last["decoder_warnings"]["such_as"]} < warned
+    for name in warned:
+        (torn / name).unlink()
+    assert "libjpeg" not in build(torn, tmp_path / "sound", *ONE_BY_ONE).output
+
+
+def test_json_names_any_folder(raw: Path, tmp_path: Path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    lines = build(raw, root, *LITTLE, "--size", 32, "--json").stdout.splitlines()
+    assert json.loads(lines[-1])["dataset"] == rf"{tmp_path}/caf\xe9"
 
 
 def test_holdout_and_limit(raw: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from conftest import ROOT, build
 from pipeline import volumes
-from pipeline.cli import printable
+from pipeline.cli import json_text, printable
 from pipeline.online import devices
 from tools.make_raw import main as make_raw
 from trainer.__main__ import main as trainer
@@ -66,6 +66,14 @@ def test_text_is_printable_and_short():
     assert printable("a\x1b[31m\u202e\udce9 ü") == r"a\x1b[31m\u202e\udce9 ü"
     assert printable("x" * 200, 120) == "x" * 117 + "..."
     assert printable("x" * 120, 120) == "x" * 120
+
+
+def test_json_holds_no_half_of_a_surrogate_pair():
+    name = os.fsdecode(b"caf\xe9 \\udce9 \xff")
+    value = {name: ["😀 ü", "\ud83d", 0.5, None]}
+    text = json_text(value)
+    assert json.loads(text) == {r"caf\xe9 \udce9 \xff": ["😀 ü", r"\ud83d", 0.5, None]}
+    assert json.loads(json_text(value, indent=1)) == json.loads(text)
 
 
 # Volumes and GPUs

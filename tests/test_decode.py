@@ -5,6 +5,7 @@ import gzip
 import io
 import random
 import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from conftest import LIMITS, picture, reason, saved
+from pipeline import LFS_POINTER
 from pipeline.decode import REASONS, ImageError, decode
 from pipeline.image import rescale
+from reference import png_chunk
 
 SMALL = {**LIMITS, "max_bytes": 2**20, "max_pixels": 10**6}  # quick to decode, whatever a header claims
 NUMBERS = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
@@ -68,6 +71,7 @@ def test_reasons():
     good = saved(picture("good", 200, 100), "JPEG")
     assert reason(b"") == "empty"
     assert reason(b"no picture at all") == "unrecognised"
+    assert reason(LFS_POINTER + b"v1\noid sha256:0\nsize 9\n") == "lfs_pointer"
     assert reason(good[: len(good) // 2]) == "truncated"
     assert reason(good, max_bytes=100) == "too_many_bytes"
     assert reason(good, max_pixels=100 * 200 - 1) == "too_many_pixels"
@@ -83,9 +87,50 @@ def test_reasons():
 def test_what_libjpeg_warns_of_is_left_to_pillow(mode: str):
     good = saved(picture("warned", 200, 100).convert(mode), "JPEG")
     bad = good[:-2] + bytes(20) + good[-2:]  # extraneous bytes before the end of the image
-    with pytest.raises(ValueError, match="extraneous"):
+    with pytest.raises(ValueError, match="extraneous") as strict:
         simplejpeg.decode_jpeg(bad, "RGBX", strict=True)
-    assert (np.asarray(decode(bad, **LIMITS)) == np.asarray(decode(good, **LIMITS))).all()
+    warnings: list[str] = []
+    assert (np.asarray(decode(bad, **LIMITS, warn=warnings.append)) == np.asarray(decode(good, **LIMITS))).all()
+    assert warnings == [str(strict.value)]
+    decode(good, **LIMITS, warn=warnings.append)
+    assert reason(bad[: len(bad) // 2], warn=warnings.append) == "truncated"
+    assert len(warnings) == 1
+
+
+def test_what_turbo_cannot_decode_is_no_damage(shared: Path):
+    """4:1:0."""
+    data, warnings = (shared / "odd-images/files/2x2_410.jpg").read_bytes(), list[str]()
+    with pytest.raises(ValueError, match="subsampling"):
+        simplejpeg.decode_jpeg(data, "RGBX", strict=True)
+    assert decode(data, **LIMITS, warn=warnings.append).mode == "RGB"
+    assert not warnings
+
+
+LONG = zlib.compress(b"x" * 3 * 2**20)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        png_chunk(b"iCCP", b"profile\0\0" + LONG),
+        png_chunk(b"zTXt", b"k\0\0" + LONG),
+        png_chunk(b"iTXt", b"k\0\1\0en\0k\0" + LONG),
+        png_chunk(b"iTXt", b"k\0\0\0en\0k\0" + b"x" * 9 * 2**20),
+        png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"short")) * 200,
+        png_chunk(b"iTXt", b"k\0\1\0en\0k\0" + LONG) * 200,  # more than may be unpacked
+    ],
+    ids=["profile", "text", "packed text", "plain text", "200 texts", "200 long texts"],
+)
+@pytest.mark.parametrize("behind", [False, True])
+def test_long_texts_and_profiles_of_a_png_do_not_count(chunks: bytes, behind: bool):
+    """Also behind the pixels; the orientation tag beside them stays."""
+    image, exif = picture("texts", 60, 30), Image.Exif()
+    exif[0x0112] = 6
+    plain = saved(image, "PNG", exif=exif)
+    at = plain.index(b"IEND" if behind else b"IDAT") - 4
+    data = plain[:at] + chunks + plain[at:]
+    assert (np.asarray(decode(data, **LIMITS, exif="apply")) == np.asarray(image.transpose(Image.ROTATE_270))).all()
+    assert (np.asarray(decode(gzip.compress(data), **LIMITS)) == np.asarray(image)).all()
 
 
 def test_gzipped_pictures_are_read():

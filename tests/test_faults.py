@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LITTLE, ROOT, begun, build, command, digests, finish, gone, members, until
+from conftest import LITTLE, ROOT, begun, build, command, digests, finish, gone, members, patched, until
 
 MERGED = ("train/samples.npy*", "val/samples.npy*", "statistics.npz*", "mean.png*", "skipped.jsonl*", "dataset.json*")
 SLOW = """
 import os, re, time
 from pipeline.offline import shards
 rescaled = shards.rescaled
-def slow(data, recipe):
+def slow(*picture):
     eval(os.environ["BEFORE_DECODE"])
-    return rescaled(data, recipe)
+    return rescaled(*picture)
 shards.rescaled = slow
 shards.SECONDS = float(os.environ.get("SECONDS", shards.SECONDS))
 """
@@ -59,12 +59,26 @@ build_shards.main(sys.argv[1:])
 """
 
 
-def patched(folder: Path, code: str, **variables: object) -> dict[str, str]:
-    """Return the environment of a Python, and of its workers, that begins with `code`."""
-    (folder / "patch").mkdir(exist_ok=True)
-    (folder / "patch" / "sitecustomize.py").write_text(code)
-    path = os.pathsep.join([str(folder / "patch"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
+# A file system whose inode numbers are all the same, in the eyes of a child process.
+ONE_INODE = """
+import os
+from contextlib import contextmanager
+def same(status):
+    kind, (values, named) = status.__reduce__()
+    return kind((values[0], 1, 1, *values[3:]), named)
+class Entry:
+    def __init__(self, real):
+        self.stat = lambda **options: same(real.stat(**options))
+        self.name, self.path, self.is_file, self.is_dir = real.name, real.path, real.is_file, real.is_dir
+        self.inode = lambda: 1
+@contextmanager
+def scandir(folder, real=os.scandir):
+    with real(folder) as entries:
+        yield map(Entry, entries)
+for name in ("stat", "lstat", "fstat"):
+    setattr(os, name, lambda *path, real=getattr(os, name), **options: same(real(*path, **options)))
+os.scandir = scandir
+"""
 
 
 def only_line(errors: str) -> str:
@@ -244,6 +258,19 @@ def test_a_raw_file_that_cannot_be_read(
     Path(victim).unlink(missing_ok=True)
     shutil.copy(little / Path(victim).relative_to(raw), victim)
     assert_goes_on(raw, root, little_dataset)
+
+
+def test_inode_numbers_may_be_all_the_same(little: Path, little_dataset: dict[str, str], tmp_path: Path):
+    """As mergerfs may have them; some class folders are links."""
+    raw, root = tmp_path / "raw", tmp_path / "dataset"
+    shutil.copytree(little, tmp_path / "disk")
+    (raw / "train").mkdir(parents=True)
+    (raw / "val").symlink_to(tmp_path / "disk/val")
+    for folder in sorted((tmp_path / "disk/train").iterdir()):
+        (raw / "train" / folder.name).symlink_to(folder)
+    done = finish(raw, root, "--workers", 1, env=patched(tmp_path, ONE_INODE))
+    assert done.returncode == 0, done.stderr
+    assert digests(root) == little_dataset
 
 
 # Decodes without end

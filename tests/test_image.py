@@ -219,6 +219,7 @@ def flat(mode: str, form: str, side: int, **options: object) -> bytes:
 
 
 TEXT = png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress("😀".encode() + b"a" * (2**20 - 8)))
+PLAIN_TEXT = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + "😀".encode() + b"a" * (2**22 - 40))
 STRIP, FEW_ROWS, WARNED = {"strip_size": 2**31 - 1}, {"strip_size": 2**16}, bytes(9) + b"\xff\xd9"
 HEAVY = {  # each at its limit
     "64 MP JPEG, 26 MiB": lambda: flat("RGB", "JPEG", 8000).ljust(26 * 2**20, b"\0"),
@@ -232,6 +233,8 @@ HEAVY = {  # each at its limit
     "PNG 16 bits RGBA": lambda: png(5890, 5890, 6, 16),
     "PNG palette, transparent": lambda: png(5900, 5900, 3, chunks=png_chunk(b"tRNS", bytes(range(200)))),
     "PNG high": lambda: png(3, 4_000_000, 2),
+    "PNG with texts": lambda: png(5600, 5600, 6, chunks=TEXT * 60),
+    "PNG with a long text": lambda: png(5600, 5600, 6, chunks=PLAIN_TEXT),
     "WebP": lambda: flat("RGB", "WEBP", 3730, method=0),
     "WebP of noise": lambda: saved(
         Image.frombytes("RGB", (3200, 3000), os.urandom(28_800_000)), "WEBP", lossless=True, quality=0
@@ -248,7 +251,7 @@ TOO_HEAVY = {
     "larger grey with a warning": (lambda: flat("L", "JPEG", 8000)[:-2] + WARNED, "too_many_pixels"),
     "progressive": (lambda: flat("L", "JPEG", 7200, progressive=True), "too_many_pixels"),
     "larger PNG": (lambda: png(6100, 6100, 6), "too_many_pixels"),
-    "PNG with texts": (lambda: png(3000, 3000, 6, chunks=TEXT * 60), "too_many_pixels"),
+    "larger PNG with texts": (lambda: png(5900, 5900, 6, chunks=TEXT * 60), "too_many_pixels"),
 }
 
 

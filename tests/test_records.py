@@ -74,6 +74,14 @@ def test_a_damaged_evaluation_is_named(change: dict[str, Any], tmp_path: Path) -
         gather.read_evaluation(tmp_path, 3)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json"])
+def test_a_record_that_cannot_be_read_is_named(written: Written, tmp_path: Path, name: str) -> None:
+    run = Path(shutil.copytree(written.run, tmp_path / "run"))
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to("/proc/self/mem")  # nothing is at address 0
+    one_line(invoke(written.data, run), f"Error: {run / name}: Input/output error")
+
+
 def test_a_diverged_last_layer_is_one_line(written: Written, tmp_path: Path) -> None:
     run, checkpoint = tmp_path / "run", checkpoints.load(written.run)
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}

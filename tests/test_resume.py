@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import LITTLE, ROOT, begun, build, command, digests, until
@@ -163,6 +164,20 @@ def test_a_flipped_bit_makes_a_record_invalid(root: Path):
         file.write_bytes(data)
         invalid += load_record(root, name) is None
     assert invalid > 200
+
+
+def test_records_of_the_version_before_warnings_were_counted_go_on(
+    half: tuple[Path, Path], root: Path, little_dataset: dict[str, str]
+):
+    for path in (root / ".build").glob("*-*.npz"):
+        with np.load(path) as record:
+            arrays = dict(record)
+        meta = json.loads(arrays["meta"].tobytes())
+        assert meta.pop("warned") == {}
+        np.savez(path, **arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+    before = times(root)
+    assert resumed(half[0], root, "--workers", 1) == little_dataset
+    assert before.items() <= times(root).items()
 
 
 def test_a_damaged_plan_or_one_of_an_older_version_is_refused(half: tuple[Path, Path], root: Path):

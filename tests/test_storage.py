@@ -1,9 +1,11 @@
 """Locations on this machine, in memory and on an S3 server over HTTP: the same calls, and the same answers."""
 
 import errno
+import fcntl
 import hashlib
 import itertools
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import DATA, ROOT, one_line
+from conftest import DATA, LITTLE, ROOT, build, digests, one_line
 from pipeline import UserError, files, storage
 from pipeline.storage import Entry, Location
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
@@ -221,6 +223,78 @@ def test_the_file_of_a_killed_writer_is_swept(tmp_path: Path):
     (tmp_path / "tmp").write_bytes(b"")
     assert (files.sweep(tmp_path), files.sweep(tmp_path)) == (1, 0)
     assert os.listdir(tmp_path) == ["tmp"]
+
+
+# File systems that lack a call
+
+
+def no_lock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(file: object, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_build_warns_in_one_line(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    no_lock(monkeypatch, number)
+    root = tmp_path / "dataset"
+    done = build(little, root, *LITTLE, "--workers", 1)
+    assert done.exit_code == 0, done.output
+    problem = "its file system has no locks, and nothing keeps a second process from writing there"
+    assert done.stderr == f"warning: {root}: {problem}; start one at a time\n"
+    assert digests(root) == little_dataset
+
+
+def test_without_locks_parts_of_a_build_leave_each_others_files_alone(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    no_lock(monkeypatch, errno.ENOSYS)
+    root, other = tmp_path / "dataset", tmp_path / "dataset/train/train-000001.tar.0a1b2c3d.tmp"
+    for part in ("1/2", "2/2"):
+        done = build(little, root, *LITTLE, "--workers", 1, "--part", part)
+        assert done.exit_code == 0, done.output
+        other.touch()  # as a part writes it that is at work
+    assert other.exists()
+    assert build(little, root, *LITTLE, "--merge").exit_code == 0
+    assert digests(root) == little_dataset
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_folder_that_cannot_be_synced_is_no_fault(
+    little: Path, little_dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    """But an error of the disk is one, and names the folder."""
+    sync, root = os.fsync, tmp_path / "dataset"
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    done = build(little, root, *LITTLE, "--workers", 1)
+    if number == errno.EIO:
+        assert (done.exit_code, done.stderr) == (2, f"Error: {root}/.build: Input/output error\n")
+    else:
+        assert done.exit_code == 0, done.output
+        assert digests(root) == little_dataset
+
+
+def test_errors_of_open_files_name_their_path(tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to("/proc/self/mem")  # nothing is at address 0
+    for read in (storage.read_bytes, lambda path: storage.read_range(str(path), 0, 1), _first_byte):
+        with pytest.raises(OSError, match="Input/output error") as error:
+            read(link)
+        assert error.value.filename == str(link)
+
+
+def _first_byte(path: Path) -> bytes:
+    with storage.opened(path) as (read, _):
+        return read(1, 0)
 
 
 # Between processes

@@ -1,6 +1,5 @@
 """The progress, estimate and closing table of tools/build_shards.py, as text or as JSON lines."""
 
-import json
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
+from pipeline.cli import json_text, printable
 from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK
 from pipeline.image import encode, rescaled
@@ -25,7 +25,26 @@ from pipeline.offline.shards import Outcome
 
 SECONDS_BETWEEN_LINES = 10.0
 TRIED = 64  # images that an estimate rescales
+NAMED = 3  # pictures that libjpeg warned of
 TAR_BYTES = 4 * TAR_BLOCK  # around a JPEG: a header and at most a block of padding, for the image and for its label
+
+
+class DecoderWarnings:
+    """Count pictures of finished shards that were decoded although libjpeg warned of damage, and name the first."""
+
+    def __init__(self) -> None:
+        self._pictures, self._as_text, self._first = 0, 0, list[str]()
+
+    def add(self, outcome: Outcome) -> None:
+        """Count those of a finished shard."""
+        self._pictures += len(outcome.warned)
+        self._as_text += sum(outcome.warned.values())
+        self._first += list(outcome.warned)[: NAMED - len(self._first)]
+
+    def figures(self) -> dict[str, Any]:
+        """Return the counts and the first names; nothing where no picture was warned of."""
+        counts = {"pictures": self._pictures, "as_text": self._as_text, "such_as": self._first}
+        return {"decoder_warnings": counts} if self._pictures else {}
 
 
 class BuildProgress:
@@ -35,6 +54,7 @@ class BuildProgress:
         self._total, self._as_json, self._show = images, as_json, show
         self._images = self._resumed = self._raw_bytes = 0
         self._skipped: Counter[str] = Counter()
+        self._warnings = DecoderWarnings()
         self._started = self._last_line = time.monotonic()
         if not as_json:
             show("images", 0, images)
@@ -43,6 +63,7 @@ class BuildProgress:
         """Count a finished shard."""
         self._images += outcome.images
         self._skipped += outcome.skipped
+        self._warnings.add(outcome)
         if outcome.resumed:
             self._resumed += outcome.images
         else:
@@ -67,12 +88,24 @@ class BuildProgress:
             "seconds": round(seconds, 3),
             "images_per_second": round((self._images - self._resumed) / seconds, 1),
             "megabytes_per_second": round(self._raw_bytes / seconds / 1e6, 1),
+            **self._warnings.figures(),
         }
 
 
 def print_event(event: str, **values: Any) -> None:
     """Print one line of JSON."""
-    click.echo(json.dumps({"event": event, **values}))
+    click.echo(json_text({"event": event, **values}))
+
+
+def print_warnings(figures: Mapping[str, Any]) -> None:
+    """Print a note where libjpeg warned of pictures."""
+    if not (warnings := figures.get("decoder_warnings")):
+        return
+    number, as_text, first = (warnings[key] for key in ("pictures", "as_text", "such_as"))
+    names = ", ".join(printable(name, 120) for name in first)
+    text = f"; in {as_text:,} a CR stands before each LF, as after a transfer as text: fetch them again as binary files"
+    problem = f"{number:,} pictures were decoded although libjpeg warned of damaged data, such as {names}"
+    click.echo(f"note: {problem}{text if as_text else ''}")
 
 
 def _speed(figures: Mapping[str, Any]) -> str:
@@ -107,7 +140,7 @@ def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None
 
 
 def print_closing_table(built: Manifest, reasons: Mapping[str, Counter[str]], figures: Mapping[str, Any]) -> None:
-    """Print the samples of each split, the reasons why images were skipped, by split, and the speed."""
+    """Print the samples of each split, the reasons why images were skipped, by split, the speed, and warnings."""
     numbers = (Column(name, justify="right") for name in ("samples", "skipped", "shards", "MB"))
     table = Table("split", *numbers, "skipped because", box=None, pad_edge=False)
     for name, split in built.splits.items():
@@ -116,5 +149,6 @@ def print_closing_table(built: Manifest, reasons: Mapping[str, Counter[str]], fi
         table.add_row(name, f"{split.samples:,}", f"{split.skipped:,}", f"{len(split.shards):,}", size, because)
     Console(width=None if Console().is_terminal else 120, highlight=False).print(table)
     colour = ", ".join(f"{value:.1f}" for value in built.statistics_summary["mean_color"])
-    speed = f"{_speed(figures)}, {figures['seconds']:,.1f} s; " if figures else ""
+    speed = f"{_speed(figures)}, {figures['seconds']:,.1f} s; " if "seconds" in figures else ""
     click.echo(f"mean colour (RGB) {colour}; {speed}{built.root / 'dataset.json'}")
+    print_warnings(figures)

@@ -24,7 +24,14 @@ from pipeline.offline.repair import retry
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.sources import LAYOUTS, Sources, find_sources
 from pipeline.storage import Location, is_remote, location
-from tools.build_progress import BuildProgress, print_closing_table, print_estimate, print_event
+from tools.build_progress import (
+    BuildProgress,
+    DecoderWarnings,
+    print_closing_table,
+    print_estimate,
+    print_event,
+    print_warnings,
+)
 
 RECIPE_HELP = {  # of the fields of BuildRecipe that are options; the other fields keep their defaults
     "size": "Pixels of a side of the stored square.",
@@ -158,9 +165,10 @@ def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
     if values["dry_run"]:
         print_estimate(plan, len(slots(plan)), values["workers"], as_json)
     elif values["merge"]:
-        built = build(plan, root, skip_limit=limit, parts_end=True)
+        warnings = DecoderWarnings()
+        built = build(plan, root, progress=warnings.add, skip_limit=limit, parts_end=True)
         assert built
-        _print_result(built, {}, as_json)
+        _print_result(built, warnings.figures(), as_json)
     elif values["retry_skipped"] and storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER):
         built, gained = retry(parse(storage.read_bytes(root / FILE_NAME), root), plan, values["workers"])
         if not as_json:
@@ -231,6 +239,7 @@ def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str,
         print_event("part", number=part.number, of=part.of, shards=len(shards), **progress.figures())
     else:
         click.echo(f"part {part.number} of {part.of}: {len(shards):,} shards are built; end the build with --merge")
+        print_warnings(progress.figures())
 
 
 def _print_result(built: Manifest, figures: Mapping[str, Any], as_json: bool) -> None:

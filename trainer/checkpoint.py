@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import UserError, volumes
 from pipeline.files import ASIDE, sweep, sync_folder
 from pipeline.manifest import Manifest
+from pipeline.volumes import naming
 from trainer import layers
 from trainer.distributed import World
 from trainer.parallel import TwoColumnNet
@@ -112,7 +113,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
         mode = aside.stat().st_mode  # as the umask says; safetensors closes its file to all other users
         save_file(tensors, aside, {META: metadata})
         aside.chmod(mode)
-        with open(aside, "rb") as file:
+        with open(aside, "rb") as file, naming(path):
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)

@@ -1,6 +1,5 @@
 """Average several networks: the weighted mean of their probabilities (paper, section 6); the command ensemble."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline import UserError, manifest
-from pipeline.cli import Command, printable, progress_bars
+from pipeline.cli import Command, json_text, printable, progress_bars
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
@@ -222,7 +221,7 @@ def ensemble(
     result = {"split": split, "dataset": origin.dataset, "samples": len(mean.labels), "fitted_on": fit}
     result |= {"networks": rows, "together": together and asdict(together)}
     try:
-        click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else _text(result))
+        click.echo(json_text(result, indent=1) if as_json else _text(result))
     finally:  # the files are written even if stdout is closed (`| head`), and errors printed even if the disk is full
         if submission is not None and dataset is not None:
             lines = [" ".join(map(str, row)) + "\n" for row in devkit_ids(dataset, split)[top(mean.values)].tolist()]

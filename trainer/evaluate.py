@@ -1,6 +1,5 @@
 """Compute probabilities of a network for every image of a split, and its error rates; the command evaluate."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline import UserError, manifest
-from pipeline.cli import Command, printable, progress_bars
+from pipeline.cli import Command, json_text, printable, progress_bars
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import ClassRecord, DatasetError, Manifest
 from pipeline.online import Loader
@@ -236,11 +235,11 @@ def evaluate(
     if not has_labels:
         text = f"the probabilities of {samples:,} images; not all have a label, so there are no errors"
         result["samples"] = samples
-        click.echo(json.dumps(result, indent=1) if as_json else f"{printable(str(saved))}: {text}")
+        click.echo(json_text(result, indent=1) if as_json else f"{printable(str(saved))}: {text}")
         return
     result |= {name: asdict(tally.errors()) for name, tally in tallies.items()}
     result |= {"details_of": names[-1], **tallies[names[-1]].details(dataset.classes)}
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    text = json_text(result, indent=1) + "\n"
     try:
         if as_json:
             click.echo(text, nl=False)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import UserError
+from pipeline import UserError, storage
 from pipeline.files import write_bytes_aside
 from pipeline.online.stall import Meter
+from pipeline.volumes import naming
 from trainer.distributed import World
 from trainer.recipe import flat
 
@@ -148,7 +149,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     """
     path = run / FILE_NAME
     lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+    for number, text in enumerate(storage.read_bytes(path).split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             line = json.loads(text)
             if not isinstance(line["step"], int) or line["kind"] not in ("train", "validation"):
@@ -163,7 +164,8 @@ def read(run: Path) -> list[dict[str, Any]]:
 def _room(path: Path | str) -> Iterator[None]:
     """Raise UserError if the disk of `path` is full; its OSError names neither the file nor the remedy."""
     try:
-        yield
+        with naming(path):
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

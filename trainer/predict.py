@@ -1,6 +1,5 @@
 """Labels of pictures in files, folders and tars, each seen as if the builder had stored it; the command predict."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline import SourceError, UserError, archives, manifest, storage
-from pipeline.cli import Command, printable
+from pipeline.cli import Command, json_text, printable
 from pipeline.decode import REASONS, ImageError, decode
 from pipeline.manifest import BuildRecipe, ClassRecord
 from pipeline.storage import Location, read_ahead
@@ -107,7 +106,7 @@ class RawPictures:
                     yield from self._file(path, entry.size)
                 continue
             try:
-                identity = os.stat(path)[1:3] if isinstance(path, Path) else path  # inode and device
+                identity = os.path.realpath(path) if isinstance(path, Path) else path  # inodes may not be unique
                 entries = [] if identity in seen else storage.scan(path)
             except OSError as error:
                 yield unreadable(path, error)
@@ -258,7 +257,7 @@ def predict(words: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
         failed += isinstance(result, Failure)
         predicted += isinstance(result, Prediction)
         if as_json:
-            click.echo(json.dumps(asdict(result), allow_nan=False))
+            click.echo(json_text(asdict(result)))
         elif isinstance(result, Failure):
             click.echo(f"{printable(result.picture)}: {result.error}: {printable(result.reason)}", err=True)
         else:

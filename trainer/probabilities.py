@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import UserError
 from pipeline.files import write_aside
+from pipeline.volumes import naming
 
 FORMAT = 1
 ABOUT = {"format": int, "dataset": str, "split": str, "views": str, "from": list}
@@ -70,7 +71,7 @@ def save(path: Path, saved: Probabilities) -> None:
 
 def load(path: Path) -> Probabilities:
     """Read what `save` wrote. Raises UserError where the file is something else or damaged, or OSError."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):

@@ -1,8 +1,6 @@
 """A run and its directory: checks of a new and of a resumed run, the lock, the history, the first weights."""
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline import UserError
-from pipeline.files import ASIDE, sweep, write_bytes_aside
+from pipeline.files import ASIDE, content, locked, sweep, write_bytes_aside
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, CheckpointWriter
@@ -64,26 +62,13 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
     `steps` is the length of the run. Raises UserError: another process trains there; a disk is full.
     """
     run, keep, start = settings.run, settings.recipe.train.keep, settings.start
-    with _locked(run):
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run, "another process trains there; wait for its end, or name another --out"):
         sweep(run)  # files that a killed process left half-written
         for name, value in (("recipe.json", asdict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
         with Metrics(run, start) as metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
             yield Writers(metrics, writer, console)
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    run.mkdir(parents=True, exist_ok=True)
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run}: another process trains there; wait for its end, or name another --out") from error
-        yield
-    finally:
-        os.close(folder)
 
 
 def require_fresh(run: Path) -> None:
@@ -94,7 +79,7 @@ def require_fresh(run: Path) -> None:
         raise UserError(f"{run}: is a file; name a directory as --out")
     if checkpoints.files(run) or checkpoints.best_file(run).exists():
         raise UserError(f"{run}: exists already; go on with it by --resume, or name another --out")
-    others = [path.name for path in run.iterdir() if path.name not in FILES and path.suffix != ASIDE]
+    others = [name for name in content(run) if name not in FILES and not name.endswith(ASIDE)]
     if others:
         raise UserError(f"{run}: exists and is not a run directory (it has {min(others)}); name another --out")
 

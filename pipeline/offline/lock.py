@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import UserError, storage
+from pipeline import UserError, files, storage
 from pipeline.files import sweep, write_bytes_aside
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.plan import Plan, differences
@@ -34,7 +34,7 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
     _require_free(root)
     fingerprint, state = plan.fingerprint(), root / BUILD_FOLDER / PLAN_FILE
     with _file_lock(plan, root, fingerprint, alone) if isinstance(root, Path) else nullcontext():
-        before = state.read_bytes() if isinstance(state, Path) else storage.put_if_absent(state, fingerprint)
+        before = storage.read_bytes(state) if isinstance(state, Path) else storage.put_if_absent(state, fingerprint)
         _require_equal(before, fingerprint, root)
         if alone and not isinstance(root, Path):
             sweep(root)  # uploads without an end are invisible, and are paid for
@@ -54,10 +54,10 @@ def _file_lock(plan: Plan, root: Path, fingerprint: bytes, alone: bool) -> Itera
         try:
             if kind == fcntl.LOCK_EX:
                 _sweep(plan, root)
-                if not state.exists():
-                    write_bytes_aside(state, fingerprint)
-                if not alone:
-                    _acquire(lock, root, (fcntl.LOCK_SH,))
+            if not state.exists():
+                write_bytes_aside(state, fingerprint)
+            if kind == fcntl.LOCK_EX and not alone:
+                _acquire(lock, root, (fcntl.LOCK_SH,))
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -66,22 +66,22 @@ def _file_lock(plan: Plan, root: Path, fingerprint: bytes, alone: bool) -> Itera
             raise UserError(f"{root}: {error.strerror}; {remedy}") from error
         finally:
             with suppress(BlockingIOError):  # else other parts are at work
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _sweep(plan, root)
+                if files.lock(lock, fcntl.LOCK_EX, root) or alone:
+                    _sweep(plan, root)
 
 
 def _acquire(lock: IO[str], root: Path, kinds: tuple[int, ...]) -> int:
-    """Take the first kind of lock that others allow; return it. Where one may be shared, wait for it a little."""
+    """Take the first kind of lock that others allow; return it. Where one may be shared, wait for it a little.
+
+    Where there are no locks, the last kind is returned: parts of a build then leave each other's files alone.
+    """
     deadline = time.monotonic() + (PATIENCE if fcntl.LOCK_SH in kinds else 0.0)
     while True:
         for kind in kinds:
             try:
-                fcntl.flock(lock, kind | fcntl.LOCK_NB)
-                return kind
+                return kind if files.lock(lock, kind, root) else kinds[-1]
             except BlockingIOError:
                 continue
-            except OSError as error:
-                raise UserError(f"{lock.name}: cannot be locked ({error.strerror}); name another DATASET") from error
         if time.monotonic() >= deadline:
             raise UserError(f"{root}: another build is writing there; wait for it, or stop it")
         time.sleep(0.05)
@@ -98,9 +98,7 @@ def _sweep(plan: Plan, root: Path) -> None:
 def _require_free(root: Location) -> None:
     """Raise UserError where `root` holds anything but an unfinished build."""
     try:
-        names = {entry.name for entry in storage.scan(root)}
-    except FileNotFoundError:
-        return
+        names = files.content(root)
     except NotADirectoryError as error:
         raise UserError(f"{root}: is a file, not a folder; name another DATASET") from error
     if storage.exists(root / BUILD_FOLDER / PLAN_FILE):

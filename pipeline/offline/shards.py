@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Outcome:
     images: int
     raw_bytes: int
     skipped: Counter[str]  # by reason
+    warned: Mapping[str, bool]  # see Record
     resumed: bool  # done by an earlier run
 
 
@@ -63,6 +64,9 @@ class Record:
     raw_bytes: int
     samples: np.ndarray  # (n,) of manifest.SAMPLE
     sums: Sums
+    # Sources of pictures that were decoded although libjpeg warned of damage → whether a CR stands before each LF.
+    # Records of earlier versions do not have it.
+    warned: dict[str, bool] = field(default_factory=dict)
 
     @property
     def manifest_entry(self) -> ShardRecord | None:
@@ -100,7 +104,7 @@ def write_shard(task: ShardTask) -> Outcome:
             "sizes or other places in their archive; restore RAW, or delete DATASET and start again"
         )
     reasons = Counter(line["reason"] for line in record.skipped)
-    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, resumed)
+    return Outcome(task.name, len(task.images), record.raw_bytes, reasons, record.warned, resumed)
 
 
 def _has_size(path: Location, file: FileRecord) -> bool:
@@ -119,7 +123,7 @@ def _write(task: ShardTask, raw: str) -> Record:
         written = {}
     files = {name: FileRecord(**file) for name, file in written.items()}
     samples = np.array(shard.samples, SAMPLE)
-    record = Record(task.name, shard.skipped, files, raw, shard.raw_bytes, samples, shard.sums)
+    record = Record(task.name, shard.skipped, files, raw, shard.raw_bytes, samples, shard.sums, shard.warned)
     _save_record(task.root, record)
     return record
 
@@ -131,6 +135,7 @@ class _Shard:
         self._task = task
         self.sums = Sums.zero(task.recipe.statistics_size)
         self.skipped: list[dict[str, str]] = []
+        self.warned: dict[str, bool] = {}
         self.samples: list[tuple[int, int, int, int, int, np.ndarray]] = []
         self.index: list[str] = []
         self.raw_bytes = 0
@@ -150,15 +155,17 @@ class _Shard:
         out.write(bytes(2 * TAR_BLOCK))
 
     def _add(self, image: PlannedImage, data: bytes | None, out: HashingFile) -> None:
-        recipe = self._task.recipe
+        recipe, warnings = self._task.recipe, list[str]()
         try:
             if data is None:  # not even read
                 raise ImageError("too_many_bytes")
             self.raw_bytes += len(data)
-            pixels = rescaled(data, recipe)
+            pixels = rescaled(data, recipe, warnings.append)
         except ImageError as error:
             self.skipped.append({"key": image.key, "source": image.raw.path, "reason": error.code})
             return
+        if warnings:
+            self.warned[image.raw.path] = data.count(b"\n") == data.count(b"\r\n") > 2  # by chance: once in 10 million
         self.sums.add(pixels)
         jpeg = encode(pixels, quality=recipe.quality, subsampling=recipe.subsampling)
         offset = add_tar_member(out, f"{image.key}.jpg", jpeg)
@@ -209,7 +216,7 @@ def record_path(root: Location, name: str) -> Location:
 
 
 def _save_record(root: Location, record: Record) -> None:
-    meta = {key: getattr(record, key) for key in ("name", "skipped", "raw", "raw_bytes")}
+    meta = {key: getattr(record, key) for key in ("name", "skipped", "warned", "raw", "raw_bytes")}
     meta["files"] = {name: asdict(file) for name, file in record.files.items()}
     small = record.sums.sum_image.max() < 2**32  # 255 · samples_per_shard is, the sum over all pixels is not
     buffer = io.BytesIO()

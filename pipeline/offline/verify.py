@@ -24,6 +24,7 @@ from pipeline.offline import executors
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location, StorageError
+from pipeline.volumes import is_junk
 
 PARSER_ERRORS = (  # of tarfile, and of numpy and zipfile, which parse a header as Python's source
     tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, EOFError,
@@ -135,7 +136,9 @@ def _unlisted(dataset: Manifest) -> Iterator[Failure]:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if path in LEFT_OVER:
                 yield Failure(path, LEFT_OVER[path])
-            elif path not in expected_files and (not entry.is_dir or entry.name.startswith(".")):  # others are entered
+            elif path in expected_files or is_junk(entry.name) or (entry.is_dir and not entry.name.startswith(".")):
+                continue  # folders that are not hidden are entered
+            else:
                 yield Failure(path, f"not listed in {FILE_NAME}")
 
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pipeline.manifest import DatasetError, Manifest
+from pipeline.volumes import naming
 
 MAX_OPEN = 128  # shards kept open at a time; descriptors are a bounded resource
 DAMAGED, UNDECODABLE = "its CRC-32 differs", "it does not decode"
@@ -121,7 +122,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
     def key(self, number: int) -> str:
         """Return the key of a sample: its member's name in the tar header before it."""
         shard, offset = int(self.records["shard"][number]), int(self.records["offset"][number])
-        with self._lease([shard]) as descriptors:
+        with self._lease([shard]) as descriptors, naming(self._paths[shard]):
             header = os.pread(descriptors[shard], 100, offset - 512)
         return header.partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import UserError
+from pipeline import UserError, storage
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.online.samples import SampleReader
 from trainer import metrics
@@ -159,7 +159,7 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = {"confused": []} | json.loads(path.read_bytes())
+        content: dict[str, Any] = {"confused": []} | json.loads(storage.read_bytes(path))
         _require_numbers(content, "step")
         for view in (content["centre"], content["ten"]):
             _require_numbers(view, "samples", "top1_error", "top5_error", "nll")

@@ -1,6 +1,5 @@
 """python -m trainer index: the features of a split's images, and the auto-encoder and the codes made of them."""
 
-import fcntl
 import os
 import shutil
 import time
@@ -17,7 +16,7 @@ from safetensors.torch import save
 
 from pipeline import UserError, manifest
 from pipeline.cli import Command, progress_bars
-from pipeline.files import ASIDE, sync_folder
+from pipeline.files import ASIDE, content, locked, sync_folder
 from pipeline.manifest import Manifest, canonical_json, sha256
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
@@ -93,7 +92,7 @@ def _require_free(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a directory as --out")
-    names = {path.name for path in out.iterdir()}
+    names = content(out)
     if others := names - {search.META, *search.FILES, UNFINISHED}:
         raise UserError(f"{out}: exists and is not an index (it has {min(others)}); name another --out")
     if search.META in names and not force:
@@ -117,33 +116,26 @@ def _appearing(out: Path) -> Iterator[Path]:
     An older index stays until then. Raises UserError if another process writes there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock, aside = os.open(out, os.O_RDONLY), out / UNFINISHED
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UserError(f"{out}: another process writes it; wait for its end, or name another --out") from error
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a writer that was killed: a living one has the lock
-        aside.mkdir()
-        yield aside
-        for path in aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        (out / search.META).unlink(
-            missing_ok=True
-        )  # from here to the last rename there is no index, and never half of one
-        for name in (*search.FILES, search.META):
-            os.rename(aside / name, out / name)
-        sync_folder(out)
-    except OSError as error:
-        error.filename = error.filename or str(out)  # the error of a full disk names no file
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        with suppress(OSError):
-            out.rmdir()  # if it is empty: an index that was not written leaves no folder
-        os.close(lock)
+    aside = out / UNFINISHED
+    with locked(out, "another process writes it; wait for its end, or name another --out"):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a writer that was killed: a living one has the lock
+            aside.mkdir()
+            yield aside
+            for path in aside.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            (out / search.META).unlink(missing_ok=True)  # until the last rename there is no index, never half of one
+            for name in (*search.FILES, search.META):
+                os.rename(aside / name, out / name)
+            sync_folder(out)
+        except OSError as error:
+            error.filename = error.filename or str(out)  # the error of a full disk names no file
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()  # if it is empty: an index that was not written leaves no folder
 
 
 def _write_features(

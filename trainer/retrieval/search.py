@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline import UserError
+from pipeline import UserError, storage
 from pipeline.manifest import canonical_json, sha256
 from trainer.retrieval.codes import AutoEncoder
 
@@ -76,7 +76,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self.folder, path = folder, folder / META
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(storage.read_bytes(path))
             version, checksum, files = body["format"], body.pop("checksum"), body["files"]
             self.meta = Meta(**{name: body[name] for name in Meta.__dataclass_fields__})
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -93,7 +93,7 @@ class Index:
                 raise BadIndex(f"{path}: missing; {REMAKE}")
             if path.stat().st_size != promised["bytes"]:
                 raise BadIndex(f"{path}: damaged (not {promised['bytes']:,} bytes long); {REMAKE}")
-            if "sha256" in promised and sha256(path.read_bytes()) != promised["sha256"]:
+            if "sha256" in promised and sha256(storage.read_bytes(path)) != promised["sha256"]:
                 raise BadIndex(f"{path}: damaged (its SHA-256 is not that in {META}); {REMAKE}")
         shape, dtype = (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
         header = files[FEATURES]["bytes"] - shape[0] * shape[1] * dtype.itemsize

@@ -1,6 +1,5 @@
 """python -m trainer similar: pictures looked up in an index."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import click
 import numpy as np
 
 from pipeline import UserError, manifest
-from pipeline.cli import Command, printable
+from pipeline.cli import Command, json_text, printable
 from pipeline.decode import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
@@ -88,7 +87,7 @@ def _record(dataset: Manifest, reader: SampleReader, id: int, distance: float) -
 def _print(path: Path, answer: dict[str, Any], as_json: bool) -> None:
     """Print a picture's answer: a line of JSON, or a table for people; why there is none on stderr."""
     if as_json:
-        click.echo(json.dumps({"picture": str(path), **answer}, allow_nan=False))
+        click.echo(json_text({"picture": str(path), **answer}))
     elif "error" in answer:
         click.echo(f"{printable(str(path))}: {answer['error']}: {answer['reason']}", err=True)
     else:
