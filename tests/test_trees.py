@@ -1,0 +1,179 @@
+"""Trees as people have them: each is read with the right split and class of every picture, or refused in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import UserError
+from pipeline.offline.sources import LAYOUTS, find_sources
+from trees import FLAGGED, FOLDERS, WNIDS, Row, missing, plant, reads, refuses
+
+KIT = "ILSVRC2012_devkit_t12.tar.gz <- devkit 2 1"  # validation picture 1 is of the class with id 2
+TRAIN = "train-000000.tar: 1.jpg=cat 2.jpg=dog"
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+TINY = ("wnids.txt <- n01443537|n01440764|; words.txt <- n01440764\ttench|n01443537\tgoldfish|n00000001\tother; "
+        "train/{n01440764,n01443537}/images/x_{0,1}.JPEG > train 1; train/n01440764/n01440764_boxes.txt; "
+        "val/images/val_0.JPEG > val =n01443537; test/images/test_0.JPEG > test -; ")  # fmt: skip
+NOTED = "val/val_annotations.txt <- val_0.JPEG\tn01443537\t0\t0\t1\t1|val_1.JPEG\tn01440764\t0\t0\t1\t1"
+
+FILES = [
+    # ---- ImageNet's own archives
+    reads("archives", "ILSVRC2012_img_train.tar: n90417263.tar/1.JPEG n90128845.tar/2.JPEG > train 1; "
+          "ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG > val =n90128845; "
+          "ILSVRC2012_devkit_t12.tar.gz <- devkit 2", "ilsvrc2012: n90128845, n90417263"),
+    reads("unpacked", "train/{n90417263,n90128845}/1.JPEG > train 1; "
+          "val/ILSVRC2012_val_00000001.JPEG > val =n90128845; " f"val/ILSVRC2012_val_00000002.JPEG > val =n90417263; "
+          f"{KIT}", "ilsvrc2012: n90128845, n90417263"),
+    reads("archives in small letters",
+          "ilsvrc2012_img_train.tar: n90417263.tar/1.JPEG n90128845.tar/2.JPEG > train 1; "
+          "ilsvrc2012_img_val.tar: ILSVRC2012_val_00000001.JPEG > val =n90128845; "
+          "ilsvrc2012_devkit_t12.tar.gz <- devkit 2", "ilsvrc2012: n90128845, n90417263",
+          refused=("ilsvrc2012_img_…",)),
+    refuses("archives, a second download", "ILSVRC2012_img_train(1).tar: n90417263.tar/1.JPEG n90128845.tar/2.JPEG; "
+            f"ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG; {KIT}", "ILSVRC2012_img_train"),
+    refuses("the training archive alone", "ILSVRC2012_img_train.tar: n01440764.tar/1.JPEG", "1,281,167", FLAGGED),
+    reads("the training archive alone, allowed",
+          "ILSVRC2012_img_train.tar: n01440764.tar/1.JPEG n01443537.tar/2.JPEG > train 1", f"ilsvrc2012: {WNIDS}",
+          "1,281,167", allow_incomplete=True),
+    refuses("the validation archive alone", "ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG",
+            "ILSVRC2012_img_train.tar"),
+    reads("2010, allowed", "ILSVRC2010_images_train.tar: n01440764.tar/1.JPEG n01443537.tar/2.JPEG > train 1",
+          f"ilsvrc2010: {WNIDS}", "1,261,406", allow_incomplete=True),
+    reads("Kaggle", f"{KAGGLE}/train/{{n01440764,n01443537}}/1.JPEG > train 4; {KAGGLE}/val/V1.JPEG > val =n01443537; "
+          f"{KAGGLE}/test/T1.JPEG > test -; LOC_val_solution.csv <- ImageId,PredictionString|V1,n01443537 1 2 3 4; "
+          "LOC_synset_mapping.txt <- n01440764 tench|n01443537 goldfish", f"kaggle: {WNIDS}"),
+    refuses("Kaggle, one level too low", f"{KAGGLE}/train/{{n01440764,n01443537}}/1.JPEG; "
+            f"{KAGGLE}/val/ILSVRC2012_val_00000001.JPEG; " "LOC_val_solution.csv <- ImageId,PredictionString", "val",
+            below=KAGGLE),
+    # ---- Tiny ImageNet
+    reads("Tiny ImageNet", TINY + NOTED + "; val/images/val_1.JPEG > val =n01440764", f"tiny-imagenet: {WNIDS}"),
+    refuses("Tiny ImageNet without its notes", TINY, "val_annotations.txt"),
+    refuses("Tiny ImageNet of another", TINY + NOTED.replace("n01443537", "n09999999"), "n09999999"),
+    reads("Tiny ImageNet, a picture more",
+          TINY + NOTED + "; val/images/val_1.JPEG > val =n01440764; val/images/val_7.JPEG", f"tiny-imagenet: {WNIDS}",
+          "val_7.JPEG", refused=("val_7.JPEG",)),
+    refuses("Tiny ImageNet from above", "tiny-imagenet-200/wnids.txt <- n01440764; "
+            "tiny-imagenet-200/train/n01440764/images/1.JPEG; tiny-imagenet-200/val/images/1.JPEG",
+            "tiny-imagenet-200"),
+    reads("Tiny ImageNet, val sorted by a script", "wnids.txt <- n01443537|n01440764; "
+          "{train,val}/{n01440764,n01443537}/images/x.JPEG > * 1; test/images/1.JPEG > test -",
+          f"tiny-imagenet: {WNIDS}", refused=("val",)),
+    refuses("Tiny ImageNet without its lists", "train/{n01440764,n01443537}/images/1.JPEG; val/images/1.JPEG",
+            "images"),
+    # ---- WebDataset
+    reads("shards", "train-00000{0..2}.tar: 1.jpg=0 2.jpg=10 3.jpg=9 > train ~2; val-000000.tar: 1.jpg=9 > val ~2",
+          "webdataset: 00, 09, 10"),
+    reads("shards in data/", f"data/{TRAIN} > train; data/test-000000.tar: 3.jpg=dog 4.jpg= > test",
+          "webdataset: cat, dog"),
+    reads("shards in folders", "{train,val}/0000{0,1}.tar: 1.jpg=cat 2.jpg=dog > *", "webdataset: cat, dog"),
+    reads("shards of timm", "imagenet1k-train-000{0,1}.tar: 1.jpg=3 2.jpg=4 > train; "
+          "imagenet1k-validation-00.tar: 1.jpg=3 > val", "webdataset: 3, 4"),
+    refuses("shards with a hole", "train-00000{0,1,3}.tar: 1.jpg=cat 2.jpg=dog", "train-000002.tar", FLAGGED),
+    reads("shards with a hole, allowed", "train-00000{0,1,3}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          "train-000002.tar", allow_incomplete=True),
+    refuses("a million shards", "shard-{0000000,0999999}.tar: 1.jpg=cat 2.jpg=dog", "shard-0000001.tar", FLAGGED),
+    refuses("shards of a known number", "train-0000{0,2}-of-00003.tar: 1.jpg=cat 2.jpg=dog",
+            "train-00001-of-00003.tar"),
+    reads("shards of a valley", "valley-00000{0,1}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog"),
+    reads("shards of a test bench", "test-bench-train-000000.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("test-bench-train-000000.tar",)),
+    refuses("some shards of a split", f"{TRAIN}; extra-000000.tar: 3.jpg=cat", "extra-000000.tar"),
+    reads("dots in keys", "train-000000.tar: a.1.jpg=cat b.2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("a.1.jpg",)),
+    reads("labels that are hard links", "train-000000.tar: 1.jpg=cat 2.jpg=@1 3.jpg=dog 4.jpg=@3 > train",
+          "webdataset: cat, dog"),
+    reads("a picture without a label", "train-000000.tar: 1.jpg=cat 2.jpg=dog 3.jpg= > train", "webdataset: cat, dog",
+          "3.jpg"),
+    reads("minus one", "train-000000.tar: 1.jpg=4 2.jpg=-1 3.jpg=7 > train; test-000000.tar: 1.jpg=-1 > test",
+          "webdataset: 4, 7"),
+    reads("labels from 3", "train-000000.tar: 1.jpg=3 2.jpg=5 3.jpg=10 > train ~2", "webdataset: 03, 05, 10",
+          "3, 5, 10"),
+    reads("labels from 3, kept", "train-000000.tar: 1.jpg=3 2.jpg=5 3.jpg=10 > train ~2", "webdataset: {00..10}",
+          keep_labels=True),
+    refuses("words, kept", TRAIN, "cat", "--keep-labels", keep_labels=True),
+    refuses("a negative number, kept", "train-000000.tar: 1.jpg=-2 2.jpg=3", "-2", "--keep-labels", keep_labels=True),
+    reads("a number and a word", "train-000000.tar: 1.jpg=10 2.jpg=9 3.jpg=cat > train", "webdataset: 10, 9, cat"),
+    refuses("no label at all", "train-000000.tar: 1.jpg= 2.jpg=", "train-000000.tar", ".cls"),
+    refuses("compressed shards", "train-00000{0,1}.tar.gz", ".tar.gz"),
+    refuses("folders and shards in train", f"train/{{cat,dog}}/1.jpg; train/{TRAIN}", "--layout"),
+    # ---- parquet
+    reads("Hugging Face", "data/train-0000{0,1}-of-00002.parquet: 1.jpg=0 2.jpg=1 > train; "
+          "data/validation-00000-of-00001.parquet: 3.jpg=1 > val; data/test-00000-of-00001.parquet: 4.jpg=-1 > test; "
+          "README.md", "parquet: 0, 1"),
+    reads("parquet of numbers", "train.parquet: 1.jpg=11 2.jpg=3 3.jpg=3 > train ~2", "parquet: 03, 11", "3, 11"),
+    reads("parquet of words", "{train,val}/0000.parquet: 1.jpg=cat 2.jpg=dog > *", "parquet: cat, dog"),
+    refuses("a parquet file missing", "data/train-0000{0,2}-of-00003.parquet: 1.jpg=0 2.jpg=1", "train-00001-of-00003",
+            FLAGGED),
+    reads("a parquet file missing, allowed", "data/train-0000{0,2}-of-00003.parquet: 1.jpg=0 2.jpg=1 > train",
+          "parquet: 0, 1", "train-00001-of-00003", allow_incomplete=True),
+    refuses("a numbered parquet file missing", "000{0,2}.parquet: 1.jpg=0 2.jpg=1", "0001.parquet"),
+    refuses("numbers and words", "train.parquet: 1.jpg=0 2.jpg=1; val.parquet: 1.jpg=cat", "train.parquet",
+            "val.parquet"),
+    refuses("a parquet file of no split", "{train,metadata}.parquet: 1.jpg=0 2.jpg=1", "metadata.parquet"),
+    reads("pictures of a README", "data/train-00000-of-00001.parquet: 1.jpg=0 2.jpg=1 > train; assets/{1,2}.png; "
+          "README.md", "parquet: 0, 1", "assets", refused=("assets",)),
+    # ---- other formats
+    refuses("Arrow", "data-00000-of-00001.arrow; state.json <- {}; dataset_info.json <- {}", ".arrow"),
+    refuses("MosaicML", "index.json <- {}; shard.0000{0,1}.mds", ".mds"),
+    refuses("FFCV", "{train,val}.beton", ".beton"),
+    refuses("a zip", "imagenet-object-localization-challenge.zip", ".zip"),
+    # ---- a table of labels beside flat pictures
+    refuses("breeds", "train/{a1,a2}.jpg; test/z9.jpg; labels.csv <- id,breed|a1,pug|a2,boxer", "--labels",
+            "labels.csv"),
+    reads("breeds by stem", "train/a1.jpg > train =pug; train/a2.jpg > train =boxer; test/z9.jpg > test -; "
+          "labels.csv <- id,breed|a1,pug|a2,boxer", "labels: boxer, pug", labels="labels.csv"),
+    reads("file names and tabs", "img/1.jpg > train =cat; img/2.jpg > train =dog; l.tsv <- 1.jpg\tcat|2.jpg\tdog",
+          "labels: cat, dog", labels="l.tsv"),
+    reads("paths", "a/1.jpg > train =cat; b/1.jpg > train =dog; l.csv <- file,label|a/1.jpg,cat|b/1.jpg,dog",
+          "labels: cat, dog", labels="l.csv"),
+    reads("quoted labels", 'a/1.jpg > train =cat,black; a/2.jpg > train =dog; '
+          'l.csv <- file,label|1.jpg,"cat,black"|2.jpg,dog', "labels: cat,black, dog", labels="l.csv"),
+    refuses("metadata.jsonl", 'train/{1,2}.jpg; train/metadata.jsonl <- {"file_name": "1.jpg", "label": "cat"}',
+            "metadata.jsonl", "--labels"),
+    reads("JSON lines", "train/1.jpg > train =cat; train/2.jpg > train =dog; train/metadata.jsonl <- "
+          '{"file_name": "1.jpg", "label": "cat"}|{"file_name": "2.jpg", "label": "dog"}', "labels: cat, dog",
+          labels="train/metadata.jsonl"),
+    refuses("two labels", "img/{1,2}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog|1.jpg,dog", "1.jpg", "cat", "dog",
+            labels="l.csv"),
+    refuses("two pictures of one stem", "{a,b}/1.jpg; l.csv <- 1,cat|2,dog", "1.jpg", labels="l.csv"),
+    refuses("a picture more", "img/{1,2,3}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog", "img/3.jpg", FLAGGED, labels="l.csv"),
+    refuses("a row more", "img/{1,2}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog|77.jpg,cat", "77.jpg", FLAGGED, labels="l.csv"),
+    reads("a picture and a row more, allowed", "img/1.jpg > train =cat; img/2.jpg > train =dog; img/3.jpg; "
+          "l.csv <- 1.jpg,cat|2.jpg,dog|77.jpg,cat", "labels: cat, dog", "img/3.jpg", "77.jpg", labels="l.csv",
+          allow_incomplete=True),
+    reads("a table of many columns", "img/1.jpg > train =mel; img/2.jpg > train =nv; "
+          "meta.csv <- lesion_id,image_id,dx,age|H1,1,mel,80|H2,2,nv,30", "labels: mel, nv", refused=("meta.csv",),
+          labels="meta.csv"),
+    refuses("dogs and cats in names", "train/{cat,dog}.{0,1}.jpg", "train"),
+    refuses("pets in names", "images/{Abyssinian,beagle}_1.jpg; annotations/list.txt", "images"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [*FOLDERS, *FILES], ids=lambda row: row.name)
+def test_a_tree_is_read_rightly_or_refused(row: Row, tmp_path: Path):
+    truth, options = plant(tmp_path / "raw", row.files), dict(row.options)
+    raw = tmp_path / "raw" / options.pop("below", "")
+    if "labels" in options:
+        options["labels"] = raw / options["labels"]
+    try:
+        sources = find_sources(raw, **options)
+    except UserError as error:
+        assert row.refusal, f"is refused: {error}"
+        text = str(error).replace(str(raw), "RAW")
+        assert "\n" not in text
+        assert missing(row.refusal, text) == [], text
+        return
+    below = f"{row.options['below']}/" if "below" in row.options else ""
+    read = {image.path: (image.split, image.wnid) for image in sources.images}
+    assert row.layout, f"is read as {sources.name}: {read}"
+    assert read == {path.removeprefix(below): home for path, home in truth.items() if path.startswith(below)}
+    assert [record.wnid for record in sources.classes] == [*row.classes]
+    assert [record.label for record in sources.classes] == [*range(len(row.classes))]
+    assert sources.name == row.layout
+    lines = [sources.layout, *sources.notes, *sources.ignored.lines()]
+    assert missing(row.says, "\n".join(lines)) == [], lines
+    assert len(lines) < 9  # by kind, and not by name
+
+
+def test_every_layout_has_a_tree():
+    assert {row.layout for row in FOLDERS + FILES} >= set(LAYOUTS)
