@@ -1,10 +1,13 @@
 """Trees as people have them: each is read with the right split and class of every picture, or refused in one line."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from pipeline import UserError
+from conftest import build, picture
+from pipeline import UserError, manifest
 from pipeline.offline.sources import LAYOUTS, find_sources
 from trees import FLAGGED, FOLDERS, WNIDS, Row, missing, plant, reads, refuses
 
@@ -177,3 +180,55 @@ def test_a_tree_is_read_rightly_or_refused(row: Row, tmp_path: Path):
 
 def test_every_layout_has_a_tree():
     assert {row.layout for row in FOLDERS + FILES} >= set(LAYOUTS)
+
+
+def test_the_class_may_be_the_deepest_folder(tmp_path: Path):
+    """--class-depth last, by the command line: labels are ranks of the paths."""
+    folders = ["train/a/abbey", "train/c/canyon", "train/c/canyon/rocky", "val/a/abbey"]
+    draw(tmp_path / "raw", folders)
+    result = build(tmp_path / "raw", tmp_path / "out", "--size", 32, "--workers", 1, "--class-depth", "last")
+    assert result.exit_code == 0, result.output
+    built = manifest.load(tmp_path / "out")
+    assert [record.wnid for record in built.classes] == ["a/abbey", "c/canyon", "c/canyon/rocky"]
+    assert sorted(built.samples("train")["label"]) == [0, 0, 1, 1, 2, 2]
+    assert [*built.samples("val")["label"]] == [0, 0]
+
+
+def test_a_build_says_how_it_read_raw(tmp_path: Path):
+    """Layout, order of labels, and the first and last classes: of the numbers 2 … 10, the last has the label 8."""
+    draw(tmp_path / "raw", [f"{split}/{n}" for n in range(2, 11) for split in ("train", "val")])
+    line = (tmp_path / "raw", tmp_path / "out", "--size", 32, "--workers", 1, "--dry-run")
+    text = build(*line).output
+    assert missing(("split-folders", "folder…", "number…"), text) == []
+    for label in (0, 1, 2, 6, 7, 8):
+        assert re.search(rf"^\s*{label}\s+{label + 2}\b.*\b2\b.*\b2\b", text, re.MULTILINE), text
+    events = map(json.loads, build(*line, "--json").stdout.splitlines())
+    plan = next(event for event in events if event["event"] == "plan")
+    rows = [[*row.values()] if isinstance(row, dict) else row for row in plan["table"]]
+    assert [row[:2] for row in rows] == [[label, str(label + 2)] for label in (0, 1, 2, 6, 7, 8)]
+    assert plan["gives"]
+
+
+@pytest.mark.parametrize("files", ["{blobs,stripes}/1.jpg > val 0", "0/1.jpg > val =blobs; 2/1.jpg > val =stripes"])
+def test_a_set_for_evaluation_has_the_classes_of_another(files: str, small: Path, tmp_path: Path):
+    truth = plant(tmp_path / "raw", files)
+    sources = find_sources(tmp_path / "raw", classes_of=small)
+    assert {image.path: (image.split, image.wnid) for image in sources.images} == truth
+    assert sources.classes == manifest.load(small).classes
+
+
+@pytest.mark.parametrize(("files", "name"), [("{blobs,wolf}/1.jpg", "wolf"), ("{0,3}/1.jpg", "3")])
+def test_a_set_for_evaluation_has_no_classes_of_its_own(files: str, name: str, small: Path, tmp_path: Path):
+    plant(tmp_path / "raw", files)
+    result = build(tmp_path / "raw", tmp_path / "out", "--classes-of", small)
+    assert result.exit_code == 2
+    assert missing((name, str(small)), result.stderr.splitlines()[-1]) == []
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def draw(raw: Path, folders: list[str]) -> None:
+    """Put two pictures into each folder."""
+    for folder in folders:
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            picture(f"{folder}{i}", 48, 40).save(raw / folder / f"{i}.jpg")
