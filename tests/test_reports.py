@@ -176,7 +176,7 @@ REPORTS = [
 
 
 @pytest.mark.parametrize("case", REPORTS, ids=lambda case: " ".join((case.raw, *case.options)))
-def test_folders(case: Report, made: Maker, tmp_path: Path):
+def test_every_label_is_right_or_the_input_is_refused(case: Report, made: Maker, tmp_path: Path):
     number, _, below = case.raw.partition("/")
     raw, out = made(number)[0] / below, tmp_path / "out"
     result = build(raw, out, *OPTIONS, *case.options)

@@ -151,8 +151,72 @@ FILES = [
     refuses("pets in names", "images/{Abyssinian,beagle}_1.jpg; annotations/list.txt", "images"),
 ]  # fmt: skip
 
+NEAR = [  # to what is above
+    reads("a class of each script", "{犬,кот,🐈,a b}/1.jpg > train 0", "class-folders: a b, кот, 犬, 🐈"),
+    reads("numbers below zero", "{-1,0,2,10}/1.jpg > train 0", "class-folders: -1, 0, 2, 10"),
+    reads("digits that are no decimals", "{1,10,2,²}/1.jpg > train 0", "class-folders: 1, 10, 2, ²"),
+    reads("long numbers", "{9,88888888888888888888}/1.jpg > train 0", "class-folders: 9, 88888888888888888888"),
+    reads("fractions", "{0.5,10.5,2.5}/1.jpg > train 0", "class-folders: 0.5, 10.5, 2.5"),
+    reads("numbers from 3", "{3,5,10}/1.jpg > train 0", "class-folders: 3, 5, 10"),
+    reads("numbers from 3, kept", "{3,5,10}/1.jpg > train 0", "class-folders: {0..10}", refused=("--keep-labels",),
+          keep_labels=True),
+    refuses("a class called test", "{alpha,beta,test}/{1,2}.jpg", "test", "--layout class-folders"),
+    reads("a class called validation in train", "train/{cat,validation}/1.jpg > train 1; val/cat/2.jpg > val 1",
+          "split-folders: cat, validation", refused=("train/validation",)),
+    reads("a table beside class folders", "{cat,dog}/1.jpg > train 0; labels.csv <- 1,cat", "class-folders: cat, dog",
+          ".csv"),
+    reads("a zip in a class", "{cat,dog}/1.jpg > train 0; cat/more.zip", "class-folders: cat, dog", ".zip"),
+    reads("hidden folders", "{cat,dog}/1.jpg > train 0; .git/1.jpg; .cache/huggingface/2.jpg",
+          "class-folders: cat, dog"),
+    reads("folders without pictures", "{train,val}/{cat,dog}/1.jpg > * 1; {docs,annotations}/1.xml",
+          "split-folders: cat, dog"),
+    reads("unlabelled pictures beside", "{train,test}/{cat,dog}/1.png > * 1; unlabeled/{1..3}.png",
+          "split-folders: cat, dog", "unlabeled", "3"),
+    reads("a folder of classes beside", "{train,val}/{cat,dog}/1.png > * 1; extra/{cat,owl}/{1,2}.png",
+          "split-folders: cat, dog", "extra", "4"),
+    refuses("parts of a split", "train_{1,2}/{cat,dog}/1.jpg; val/{cat,dog}/1.jpg", "train_1"),
+    refuses("clean and noisy", "train_{clean,noisy}/{cat,dog}/1.jpg; val/{cat,dog}/1.jpg", "train_noisy"),
+    reads("a space in a split", "Train Data/{cat,dog}/1.jpg > train 1; Test Data/{cat,dog}/1.jpg > test 1",
+          "split-folders: cat, dog", refused=("Train Data",)),
+    reads("training and validation", "training/{cat,dog}/1.jpg > train 1; validation/{cat,dog}/1.jpg > val 1",
+          "split-folders: cat, dog"),
+    refuses("a val that lies deeper", "train/{cat,dog}/1.jpg; val/{cat,dog}/images/2.jpg", "--class-depth", "images"),
+    refuses("half twice train", "train/train/{cat,dog}/1.jpg; train/{cat,dog}/1.jpg", "train/train"),
+    refuses("class tars", "train/{cat,dog}.tar: 1.jpg 2.jpg", "cat.tar"),
+    refuses("a tar of folders", "imagenet.tar: train/cat/1.jpg train/dog/1.jpg", "imagenet.tar"),
+    refuses("depth 2 of flat classes", "{cat,dog}/1.jpg", "--class-depth", class_depth=2),
+    reads("depth 3", "{Aves/Corvus,Plantae/Salix}/{9,10}/1.jpg > train 0:3",
+          "class-folders: Aves/Corvus/10, Aves/Corvus/9, Plantae/Salix/10, Plantae/Salix/9", class_depth=3),
+    reads("images in each class at depth 1", "{train,val}/{cat,dog}/images/1.jpg > * 1", "split-folders: cat, dog",
+          class_depth=1),
+    reads("links of the hub", "blobs/a1; snapshots/0a1b/{cat,dog}/1.jpg -> ../../../blobs/a1 > train 2",
+          "class-folders: cat, dog", below="snapshots/0a1b"),
+    reads("synset tars in train", "train/{n90417263,n90128845}.tar: 1.JPEG > train 1; "
+          f"val/ILSVRC2012_val_00000001.JPEG > val =n90128845; val/ILSVRC2012_val_00000002.JPEG > val =n90417263; "
+          f"{KIT}", "ilsvrc2012: n90128845, n90417263"),
+    refuses("a devkit of other synsets", f"{{train,val}}/{{n01440764,n01443537}}/1.JPEG; {KIT}", "n01440764"),
+    reads("underscores", "imagenet_train_0000{0,1}.tar: 1.jpg=cat 2.jpg=dog > train; "
+          "imagenet_val_00000.tar: 1.jpg=cat > val; train.idx; _info.json <- {}", "webdataset: cat, dog"),
+    reads("numbers alone", "0000{0..2}.tar: 1.png=cat 2.webp=dog > train", "webdataset: cat, dog"),
+    reads("a series from 1", "train-00000{1..3}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("train-000000.tar",)),
+    reads("trainval", "trainval-000000.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("trainval-000000.tar",)),
+    refuses("two words of splits", "train-test-000000.tar: 1.jpg=cat 2.jpg=dog", "train-test-000000.tar"),
+    refuses("a hole in val", f"{TRAIN}; val-00000{{0,2}}.tar: 1.jpg=cat", "val-000001.tar", FLAGGED),
+    reads("tables with marks of Windows", "img/1.jpg > train =cat; img/2.jpg > train =dog; "
+          "l.csv <- \ufeffid,label\r|1,cat\r|2,dog\r|", "labels: cat, dog", labels="l.csv"),
+    reads("semicolons", "img/1.jpg > train =cat; img/2.jpg > train =dog; l.csv <- id;label|1;cat|2;dog",
+          "labels: cat, dog", refused=("l.csv",), labels="l.csv"),
+    refuses("lost zeros", "img/00{1,2}.jpg; l.csv <- id,label|1,cat|2,dog", "img/001.jpg", labels="l.csv"),
+    refuses("an empty label", "img/{1,2}.jpg; l.csv <- id,label|1,cat|2,", "img/2.jpg", labels="l.csv"),
+    refuses("pictures in RAW and a table", "{1,2}.jpg; train.csv <- id,label|1,cat|2,dog", "--labels", "train.csv"),
+    reads("pictures in RAW by a table", "1.jpg > train =cat; 2.jpg > train =dog; train.csv <- id,label|1,cat|2,dog",
+          "labels: cat, dog", labels="train.csv"),
+]  # fmt: skip
 
-@pytest.mark.parametrize("row", [*FOLDERS, *FILES], ids=lambda row: row.name)
+
+@pytest.mark.parametrize("row", [*FOLDERS, *FILES, *NEAR], ids=lambda row: row.name)
 def test_a_tree_is_read_rightly_or_refused(row: Row, tmp_path: Path):
     truth, options = plant(tmp_path / "raw", row.files), dict(row.options)
     raw = tmp_path / "raw" / options.pop("below", "")

@@ -12,7 +12,7 @@ A row's files stand between `; `:
     in.tar: n1.tar/1.jpg > train 1             a tar of tars
     train.parquet: 1.jpg=7 2.jpg=8 > train     a file of Hugging Face's, with the columns image and label
     labels.csv <- id,breed|1,pug               a text; | ends a line. `<- devkit 2 1`: the ground truth of a devkit
-    notes.txt, empty/, loop -> .               a file, a folder, a link
+    notes.txt, empty/, cat/loop -> ..          a file, a folder, a link
 
 What has no `>` is no picture of the data set: it must be left out.
 """
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tars import tar_bytes, tree
 from tools.make_raw import meta_mat
 
 Truth = dict[str, tuple[str, str | None]]  # path below RAW → split and class
@@ -76,30 +77,28 @@ def plant(root: Path, files: str) -> Truth:
     for line in filter(None, files.split("; ")):
         if " <- " in line:
             path, text = line.split(" <- ")
-            _write(root / path, _devkit(text) if text.startswith("devkit ") else text.replace("|", "\n").encode())
-        elif " -> " in line:
-            path, target = line.split(" -> ")
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).symlink_to(target)
+            tree(root, {path: _devkit(text) if text.startswith("devkit ") else text.replace("|", "\n").encode()})
         else:
             truth |= dict(_pictures(root, *line.split(" > ")))
     return truth
 
 
-def _pictures(root: Path, what: str, belongs: str = "") -> Iterator[tuple[str, tuple[str, str | None]]]:
+def _pictures(root: Path, pattern: str, belongs: str = "") -> Iterator[tuple[str, tuple[str, str | None]]]:
     split, _, rule = belongs.partition(" ")
-    archive, colon, inside = what.partition(": ")
+    pattern, _, target = pattern.partition(" -> ")
+    archive, colon, inside = pattern.partition(": ")
     for path in expand(archive):
         words = [item for word in inside.split(" ") for item in expand(word)]
         items = [(match[1], match[2]) for item in words if (match := ITEM.fullmatch(item))]
-        if path.endswith("/"):
-            (root / path).mkdir(parents=True, exist_ok=True)
+        folder = root / path if path.endswith("/") else (root / path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if target:
+            (root / path).symlink_to(target)
         elif path.endswith(".parquet"):
             _write_parquet(root / path, items)
-        elif path.endswith(".tar"):
-            _write(root / path, _tar(items))
-        else:
-            _write(root / path, f"not decoded: {path}".encode("utf-8", "surrogateescape"))
+        elif not path.endswith("/"):
+            data = _tar(items) if path.endswith(".tar") else f"not decoded: {path}".encode("utf-8", "surrogateescape")
+            (root / path).write_bytes(data)
         labels = dict(items)
         for name, label in items if colon else [("", "")]:
             inner = f"{path}/{name}".rstrip("/")
@@ -120,11 +119,6 @@ def _class(path: str, rule: str, label: str | None) -> str | None:
         first, _, end = rule.partition(":")
         return "/".join(path.split("/")[int(first) : int(end or int(first) + 1)]).removesuffix(".tar")
     return label
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 def _tar(items: list[tuple[str, str | None]]) -> bytes:
@@ -156,19 +150,14 @@ def _write_parquet(path: Path, items: list[tuple[str, str | None]]) -> None:
     if all(label is None or re.fullmatch("-?[0-9]+", label) for label in labels):
         labels = [None if label is None else int(label) for label in labels]
     images = [{"bytes": f"not decoded: {name}".encode(), "path": name} for name, _ in items]
-    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"image": pa.array(images), "label": pa.array(labels)}), path)
 
 
 def _devkit(text: str) -> bytes:
     """Return ILSVRC2012_devkit_t12.tar.gz for n90417263 (id 1) and n90128845 (id 2), one training picture each."""
-    out, truth = io.BytesIO(), "".join(f"{number}\n" for number in text.split()[1:]).encode()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in (("meta.mat", meta_mat(2, 1)), ("ILSVRC2012_validation_ground_truth.txt", truth)):
-            info = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return gzip.compress(out.getvalue())
+    truth = "".join(f"{number}\n" for number in text.split()[1:]).encode()
+    files = {"meta.mat": meta_mat(2, 1), "ILSVRC2012_validation_ground_truth.txt": truth}
+    return gzip.compress(tar_bytes({f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in files.items()}))
 
 
 def missing(fragments: tuple[str, ...], text: str) -> list[str]:
@@ -322,7 +311,7 @@ FOLDERS = [
     refuses("kittens", "{cat,dog}/1.jpg; cat/kittens/2.jpg", DEPTH, "kittens"),
     refuses("images in each class", "{cat,dog}/images/1.jpg", DEPTH, "images"),
     refuses("Food-101", "images/{apple_pie,waffles}/1.jpg; meta/{train,test}.txt; license_agreement.txt", "images"),
-    reads("Food-101's images", "images/{apple_pie,waffles}/1.jpg > train 0; meta/train.txt",
+    reads("Food-101's images", "images/{apple_pie,waffles}/1.jpg > train 1; meta/train.txt",
           "class-folders: apple_pie, waffles", below="images"),
     refuses("Stanford Dogs", "Images/n0208562{0-Chihuahua,1-Basset}/1.jpg; Annotation/n0208562{0-Chihuahua,1-Basset}/1",
             "Images"),
@@ -341,6 +330,8 @@ FOLDERS = [
           "noisy_imagenette.csv <- path,noisy_labels_0|train/n01440764/1.JPEG,n01443537", f"split-folders: {WNIDS}",
           ".csv"),
     reads("ImageNet-R", "{n01440764,n01443537}/art_0.jpg > train 0; README.txt", f"class-folders: {WNIDS}"),
+    reads("ImageNet-A", "{n01440764,n01443537}/0.0001_tench _ goldfish_0.9.jpg > train 0; README.txt",
+          f"class-folders: {WNIDS}"),
     reads("ImageNet-V2", "{0..11}/0a1b.jpeg > train 0", "class-folders: {0..11}"),
     refuses("ImageNet-Sketch", "sketch/{n01440764,n01443537}/sketch_0.JPEG", "sketch"),
     reads("flat WNID files", "n01440764_1.JPEG > train =n01440764; n01443537_2.JPEG > train =n01443537; mean.png",
