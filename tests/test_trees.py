@@ -153,7 +153,7 @@ FILES = [
 
 NEAR = [  # to what is above
     reads("a class of each script", "{犬,кот,🐈,a b}/1.jpg > train 0", "class-folders: a b, кот, 犬, 🐈"),
-    reads("numbers below zero", "{-1,0,2,10}/1.jpg > train 0", "class-folders: -1, 0, 2, 10"),
+    reads("numbers below zero", "{-2,0,2,10}/1.jpg > train 0", "class-folders: -2, 0, 2, 10"),
     reads("digits that are no decimals", "{1,10,2,²}/1.jpg > train 0", "class-folders: 1, 10, 2, ²"),
     reads("long numbers", "{9,88888888888888888888}/1.jpg > train 0", "class-folders: 9, 88888888888888888888"),
     reads("fractions", "{0.5,10.5,2.5}/1.jpg > train 0", "class-folders: 0.5, 10.5, 2.5"),
