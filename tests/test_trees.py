@@ -1,0 +1,298 @@
+"""Trees as people have them: each is read with the right split and class of every picture, or refused in one line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import build, picture
+from pipeline import UserError, manifest
+from pipeline.offline.sources import LAYOUTS, find_sources
+from trees import FLAGGED, FOLDERS, WNIDS, Row, missing, plant, reads, refuses
+
+KIT = "ILSVRC2012_devkit_t12.tar.gz <- devkit 2 1"  # validation picture 1 is of the class with id 2
+TRAIN = "train-000000.tar: 1.jpg=cat 2.jpg=dog"
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+TINY = ("wnids.txt <- n01443537|n01440764|; words.txt <- n01440764\ttench|n01443537\tgoldfish|n00000001\tother; "
+        "train/{n01440764,n01443537}/images/x_{0,1}.JPEG > train 1; train/n01440764/n01440764_boxes.txt; "
+        "val/images/val_0.JPEG > val =n01443537; test/images/test_0.JPEG > test -; ")  # fmt: skip
+NOTED = "val/val_annotations.txt <- val_0.JPEG\tn01443537\t0\t0\t1\t1|val_1.JPEG\tn01440764\t0\t0\t1\t1"
+
+FILES = [
+    # ---- ImageNet's own archives
+    reads("archives", "ILSVRC2012_img_train.tar: n90417263.tar/1.JPEG n90128845.tar/2.JPEG > train 1; "
+          "ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG > val =n90128845; "
+          "ILSVRC2012_devkit_t12.tar.gz <- devkit 2", "ilsvrc2012: n90128845, n90417263"),
+    reads("unpacked", "train/{n90417263,n90128845}/1.JPEG > train 1; "
+          "val/ILSVRC2012_val_00000001.JPEG > val =n90128845; " f"val/ILSVRC2012_val_00000002.JPEG > val =n90417263; "
+          f"{KIT}", "ilsvrc2012: n90128845, n90417263"),
+    reads("archives in small letters",
+          "ilsvrc2012_img_train.tar: n90417263.tar/1.JPEG n90128845.tar/2.JPEG > train 1; "
+          "ilsvrc2012_img_val.tar: ILSVRC2012_val_00000001.JPEG > val =n90128845; "
+          "ilsvrc2012_devkit_t12.tar.gz <- devkit 2", "ilsvrc2012: n90128845, n90417263",
+          refused=("ilsvrc2012_img_…",)),
+    refuses("archives, a second download", "ILSVRC2012_img_train(1).tar: n90417263.tar/1.JPEG n90128845.tar/2.JPEG; "
+            f"ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG; {KIT}", "ILSVRC2012_img_train"),
+    refuses("the training archive alone", "ILSVRC2012_img_train.tar: n01440764.tar/1.JPEG", "1,281,167", FLAGGED),
+    reads("the training archive alone, allowed",
+          "ILSVRC2012_img_train.tar: n01440764.tar/1.JPEG n01443537.tar/2.JPEG > train 1", f"ilsvrc2012: {WNIDS}",
+          "1,281,167", allow_incomplete=True),
+    refuses("the validation archive alone", "ILSVRC2012_img_val.tar: ILSVRC2012_val_00000001.JPEG",
+            "ILSVRC2012_img_train.tar"),
+    reads("2010, allowed", "ILSVRC2010_images_train.tar: n01440764.tar/1.JPEG n01443537.tar/2.JPEG > train 1",
+          f"ilsvrc2010: {WNIDS}", "1,261,406", allow_incomplete=True),
+    reads("Kaggle", f"{KAGGLE}/train/{{n01440764,n01443537}}/1.JPEG > train 4; {KAGGLE}/val/V1.JPEG > val =n01443537; "
+          f"{KAGGLE}/test/T1.JPEG > test -; LOC_val_solution.csv <- ImageId,PredictionString|V1,n01443537 1 2 3 4; "
+          "LOC_synset_mapping.txt <- n01440764 tench|n01443537 goldfish", f"kaggle: {WNIDS}"),
+    refuses("Kaggle, one level too low", f"{KAGGLE}/train/{{n01440764,n01443537}}/1.JPEG; "
+            f"{KAGGLE}/val/ILSVRC2012_val_00000001.JPEG; " "LOC_val_solution.csv <- ImageId,PredictionString", "val",
+            below=KAGGLE),
+    # ---- Tiny ImageNet
+    reads("Tiny ImageNet", TINY + NOTED + "; val/images/val_1.JPEG > val =n01440764", f"tiny-imagenet: {WNIDS}"),
+    refuses("Tiny ImageNet without its notes", TINY, "val_annotations.txt"),
+    refuses("Tiny ImageNet of another", TINY + NOTED.replace("n01443537", "n09999999"), "n09999999"),
+    reads("Tiny ImageNet, a picture more",
+          TINY + NOTED + "; val/images/val_1.JPEG > val =n01440764; val/images/val_7.JPEG", f"tiny-imagenet: {WNIDS}",
+          "val_7.JPEG", refused=("val_7.JPEG",)),
+    refuses("Tiny ImageNet from above", "tiny-imagenet-200/wnids.txt <- n01440764; "
+            "tiny-imagenet-200/train/n01440764/images/1.JPEG; tiny-imagenet-200/val/images/1.JPEG",
+            "tiny-imagenet-200"),
+    reads("Tiny ImageNet, val sorted by a script", "wnids.txt <- n01443537|n01440764; "
+          "{train,val}/{n01440764,n01443537}/images/x.JPEG > * 1; test/images/1.JPEG > test -",
+          f"tiny-imagenet: {WNIDS}", refused=("val",)),
+    refuses("Tiny ImageNet without its lists", "train/{n01440764,n01443537}/images/1.JPEG; val/images/1.JPEG",
+            "images"),
+    # ---- WebDataset
+    reads("shards", "train-00000{0..2}.tar: 1.jpg=0 2.jpg=10 3.jpg=9 > train ~2; val-000000.tar: 1.jpg=9 > val ~2",
+          "webdataset: 00, 09, 10"),
+    reads("shards in data/", f"data/{TRAIN} > train; data/test-000000.tar: 3.jpg=dog 4.jpg= > test",
+          "webdataset: cat, dog"),
+    reads("shards in folders", "{train,val}/0000{0,1}.tar: 1.jpg=cat 2.jpg=dog > *", "webdataset: cat, dog"),
+    reads("shards of timm", "imagenet1k-train-000{0,1}.tar: 1.jpg=3 2.jpg=4 > train; "
+          "imagenet1k-validation-00.tar: 1.jpg=3 > val", "webdataset: 3, 4"),
+    refuses("shards with a hole", "train-00000{0,1,3}.tar: 1.jpg=cat 2.jpg=dog", "train-000002.tar", FLAGGED),
+    reads("shards with a hole, allowed", "train-00000{0,1,3}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          "train-000002.tar", allow_incomplete=True),
+    refuses("a million shards", "shard-{0000000,0999999}.tar: 1.jpg=cat 2.jpg=dog", "shard-0000001.tar", FLAGGED),
+    refuses("shards of a known number", "train-0000{0,2}-of-00003.tar: 1.jpg=cat 2.jpg=dog",
+            "train-00001-of-00003.tar"),
+    reads("shards of a valley", "valley-00000{0,1}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog"),
+    reads("shards of a test bench", "test-bench-train-000000.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("test-bench-train-000000.tar",)),
+    refuses("some shards of a split", f"{TRAIN}; extra-000000.tar: 3.jpg=cat", "extra-000000.tar"),
+    reads("dots in keys", "train-000000.tar: a.1.jpg=cat b.2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("a.1.jpg",)),
+    reads("labels that are hard links", "train-000000.tar: 1.jpg=cat 2.jpg=@1 3.jpg=dog 4.jpg=@3 > train",
+          "webdataset: cat, dog"),
+    reads("a picture without a label", "train-000000.tar: 1.jpg=cat 2.jpg=dog 3.jpg= > train", "webdataset: cat, dog",
+          "3.jpg"),
+    reads("minus one", "train-000000.tar: 1.jpg=4 2.jpg=-1 3.jpg=7 > train; test-000000.tar: 1.jpg=-1 > test",
+          "webdataset: 4, 7"),
+    reads("labels from 3", "train-000000.tar: 1.jpg=3 2.jpg=5 3.jpg=10 > train ~2", "webdataset: 03, 05, 10",
+          "3, 5, 10"),
+    reads("labels from 3, kept", "train-000000.tar: 1.jpg=3 2.jpg=5 3.jpg=10 > train ~2", "webdataset: {00..10}",
+          keep_labels=True),
+    refuses("words, kept", TRAIN, "cat", "--keep-labels", keep_labels=True),
+    refuses("a negative number, kept", "train-000000.tar: 1.jpg=-2 2.jpg=3", "-2", "--keep-labels", keep_labels=True),
+    reads("a number and a word", "train-000000.tar: 1.jpg=10 2.jpg=9 3.jpg=cat > train", "webdataset: 10, 9, cat"),
+    refuses("no label at all", "train-000000.tar: 1.jpg= 2.jpg=", "train-000000.tar", ".cls"),
+    refuses("compressed shards", "train-00000{0,1}.tar.gz", ".tar.gz"),
+    refuses("folders and shards in train", f"train/{{cat,dog}}/1.jpg; train/{TRAIN}", "--layout"),
+    # ---- parquet
+    reads("Hugging Face", "data/train-0000{0,1}-of-00002.parquet: 1.jpg=0 2.jpg=1 > train; "
+          "data/validation-00000-of-00001.parquet: 3.jpg=1 > val; data/test-00000-of-00001.parquet: 4.jpg=-1 > test; "
+          "README.md", "parquet: 0, 1"),
+    reads("parquet of numbers", "train.parquet: 1.jpg=11 2.jpg=3 3.jpg=3 > train ~2", "parquet: 03, 11", "3, 11"),
+    reads("parquet of words", "{train,val}/0000.parquet: 1.jpg=cat 2.jpg=dog > *", "parquet: cat, dog"),
+    refuses("a parquet file missing", "data/train-0000{0,2}-of-00003.parquet: 1.jpg=0 2.jpg=1", "train-00001-of-00003",
+            FLAGGED),
+    reads("a parquet file missing, allowed", "data/train-0000{0,2}-of-00003.parquet: 1.jpg=0 2.jpg=1 > train",
+          "parquet: 0, 1", "train-00001-of-00003", allow_incomplete=True),
+    refuses("a numbered parquet file missing", "000{0,2}.parquet: 1.jpg=0 2.jpg=1", "0001.parquet"),
+    refuses("numbers and words", "train.parquet: 1.jpg=0 2.jpg=1; val.parquet: 1.jpg=cat", "train.parquet",
+            "val.parquet"),
+    refuses("a parquet file of no split", "{train,metadata}.parquet: 1.jpg=0 2.jpg=1", "metadata.parquet"),
+    reads("pictures of a README", "data/train-00000-of-00001.parquet: 1.jpg=0 2.jpg=1 > train; assets/{1,2}.png; "
+          "README.md", "parquet: 0, 1", "assets", refused=("assets",)),
+    # ---- other formats
+    refuses("Arrow", "data-00000-of-00001.arrow; state.json <- {}; dataset_info.json <- {}", ".arrow"),
+    refuses("MosaicML", "index.json <- {}; shard.0000{0,1}.mds", ".mds"),
+    refuses("FFCV", "{train,val}.beton", ".beton"),
+    refuses("a zip", "imagenet-object-localization-challenge.zip", ".zip"),
+    # ---- a table of labels beside flat pictures
+    refuses("breeds", "train/{a1,a2}.jpg; test/z9.jpg; labels.csv <- id,breed|a1,pug|a2,boxer", "--labels",
+            "labels.csv"),
+    reads("breeds by stem", "train/a1.jpg > train =pug; train/a2.jpg > train =boxer; test/z9.jpg > test -; "
+          "labels.csv <- id,breed|a1,pug|a2,boxer", "labels: boxer, pug", labels="labels.csv"),
+    reads("file names and tabs", "img/1.jpg > train =cat; img/2.jpg > train =dog; l.tsv <- 1.jpg\tcat|2.jpg\tdog",
+          "labels: cat, dog", labels="l.tsv"),
+    reads("paths", "a/1.jpg > train =cat; b/1.jpg > train =dog; l.csv <- file,label|a/1.jpg,cat|b/1.jpg,dog",
+          "labels: cat, dog", labels="l.csv"),
+    reads("quoted labels", 'a/1.jpg > train =cat,black; a/2.jpg > train =dog; '
+          'l.csv <- file,label|1.jpg,"cat,black"|2.jpg,dog', "labels: cat,black, dog", labels="l.csv"),
+    refuses("metadata.jsonl", 'train/{1,2}.jpg; train/metadata.jsonl <- {"file_name": "1.jpg", "label": "cat"}',
+            "metadata.jsonl", "--labels"),
+    reads("JSON lines", "train/1.jpg > train =cat; train/2.jpg > train =dog; train/metadata.jsonl <- "
+          '{"file_name": "1.jpg", "label": "cat"}|{"file_name": "2.jpg", "label": "dog"}', "labels: cat, dog",
+          labels="train/metadata.jsonl"),
+    refuses("two labels", "img/{1,2}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog|1.jpg,dog", "1.jpg", "cat", "dog",
+            labels="l.csv"),
+    refuses("two pictures of one stem", "{a,b}/1.jpg; l.csv <- 1,cat|2,dog", "1.jpg", labels="l.csv"),
+    refuses("a picture more", "img/{1,2,3}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog", "img/3.jpg", FLAGGED, labels="l.csv"),
+    refuses("a row more", "img/{1,2}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog|77.jpg,cat", "77.jpg", FLAGGED, labels="l.csv"),
+    reads("a picture and a row more, allowed", "img/1.jpg > train =cat; img/2.jpg > train =dog; img/3.jpg; "
+          "l.csv <- 1.jpg,cat|2.jpg,dog|77.jpg,cat", "labels: cat, dog", "img/3.jpg", "77.jpg", labels="l.csv",
+          allow_incomplete=True),
+    reads("a table of many columns", "img/1.jpg > train =mel; img/2.jpg > train =nv; "
+          "meta.csv <- lesion_id,image_id,dx,age|H1,1,mel,80|H2,2,nv,30", "labels: mel, nv", refused=("meta.csv",),
+          labels="meta.csv"),
+    refuses("dogs and cats in names", "train/{cat,dog}.{0,1}.jpg", "train"),
+    refuses("pets in names", "images/{Abyssinian,beagle}_1.jpg; annotations/list.txt", "images"),
+]  # fmt: skip
+
+NEAR = [  # to what is above
+    reads("a class of each script", "{犬,кот,🐈,a b}/1.jpg > train 0", "class-folders: a b, кот, 犬, 🐈"),
+    reads("numbers below zero", "{-2,0,2,10}/1.jpg > train 0", "class-folders: -2, 0, 2, 10"),
+    reads("digits that are no decimals", "{1,10,2,²}/1.jpg > train 0", "class-folders: 1, 10, 2, ²"),
+    reads("long numbers", "{9,88888888888888888888}/1.jpg > train 0", "class-folders: 9, 88888888888888888888"),
+    reads("fractions", "{0.5,10.5,2.5}/1.jpg > train 0", "class-folders: 0.5, 10.5, 2.5"),
+    reads("numbers from 3", "{3,5,10}/1.jpg > train 0", "class-folders: 3, 5, 10"),
+    reads("numbers from 3, kept", "{3,5,10}/1.jpg > train 0", "class-folders: {0..10}", refused=("--keep-labels",),
+          keep_labels=True),
+    refuses("a class called test", "{alpha,beta,test}/{1,2}.jpg", "test", "--layout class-folders"),
+    reads("a class called validation in train", "train/{cat,validation}/1.jpg > train 1; val/cat/2.jpg > val 1",
+          "split-folders: cat, validation", refused=("train/validation",)),
+    reads("a table beside class folders", "{cat,dog}/1.jpg > train 0; labels.csv <- 1,cat", "class-folders: cat, dog",
+          ".csv"),
+    reads("a zip in a class", "{cat,dog}/1.jpg > train 0; cat/more.zip", "class-folders: cat, dog", ".zip"),
+    reads("hidden folders", "{cat,dog}/1.jpg > train 0; .git/1.jpg; .cache/huggingface/2.jpg",
+          "class-folders: cat, dog"),
+    reads("folders without pictures", "{train,val}/{cat,dog}/1.jpg > * 1; {docs,annotations}/1.xml",
+          "split-folders: cat, dog"),
+    reads("unlabelled pictures beside", "{train,test}/{cat,dog}/1.png > * 1; unlabeled/{1..3}.png",
+          "split-folders: cat, dog", "unlabeled", "3"),
+    reads("a folder of classes beside", "{train,val}/{cat,dog}/1.png > * 1; extra/{cat,owl}/{1,2}.png",
+          "split-folders: cat, dog", "extra", "4"),
+    refuses("parts of a split", "train_{1,2}/{cat,dog}/1.jpg; val/{cat,dog}/1.jpg", "train_1"),
+    refuses("clean and noisy", "train_{clean,noisy}/{cat,dog}/1.jpg; val/{cat,dog}/1.jpg", "train_noisy"),
+    reads("a space in a split", "Train Data/{cat,dog}/1.jpg > train 1; Test Data/{cat,dog}/1.jpg > test 1",
+          "split-folders: cat, dog", refused=("Train Data",)),
+    reads("training and validation", "training/{cat,dog}/1.jpg > train 1; validation/{cat,dog}/1.jpg > val 1",
+          "split-folders: cat, dog"),
+    refuses("a val that lies deeper", "train/{cat,dog}/1.jpg; val/{cat,dog}/images/2.jpg", "--class-depth", "images"),
+    refuses("half twice train", "train/train/{cat,dog}/1.jpg; train/{cat,dog}/1.jpg", "train/train"),
+    refuses("class tars", "train/{cat,dog}.tar: 1.jpg 2.jpg", "cat.tar"),
+    refuses("a tar of folders", "imagenet.tar: train/cat/1.jpg train/dog/1.jpg", "imagenet.tar"),
+    refuses("depth 2 of flat classes", "{cat,dog}/1.jpg", "--class-depth", class_depth=2),
+    reads("depth 3", "{Aves/Corvus,Plantae/Salix}/{9,10}/1.jpg > train 0:3",
+          "class-folders: Aves/Corvus/10, Aves/Corvus/9, Plantae/Salix/10, Plantae/Salix/9", class_depth=3),
+    reads("images in each class at depth 1", "{train,val}/{cat,dog}/images/1.jpg > * 1", "split-folders: cat, dog",
+          class_depth=1),
+    reads("links of the hub", "blobs/a1; snapshots/0a1b/{cat,dog}/1.jpg -> ../../../blobs/a1 > train 2",
+          "class-folders: cat, dog", below="snapshots/0a1b"),
+    reads("synset tars in train", "train/{n90417263,n90128845}.tar: 1.JPEG > train 1; "
+          f"val/ILSVRC2012_val_00000001.JPEG > val =n90128845; val/ILSVRC2012_val_00000002.JPEG > val =n90417263; "
+          f"{KIT}", "ilsvrc2012: n90128845, n90417263"),
+    refuses("a devkit of other synsets", f"{{train,val}}/{{n01440764,n01443537}}/1.JPEG; {KIT}", "n01440764"),
+    reads("underscores", "imagenet_train_0000{0,1}.tar: 1.jpg=cat 2.jpg=dog > train; "
+          "imagenet_val_00000.tar: 1.jpg=cat > val; train.idx; _info.json <- {}", "webdataset: cat, dog"),
+    reads("numbers alone", "0000{0..2}.tar: 1.png=cat 2.webp=dog > train", "webdataset: cat, dog"),
+    reads("a series from 1", "train-00000{1..3}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("train-000000.tar",)),
+    reads("trainval", "trainval-000000.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog",
+          refused=("trainval-000000.tar",)),
+    refuses("two words of splits", "train-test-000000.tar: 1.jpg=cat 2.jpg=dog", "train-test-000000.tar"),
+    refuses("a hole in val", f"{TRAIN}; val-00000{{0,2}}.tar: 1.jpg=cat", "val-000001.tar", FLAGGED),
+    reads("tables with marks of Windows", "img/1.jpg > train =cat; img/2.jpg > train =dog; "
+          "l.csv <- \ufeffid,label\r|1,cat\r|2,dog\r|", "labels: cat, dog", labels="l.csv"),
+    reads("semicolons", "img/1.jpg > train =cat; img/2.jpg > train =dog; l.csv <- id;label|1;cat|2;dog",
+          "labels: cat, dog", refused=("l.csv",), labels="l.csv"),
+    refuses("lost zeros", "img/00{1,2}.jpg; l.csv <- id,label|1,cat|2,dog", "img/001.jpg", labels="l.csv"),
+    refuses("an empty label", "img/{1,2}.jpg; l.csv <- id,label|1,cat|2,", "img/2.jpg", labels="l.csv"),
+    refuses("pictures in RAW and a table", "{1,2}.jpg; train.csv <- id,label|1,cat|2,dog", "--labels", "train.csv"),
+    reads("pictures in RAW by a table", "1.jpg > train =cat; 2.jpg > train =dog; train.csv <- id,label|1,cat|2,dog",
+          "labels: cat, dog", labels="train.csv"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [*FOLDERS, *FILES, *NEAR], ids=lambda row: row.name)
+def test_a_tree_is_read_rightly_or_refused(row: Row, tmp_path: Path):
+    truth, options = plant(tmp_path / "raw", row.files), dict(row.options)
+    raw = tmp_path / "raw" / options.pop("below", "")
+    if "labels" in options:
+        options["labels"] = raw / options["labels"]
+    try:
+        sources = find_sources(raw, **options)
+    except UserError as error:
+        assert row.refusal, f"is refused: {error}"
+        text = str(error).replace(str(raw), "RAW")
+        assert "\n" not in text
+        assert missing(row.refusal, text) == [], text
+        return
+    below = f"{row.options['below']}/" if "below" in row.options else ""
+    read = {image.path: (image.split, image.wnid) for image in sources.images}
+    assert row.layout, f"is read as {sources.name}: {read}"
+    assert read == {path.removeprefix(below): home for path, home in truth.items() if path.startswith(below)}
+    assert [record.wnid for record in sources.classes] == [*row.classes]
+    assert [record.label for record in sources.classes] == [*range(len(row.classes))]
+    assert sources.name == row.layout
+    lines = [sources.layout, *sources.notes, *sources.ignored.lines()]
+    assert missing(row.says, "\n".join(lines)) == [], lines
+    assert len(lines) < 9  # by kind, and not by name
+
+
+def test_every_layout_has_a_tree():
+    assert {row.layout for row in FOLDERS + FILES} >= set(LAYOUTS)
+
+
+def test_the_class_may_be_the_deepest_folder(tmp_path: Path):
+    """--class-depth last, by the command line: labels are ranks of the paths."""
+    folders = ["train/a/abbey", "train/c/canyon", "train/c/canyon/rocky", "val/a/abbey"]
+    draw(tmp_path / "raw", folders)
+    result = build(tmp_path / "raw", tmp_path / "out", "--size", 32, "--workers", 1, "--class-depth", "last")
+    assert result.exit_code == 0, result.output
+    built = manifest.load(tmp_path / "out")
+    assert [record.wnid for record in built.classes] == ["a/abbey", "c/canyon", "c/canyon/rocky"]
+    assert sorted(built.samples("train")["label"]) == [0, 0, 1, 1, 2, 2]
+    assert [*built.samples("val")["label"]] == [0, 0]
+
+
+def test_a_build_says_how_it_read_raw(tmp_path: Path):
+    """Layout, order of labels, and the first and last classes: of the numbers 2 … 10, the last has the label 8."""
+    draw(tmp_path / "raw", [f"{split}/{n}" for n in range(2, 11) for split in ("train", "val")])
+    line = (tmp_path / "raw", tmp_path / "out", "--size", 32, "--workers", 1, "--dry-run")
+    text = build(*line).output
+    assert missing(("split-folders", "folder…", "number…"), text) == []
+    for label in (0, 1, 2, 6, 7, 8):
+        assert re.search(rf"^\s*{label}\s+{label + 2}\b.*\b2\b.*\b2\b", text, re.MULTILINE), text
+    events = map(json.loads, build(*line, "--json").stdout.splitlines())
+    plan = next(event for event in events if event["event"] == "plan")
+    rows = [[*row.values()] if isinstance(row, dict) else row for row in plan["table"]]
+    assert [row[:2] for row in rows] == [[label, str(label + 2)] for label in (0, 1, 2, 6, 7, 8)]
+    assert plan["gives"]
+
+
+@pytest.mark.parametrize("files", ["{blobs,stripes}/1.jpg > val 0", "0/1.jpg > val =blobs; 2/1.jpg > val =stripes"])
+def test_a_set_for_evaluation_has_the_classes_of_another(files: str, small: Path, tmp_path: Path):
+    truth = plant(tmp_path / "raw", files)
+    sources = find_sources(tmp_path / "raw", classes_of=small)
+    assert {image.path: (image.split, image.wnid) for image in sources.images} == truth
+    assert sources.classes == manifest.load(small).classes
+
+
+@pytest.mark.parametrize(("files", "name"), [("{blobs,wolf}/1.jpg", "wolf"), ("{0,3}/1.jpg", "3")])
+def test_a_set_for_evaluation_has_no_classes_of_its_own(files: str, name: str, small: Path, tmp_path: Path):
+    plant(tmp_path / "raw", files)
+    result = build(tmp_path / "raw", tmp_path / "out", "--classes-of", small)
+    assert result.exit_code == 2
+    assert missing((name, str(small)), result.stderr.splitlines()[-1]) == []
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def draw(raw: Path, folders: list[str]) -> None:
+    """Put two pictures into each folder."""
+    for folder in folders:
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            picture(f"{folder}{i}", 48, 40).save(raw / folder / f"{i}.jpg")
