@@ -66,6 +66,15 @@ def parse_part(text: str) -> ShardSlice:
     raise click.BadParameter(f"{text}: not K/N with K from 1 to N, such as 3/16")
 
 
+def parse_depth(text: str) -> int:
+    """Return N; −1 for `last`."""
+    if text == "last":
+        return -1
+    if str(text).isdecimal() and int(text) <= 100:
+        return int(text)
+    raise click.BadParameter(f"{text}: neither a number of folders, such as 2, nor last")
+
+
 WORKERS = click.Option(
     ["--workers"],
     type=click.IntRange(min=1),
@@ -111,10 +120,26 @@ RUN = [
 SOURCE = [
     click.Option(["--layout"], metavar="NAME", help=f"Of RAW, where it is not recognised: {', '.join(LAYOUTS)}."),
     click.Option(
+        ["--class-depth"],
+        type=parse_depth,
+        default=0,
+        metavar="N|last",
+        help="The folders below RAW or a split that name the class: the first N, or all. [default: there is but one]",
+    ),
+    click.Option(
+        ["--labels"], metavar="FILE", help="A table (CSV, TSV, JSON lines) of file names and labels, for flat pictures."
+    ),
+    click.Option(
         ["--classes"],
         metavar="FILE",
         help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
     ),
+    click.Option(
+        ["--classes-of"],
+        metavar="DATASET",
+        help="Classes and labels are those of another dataset directory; without train/, all is for validation.",
+    ),
+    click.Option(["--keep-labels"], is_flag=True, help="Numbers stay the labels that they are, also with gaps."),
     click.Option(
         ["--allow-incomplete"], is_flag=True, help="Build with what is there, where it is not what the layout promises."
     ),
@@ -181,10 +206,9 @@ def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
 
 def chosen_sources(raw: Location, values: Mapping[str, Any], cache: Location | None = None) -> Sources:
     """Return the sources in RAW as the options SOURCE have them, here and in tools/verify_shards.py."""
-    classes = location(values["classes"]) if values["classes"] else None
-    return find_sources(
-        raw, values["layout"], classes=classes, allow_incomplete=values["allow_incomplete"], cache=cache
-    )
+    files = {name: location(values[name]) if values[name] else None for name in ("classes", "classes_of", "labels")}
+    others = {name: values[name] for name in ("class_depth", "keep_labels", "allow_incomplete")}
+    return find_sources(raw, values["layout"], **files, **others, cache=cache)
 
 
 def _require_apart(raw: Location, dataset: Location) -> None:

@@ -1,252 +1,275 @@
-"""Layouts of folders: classes, splits with classes, flat files, Kaggle's CLS-LOC; and tars and folders of synsets.
+"""Layouts of folders: one for each class, with or without train/, val/ and test/; and flat files named by class."""
 
-A layout's function returns None where RAW has another; `forced`: the user names this one, whatever RAW looks like.
-"""
-
-import csv
-import io
 import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 from pipeline import SourceError, storage
-from pipeline.archives import ListingCache, members
+from pipeline.archives import ListingCache
 from pipeline.cli import printable
-from pipeline.offline.raw import SPLIT_FOLDERS, Folder, Promise, RawImage, Sources, is_picture, part_pictures, ranked
-from pipeline.storage import Location
+from pipeline.offline.classes import MAPPING, ranked, read_mapping
+from pipeline.offline.names import folder_splits, normal, spelled
+from pipeline.offline.raw import Options, RawImage, Reading, Sources
+from pipeline.offline.tree import Folder, has_pictures, is_picture, pictures_among, walk
 
-WNID = re.compile(r"n[0-9]{8}")
-WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
-WNID_TAR = re.compile(r"(?:.*/)?(n[0-9]{8})\.tar")
-MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
-MAX_TEXT = 16 * 2**20  # bytes
 FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
-KAGGLE_DATA = "Data/CLS-LOC"
-KAGGLE_LABELS = "LOC_val_solution.csv"
-KAGGLE_IMAGES = {"train": 1_281_167, "val": 50_000}  # as ILSVRC2012
-KAGGLE_CLASSES = 1000
-
-# ---- one folder per class, with or without train/, val/ and test/
+DOCUMENTS = {".xml", ".txt", ".json", ".csv", ".md", ".html", ".pdf", ".mat", ".py", ".docx", ".yaml", ".yml", ".ipynb"}
+SHOWN = 5  # folders in a message
+REMEDY = "rename, or name the layout by --layout"
 
 
-def read_classes(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
-    """Return the pictures of one folder per class, all for training. Raises SourceError if RAW seems one level off."""
-    if any(is_picture(name) for name in folder.files) and not forced:
-        return None
-    sources = Sources("one folder per class")
-    for name in folder.folders:
-        for image in part_pictures(folder, name, name, listings, sources.ignored):
-            sources.images.append(image, name)
-    names, problem = sources.images.wnids, ""
-    if splits := [name for name in names if name.casefold() in SPLIT_FOLDERS]:
-        problem = f"{', '.join(splits)}: named as a split, not as a class, and there is no train/"
-    elif len(names) == 1:
-        problem = (
-            f"only one folder with pictures, {printable(names[0], 120)}, hence one class; RAW may be one level too high"
-        )
-    if problem and not forced:
-        hint = "name another RAW (--layout class-folders takes the folders as classes all the same)"
-        raise SourceError(f"{folder.path}: {problem}; rename, or {hint}")
-    return _with_words(sources, folder, [*folder.folders]) if names else None
+class _Tree:
+    """The pictures of RAW's class folders, as they are added split by split."""
+
+    def __init__(self, sources: Sources, folder: Folder, options: Options) -> None:
+        self.sources, self._folder, self._options = sources, folder, options
+        self.declared: dict[str, set[str]] = defaultdict(set)  # split → the classes that have a folder there
+        self.loose: dict[str, list[str]] = defaultdict(list)  # split → the first pictures outside the class folders
+        self._deep: dict[str, int] = {}  # the first folders below a class folder, and the number of their pictures
+        self._shallow: list[str] = []  # the first pictures whose folder is above --class-depth
+
+    def add(self, below: str, split: str, only: Iterable[str] = ()) -> None:
+        """Add the pictures in the folder `below` of RAW, or in the folders `only` in it."""
+        ignored, root = self.sources.ignored, self._folder.path / below if below else self._folder.path
+        depth = max(self._options.class_depth, 1)
+        for top in only or [""]:
+            inside = f"{below}/{top}".strip("/")
+            for directory, prefix, entries in walk(root / top if top else root, inside, ignored):
+                parts = prefix.removeprefix(below).strip("/").split("/") if prefix != below else []
+                leaf = not any(entry.is_dir for entry in entries)
+                name, count = self._class_of(parts), 0
+                for image in pictures_among(entries, directory, prefix, ignored, split):
+                    count += 1
+                    if name is None and (parts or split != "test"):
+                        self._lose(image, split, bool(parts))
+                    else:
+                        self.sources.images.append(image, name)
+                if count and len(parts) > depth and len(self._deep) <= SHOWN:
+                    self._deep[prefix] = count
+                if name is not None and (count or (leaf if self._options.class_depth < 0 else len(parts) == depth)):
+                    self.declared[split].add(name)
+
+    def _class_of(self, parts: list[str]) -> str | None:
+        depth = self._options.class_depth or 1
+        if not parts or len(parts) < depth:
+            return None
+        return normal("/".join(parts if depth < 0 else parts[:depth]))
+
+    def _lose(self, image: RawImage, split: str, shallow: bool) -> None:
+        reason = "picture above --class-depth" if shallow else "picture outside the class folders"
+        self.sources.ignored.lose(reason, image.path)
+        if len(self.loose[split]) < SHOWN:
+            self.loose[split].append(image.path)
+
+    def require_one_depth(self) -> None:
+        """Raise SourceError where folders lie in the class folders, and the user has not said which gives the class."""
+        if not self._deep:
+            return
+        shown = ", ".join(f"{printable(path)}/ ({count:,})" for path, count in [*self._deep.items()][:SHOWN])
+        if not self._options.class_depth:
+            raise SourceError(
+                f"{self._folder.path}: pictures lie deeper than in class folders: {shown}"
+                f"{', …' if len(self._deep) > SHOWN else ''}. Which folder gives the class? Say "
+                "--class-depth 1 (the first), 2 (the first two), … or last (all)"
+            )
+        if self._options.class_depth > 0:
+            named = f"--class-depth {self._options.class_depth}: pictures of deeper folders are of the class above"
+            self.sources.notes.append(f"{named}: {shown}")
 
 
-def read_splits(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
-    """Return those of train/, val/ and test/ with one folder per class; pictures directly in test/ have no label."""
-    if all(SPLIT_FOLDERS.get(name) != "train" for name in folder.folders):
-        return None
-    splits = split_folders(folder)
-    sources = Sources(" and ".join(f"{name}/" for name in splits) + " with one folder per class")
-    for name, split in splits.items():
-        _add_split(sources, folder, name, split, listings)
-    return _with_words(sources, folder, [*splits])
-
-
-def _add_split(
-    sources: Sources, folder: Folder, below: str, split: str, listings: ListingCache, labels: Location | None = None
-) -> None:
-    """Add the pictures of a split: each is of the class that the folder in the split names.
-
-    One outside the class folders has no label in a test split; in Kaggle's validation split, the file `labels` has it.
-    """
-    truth: dict[str, str] = {}
-    for image in part_pictures(folder, below, below, listings, sources.ignored, split):
-        above, slash, _ = image.path.removeprefix(f"{below}/").partition("/")
-        wnid = above if slash else None
-        if not slash and split == "val" and labels:
-            truth = truth or _read_kaggle_labels(labels)
-            wnid = truth.get(above.rpartition(".")[0])
-            if wnid is None:
-                sources.ignored.add(f"validation picture that {KAGGLE_LABELS} lacks", image.path)
-                continue
-        elif not slash and split != "test":
-            raise SourceError(f"{image.file}: a picture outside the class folders has no label; move it into one")
-        sources.images.append(image, wnid)
-
-
-def _with_words(sources: Sources, folder: Folder, used: list[str]) -> Sources:
-    folder.ignore(sources.ignored, [*used, MAPPING])
-    sources.classes = ranked(sources.images.wnids, read_mapping(folder.path / MAPPING), {})
+def _finished(tree: _Tree, folder: Folder) -> Sources:
+    """Check what was read, and name the classes: those of all folders, with or without a picture."""
+    tree.require_one_depth()
+    sources, options = tree.sources, tree._options
+    with_pictures = set(sources.images.wnids)
+    empty = sorted({name for names in tree.declared.values() for name in names} - with_pictures)
+    if empty and with_pictures:
+        shown = ", ".join(map(printable, empty[:SHOWN])) + (f" and {len(empty) - SHOWN:,} more" * (len(empty) > SHOWN))
+        problem = f"class folders without a picture that is read: {shown}"
+        if not options.allow_incomplete:
+            left_out = "".join(f"; left out: {line}" for line in sources.ignored.lines()[:SHOWN])
+            raise SourceError(
+                f"{folder.path}: {problem}{left_out}. Fetch their pictures, remove the folders, or keep the classes by "
+                "--allow-incomplete"
+            )
+        sources.notes.append(problem)
+    sources.classes = ranked({*with_pictures, *empty}, read_mapping(folder.path / MAPPING), {})
     return sources
 
 
-def split_folders(folder: Folder) -> dict[str, str]:
-    """Return folder name → split. Raises SourceError for two folders of one split."""
-    splits = {name: SPLIT_FOLDERS[name] for name in folder.folders if name in SPLIT_FOLDERS}
-    if len(set(splits.values())) != len(splits):
-        raise SourceError(f"{folder.path}: {', '.join(splits)}: two folders for one split; rename or remove one")
-    return splits
+# ---- one folder for each class
+
+
+def class_evidence(folder: Folder, options: Options) -> Reading | None:
+    """Return the reading of RAW's folders as classes; one folder alone is none, nor are splits."""
+    splits, _ = folder_splits(folder.folders)
+    others = [name for name in folder.folders if name not in splits]
+    if splits:  # then they are classes only if splits and others alike hold pictures themselves
+        direct = [name for name in others if any(map(is_picture, Folder.of(folder.path / name).files))]
+        flat = all(_is_flat(Folder.of(folder.path / name)) for name in splits)
+        if not (flat and len(direct) > 1 and len(direct) == len(others)):
+            return None
+    used = [name for name in others if has_pictures(folder.path / name)] if len(others) < 3 else others
+    if len(used) < 2 or (len(others) >= 3 and not _some_have_pictures(folder, others)):
+        return None
+    return Reading("each folder is a class", frozenset(others))
+
+
+def _some_have_pictures(folder: Folder, names: list[str]) -> bool:
+    """Return whether two of the folders have pictures in them."""
+    having = (name for name in names if has_pictures(folder.path / name))
+    return next(having, None) is not None and next(having, None) is not None
+
+
+def _is_flat(folder: Folder) -> bool:
+    return any(map(is_picture, folder.files)) and not folder.folders
+
+
+def read_classes(folder: Folder, listings: ListingCache, options: Options) -> Sources:
+    """Return the pictures of one folder for each class, all for training.
+
+    Raises SourceError where the class folders have folders in them, or no picture.
+    """
+    tree = _Tree(Sources("one folder per class", gives=_gives("RAW", options)), folder, options)
+    documents = [name for name in folder.folders if _has_documents_alone(folder.path / name)]
+    tree.add("", "train", [name for name in folder.folders if name not in documents])
+    loose = [name for name in folder.files if is_picture(name)]
+    for name in loose:
+        tree.sources.ignored.lose("picture outside the class folders", name)
+    folder.ignore(tree.sources.ignored, [*(x for x in folder.folders if x not in documents), *loose, MAPPING])
+    return _finished(tree, folder)
+
+
+def _has_documents_alone(folder: storage.Location) -> bool:
+    """Return whether a folder holds texts and tables, and no picture or anything that may have been one."""
+    entries = [entry for _, _, inside in walk(folder, "", Sources("").ignored) for entry in inside if not entry.is_dir]
+    return bool(entries) and all(PurePosixPath(entry.name).suffix.lower() in DOCUMENTS for entry in entries)
+
+
+def _gives(where: str, options: Options) -> str:
+    if options.class_depth > 1:
+        return f"the first {options.class_depth} folders below {where}, as one path"
+    return f"the path of the folder below {where}" if options.class_depth < 0 else f"the folder below {where}"
+
+
+# ---- train/, val/ and test/ with one folder for each class
+
+
+def split_evidence(folder: Folder, options: Options) -> Reading | None:
+    """Return the reading of RAW's folders as splits, if one is called so."""
+    splits, doubt = folder_splits(folder.folders)
+    if not splits:
+        return None
+    if doubt:
+        doubt += f"; {REMEDY}"
+    elif "train" not in splits.values() and not options.classes_of:
+        doubt = f"{', '.join(f'{name}/' for name in splits)}: named as a split, not as a class, and there is no train/"
+        doubt += f"; {REMEDY} (class-folders takes the folders as classes all the same)"
+    return Reading(f"{', '.join(f'{name}/' for name in splits)}: splits", frozenset(splits), doubt)
+
+
+def read_splits(folder: Folder, listings: ListingCache, options: Options) -> Sources:
+    """Return train/, val/ and test/ with one folder for each class; a test split may have no labels.
+
+    Raises SourceError: a split that is empty or has no labels, classes in doubt, a val/ of other classes than train/.
+    """
+    splits, doubt = folder_splits(folder.folders)
+    if doubt:
+        raise SourceError(f"{folder.path}: {doubt}; {REMEDY}")
+    text = " and ".join(f"{name}/" for name in splits)
+    tree = _Tree(Sources(f"{text} with one folder per class", gives=_gives(text, options)), folder, options)
+    for name, split in splits.items():
+        _add_split(tree, folder, name, split, options)
+    _match_classes(tree, splits)
+    beside = [name for name in folder.folders if name not in splits]
+    for name in beside:
+        if count := sum(1 for _ in _pictures_in(folder, name)):
+            tree.sources.notes.append(f"{printable(name)}/ lies beside the splits: its {count:,} pictures are left out")
+    folder.ignore(tree.sources.ignored, [*splits, MAPPING])
+    return _finished(tree, folder)
+
+
+def _pictures_in(folder: Folder, name: str) -> Iterable[RawImage]:
+    unused = Sources("").ignored
+    for directory, prefix, entries in walk(folder.path / name, name, unused):
+        yield from pictures_among(entries, directory, prefix, unused, "train")
+
+
+def _add_split(tree: _Tree, folder: Folder, name: str, split: str, options: Options) -> None:
+    """Add a split; descend where its folder holds nothing but one of its own name, as train/train."""
+    below = name
+    while True:
+        inner = Folder.of(folder.path / below)
+        about = spelled(inner.folders[0]) if len(inner.folders) == 1 else None
+        if about is None or about.splits != {split} or any(map(is_picture, inner.files)):
+            break
+        inner.ignore(tree.sources.ignored, inner.folders)
+        below = f"{below}/{inner.folders[0]}"
+        tree.sources.notes.append(f"{split} is read from {printable(below)}/: {printable(name)}/ holds nothing else")
+    images, before = tree.sources.images, len(tree.sources.images)
+    tree.add(below, split)
+    if len(images) > before:
+        loose = [path for path in tree.loose[split] if re.search(r"ILSVRC20\d\d_val_\d+\.", path)]
+        if loose and not options.allow_incomplete:
+            raise SourceError(
+                f"{folder.path / loose[0]}: flat beside class folders, so its label is unknown; moved half-way? Move "
+                "the rest, or leave them out by --allow-incomplete"
+            )
+        return
+    tree.require_one_depth()
+    if tree.loose[split]:
+        raise SourceError(
+            f"{folder.path / below}: its pictures lie in no class folder ({', '.join(tree.loose[split][:2])} …), so "
+            "they have no label; sort them into folders, or name a table of labels by --labels FILE"
+        )
+    if split == "train" or not options.allow_incomplete:
+        left_out = "".join(f"; left out: {line}" for line in tree.sources.ignored.lines()[:SHOWN])
+        remedy = "" if split == "train" else ", remove the folder, or go on without it by --allow-incomplete"
+        raise SourceError(f"{folder.path / below}: no picture in it{left_out}; fetch {name}/{remedy}")
+    tree.sources.notes.append(f"{below}/ is empty: there is no {split} split in RAW")
+
+
+def _match_classes(tree: _Tree, splits: dict[str, str]) -> None:
+    """Compare the classes of val/ and test/ with those of train/."""
+    images, train = tree.sources.images, tree.declared["train"]
+    for name, split in splits.items():
+        own = tree.declared[split]
+        if split == "train" or not train or not own or own & train:
+            continue
+        shown = ", ".join(map(printable, sorted(own)[:SHOWN]))
+        if split == "val":
+            raise SourceError(
+                f"{tree._folder.path / name}: none of its folders ({shown}) is a class of train/; rename them, or "
+                f"remove {name}/, and a share of train/ is held out"
+            )
+        images.forget_classes(split)
+        own.clear()
+        tree.sources.notes.append(f"{name}/ has folders ({shown}), but none is a class of train/: it has no labels")
 
 
 # ---- flat files named WNID_….JPEG
 
 
-def read_flat(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
+def flat_evidence(folder: Folder, options: Options) -> Reading | None:
+    """Return the reading of RAW's files by the WNIDs at the beginning of their names."""
+    used = [name for name in folder.files if is_picture(name) and FLAT_NAME.fullmatch(name)]
+    return Reading("each file is of the class WNID in its name, WNID_…", frozenset(used)) if used else None
+
+
+def read_flat(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     """Return the files named WNID_…; a rest that is words (n01440764_tench.JPEG) and no number names the class."""
-    names = {name: FLAT_NAME.fullmatch(name) for name in folder.files if is_picture(name)}
-    used = {name: match for name, match in names.items() if match}
-    if not used or (len(used) < len(names) and not forced):
-        return None
-    sources = Sources("one flat folder of WNID_… files")
+    used = {name: match for name in folder.files if is_picture(name) and (match := FLAT_NAME.fullmatch(name))}
+    sources = Sources("one flat folder of WNID_… files", gives="the WNID at the beginning of the file's name")
     words: dict[str, str] = {}
     sizes = storage.sizes(folder.path, used)
     for name, match in used.items():
         wnid, rest = match.groups()
         sources.images.append(RawImage("train", name, wnid, str(folder.path / name), 0, sizes[name]))
         words.setdefault(wnid, wnid if rest[0].isdigit() else rest.replace("_", " "))
-    folder.ignore(sources.ignored, [*used, MAPPING])
+    loose = [name for name in folder.files if is_picture(name) and name not in used]
+    for name in loose:
+        sources.ignored.lose("picture without a WNID in its name", name)
+    folder.ignore(sources.ignored, [*used, *loose, MAPPING])
     sources.classes = ranked(words, words | read_mapping(folder.path / MAPPING), {})
     return sources
-
-
-# ---- synset tars, each of one class; ImageNet Fall 2011 is nothing else
-
-
-def read_synsets(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
-    """Return ImageNet Fall 2011: RAW holds nXXXXXXXX.tar, or tars of those; classes are the wnids."""
-    packed = any(WNID_TAR.fullmatch(name) for name in folder.files)
-    tars = [] if packed else folder.ending(".tar")
-    outer = [tar for tar in tars if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
-    if not (packed or outer or forced):
-        return None
-    sources = Sources(f"one tar of synset tars ({', '.join(outer)})" if outer else "ImageNet's synset tars")
-    for name in outer:
-        add_tar_of_synset_tars(sources, folder, name, listings)
-    synsets = outer or add_synsets(sources, folder, "", listings)
-    folder.ignore(sources.ignored, synsets)
-    sources.classes = ranked(sources.images.wnids, {}, {})
-    return sources if synsets else None
-
-
-def _first_name(archive: Location) -> str:
-    """Return the name of an archive's first regular file; empty where it has none, or is damaged."""
-    try:
-        with storage.opened(archive) as (read, size):
-            return next((x.name for x in members(read, 0, size, str(archive)) if not x.reason), "")
-    except SourceError:
-        return ""
-
-
-def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings: ListingCache) -> None:
-    """Add the training pictures of a tar of synset tars. What lies in no synset tar is left out."""
-    for image in part_pictures(folder, name, name, listings, sources.ignored):
-        wnid = image.path.removeprefix(f"{name}/").partition(".tar/")[0].rpartition("/")[2]
-        if WNID.fullmatch(wnid):
-            sources.images.append(image, wnid)
-        else:
-            sources.ignored.add("member outside the synset tars", image.path)
-
-
-def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingCache) -> list[str]:
-    """Add the training pictures of the synset tars and synset folders in `folder`, which is `below` in RAW.
-
-    Of a tar and a folder of one synset, the tar is taken. Returns the paths of both below RAW.
-    """
-    names = [name for name in (*folder.files, *folder.folders) if WNID.fullmatch(name.removesuffix(".tar"))]
-    paths = {name: f"{below}/{name}".strip("/") for name in names}
-    for name, path in paths.items():
-        if f"{name}.tar" in paths:
-            sources.ignored.add("folder beside its synset tar", path)
-            continue
-        for image in part_pictures(folder, name, path, listings, sources.ignored):
-            sources.images.append(image, name.removesuffix(".tar"))
-    return [*paths.values()]
-
-
-# ---- Kaggle: ILSVRC/Data/CLS-LOC with flat val/ and test/, its labels and words in LOC_ files
-
-
-def read_kaggle(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
-    """Return train/ by synset folders, val/ by LOC_val_solution.csv, test/ without labels.
-
-    RAW is the folder ILSVRC, or the one above it.
-
-    Raises:
-        SourceError: validation images without LOC_val_solution.csv, or words of other synsets.
-    """
-    below = next((x for x in (f"ILSVRC/{KAGGLE_DATA}", KAGGLE_DATA) if storage.is_dir(folder.path / x / "train")), None)
-    if below is None:
-        return None
-    # The LOC_ files lie beside ILSVRC/ in Kaggle's download; in it, for some.
-    base = folder.path / "ILSVRC" if below.startswith("ILSVRC") else folder.path
-    mapping, labels = (
-        base / name if storage.is_file(base / name) else base.absolute().parent / name
-        for name in (MAPPING, KAGGLE_LABELS)
-    )
-    sources, words = Sources("Kaggle's CLS-LOC"), read_mapping(mapping)
-    splits = [split for split in ("train", "val", "test") if storage.is_dir(folder.path / below / split)]
-    for split in splits:
-        _add_split(sources, folder, f"{below}/{split}", split, listings, labels)
-        if len(words) == KAGGLE_CLASSES and split in KAGGLE_IMAGES:
-            sources.promises.append(Promise(split, f"{below}/{split}", KAGGLE_IMAGES[split], "ILSVRC2012 promises"))
-            sources.promised_classes = KAGGLE_CLASSES
-    if unknown := sorted(set(sources.images.wnids) - words.keys()) if words else []:
-        raise SourceError(f"{mapping}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
-    sources.classes = ranked(words or sources.images.wnids, words, {})
-    folder.ignore(sources.ignored, [MAPPING, KAGGLE_LABELS, *(f"{below}/{split}" for split in splits)])
-    return sources
-
-
-def _read_kaggle_labels(path: Location) -> dict[str, str]:
-    """Return ImageId → wnid: the first word of its PredictionString; four numbers of a box follow each wnid."""
-    if not storage.is_file(path):
-        raise SourceError(f"{path}: missing; it has the labels of val/, and lies in the same download")
-    truth = {}
-    try:
-        for row in csv.DictReader(io.StringIO(read_text(path)), strict=True):
-            truth[row["ImageId"]] = row["PredictionString"].split()[0]
-    except (csv.Error, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise SourceError(f"{path}: row {len(truth) + 2} has no ImageId and wnid; fetch it again") from error
-    if not truth:
-        raise SourceError(f"{path}: no row in it; fetch it again")
-    return truth
-
-
-# ---- small text files, and the words of classes in them
-
-
-def read_small(path: Location, most: int) -> bytes:
-    """Return a small file. Raises SourceError where it has more than `most` bytes."""
-    with storage.opened(path) as (read, _):
-        data = read(most + 1, 0)
-    if len(data) > most:
-        raise SourceError(f"{path}: has more than {most:,} bytes; it cannot be what its name says")
-    return data
-
-
-def read_text(path: Location) -> str:
-    """Return a small text file. Raises SourceError where it is too large or not UTF-8."""
-    try:
-        return read_small(path, MAX_TEXT).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-
-
-def read_mapping(path: Location) -> dict[str, str]:
-    """Return wnid → words, from a file as MAPPING; none where it is absent. Raises SourceError."""
-    words: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines() if storage.is_file(path) else (), start=1):
-        match = WNID_LINE.fullmatch(line.strip())
-        if match and match[1] not in words:
-            words[match[1]] = match[2] or match[1]
-        elif line.strip():
-            wrong = "a wnid for the second time" if match else "no wnid at its beginning"
-            raise SourceError(f"{path}: line {number} has {wrong}; fetch it again")
-    return words

@@ -12,8 +12,11 @@ from fnmatch import fnmatchcase
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, members
-from pipeline.offline.folders import WNID, WNID_TAR, add_synsets, add_tar_of_synset_tars, read_small
-from pipeline.offline.raw import SPLITS, Folder, Promise, RawImage, RawTable, Sources, part_pictures, ranked
+from pipeline.offline.classes import ranked, read_small
+from pipeline.offline.names import SPLITS
+from pipeline.offline.published import WNID, WNID_TAR, add_synsets, add_tar_of_synset_tars
+from pipeline.offline.raw import Options, Promise, RawImage, RawTable, Reading, Sources
+from pipeline.offline.tree import Folder, part_pictures
 from pipeline.storage import Location
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -53,23 +56,32 @@ ILSVRC2010 = Challenge(
 PATCHES = "patch_images.tar"  # 2010's corrections of blank pictures: …/SPLIT/NAME takes the place of NAME
 
 
-def read(challenge: Challenge, folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
-    """Return the images of all parts that are there; None where RAW has another layout, unless `forced`.
+def evidence(challenge: Challenge, folder: Folder, options: Options) -> Reading | None:
+    """Return the reading of RAW as the parts of a challenge: named as published, or beside its devkit."""
+    year, parts = challenge.year, _parts(folder, challenge)
+    named = [name for name in parts.values() if name.casefold().startswith(f"ilsvrc{year}")]
+    inside = [] if named else _official_files(folder, parts, year)
+    if not (named or inside):
+        return None
+    doubt = ""
+    if "train" not in parts:
+        doubt = f"has {', '.join(named)}, but no {challenge.parts['train'][0]} or train/; fetch it"
+    return Reading(f"ILSVRC{year}: {', '.join(parts.values())}", frozenset([*parts.values(), *inside]), doubt)
+
+
+def read(challenge: Challenge, folder: Folder, listings: ListingCache, options: Options) -> Sources:
+    """Return the images of all parts that are there.
 
     Raises:
         SourceError: flat validation images without a devkit, or parts of different years.
     """
     year, parts = challenge.year, _parts(folder, challenge)
     kit_name = parts.pop("devkit", "")
-    official = [name for name in parts.values() if name.startswith(f"ILSVRC{year}")]
-    if official and "train" not in parts:
-        raise SourceError(
-            f"{folder.path}: has {', '.join(official)}, but no {challenge.parts['train'][0]} or train/; fetch it"
-        )
-    if "train" not in parts or not (forced or official or kit_name or _is_official(folder, parts, year)):
-        return None
+    if "train" not in parts:
+        return Sources("")
     kit = read_devkit(folder.path / kit_name, year) if kit_name else Devkit({}, {}, [], [], {})
-    sources = Sources(f"the official ILSVRC{year} archives")
+    gives = "the synset tar or folder of train, and the devkit's ground truth by the number of a validation picture"
+    sources = Sources(f"the official ILSVRC{year} archives", gives=gives)
     if any(name in folder.folders for name in parts.values()):
         sources.layout = f"ILSVRC{year} in {', '.join(filter(None, [*parts.values(), kit_name]))}"
     used, truth = [*parts.values(), kit_name], f"ILSVRC{year}_test_ground_truth.txt"
@@ -96,11 +108,12 @@ def read(challenge: Challenge, folder: Folder, listings: ListingCache, forced: b
     return sources
 
 
-def _is_official(folder: Folder, parts: dict[str, str], year: int) -> bool:
-    """Return True if val/ holds numbered files or, for 2012, train/ synset tars."""
-    inner = {split: Folder.of(folder.path / parts[split]).files for split in ("train", "val") if split in parts}
-    flat = any(name.startswith(f"ILSVRC{year}_val_") for name in inner.get("val", ()))
-    return flat or (year == 2012 and any(WNID_TAR.fullmatch(name) for name in inner["train"]))
+def _official_files(folder: Folder, parts: dict[str, str], year: int) -> list[str]:
+    """Return the first numbered file of val/ and, for 2012, the first synset tar of train/, as far as there are any."""
+    files = {part: Folder.of(folder.path / parts[part]).files for part in ("train", "val") if part in parts}
+    numbered = [f"val/{name}" for name in files.get("val", ()) if name.startswith(f"ILSVRC{year}_val_")]
+    tars = [f"train/{name}" for name in files.get("train", ()) if year == 2012 and WNID_TAR.fullmatch(name)]
+    return (numbered[:1] + tars[:1]) if "train" in parts else []
 
 
 def _parts(folder: Folder, challenge: Challenge) -> dict[str, str]:
@@ -109,7 +122,7 @@ def _parts(folder: Folder, challenge: Challenge) -> dict[str, str]:
     for part, patterns in challenge.parts.items():
         for pattern in patterns:
             entries = folder.files if pattern.endswith((".tar", ".gz")) else folder.folders
-            if names := [name for name in entries if fnmatchcase(name, pattern)]:
+            if names := [name for name in entries if fnmatchcase(name.casefold(), pattern.casefold())]:
                 parts[part] = names[-1]  # of two test archives the newer
                 break
     return parts

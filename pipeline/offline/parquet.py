@@ -24,21 +24,27 @@ from pipeline.archives import MAX_NAME, ListingCache
 from pipeline.cli import printable
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside
 from pipeline.manifest import ClassRecord
-from pipeline.offline.raw import Folder, RawImage, RawTable, Sources
-from pipeline.offline.webdataset import are_alone, files_by_split, name_classes, usable_label
+from pipeline.offline.classes import name_classes
+from pipeline.offline.raw import Options, RawImage, RawTable, Reading, Sources
+from pipeline.offline.tree import Folder
+from pipeline.offline.webdataset import file_evidence, files_by_split, usable_label
 from pipeline.storage import Location, Read
 
 IMAGE = ("image", "img", "image_bytes", "img_bytes", "bytes", "jpg", "jpeg", "png", "webp")  # names of columns
 LABEL = ("label", "labels", "fine_label", "class")
 NO_IMAGE, NO_LABEL = "row without a picture", "picture without a label in its row"
-HUB = "data"  # the folder of the files in a repository of Hugging Face
 LABELS, IMAGES = 1024, 32  # rows in memory at a time
 # 1 MiB is read at a time, and not a row group's whole column; checksums are verified where a file has some
 OPTIONS = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
 _WNID = re.compile(r"(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])")
 
 
-def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None:
+def evidence(folder: Folder, options: Options) -> Reading | None:
+    """Return the reading of RAW's parquet files as tables of pictures."""
+    return file_evidence(folder, ".parquet", "Hugging Face's parquet files")
+
+
+def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     """List every labelled image of the files; in a test split, also those without a label.
 
     Numbered classes are named by the WNID in the names of their images if all images of each class share one of its
@@ -47,10 +53,9 @@ def read(folder: Folder, listings: ListingCache, forced: bool) -> Sources | None
     Raises:
         SourceError: a damaged file, one of an unsupported kind, or labels that contradict its names.
     """
-    files = files_by_split(folder, ".parquet", HUB) if forced or are_alone(folder, ".parquet", HUB) else {}
-    if not files:
-        return None
-    sources = Sources(f"{len(files)} parquet files")
+    sources = Sources("parquet files", gives="the label column")
+    files = files_by_split(folder, ".parquet", options, sources.notes)
+    sources.layout = f"{len(files)} parquet files"
     kinds: dict[tuple[str, tuple[str, ...]], str] = {}  # kind of label and names of classes → the first file with them
     wnids: dict[str, set[str]] = {}  # label → those in its images' names; "" for none in one
     for path, split in files.items():

@@ -12,7 +12,8 @@ import numpy as np
 from pipeline import UserError
 from pipeline.image import codec_versions
 from pipeline.manifest import BuildRecipe, ClassRecord, canonical_json
-from pipeline.offline.raw import SPLITS, RawImage, RawTable, Sources
+from pipeline.offline.names import SPLITS
+from pipeline.offline.raw import RawImage, RawTable, Sources
 
 FORMAT = 2  # of DATASET/.build: what one version of the code began, only a version with the same number continues
 MAX_KEY = 90  # characters, so that KEY.jpg fits the 100 bytes of a USTAR name with room to spare

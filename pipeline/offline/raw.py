@@ -1,27 +1,22 @@
-"""Raw images, the table of them, and the folders and archives that a layout finds them in."""
+"""Raw images, the table of them, and what a layout makes of RAW."""
 
 import copy
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from pipeline import SourceError, storage
-from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.manifest import ClassRecord
-from pipeline.storage import Entry, Location
+from pipeline.offline.names import SPLITS
+from pipeline.storage import Location
 
-SPLITS = ("train", "val", "test")
-SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 NAMES_KEPT = 5  # of each reason; the rest is counted
 REASONS_KEPT = 40  # a hostile folder can have a new extension for every file
-NO_FILE = "link to nothing, pipe or device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +132,17 @@ class RawTable(Sequence[RawImage]):
         classes = np.asarray(self.class_numbers)
         classes[:] = renumbered[classes]
 
+    def forget_classes(self, split: str) -> None:
+        """Take the classes from the images of a split; a class that then has no image is gone."""
+        classes = np.asarray(self.class_numbers)
+        classes[np.asarray(self.split_numbers) == SPLITS.index(split)] = -1
+        kept = {number: self.wnids[number] for number in np.unique(classes).tolist() if number >= 0}
+        self.wnids = [*kept.values()]
+        self._class_of = {None: -1} | {wnid: number for number, wnid in enumerate(self.wnids)}
+        renumbered = np.full(max(kept, default=-1) + 2, -1, np.int32)  # the last: no label
+        renumbered[[*kept]] = range(len(kept))
+        classes[:] = renumbered[classes]
+
 
 def _index(index_of: dict, names: list[str], name: str) -> int:
     """Return the index of `name` in `names`, to which it is appended if it is new."""
@@ -152,6 +158,12 @@ class LeftOut(Counter[str]):
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[str, list[str]] = {}
+        self.pictures = 0  # that RAW has, and a user would miss: --max-skipped counts them
+
+    def lose(self, reason: str, name: str) -> None:
+        """Add a picture that a user would miss."""
+        self.pictures += 1
+        self.add(reason, name)
 
     def add(self, reason: str, name: str) -> None:
         if reason not in self and len(self) >= REASONS_KEPT:
@@ -167,6 +179,28 @@ class LeftOut(Counter[str]):
             more = f" and {count - NAMES_KEPT:,} more" if count > NAMES_KEPT else ""
             lines.append(f"{count:,} × {reason}: {', '.join(self._names[reason])}{more}")
         return lines
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings by which a user says how RAW is to be read, as build_shards.py has them."""
+
+    layout: str | None = None  # forced: used whatever RAW looks like
+    classes: Location | None = None  # a file of the classes to keep
+    classes_of: Location | None = None  # a dataset directory whose classes and labels hold
+    labels: Location | None = None  # a table of file names and labels
+    class_depth: int = 0  # the folder below RAW or a split that names the class: 1, 2, …; 0: not said, −1: the last
+    keep_labels: bool = False  # numbers stay the labels that they are
+    allow_incomplete: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One layout's reading of RAW, by a look at names alone."""
+
+    text: str  # for a message: "train/ and val/ are splits, the folders in them classes"
+    evidence: frozenset[str]  # paths below RAW that the reading accounts for
+    doubt: str = ""  # why it may be wrong, and what to do: RAW is then refused
 
 
 @dataclass(frozen=True)
@@ -186,6 +220,7 @@ class Sources:
     """Every raw image below RAW, in no particular order, and its classes, in the order of their labels."""
 
     layout: str  # in words
+    gives: str = ""  # the folder, file or column that gives the class, in words
     images: RawTable = field(default_factory=RawTable)
     classes: tuple[ClassRecord, ...] = ()
     ignored: LeftOut = field(default_factory=LeftOut)  # what is no picture of this layout, by kind or reason
@@ -193,111 +228,3 @@ class Sources:
     promised_classes: int = 0  # 0: none promised
     name: str = ""  # of the layout, as --layout takes it
     notes: list[str] = field(default_factory=list)  # what the user should know, and did allow
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The content of a folder, hidden entries apart. Links count as what they lead to."""
-
-    path: Location
-    files: tuple[str, ...]
-    folders: tuple[str, ...]
-    others: tuple[str, ...] = ()  # links to nothing, pipes, devices
-
-    @classmethod
-    def of(cls, path: Location) -> "Folder":
-        entries = [entry for entry in storage.scan(path) if not entry.name.startswith(".")]
-        files = tuple(entry.name for entry in entries if entry.is_file)
-        folders = tuple(entry.name for entry in entries if entry.is_dir)
-        return cls(path, files, folders, tuple(e.name for e in entries if not (e.is_file or e.is_dir)))
-
-    def ending(self, suffix: str) -> list[str]:
-        """Return the names of the files with this suffix, in small letters or capitals."""
-        return [name for name in self.files if name.lower().endswith(suffix)]
-
-    def ignore(self, left_out: LeftOut, used: Iterable[str]) -> None:
-        """Count and name what lies beside the files and folders `used`, paths below this folder."""
-        inside: dict[str, list[str]] = {}
-        for path in used:
-            name, slash, rest = path.partition("/")
-            inside.setdefault(name, []).extend([rest] if slash else [])
-        for name, parts in inside.items():
-            if parts:
-                Folder.of(self.path / name).ignore(left_out, parts)
-        beside = [(kind_of(name), name) for name in self.files] + [("folder", name) for name in self.folders]
-        for kind, name in beside + [(NO_FILE, name) for name in self.others]:
-            if name not in inside:
-                left_out.add(kind, name)
-
-
-def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "train") -> Iterator[RawImage]:
-    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW."""
-    for directory, prefix, entries in _folders(folder, below, left_out):
-        for entry in entries:
-            path = f"{prefix}/{entry.name}" if prefix else entry.name
-            if is_picture(entry.name) and entry.is_file:
-                yield RawImage(split, path, None, f"{directory}/{entry.name}", 0, entry.size)
-            elif not entry.is_dir:
-                left_out.add(NO_FILE if is_picture(entry.name) else kind_of(entry.name), path)
-
-
-def part_pictures(
-    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
-) -> Iterator[RawImage]:
-    """Yield every picture of the archive or folder `name`, which is `path` below RAW, without a label."""
-    if name not in folder.files:
-        yield from pictures(folder.path / name, path, left_out, split)
-        return
-    for member, offset, size, _ in listings.members(folder.path / name, left_out.add):
-        if is_picture(member):
-            yield RawImage(split, f"{path}/{member}", None, str(folder.path / name), offset, size)
-        else:
-            left_out.add(kind_of(member), f"{path}/{member}")
-
-
-def has_pictures(folder: Location) -> bool:
-    return next(pictures(folder, "", LeftOut()), None) is not None
-
-
-def _folders(folder: Location, below: str, left_out: LeftOut) -> Iterator[tuple[str, str, list[Entry]]]:
-    """Yield `folder` and each folder in it, unless hidden: its path, its path below RAW, and its entries.
-
-    Links to folders are followed, each folder once, and never back to where they came from.
-    """
-    if storage.is_remote(folder):
-        for inside, entries in storage.walk(folder):
-            yield f"{folder}/{inside}".rstrip("/"), f"{below}/{inside}".strip("/"), entries
-        return
-    seen: set[str] = set()
-    stack = [(str(folder), below)]
-    while stack:
-        directory, prefix = stack.pop()
-        real = os.path.realpath(directory)
-        if real in seen:
-            left_out.add("second link to one folder", prefix)
-            continue
-        seen.add(real)
-        entries = storage.scan(Path(directory))
-        yield directory, prefix, entries
-        for name in [entry.name for entry in entries if entry.is_dir and not entry.name.startswith(".")]:
-            link, path = os.path.join(directory, name), f"{prefix}/{name}".strip("/")
-            target = os.path.realpath(link)
-            if os.path.commonpath([target, real]) == target:
-                left_out.add("link that leads back", path)
-            else:
-                stack.append((link, path))
-
-
-def ranked(wnids: Iterable[str], words: Mapping[str, str], ids: Mapping[str, int]) -> tuple[ClassRecord, ...]:
-    """Return the classes in the order of their labels: the rank of the wnid in sorted order."""
-    names = enumerate(sorted(set(wnids)))
-    return tuple(ClassRecord(label, wnid, words.get(wnid, wnid), ids.get(wnid)) for label, wnid in names)
-
-
-def is_picture(name: str) -> bool:
-    """Return whether a path names a picture: by its extension, and not hidden (macOS leaves ._NAME beside NAME)."""
-    return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-
-
-def kind_of(name: str) -> str:
-    return printable(Path(name).suffix[:20] or name.rpartition("/")[2][:20])

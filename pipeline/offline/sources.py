@@ -1,23 +1,23 @@
 """The layouts of raw data that Penstock knows, which of them RAW has, and whether RAW is complete.
 
-To add a layout, write a function `read(folder, listings, forced)` and enter it in LAYOUTS, before every layout that
-would take its folders too. It returns the images and classes, or None where RAW has another layout; at the cost of some
-listed folders, if not `forced`: then the user names this layout, whatever RAW looks like.
+To add a layout, write `evidence(folder, options)`, which tells by names what the layout would make of RAW, and
+`read(folder, listings, options)`, and enter both in LAYOUTS. Their order there means nothing: of several readings one
+holds only if it accounts for all that the others do.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from pipeline import SourceError, UserError, storage, volumes
+from pipeline import SourceError, storage, volumes
 from pipeline.archives import ListingCache
-from pipeline.offline import folders, ilsvrc, parquet, webdataset
-from pipeline.offline.folders import read_text
+from pipeline.cli import printable
+from pipeline.offline import folders, ilsvrc, parquet, published, webdataset
+from pipeline.offline.classes import finish
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
-from pipeline.offline.raw import Folder, Promise, RawTable, Sources
+from pipeline.offline.raw import Options, Promise, Reading, Sources
+from pipeline.offline.tree import Folder, has_pictures, is_picture, kind_of
 from pipeline.storage import Location
 
 NAMED = 5  # classes in a message; the rest is counted
@@ -25,21 +25,29 @@ NAMED = 5  # classes in a message; the rest is counted
 
 class Layout(NamedTuple):
     looks_for: str
-    read: Callable[[Folder, ListingCache, bool], Sources | None]
+    evidence: Callable[[Folder, Options], Reading | None]
+    read: Callable[[Folder, ListingCache, Options], Sources]
 
 
-LAYOUTS = {  # as --layout takes them, in the order in which they are tried
+LAYOUTS = {  # as --layout takes them
     "ilsvrc2012": Layout(
-        f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked", partial(ilsvrc.read, ILSVRC2012)
+        f"{TRAIN_TAR} (with {VAL_TAR} and {DEVKIT_TAR}), or the same unpacked",
+        partial(ilsvrc.evidence, ILSVRC2012),
+        partial(ilsvrc.read, ILSVRC2012),
     ),
-    "ilsvrc2010": Layout("ILSVRC2010_images_train.tar and the like", partial(ilsvrc.read, ILSVRC2010)),
-    "kaggle": Layout("Kaggle's ILSVRC/Data/CLS-LOC", folders.read_kaggle),
-    "fall2011": Layout("nXXXXXXXX.tar, or one tar of those", folders.read_synsets),
-    "parquet": Layout("Hugging Face's parquet files", parquet.read),
-    "webdataset": Layout("WebDataset tars", webdataset.read),
-    "split-folders": Layout("train/ and val/ with one folder per class", folders.read_splits),
-    "flat": Layout("files named WNID_….JPEG", folders.read_flat),
-    "class-folders": Layout("one folder per class", folders.read_classes),
+    "ilsvrc2010": Layout(
+        "ILSVRC2010_images_train.tar and the like",
+        partial(ilsvrc.evidence, ILSVRC2010),
+        partial(ilsvrc.read, ILSVRC2010),
+    ),
+    "kaggle": Layout("Kaggle's ILSVRC/Data/CLS-LOC", published.kaggle_evidence, published.read_kaggle),
+    "tiny-imagenet": Layout("Tiny ImageNet as it unpacks", published.tiny_evidence, published.read_tiny),
+    "fall2011": Layout("nXXXXXXXX.tar, or one tar of those", published.synset_evidence, published.read_synsets),
+    "parquet": Layout("Hugging Face's parquet files", parquet.evidence, parquet.read),
+    "webdataset": Layout("WebDataset tars", webdataset.evidence, webdataset.read),
+    "split-folders": Layout("train/ and val/ with one folder per class", folders.split_evidence, folders.read_splits),
+    "flat": Layout("files named WNID_….JPEG", folders.flat_evidence, folders.read_flat),
+    "class-folders": Layout("one folder per class", folders.class_evidence, folders.read_classes),
 }
 
 
@@ -48,6 +56,10 @@ def find_sources(
     layout: str | None = None,
     *,
     classes: Location | None = None,
+    classes_of: Location | None = None,
+    labels: Location | None = None,
+    class_depth: int = 0,
+    keep_labels: bool = False,
     allow_incomplete: bool = False,
     cache: Location | None = None,
 ) -> Sources:
@@ -55,26 +67,30 @@ def find_sources(
 
     Args:
         raw: a folder or the URL of one, or one tar or parquet file.
-        layout: a name in LAYOUTS, to be used whatever RAW looks like.
-        classes: a file of class names; the other classes are left out, and labels are ranks among those chosen.
-        allow_incomplete: note, and do not refuse, other numbers of images than the layout promises.
+        layout, classes, classes_of, labels, class_depth, keep_labels, allow_incomplete: see `Options`.
         cache: DATASET/.build, where the listings of archives are kept.
 
     Raises:
-        SourceError: RAW does not exist, is empty or damaged, has no layout that we know or not the one named, or has
-            not the images that its layout promises.
+        SourceError: RAW does not exist, is empty or damaged, has no layout that we know or not the one named, could be
+            read in two ways, or has not the images that its layout promises.
     """
+    options = Options(layout, classes, classes_of, labels, class_depth, keep_labels, allow_incomplete)
     folder, listings = _folder(raw), ListingCache(cache)
     try:
-        sources = _read(folder, listings, layout)
+        name = options.layout or _recognised(folder, options)
+        if name not in LAYOUTS:
+            raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
+        sources = LAYOUTS[name].read(folder, listings, options)
     finally:
         listings.save()
     del listings  # they hold every name a second time
-    if classes:
-        _keep_classes(sources, classes)
-    _check_promises(sources, allow_incomplete, chosen=classes is not None)
-    if not sources.images.has("train"):
-        raise SourceError(f"{raw}: {sources.layout}, but no training picture with a label is in it")
+    sources.name = name
+    if not len(sources.images):
+        raise SourceError(_nothing_of(folder, sources, name))
+    finish(sources, options)
+    _check_promises(sources, options.allow_incomplete, chosen=options.classes is not None)
+    if not sources.images.has("train") and not options.classes_of:
+        raise SourceError(f"{raw}: {sources.layout}, but no training picture with a label is in it{_left_out(sources)}")
     return sources
 
 
@@ -89,43 +105,91 @@ def _folder(raw: Location) -> Folder:
     )
 
 
-def _read(folder: Folder, listings: ListingCache, name: str | None) -> Sources:
-    if name is not None and name not in LAYOUTS:
-        raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
-    for layout in (name,) if name else LAYOUTS:
-        if sources := LAYOUTS[layout].read(folder, listings, name is not None):
-            sources.name = layout
-            return sources
-    if not folder.files and not folder.folders:
-        raise SourceError(f"{folder.path}: no raw images{volumes.hint(folder.path)}")
-    wanted = "; ".join(LAYOUTS[layout].looks_for for layout in ((name,) if name else LAYOUTS))
-    problem = f"not the layout {name}: it lacks" if name else "no layout that Penstock knows. Looked for"
-    content = f"{len(folder.folders)} folders and {len(folder.files)} files{volumes.hint(folder.path)}"
-    raise SourceError(f"{folder.path}: {problem} {wanted}. Found {content}")
+def _recognised(folder: Folder, options: Options) -> str:
+    """Return the name of the one layout whose reading accounts for all that any other's does.
+
+    Raises SourceError where there is none, where two readings contradict each other, or where the one is in doubt.
+    """
+    readings = {name: about for name, layout in LAYOUTS.items() if (about := layout.evidence(folder, options))}
+    if not readings:
+        raise SourceError(_nothing_known(folder))
+    name = max(readings, key=lambda name: len(readings[name].evidence))
+    others = [other for other in readings if not readings[other].evidence < readings[name].evidence and other != name]
+    if others:
+        listed = "; or ".join(f"{readings[x].text} (--layout {x})" for x in (name, *others))
+        raise SourceError(f"{folder.path}: can be read in more than one way: {listed}. Say which by --layout")
+    if readings[name].doubt:
+        raise SourceError(f"{folder.path}: {readings[name].doubt}")
+    return name
 
 
-def _keep_classes(sources: Sources, file: Location) -> None:
-    """Leave out all classes that `file` does not name, one a line; blank lines and what follows a # say nothing."""
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in read_text(file).splitlines())
-    wanted = {line for line in lines if line}
-    known = {record.wnid for record in sources.classes}
-    if not wanted:
-        raise UserError(f"--classes {file}: names no class; write one wnid or folder name a line")
-    if unknown := sorted(wanted - known):
-        more = f" and {len(unknown) - NAMED:,} more" if len(unknown) > NAMED else ""
-        raise UserError(
-            f"--classes {file}: {', '.join(unknown[:NAMED])}{more}: not among the {len(known):,} classes of the raw "
-            "data"
+def _nothing_of(folder: Folder, sources: Sources, name: str) -> str:
+    problem = f"not the layout {name}: it lacks {LAYOUTS[name].looks_for}. Found {_content(folder)}"
+    return f"{folder.path}: {problem}{_left_out(sources)}{volumes.hint(folder.path)}"
+
+
+def _left_out(sources: Sources) -> str:
+    """Return what was left out, to end a message."""
+    lines = sources.ignored.lines()
+    return f"; left out: {'; '.join(lines[:NAMED])}{' …' if len(lines) > NAMED else ''}" if lines else ""
+
+
+def _nothing_known(folder: Folder) -> str:
+    """Return the message that RAW has no layout that we know, with what is in it, and what it may be."""
+    hint = volumes.hint(folder.path)
+    if not (folder.files or folder.folders):
+        return f"{folder.path}: no raw images{hint}"
+    wanted = "; ".join(layout.looks_for for layout in LAYOUTS.values())
+    advice = _advice(folder) or f"no layout that Penstock knows. Looked for {wanted}"
+    return f"{folder.path}: {advice}. Found {_content(folder)}{hint} (docs/building.md: your layout is not here)"
+
+
+FOREIGN = {  # suffix → what it is, and what to do
+    ".gz": "a compressed archive, in which no picture can be found alone: unpack it to a plain .tar",
+    ".tgz": "a compressed archive, in which no picture can be found alone: unpack it to a plain .tar",
+    ".zip": "a zip, which is not read: unpack it",
+    ".arrow": "Hugging Face's Arrow files, which are not read: save the data set by to_parquet",
+    ".mds": "MosaicML's shards, which are not read: write them as WebDataset tars",
+    ".beton": "FFCV's file, which is not read: build from the pictures that it was made of",
+    ".tfrecord": "TensorFlow's records, which are not read: write them as WebDataset tars",
+}
+
+
+def _advice(folder: Folder) -> str:
+    """Return what RAW seems to be, and what would help; empty where nothing comes to mind."""
+    pictures = [name for name in folder.files if is_picture(name)]
+    tables = [name for name in folder.files if name.lower().endswith((".csv", ".tsv", ".jsonl"))]
+    if backslashes := [name for name in (*folder.files, *folder.folders) if "\\" in name]:
+        return f"names with a backslash, such as {backslashes[0]}: a zip of Windows; unpack it again by 7z or Python"
+    if pictures and tables:
+        return f"{len(pictures):,} pictures in no class folder: take the labels of a table by --labels {tables[0]}"
+    if pictures:
+        return (
+            f"{len(pictures):,} pictures in no class folder ({pictures[0]} …): name a table of labels by --labels FILE"
         )
-    kept = [record for record in sources.classes if record.wnid in wanted]
-    sources.classes = tuple(replace(record, label=label) for label, record in enumerate(kept))
-    images = RawTable()
-    for image in sources.images:
-        if image.wnid in wanted:
-            images.append(image)
-        else:
-            sources.ignored.add("picture of no class in --classes", image.path)
-    sources.images = images
+    for name in folder.files:
+        for suffix, advice in FOREIGN.items():
+            if name.lower().endswith(suffix):
+                return f"{name}: {advice}"
+    if tars := folder.ending(".tar"):
+        return f"{tars[0]}: a tar without labels (KEY.cls or KEY.json) beside its pictures; unpack it"
+    having = [name for name in folder.folders if has_pictures(folder.path / name)]
+    if len(having) == 1:
+        inner = Folder.of(folder.path / having[0])
+        readings = [name for name, layout in LAYOUTS.items() if layout.evidence(inner, Options())]
+        seems = f", which looks like {readings[0]}" if readings else ""
+        return f"only one folder with pictures, {printable(having[0], 120)}{seems}: RAW may be one level too high"
+    return ""
+
+
+def _content(folder: Folder) -> str:
+    """Return what lies in RAW: its kinds of files with their numbers, and the first of its folders."""
+    kinds = Counter(map(kind_of, folder.files)).most_common(NAMED)
+    files = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+    shown = ", ".join(f"{printable(name, 60)}/" for name in folder.folders[:NAMED])
+    more = f" and {len(folder.folders) - NAMED:,} more" if len(folder.folders) > NAMED else ""
+    names = f": {shown}{more}" if shown else ""
+    return f"{len(folder.folders)} folders{names}, and {len(folder.files)} files{f': {files}' if files else ''}"
 
 
 def _check_promises(sources: Sources, allow_incomplete: bool, chosen: bool) -> None:

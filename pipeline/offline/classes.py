@@ -1,0 +1,139 @@
+"""Classes: their names, order and words; lists of them in files; and which of them a user keeps."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from pipeline import SourceError, UserError, storage
+from pipeline.manifest import FILE_NAME, ClassRecord
+from pipeline.offline.names import in_order
+from pipeline.offline.raw import Options, RawTable, Sources
+from pipeline.storage import Location
+
+NAMED = 5  # classes in a message; the rest is counted
+MAX_TEXT = 16 * 2**20  # bytes
+MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
+WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
+NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+def ranked(names: Iterable[str], words: Mapping[str, str], ids: Mapping[str, int]) -> tuple[ClassRecord, ...]:
+    """Return the classes in the order of their labels: the rank of the name, see `in_order`."""
+    ordered = enumerate(in_order(names))
+    return tuple(ClassRecord(label, name, words.get(name, name), ids.get(name)) for label, name in ordered)
+
+
+def finish(sources: Sources, options: Options) -> None:
+    """Give the classes of any layout their final names and labels, as the options have them."""
+    if options.classes:
+        _keep(sources, options.classes)
+
+
+def _keep(sources: Sources, file: Location) -> None:
+    """Leave out all classes that `file` does not name, one a line; blank lines and what follows a # say nothing."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in read_text(file).splitlines())
+    wanted = {line for line in lines if line}
+    known = {record.wnid for record in sources.classes}
+    if not wanted:
+        raise UserError(f"--classes {file}: names no class; write one wnid or folder name a line")
+    if unknown := sorted(wanted - known):
+        more = f" and {len(unknown) - NAMED:,} more" if len(unknown) > NAMED else ""
+        raise UserError(
+            f"--classes {file}: {', '.join(unknown[:NAMED])}{more}: not among the {len(known):,} classes of the raw "
+            "data"
+        )
+    kept = [record for record in sources.classes if record.wnid in wanted]
+    sources.classes = tuple(replace(record, label=label) for label, record in enumerate(kept))
+    images = RawTable()
+    for image in sources.images:
+        if image.wnid in wanted:
+            images.append(image)
+        else:
+            sources.ignored.add("picture of no class in --classes", image.path)
+    sources.images = images
+
+
+def name_classes(sources: Sources, named: Mapping[int, ClassRecord] | None, file: str) -> None:
+    """Give classes that are named by numbers the names that `file` has for them; without it, numbers of one width.
+
+    Where not all are numbers, or `named` is None, the labels stay as they are.
+    """
+    labels, known = sources.images.wnids, (named or {}).values()
+    words = {record.wnid: record.words for record in known}
+    if named is None or not all(map(NUMBER.fullmatch, labels)):
+        sources.classes = ranked(labels, words, {})
+        return
+    numbers = [int(label) for label in labels]
+    if named and (beyond := sorted(set(numbers) - named.keys())):
+        reach = f"names the classes 0 to {max(named)}, but an image has the label {beyond[0]}"
+        raise SourceError(f"{file}: {reach}; correct that list or remove it")
+    width = len(str(max(numbers, default=0)))
+    names = {label: named[n].wnid if named else f"{n:0{width}d}" for label, n in zip(labels, numbers)}
+    sources.images.rename_classes(names.__getitem__)
+    ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
+    sources.classes = ranked(words or names.values(), words, ids)
+
+
+def read_class_list(file: Location) -> dict[int, ClassRecord]:
+    """Return the classes of dataset.json (a dataset directory of ours) or of classes.txt, by number.
+
+    In classes.txt, line i names class i − 1: a wnid, with words or without; else the words are the name. Where two
+    classes have the same words ("crane"), their numbers keep the names apart.
+    """
+    if file.name == FILE_NAME:
+        try:
+            records = json.loads(read_text(file))["classes"]
+            classes = [ClassRecord(int(r["label"]), str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records]
+            return {record.label: record for record in classes}
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
+    lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    if "" in lines:
+        raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
+    named: dict[int, ClassRecord] = {}
+    for number, line in enumerate(lines):
+        match = WNID_LINE.fullmatch(line)
+        name = match[1] if match else f"{line} ({number})" if lines.count(line) > 1 else line
+        named[number] = ClassRecord(number, name, match[2] or match[1] if match else line, None)
+    if len({record.wnid for record in named.values()}) != len(named):
+        raise SourceError(f"{file}: names one wnid twice; each line must name a class of its own")
+    return named
+
+
+# ---- small text files
+
+
+def read_small(path: Location, most: int) -> bytes:
+    """Return a small file. Raises SourceError where it has more than `most` bytes."""
+    with storage.opened(path) as (read, _):
+        data = read(most + 1, 0)
+    if len(data) > most:
+        raise SourceError(f"{path}: has more than {most:,} bytes; it cannot be what its name says")
+    return data
+
+
+def read_text(path: Location) -> str:
+    """Return a small text file. Raises SourceError where it is too large or not UTF-8."""
+    try:
+        return read_small(path, MAX_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def read_mapping(path: Location) -> dict[str, str]:
+    """Return wnid → words, from a file as MAPPING; none where it is absent. Raises SourceError."""
+    words: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines() if storage.is_file(path) else (), start=1):
+        match = WNID_LINE.fullmatch(line.strip())
+        if match and match[1] not in words:
+            words[match[1]] = match[2] or match[1]
+        elif line.strip():
+            wrong = "a wnid for the second time" if match else "no wnid at its beginning"
+            raise SourceError(f"{path}: line {number} has {wrong}; fetch it again")
+    return words
+
+
+def read_words(path: Location) -> dict[str, str]:
+    """Return wnid → words, from lines of WNID, a tab and words, as Tiny ImageNet's words.txt has them."""
+    return {wnid: words for line in read_text(path).splitlines() for wnid, tab, words in [line.partition("\t")] if tab}
