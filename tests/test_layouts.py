@@ -89,7 +89,7 @@ def test_links_to_class_folders_are_followed_and_never_back(tmp_path: Path):
     (tmp_path / "raw" / "b" / "up").symlink_to(tmp_path / "raw")
     (tmp_path / "raw" / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "raw" / "b" / "pipe.png")
-    sources = find_sources(tmp_path / "raw")
+    sources = find_sources(tmp_path / "raw", class_depth=1)
     assert {image.path: image.wnid for image in sources.images} == {"a/1.png": "a", "a/deep/2.png": "a", "b/3.png": "b"}
     assert sources.ignored == {"link that leads back": 1, "link to nothing, pipe or device": 2}
     assert "1 × link that leads back: b/up" in sources.ignored.lines()
@@ -98,7 +98,8 @@ def test_links_to_class_folders_are_followed_and_never_back(tmp_path: Path):
 def test_a_forced_layout_is_used_and_one_that_does_not_fit_names_what_is_missing(raw: Path, tmp_path: Path):
     forced = find_sources(raw / "train", "class-folders")
     assert (forced.name, len(forced.images)) == ("class-folders", 42)
-    assert {image.wnid for image in find_sources(raw, "class-folders").images} == {"train", "val"}
+    forced = find_sources(raw, "class-folders", class_depth=1)
+    assert {image.wnid for image in forced.images} == {"train", "val"}
     (tmp_path / "notes").mkdir()
     for name in LAYOUTS:
         with pytest.raises(UserError, match=f"not the layout {name}: ") as caught:
@@ -147,11 +148,10 @@ def test_a_class_without_training_images_is_named(raw: Path, tmp_path: Path):
         ((), "", "empty: is the volume mounted?"),
         (("a.txt",), "", "Found 0 folders and 1 files"),
         (("a.txt",), "a.txt", "not a directory"),
-        (("Train/a/1.png", "Val/a/1.png"), "", "Train, Val: named as a split"),
-        (("val/a/1.png", "val/b/1.png"), "", "val: named as a split"),
-        (("train/a/1.txt", "val/a/1.png"), "", "but no training picture with a label is in it"),
+        (("val/a/1.png", "val/b/1.png"), "", "val/: named as a split"),
+        (("train/a/1.txt", "val/a/1.png"), "", "train: no picture in it; left out: 1 × .txt: train/a/1.txt"),
         (("set/train/a/1.png", "set/val/a/1.png"), "", "only one folder with pictures, set"),
-        (("train/a/1.png", "train/2.png"), "", "train/2.png: a picture outside the class folders has no label"),
+        (("train/1.png", "train/2.png"), "", "train: its pictures lie in no class folder (train/1.png, train/2.png"),
     ],
 )
 def test_raw_that_is_no_layout_or_one_level_off_is_refused(

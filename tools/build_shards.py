@@ -187,6 +187,8 @@ def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
     sources = chosen_sources(source, values, cache=None if values["dry_run"] else root / BUILD_FOLDER)
     plan, as_json = make_plan(sources, recipe), values["as_json"]
     _print_plan(source, sources, plan, as_json)
+    if not values["allow_incomplete"]:
+        limit.check_left_out(sources.ignored.pictures, len(sources.images))
     if values["dry_run"]:
         print_estimate(plan, len(slots(plan)), values["workers"], as_json)
     elif values["merge"]:
@@ -206,9 +208,9 @@ def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
 
 def chosen_sources(raw: Location, values: Mapping[str, Any], cache: Location | None = None) -> Sources:
     """Return the sources in RAW as the options SOURCE have them, here and in tools/verify_shards.py."""
-    files = {name: location(values[name]) if values[name] else None for name in ("classes", "classes_of", "labels")}
-    others = {name: values[name] for name in ("class_depth", "keep_labels", "allow_incomplete")}
-    return find_sources(raw, values["layout"], **files, **others, cache=cache)
+    options = {name: values[name] for name in ("class_depth", "keep_labels", "allow_incomplete")}
+    options |= {name: location(values[name]) for name in ("classes", "classes_of", "labels") if values[name]}
+    return find_sources(raw, values["layout"], **options, cache=cache)
 
 
 def _require_apart(raw: Location, dataset: Location) -> None:

@@ -62,6 +62,15 @@ class SkipLimit:
         """Return how many images may be skipped of a split of so many."""
         return max(self.count, math.floor(images * self.percent / 100))
 
+    def check_left_out(self, pictures: int, images: int) -> None:
+        """Raise UserError where more pictures of RAW are left out before a build of so many `images` begins."""
+        allowed = self.allowed(images + pictures)
+        if pictures > allowed:
+            raise UserError(
+                f"{pictures:,} pictures of RAW are left out (see above), at most {allowed:,} may be; mend RAW, or allow "
+                "more with --max-skipped, or all with --allow-incomplete"
+            )
+
     def check(self, plan: Plan, split: str, skipped: Counter[str]) -> None:
         """Raise UserError where more images of a split were skipped, here counted by reason."""
         allowed = self.allowed(len(plan.splits[split]))

@@ -159,8 +159,9 @@ def _gives(where: str, options: Options) -> str:
 def split_evidence(folder: Folder, options: Options) -> Reading | None:
     """Return the reading of RAW's folders as splits, if one is called so."""
     splits, doubt = folder_splits(folder.folders)
-    if not splits:
-        return None
+    inner = [Folder.of(folder.path / name) for name in splits]
+    if not splits or all(x.files and not x.folders and not any(map(is_picture, x.files)) for x in inner):
+        return None  # or they hold nothing but shards and the like
     if doubt:
         doubt += f"; {REMEDY}"
     elif "train" not in splits.values() and not options.classes_of:

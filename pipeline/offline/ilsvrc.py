@@ -151,11 +151,11 @@ def _add_numbered(
             sources.images.append(image, truth[number - 1])
         elif match and split == "val":
             raise SourceError(
-                f"{folder.path / name}: its labels are in {challenge.parts['devkit'][0]}, which is missing beside it; "
-                "fetch it (of Kaggle's files, RAW is the folder that holds ILSVRC/)"
+                f"{folder.path / image.path}: its label is in {challenge.parts['devkit'][0]}, which is missing beside "
+                f"{name}; fetch it (of Kaggle's files, RAW is the folder that holds ILSVRC/)"
             )
         elif split == "val" or truth:
-            sources.ignored.add(f"{split} picture without a number in its name", image.path)
+            sources.ignored.lose(f"{split} picture without a number in its name", image.path)
         else:
             sources.images.append(image)
 

@@ -36,7 +36,9 @@ def synset_evidence(folder: Folder, options: Options) -> Reading | None:
 
 
 def _tars_of_synset_tars(folder: Folder) -> list[str]:
-    return [tar for tar in folder.ending(".tar") if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
+    """Return the tars whose first member is a synset tar, but for the training archives of ILSVRC, which are such."""
+    tars = [name for name in folder.ending(".tar") if not name.casefold().startswith("ilsvrc")]
+    return [tar for tar in tars if WNID_TAR.fullmatch(_first_name(folder.path / tar))]
 
 
 def read_synsets(folder: Folder, listings: ListingCache, options: Options) -> Sources:

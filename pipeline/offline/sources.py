@@ -10,16 +10,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from pipeline import SourceError, storage, volumes
-from pipeline.archives import ListingCache
+import numpy as np
+
+from pipeline import LFS_POINTER, SourceError, storage, volumes
+from pipeline.archives import ListingCache, require_content
 from pipeline.cli import printable
 from pipeline.offline import folders, ilsvrc, parquet, published, webdataset
 from pipeline.offline.classes import finish
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
-from pipeline.offline.raw import Options, Promise, Reading, Sources
-from pipeline.offline.tree import Folder, has_pictures, is_picture, kind_of
+from pipeline.offline.raw import LeftOut, Options, Promise, Reading, Sources
+from pipeline.offline.tree import Folder, has_pictures, is_picture, kind_of, pictures
 from pipeline.storage import Location
 
+LFS_BYTES = 1024  # a pointer has fewer
 NAMED = 5  # classes in a message; the rest is counted
 
 
@@ -85,6 +88,7 @@ def find_sources(
         listings.save()
     del listings  # they hold every name a second time
     sources.name = name
+    _require_content(sources)
     if not len(sources.images):
         raise SourceError(_nothing_of(folder, sources, name))
     finish(sources, options)
@@ -123,6 +127,17 @@ def _recognised(folder: Folder, options: Options) -> str:
     return name
 
 
+def _require_content(sources: Sources) -> None:
+    """Raise SourceError where a dozen pictures, drawn evenly, are all Git LFS pointers."""
+    sizes = np.asarray(sources.images.sizes)
+    drawn = np.unique(np.linspace(0, len(sizes) - 1, min(12, len(sizes))).astype(int))
+    if not len(sizes) or (sizes[drawn] > LFS_BYTES).any() or sources.name == "parquet":
+        return
+    heads = [(image.file, image.read()) for image in map(sources.images.__getitem__, drawn.tolist())]
+    if all(head.startswith(LFS_POINTER) for _, head in heads):
+        require_content(*heads[0])
+
+
 def _nothing_of(folder: Folder, sources: Sources, name: str) -> str:
     problem = f"not the layout {name}: it lacks {LAYOUTS[name].looks_for}. Found {_content(folder)}"
     return f"{folder.path}: {problem}{_left_out(sources)}{volumes.hint(folder.path)}"
@@ -157,16 +172,14 @@ FOREIGN = {  # suffix → what it is, and what to do
 
 def _advice(folder: Folder) -> str:
     """Return what RAW seems to be, and what would help; empty where nothing comes to mind."""
-    pictures = [name for name in folder.files if is_picture(name)]
+    flat = [name for name in folder.files if is_picture(name)]
     tables = [name for name in folder.files if name.lower().endswith((".csv", ".tsv", ".jsonl"))]
     if backslashes := [name for name in (*folder.files, *folder.folders) if "\\" in name]:
         return f"names with a backslash, such as {backslashes[0]}: a zip of Windows; unpack it again by 7z or Python"
-    if pictures and tables:
-        return f"{len(pictures):,} pictures in no class folder: take the labels of a table by --labels {tables[0]}"
-    if pictures:
-        return (
-            f"{len(pictures):,} pictures in no class folder ({pictures[0]} …): name a table of labels by --labels FILE"
-        )
+    if flat and tables:
+        return f"{len(flat):,} pictures in no class folder: take the labels of a table by --labels {tables[0]}"
+    if flat:
+        return f"{len(flat):,} pictures in no class folder ({flat[0]} …): name a table of labels by --labels FILE"
     for name in folder.files:
         for suffix, advice in FOREIGN.items():
             if name.lower().endswith(suffix):
@@ -179,7 +192,13 @@ def _advice(folder: Folder) -> str:
         readings = [name for name, layout in LAYOUTS.items() if layout.evidence(inner, Options())]
         seems = f", which looks like {readings[0]}" if readings else ""
         return f"only one folder with pictures, {printable(having[0], 120)}{seems}: RAW may be one level too high"
-    return ""
+    left_out = LeftOut()
+    if not having and any(
+        True for name in folder.folders[:NAMED] for _ in pictures(folder.path / name, name, left_out)
+    ):
+        return ""
+    lines = "; ".join(left_out.lines()[:NAMED])
+    return f"no file in its folders has the extension of a picture that is read: {lines}" if lines else ""
 
 
 def _content(folder: Folder) -> str:
@@ -188,8 +207,8 @@ def _content(folder: Folder) -> str:
     files = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
     shown = ", ".join(f"{printable(name, 60)}/" for name in folder.folders[:NAMED])
     more = f" and {len(folder.folders) - NAMED:,} more" if len(folder.folders) > NAMED else ""
-    names = f": {shown}{more}" if shown else ""
-    return f"{len(folder.folders)} folders{names}, and {len(folder.files)} files{f': {files}' if files else ''}"
+    names = f" ({shown}{more})" if shown else ""
+    return f"{len(folder.folders)} folders{names} and {len(folder.files)} files{f' ({files})' if files else ''}"
 
 
 def _check_promises(sources: Sources, allow_incomplete: bool, chosen: bool) -> None:
