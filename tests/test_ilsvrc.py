@@ -94,7 +94,7 @@ def test_ilsvrc2012_with_test_images_and_validation_folders_per_class(official: 
 def test_flat_validation_without_its_devkit_names_the_remedy(official: Path, tmp_path: Path):
     unpack(official, tmp_path, "train", "val", False, False)
     (tmp_path / DEVKIT_TAR).unlink()
-    with pytest.raises(UserError, match=rf"val: its labels are in {DEVKIT_TAR}, which is missing beside it"):
+    with pytest.raises(UserError, match=rf"00000001.JPEG: its label is in {DEVKIT_TAR}, which is missing beside val"):
         find_sources(tmp_path)
 
 
