@@ -59,7 +59,7 @@ class BuildRecipe:
 
 @dataclass(frozen=True)
 class ClassRecord:
-    """One class. `label` is the rank of `wnid` in sorted order; `devkit_id` is ILSVRC's own number, if any."""
+    """One class. `label` is the rank of `wnid`, by number if all are numbers; `devkit_id` is ILSVRC's own, if any."""
 
     label: int
     wnid: str

@@ -139,7 +139,7 @@ REPORTS = [
     Report("10/wds", refusal=("imagenet1k-train-0000.tar", *LFS)),
     Report("10/ilsvrc", refusal=("ILSVRC2012_img_train.tar", *LFS)),
     Report("10/folders", refusal=LFS),
-    Report("10/mixed", {"train": r"(\w+)/[0-8]?\d\.jpg"}, ("cat", "dog"), options=NO_VAL, says=("LFS…",)),
+    Report("10/mixed", {"train": r"(\w+)/[0-8]?\d\.jpg"}, ("cat", "dog"), options=NO_VAL, says=("lfs_pointer",)),
     Report("14/breeds", refusal=("--labels", "labels.csv")),
     Report("14/catsdogs", refusal=("train",)),
     Report("14/images", refusal=("--labels", "train.csv")),

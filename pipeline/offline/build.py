@@ -67,8 +67,8 @@ class SkipLimit:
         allowed = self.allowed(images + pictures)
         if pictures > allowed:
             raise UserError(
-                f"{pictures:,} pictures of RAW are left out (see above), at most {allowed:,} may be; mend RAW, or allow "
-                "more with --max-skipped, or all with --allow-incomplete"
+                f"{pictures:,} pictures of RAW are left out (see above), at most {allowed:,} may be; mend RAW, or "
+                "allow more with --max-skipped, or all with --allow-incomplete"
             )
 
     def check(self, plan: Plan, split: str, skipped: Counter[str]) -> None:

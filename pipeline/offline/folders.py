@@ -9,9 +9,10 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import MAPPING, ranked, read_mapping
-from pipeline.offline.names import folder_splits, normal, spelled
-from pipeline.offline.raw import Options, RawImage, Reading, Sources
+from pipeline.offline.names import folder_splits, in_order, normal, spelled
+from pipeline.offline.raw import LeftOut, Options, RawImage, Reading, Sources
 from pipeline.offline.tree import Folder, has_pictures, is_picture, pictures_among, walk
+from pipeline.storage import Location
 
 FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
 DOCUMENTS = {".xml", ".txt", ".json", ".csv", ".md", ".html", ".pdf", ".mat", ".py", ".docx", ".yaml", ".yml", ".ipynb"}
@@ -27,28 +28,27 @@ class _Tree:
         self.declared: dict[str, set[str]] = defaultdict(set)  # split → the classes that have a folder there
         self.loose: dict[str, list[str]] = defaultdict(list)  # split → the first pictures outside the class folders
         self._deep: dict[str, int] = {}  # the first folders below a class folder, and the number of their pictures
-        self._shallow: list[str] = []  # the first pictures whose folder is above --class-depth
 
-    def add(self, below: str, split: str, only: Iterable[str] = ()) -> None:
-        """Add the pictures in the folder `below` of RAW, or in the folders `only` in it."""
+    def add(self, below: str, split: str) -> None:
+        """Add the pictures in the folder `below` of RAW; of RAW itself, all but the list of words."""
         ignored, root = self.sources.ignored, self._folder.path / below if below else self._folder.path
         depth = max(self._options.class_depth, 1)
-        for top in only or [""]:
-            inside = f"{below}/{top}".strip("/")
-            for directory, prefix, entries in walk(root / top if top else root, inside, ignored):
-                parts = prefix.removeprefix(below).strip("/").split("/") if prefix != below else []
-                leaf = not any(entry.is_dir for entry in entries)
-                name, count = self._class_of(parts), 0
-                for image in pictures_among(entries, directory, prefix, ignored, split):
-                    count += 1
-                    if name is None and (parts or split != "test"):
-                        self._lose(image, split, bool(parts))
-                    else:
-                        self.sources.images.append(image, name)
-                if count and len(parts) > depth and len(self._deep) <= SHOWN:
-                    self._deep[prefix] = count
-                if name is not None and (count or (leaf if self._options.class_depth < 0 else len(parts) == depth)):
-                    self.declared[split].add(name)
+        for directory, prefix, entries in walk(root, below, ignored):
+            parts = prefix.removeprefix(below).strip("/").split("/") if prefix != below else []
+            leaf = not any(entry.is_dir for entry in entries)
+            if not prefix:
+                entries = [entry for entry in entries if entry.name != MAPPING]
+            name, count = self._class_of(parts), 0
+            for image in pictures_among(entries, directory, prefix, ignored, split):
+                count += 1
+                if name is None and (parts or split != "test"):
+                    self._lose(image, split, bool(parts))
+                else:
+                    self.sources.images.append(image, name)
+            if count and len(parts) > depth and len(self._deep) <= SHOWN:
+                self._deep[prefix] = count
+            if name is not None and (count or (leaf if self._options.class_depth < 0 else len(parts) == depth)):
+                self.declared[split].add(name)
 
     def _class_of(self, parts: list[str]) -> str | None:
         depth = self._options.class_depth or 1
@@ -83,10 +83,15 @@ def _finished(tree: _Tree, folder: Folder) -> Sources:
     tree.require_one_depth()
     sources, options = tree.sources, tree._options
     with_pictures = set(sources.images.wnids)
-    empty = sorted({name for names in tree.declared.values() for name in names} - with_pictures)
+    lacking = {split: names - sources.images.per_class(split).keys() for split, names in tree.declared.items()}
+    empty = in_order(
+        lacking.pop("train", set()) | {name for names in lacking.values() for name in names - with_pictures}
+    )
+    for split, names in lacking.items():
+        if names:
+            sources.notes.append(f"class folders of {split} without a picture: {_listed(in_order(names))}")
     if empty and with_pictures:
-        shown = ", ".join(map(printable, empty[:SHOWN])) + (f" and {len(empty) - SHOWN:,} more" * (len(empty) > SHOWN))
-        problem = f"class folders without a picture that is read: {shown}"
+        problem = f"class folders without a picture that is read: {_listed(empty)}"
         if not options.allow_incomplete:
             left_out = "".join(f"; left out: {line}" for line in sources.ignored.lines()[:SHOWN])
             raise SourceError(
@@ -96,6 +101,10 @@ def _finished(tree: _Tree, folder: Folder) -> Sources:
         sources.notes.append(problem)
     sources.classes = ranked({*with_pictures, *empty}, read_mapping(folder.path / MAPPING), {})
     return sources
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" * (len(names) > SHOWN))
 
 
 # ---- one folder for each class
@@ -110,16 +119,9 @@ def class_evidence(folder: Folder, options: Options) -> Reading | None:
         flat = all(_is_flat(Folder.of(folder.path / name)) for name in splits)
         if not (flat and len(direct) > 1 and len(direct) == len(others)):
             return None
-    used = [name for name in others if has_pictures(folder.path / name)] if len(others) < 3 else others
-    if len(used) < 2 or (len(others) >= 3 and not _some_have_pictures(folder, others)):
-        return None
-    return Reading("each folder is a class", frozenset(others))
-
-
-def _some_have_pictures(folder: Folder, names: list[str]) -> bool:
-    """Return whether two of the folders have pictures in them."""
-    having = (name for name in names if has_pictures(folder.path / name))
-    return next(having, None) is not None and next(having, None) is not None
+    having = (name for name in others if has_pictures(folder.path / name))
+    two = next(having, None) is not None and next(having, None) is not None
+    return Reading("each folder is a class", frozenset(others)) if two else None
 
 
 def _is_flat(folder: Folder) -> bool:
@@ -132,18 +134,17 @@ def read_classes(folder: Folder, listings: ListingCache, options: Options) -> So
     Raises SourceError where the class folders have folders in them, or no picture.
     """
     tree = _Tree(Sources("one folder per class", gives=_gives("RAW", options)), folder, options)
-    documents = [name for name in folder.folders if _has_documents_alone(folder.path / name)]
-    tree.add("", "train", [name for name in folder.folders if name not in documents])
-    loose = [name for name in folder.files if is_picture(name)]
-    for name in loose:
-        tree.sources.ignored.lose("picture outside the class folders", name)
-    folder.ignore(tree.sources.ignored, [*(x for x in folder.folders if x not in documents), *loose, MAPPING])
+    tree.add("", "train")
+    empty = tree.declared["train"] - tree.sources.images.per_class("train").keys()
+    for name in [name for name in folder.folders if normal(name) in empty and _has_documents_alone(folder.path / name)]:
+        tree.declared["train"].discard(normal(name))
+        tree.sources.ignored.add("folder of documents", name)
     return _finished(tree, folder)
 
 
-def _has_documents_alone(folder: storage.Location) -> bool:
+def _has_documents_alone(folder: Location) -> bool:
     """Return whether a folder holds texts and tables, and no picture or anything that may have been one."""
-    entries = [entry for _, _, inside in walk(folder, "", Sources("").ignored) for entry in inside if not entry.is_dir]
+    entries = [entry for _, _, inside in walk(folder, "", LeftOut()) for entry in inside if not entry.is_dir]
     return bool(entries) and all(PurePosixPath(entry.name).suffix.lower() in DOCUMENTS for entry in entries)
 
 
@@ -192,7 +193,7 @@ def read_splits(folder: Folder, listings: ListingCache, options: Options) -> Sou
 
 
 def _pictures_in(folder: Folder, name: str) -> Iterable[RawImage]:
-    unused = Sources("").ignored
+    unused = LeftOut()
     for directory, prefix, entries in walk(folder.path / name, name, unused):
         yield from pictures_among(entries, directory, prefix, unused, "train")
 

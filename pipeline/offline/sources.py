@@ -160,8 +160,8 @@ def _nothing_known(folder: Folder) -> str:
 
 
 FOREIGN = {  # suffix → what it is, and what to do
-    ".gz": "a compressed archive, in which no picture can be found alone: unpack it to a plain .tar",
-    ".tgz": "a compressed archive, in which no picture can be found alone: unpack it to a plain .tar",
+    ".gz": "a compressed archive (.tar.gz), in which no picture can be found alone: unpack it to a .tar",
+    ".tgz": "a compressed archive (.tar.gz), in which no picture can be found alone: unpack it to a .tar",
     ".zip": "a zip, which is not read: unpack it",
     ".arrow": "Hugging Face's Arrow files, which are not read: save the data set by to_parquet",
     ".mds": "MosaicML's shards, which are not read: write them as WebDataset tars",

@@ -21,6 +21,7 @@ from pipeline.decode import ImageError, decode
 from pipeline.image import pixels_of
 from pipeline.manifest import FILE_NAME, SAMPLE, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord
 from pipeline.offline import executors
+from pipeline.offline.names import in_order
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location, StorageError
@@ -146,7 +147,8 @@ def _manifest_violations(dataset: Manifest) -> Iterator[str]:
     if storage.read_bytes(dataset.root / FILE_NAME) != dataset.to_json():
         yield f"its identity is not that of its content ({dataset.identity})"
     wnids = [record.wnid for record in dataset.classes]
-    if [record.label for record in dataset.classes] != list(range(len(wnids))) or wnids != sorted(set(wnids)):
+    orders = (in_order(wnids), sorted(set(wnids)))  # the second: earlier versions ordered numbers as texts, too
+    if [record.label for record in dataset.classes] != list(range(len(wnids))) or wnids not in orders:
         yield "the labels are not the ranks of the sorted wnids"
     for name, split in dataset.splits.items():
         if split.samples != sum(shard.samples for shard in split.shards):
