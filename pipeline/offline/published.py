@@ -192,12 +192,12 @@ def read_tiny(folder: Folder, listings: ListingCache, options: Options) -> Sourc
     wnids = read_text(folder.path / "wnids.txt").split() if "wnids.txt" in folder.files else []
     words = read_words(folder.path / "words.txt") if "words.txt" in folder.files else {}
     splits = [split for split in SPLITS if split in folder.folders]
-    for split in splits:
-        truth = {}
-        if split == "val" and storage.is_dir(folder.path / split / TINY_IMAGES):
-            truth = _read_tiny_labels(folder.path / TINY_LABELS_PATH)
-        _add_split(sources, folder, split, split, listings, truth)
-    folder.ignore(sources.ignored, [*TINY_LISTS, *splits])
+    flat = storage.is_dir(folder.path / "val" / TINY_IMAGES)
+    truth = _read_tiny_labels(folder.path / TINY_LABELS_PATH) if flat else {}
+    folders = {split: f"val/{TINY_IMAGES}" if split == "val" and flat else split for split in splits}
+    for split, below in folders.items():
+        _add_split(sources, folder, below, split, listings, truth if split == "val" else {})
+    folder.ignore(sources.ignored, [*TINY_LISTS, *folders.values(), *([TINY_LABELS_PATH] if flat else [])])
     if unknown := sorted(set(sources.images.wnids) - set(wnids)) if wnids else []:
         raise SourceError(f"{folder.path / 'wnids.txt'}: lacks {', '.join(unknown[:5])}; it is of another data set")
     sources.classes = ranked(wnids or sources.images.wnids, words, {})
