@@ -21,11 +21,14 @@ from pipeline.image import encode, rescaled
 from pipeline.manifest import Manifest
 from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan
+from pipeline.offline.raw import Sources
 from pipeline.offline.shards import Outcome
 
 SECONDS_BETWEEN_LINES = 10.0
 TRIED = 64  # images that an estimate rescales
 NAMED = 3  # pictures that libjpeg warned of
+ENDS = 3  # the first and the last classes in a table
+LONGEST = 40  # characters of a class's name or words in a table
 TAR_BYTES = 4 * TAR_BLOCK  # around a JPEG: a header and at most a block of padding, for the image and for its label
 
 
@@ -110,6 +113,42 @@ def print_warnings(figures: Mapping[str, Any]) -> None:
 
 def _speed(figures: Mapping[str, Any]) -> str:
     return f"{figures['images_per_second']:,.0f} images/s, {figures['megabytes_per_second']:,.0f} MB/s"
+
+
+def class_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Return label, name, words and the pictures of each split of the first and last classes of a plan."""
+    numbers, ends = np.asarray(plan.images.class_numbers), plan.classes
+    ends = ends if len(ends) <= 2 * ENDS else (*ends[:ENDS], *ends[-ENDS:])
+    number_of = {wnid: number for number, wnid in enumerate(plan.images.wnids)}
+    sizes = {
+        split: np.bincount(numbers[indices] + 1, minlength=len(number_of) + 2) for split, indices in plan.splits.items()
+    }
+    return [
+        {"label": record.label, "name": record.wnid, "words": record.words}
+        | {
+            "pictures": {
+                split: int(size[number_of.get(record.wnid, len(number_of)) + 1]) for split, size in sizes.items()
+            }
+        }
+        for record in ends
+    ]
+
+
+def print_reading(sources: Sources, plan: Plan) -> None:
+    """Print which folder, file or column gives the class, the order of labels, and a table of `class_rows`."""
+    click.echo(f"class: {sources.gives}; {sources.order}")
+    rows, texts = class_rows(plan), ["class"]
+    if any(row["name"] != row["words"] for row in rows):
+        texts.append("words")
+    columns = (Column(split, justify="right") for split in plan.splits)
+    table = Table(Column("label", justify="right"), *texts, *columns, box=None)
+    for i, row in enumerate(rows):
+        if i == ENDS and len(plan.classes) > len(rows):
+            table.add_row("…")
+        names = [printable(row[key], LONGEST) for key in ("name", "words")][: len(texts)]
+        table.add_row(str(row["label"]), *names, *(f"{count:,}" for count in row["pictures"].values()))
+    width = None if Console().is_terminal else 120
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
 
 
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:

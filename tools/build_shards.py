@@ -27,9 +27,11 @@ from pipeline.storage import Location, is_remote, location
 from tools.build_progress import (
     BuildProgress,
     DecoderWarnings,
+    class_rows,
     print_closing_table,
     print_estimate,
     print_event,
+    print_reading,
     print_warnings,
 )
 
@@ -132,7 +134,8 @@ SOURCE = [
     click.Option(
         ["--classes"],
         metavar="FILE",
-        help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
+        help="Only the classes (wnids or folder names) in FILE, one a line, or in a mapping, CSV or JSON; labels are "
+        "ranks among those.",
     ),
     click.Option(
         ["--classes-of"],
@@ -239,9 +242,11 @@ def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> N
     if as_json:
         sizes = {"images": counts, "classes": len(plan.classes), "shards": len(slots(plan))}
         lacks = {"left_out": dict(sources.ignored), "classes_without_training_image": without}
-        return print_event("plan", layout=sources.name, **sizes, notes=sources.notes, **lacks)
+        reading = {"gives": sources.gives, "order": sources.order, "table": class_rows(plan)}
+        return print_event("plan", layout=sources.name, **reading, **sizes, notes=sources.notes, **lacks)
     splits = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     click.echo(f"{raw}: {sources.layout} ({sources.name}); {splits}, {len(plan.classes)} classes")
+    print_reading(sources, plan)
     for note in sources.notes:
         click.echo(f"note: {note}")
     for line in sources.ignored.lines():
