@@ -238,6 +238,7 @@ def evaluate(
         click.echo(json_text(result, indent=1) if as_json else f"{printable(str(saved))}: {text}")
         return
     result |= {name: asdict(tally.errors()) for name, tally in tallies.items()}
+    result["classes_present"] = int((tallies[names[-1]].sums[:, 0] > 0).sum())
     result |= {"details_of": names[-1], **tallies[names[-1]].details(dataset.classes)}
     text = json_text(result, indent=1) + "\n"
     try:
@@ -265,11 +266,13 @@ def _print(result: dict[str, Any], names: list[str], per_class: bool, confused: 
     for name in names:
         top1, top5, nll = (result[name][key] for key in ("top1_error", "top5_error", "nll"))
         click.echo(f"{VIEWS[name]:12}{top1:>10.1f} %{top5:>10.1f} %{-nll:>16.4f}")
+    if (present := result["classes_present"]) < (classes := len(result["classes"])):
+        click.echo(f"{present:,} of {classes:,} classes present; predictions are among all {classes:,}")
     if per_class:
         rows = [["class", "images", "top-1 error", "top-5 error"]]
-        for record in result["classes"]:
+        for record in (record for record in result["classes"] if record["samples"]):
             name = record["words"] if record["words"] == record["wnid"] else f"{record['wnid']} {record['words']}"
-            errors = [f"{record[key]:.1f} %" if record["samples"] else "" for key in ("top1_error", "top5_error")]
+            errors = [f"{record[key]:.1f} %" for key in ("top1_error", "top5_error")]
             rows.append([name, f"{record['samples']:,}", *errors])
         _print_table(f"by class ({VIEWS[names[-1]]})", rows)
     rows = [["images", "of its class", "true", "taken for"]]
