@@ -252,7 +252,13 @@ def test_a_data_set_for_evaluation_alone(made: Made, tmp_path: Path):
     assert "2 of 7 classes present; predictions are among all 7\n" in result.output
     chosen = np.isin(LABELS, (2, 3))
     content = evaluate(replace(made, data=root), "--views", "centre")
-    equal(content["centre"], errors(LABELS[chosen], known(made, "val", "centre")[chosen]), FLOAT32)
+    values = known(made, "val", "centre")[chosen]
+    equal(content["centre"], errors(LABELS[chosen], values), FLOAT32)
+    content = evaluate(replace(made, data=root), "--views", "centre", "--among-present")
+    values = values * np.isin(range(7), (2, 3))
+    among = errors(LABELS[chosen], values / values.sum(1, keepdims=True))
+    equal(content["centre"], among, FLOAT32)
+    assert (content["classes_present"], content["among_present"]) == (2, True)
     before = digests(root)
     for name in ("statistics.npz", "val/val-000000.tar", "mean.png"):
         (root / name).write_bytes(b"")
@@ -261,7 +267,7 @@ def test_a_data_set_for_evaluation_alone(made: Made, tmp_path: Path):
     only = "no split named 'train'; there are: val; it is for evaluation alone: train on the data set of its classes"
     one_line(trainer("train", "--data", root, "--out", tmp_path / "run", "--recipe", "tiny"), only)
     one_line(trainer("figures", made.run, "--data", root, "--devices", "cpu,cpu"), "trained on the data set")
-    with pytest.raises(UserError, match="--size 64: .* was built with 112; add --size 112"):
+    with pytest.raises(UserError, match=r"--size 64: .* was built with 112; add --size 112"):
         make_plan(sources, BuildRecipe(size=64))
 
 
