@@ -160,8 +160,11 @@ def _held_out(images: RawTable, keys: Keys, ids: np.ndarray, share: float) -> tu
     last = alone[np.diff(classes[alone], append=-2) != 0]  # of each such class the one with the highest hash
     held_out[last] = False
     rule = f"--holdout {share:g}, by a hash of the key"
-    note = f"no validation split in RAW: {held_out.sum():,} of {len(ids):,} training pictures ({rule}) are held out"
-    note += " as one" if held_out.any() else ": there is none; add val/ to RAW, or hold out a larger share"
+    note = (
+        f"no validation split in RAW: {held_out.sum():,} of {len(ids):,} training pictures ({rule}) are held out as one"
+    )
+    if not held_out.any():
+        note = f"no validation split: RAW has none, and none of {len(ids):,} training pictures is held out ({rule})"
     return held_out, note + (f"; {len(last):,} stay as the last of their class" if len(last) else "")
 
 
