@@ -114,14 +114,15 @@ def _speed(figures: Mapping[str, Any]) -> str:
 
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:
     """Rescale a few training images, drawn evenly, and print what they foretell: the size and time of the build."""
-    count = len(plan.splits["train"])
+    split = "train" if "train" in plan.splits else "val"
+    count = len(plan.splits[split])
     indexes = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int))
     tried, sizes = len(indexes), []
-    with temporary_copy(plan.images, plan.splits["train"][indexes]) as images:
+    with temporary_copy(plan.images, plan.splits[split][indexes]) as images:
         plan = replace(plan, images=images)
         started = time.perf_counter()
         for index in indexes.tolist():
-            (image,) = plan.part("train", index, index + 1)
+            (image,) = plan.part(split, index, index + 1)
             with suppress(ImageError):
                 pixels = rescaled(image.raw.read(), plan.recipe)
                 jpeg = encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import SourceError, storage
 from pipeline.cli import printable
-from pipeline.manifest import ClassRecord
+from pipeline.manifest import ClassRecord, Manifest
 from pipeline.offline.names import SPLITS
 from pipeline.storage import Location
 
@@ -228,3 +228,4 @@ class Sources:
     promised_classes: int = 0  # 0: none promised
     name: str = ""  # of the layout, as --layout takes it
     notes: list[str] = field(default_factory=list)  # what the user should know, and did allow
+    evaluation_of: Manifest | None = None  # of the classes and the statistics; all images are then of "val"
