@@ -130,7 +130,8 @@ class Manifest:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            raise DatasetError(f"{self.root}: no split named {name!r}; there are: {', '.join(self.splits)}")
+            remedy = "" if name != "train" else "; it is for evaluation alone: train on the data set of its classes"
+            raise DatasetError(f"{self.root}: no split named {name!r}; there are: {', '.join(self.splits)}{remedy}")
         return self.splits[name]
 
     def samples(self, split: str) -> np.ndarray:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from click.testing import Result
 
-from conftest import ROOT, build
+from conftest import ROOT, build, digests, verify
 from evaluated import (
     CLASSES,
     FLOAT32,
     PLACES,
+    SIZE,
     STEP,
     VAL,
     Made,
@@ -31,8 +32,13 @@ from evaluated import (
     shared_made,  # noqa: F401  # a fixture
     weights,
 )
-from pipeline import manifest
-from pipeline.manifest import ClassRecord
+from pipeline import UserError, manifest
+from pipeline.manifest import BuildRecipe, ClassRecord
+from pipeline.offline.build import build as write
+from pipeline.offline.plan import make_plan
+from pipeline.offline.raw import Sources
+from pipeline.offline.repair import repair
+from pipeline.offline.sources import find_sources
 from reference import png
 from runs import one_line, trainer
 from stored import damage, remake
@@ -97,8 +103,9 @@ def test_what_is_printed_of_classes_and_pairs(made: Made):
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
     content, expected = evaluate(made, "--views", "nine"), []
-    for record in content["classes"]:
-        percents = [f"{record[name]:.1f} %" if record["samples"] else "" for name in ("top1_error", "top5_error")]
+    assert "6 of 7 classes present; predictions are among all 7\n" in result.output
+    for record in content["classes"][:6]:
+        percents = [f"{record[name]:.1f} %" for name in ("top1_error", "top5_error")]
         expected.append([record["words"], str(record["samples"]), *percents])
     for pair in content["confused"][:3]:
         percent = f"{pair['share']:.1f} %"
@@ -223,6 +230,45 @@ def test_an_empty_split(made: Made, tmp_path: Path):
     assert build(raw, tmp_path / "data", "--workers", 1, "--size", 32, "--max-skipped", 1).exit_code == 0
     result = trainer("evaluate", *replace(made, data=tmp_path / "data").options)
     one_line(result, "the split 'val' is empty; there is nothing to evaluate")
+
+
+def test_a_data_set_for_evaluation_alone(made: Made, tmp_path: Path):
+    """Pictures of some classes of another data set, without training: its statistics; verified, evaluated, repaired."""
+    of, root, sources = manifest.load(made.data), tmp_path / "data", Sources("made up")
+    for image in find_sources(made.raw).images:
+        if image.split == "val" and image.wnid in CLASSES[2:4]:
+            sources.images.append(image)
+    sources.classes, sources.evaluation_of = of.classes, of
+    plan = make_plan(sources, BuildRecipe(size=SIZE))
+    assert (list(plan.splits), plan.notes) == (["val"], ())
+    write(plan, root)
+    built = manifest.load(root)
+    assert (root / "statistics.npz").read_bytes() == (made.data / "statistics.npz").read_bytes()
+    assert (root / "mean.png").read_bytes() == (made.data / "mean.png").read_bytes()
+    assert built.statistics_summary == of.statistics_summary
+    assert verify(root, "--workers", 1).exit_code == 0
+    result = trainer("evaluate", *replace(made, data=root).options, "--views", "centre", "--per-class")
+    assert result.exit_code == 0, result.output
+    assert "2 of 7 classes present; predictions are among all 7\n" in result.output
+    chosen = np.isin(LABELS, (2, 3))
+    content = evaluate(replace(made, data=root), "--views", "centre")
+    values = known(made, "val", "centre")[chosen]
+    equal(content["centre"], errors(LABELS[chosen], values), FLOAT32)
+    content = evaluate(replace(made, data=root), "--views", "centre", "--among-present")
+    values = values * np.isin(range(7), (2, 3))
+    among = errors(LABELS[chosen], values / values.sum(1, keepdims=True))
+    equal(content["centre"], among, FLOAT32)
+    assert (content["classes_present"], content["among_present"]) == (2, True)
+    before = digests(root)
+    for name in ("statistics.npz", "val/val-000000.tar", "mean.png"):
+        (root / name).write_bytes(b"")
+    repair(built, ["statistics.npz", "val/val-000000.tar", "mean.png"], plan, 1)
+    assert digests(root) == before
+    only = "no split named 'train'; there are: val; it is for evaluation alone: train on the data set of its classes"
+    one_line(trainer("train", "--data", root, "--out", tmp_path / "run", "--recipe", "tiny"), only)
+    one_line(trainer("figures", made.run, "--data", root, "--devices", "cpu,cpu"), "trained on the data set")
+    with pytest.raises(UserError, match=r"--size 64: .* was built with 112; add --size 112"):
+        make_plan(sources, BuildRecipe(size=64))
 
 
 # Error rates of drawn probabilities: many ties, few classes, classes without images

@@ -178,6 +178,19 @@ def test_what_interrupts_the_consumer_costs_no_batch(dataset: Path, monkeypatch:
         assert next(loader).step == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({}, 3), ({"last": "drop"}, 2), ({"step": 2, "rank": 1, "ranks": 3}, 3), ({"views": "centre"}, 3)],
+)
+def test_the_length_is_that_of_an_epoch(dataset: Path, options: dict, length: int):
+    """41 samples in global batches of 16; evaluation ends after them, training goes on."""
+    with Loader(dataset, batch_size=16, **options) as loader:
+        assert len(loader) == loader.steps_per_epoch == length
+        batches = list(islice(loader, 5))
+    assert len(batches) == (length if options.get("views") else 5)
+    assert [batch.epoch for batch in batches] == [batch.step // length for batch in batches]
+
+
 def test_impossible_loaders(dataset: Path):
     with pytest.raises(UserError, match="no split named 'other'; there are: train, val"):
         Loader(dataset, "other")

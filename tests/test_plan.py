@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from pipeline.manifest import BuildRecipe, ClassRecord
 from pipeline.offline import plan
-from pipeline.offline.plan import MAX_KEY, _escape, assign_keys
-from pipeline.offline.raw import SPLITS, RawImage, RawTable
+from pipeline.offline.plan import MAX_KEY, _escape, assign_keys, make_plan
+from pipeline.offline.raw import SPLITS, RawImage, RawTable, Sources
 
 
 def plain_keys(paths: Sequence[str]) -> list[str]:
@@ -164,6 +165,43 @@ def test_renamed_classes_may_become_one(images: list[RawImage]):
     table.append(RawImage("train", "late.jpg", "n01", "/raw/late.jpg", 0, 1))
     assert table[3000].wnid == "n01"
     assert sorted(table.wnids) == ["AN OTHER", "NONE", "n01"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "share", "words"),
+    [
+        ({"a": 40, "b": 40}, 0.3, "training pictures (--holdout 0.3, by a hash of the key) are held out as one"),
+        (
+            {f"c{i}": 1 for i in range(40)},
+            0.5,
+            "no validation split: RAW has none, and none of 40 training pictures is held out "
+            "(--holdout 0.5, by a hash of the key); 26 stay as the last of their class",
+        ),
+        ({"a": 30} | {f"c{i}": 2 for i in range(20)}, 0.5, " stay as the last of their class"),
+        ({"a": 2}, 0.001, "none of 2 training pictures is held out (--holdout 0.001, by a hash of the key)"),
+    ],
+)
+def test_a_hold_out_is_announced_and_never_takes_a_class_s_last_training_picture(
+    classes: dict[str, int], share: float, words: str
+):
+    """Of those that would go, the one with the highest hash stays; else the key alone decides."""
+    sources = Sources("made up")
+    for name, count in classes.items():
+        for i in range(count):
+            sources.images.append(RawImage("train", f"{name}/{name}_{i}.jpg", name, f"/raw/{name}_{i}.jpg", 0, 1))
+    sources.classes = tuple(ClassRecord(i, name, name, None) for i, name in enumerate(sorted(classes)))
+    made = make_plan(sources, BuildRecipe(holdout=share))
+    expected = set()
+    for name, count in classes.items():
+        hashes = {f"{name}_{i}": plan._hash("holdout", f"{name}_{i}") for i in range(count)}
+        low = {key for key, value in hashes.items() if value < share * 2**64}
+        expected |= low - {max(low, key=hashes.__getitem__)} if len(low) == count else low
+    held_out = {image.key for image in made.part("val", 0, 999)} if "val" in made.splits else set()
+    assert held_out == expected
+    (note,) = made.notes
+    if expected:
+        assert note.startswith(f"no validation split in RAW: {len(expected)} of {sum(classes.values())} training pict")
+    assert words in note
 
 
 PROGRAM = """

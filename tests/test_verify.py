@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from conftest import build, digests, verify
+from conftest import build, digests, picture, verify
 from pipeline import manifest
+from pipeline.doubts import duplicates
 from pipeline.manifest import DatasetError
 from pipeline.offline.verify import check, load
 from stored import ALL, SHARD, Members, members_of, remake, rewrite
@@ -110,11 +112,78 @@ def test_duplicates_are_information(raw: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     first, *sets, _ = result.output.splitlines()
     counts = "2 raw images in 6 samples; 1 within a class of a split, 1 across labels, 2 across splits"
-    assert first == f"duplicates (no failure): {counts}"
+    assert first == f"warning: duplicates: {counts}"
     assert {frozenset(line.strip().split(" = ")) for line in sets} == {
         frozenset({"train/0 train_blobs_0001", "train/0 a", "train/1 b", "val/0 c"}),
         frozenset({"train/2 train_stripes_0002", "val/2 d"}),
     }
+
+
+def pictures_of(raw: Path, counts: dict[str, int]) -> Path:
+    """Draw so many different pictures in each folder SPLIT/CLASS."""
+    for folder, count in counts.items():
+        (raw / folder).mkdir(parents=True)
+        for i in range(count):
+            picture(f"{folder}{i}", 40, 36).save(raw / folder / f"{i}.png")
+    return raw
+
+
+BALANCED = {f"{split}/{name}": 2 for split in ("train", "val") for name in "abcd"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "warnings"),
+    [
+        ({}, []),
+        (
+            {"val/b": 0, "val/c": 0, "val/d": 0},
+            ["the validation split is of one class alone, a; its error tells little"],
+        ),
+        ({"val/b": 0, "val/c": 0}, ["the classes of train and val differ: 2 of 4 are not in val (b, c)"]),
+        ({"train/b": 0}, ["the classes of train and val differ: 1 of 4 are not in train (b)"]),
+        ({"train/c": 6}, []),
+        ({"train/c": 7}, ["most training pictures (7 of 13, 54 %) are of one class, c"]),
+        ({"train/c": 0, "train/d": 0, "val/c": 0, "val/d": 0, "train/a": 18}, []),
+        (
+            {"train/c": 0, "train/d": 0, "val/c": 0, "val/d": 0, "train/a": 19},
+            ["most training pictures (19 of 21, 90 %) are of one class, a"],
+        ),
+    ],
+)
+def test_what_is_almost_never_meant_is_warned_of(tmp_path: Path, changed: dict[str, int], warnings: list[str]):
+    """At the end of a build, also for machines, and by verify_shards.py; the exit code is 0."""
+    counts = {folder: count for folder, count in (BALANCED | changed).items() if count}
+    built = build(pictures_of(tmp_path / "raw", counts), tmp_path / "out", "--workers", 1, "--size", 32)
+    verified = verify(tmp_path / "out", "--quick", "--workers", 1)
+    for result in (built, verified):
+        assert result.exit_code == 0, result.output
+        lines = [line for line in result.output.splitlines() if line.startswith("warning: ")]
+        assert lines == [f"warning: {warning}" for warning in warnings]
+    again = build(tmp_path / "raw", tmp_path / "json", "--workers", 1, "--size", 32, "--json")
+    assert json.loads(again.output.splitlines()[-1])["warnings"] == warnings
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_duplicates_are_those_of_a_plain_dictionary(seed: int):
+    """Digests of few values, with equal first halves; labels and splits drawn."""
+    random = np.random.default_rng(seed)
+    samples = {}
+    for split in ("train", "val", "test"):
+        records = np.zeros(int(random.integers(0, 40)), manifest.SAMPLE)
+        records["digest"][:, [0, 15]] = random.integers(0, 2 + 3 * seed, (len(records), 2))
+        records["label"] = random.integers(-1, 3, len(records))
+        samples[split] = records
+    groups: dict[bytes, list[tuple[int, str, int]]] = {}
+    every = [(split, record) for split, records in samples.items() for record in records]
+    for position, (split, record) in enumerate(every):
+        groups.setdefault(record["digest"].tobytes(), []).append((position, split, int(record["label"])))
+    alike = [group for group in groups.values() if len(group) > 1]
+    copies = duplicates(samples)
+    assert copies.positions.tolist() == [position for group in alike for position, _, _ in group]
+    assert copies.groups.tolist() == [number for number, group in enumerate(alike) for _ in group]
+    assert copies.within == sum(len({x[1:] for x in group}) < len(group) for group in alike)
+    assert copies.across_labels == sum(len({label for _, _, label in group if label >= 0}) > 1 for group in alike)
+    assert copies.across_splits == sum(len({split for _, split, _ in group}) > 1 for group in alike)
 
 
 # Violations whose hashes fit

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -115,29 +115,29 @@ def _speed(figures: Mapping[str, Any]) -> str:
     return f"{figures['images_per_second']:,.0f} images/s, {figures['megabytes_per_second']:,.0f} MB/s"
 
 
-def class_rows(plan: Plan) -> list[dict[str, Any]]:
-    """Return label, name, words and the pictures of each split of the first and last classes of a plan."""
-    numbers, ends = np.asarray(plan.images.class_numbers), plan.classes
-    ends = ends if len(ends) <= 2 * ENDS else (*ends[:ENDS], *ends[-ENDS:])
-    number_of = {wnid: number for number, wnid in enumerate(plan.images.wnids)}
-    sizes = {
-        split: np.bincount(numbers[indices] + 1, minlength=len(number_of) + 2) for split, indices in plan.splits.items()
-    }
+def pictures_of_classes(plan: Plan) -> dict[str, np.ndarray]:
+    """Return split → the number of pictures of each class of the plan, (classes,) int64."""
+    images, number_of = plan.images, {wnid: number for number, wnid in enumerate(plan.images.wnids)}
+    columns = [number_of.get(record.wnid, len(number_of)) for record in plan.classes]  # the last: in no image
+    numbers = np.asarray(images.class_numbers)
+    counts = {split: np.bincount(numbers[ids] + 1, minlength=len(number_of) + 2) for split, ids in plan.splits.items()}
+    return {split: count[1:][columns] for split, count in counts.items()}
+
+
+def class_rows(plan: Plan, counts: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Return label, name, words and the pictures of each split, by `counts`, of the first and last classes."""
+    records = plan.classes if len(plan.classes) <= 2 * ENDS else (*plan.classes[:ENDS], *plan.classes[-ENDS:])
     return [
         {"label": record.label, "name": record.wnid, "words": record.words}
-        | {
-            "pictures": {
-                split: int(size[number_of.get(record.wnid, len(number_of)) + 1]) for split, size in sizes.items()
-            }
-        }
-        for record in ends
+        | {"pictures": {split: int(count[record.label]) for split, count in counts.items()}}
+        for record in records
     ]
 
 
-def print_reading(sources: Sources, plan: Plan) -> None:
-    """Print which folder, file or column gives the class, the order of labels, and a table of `class_rows`."""
+def print_reading(sources: Sources, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print which folder, file or column gives the class, the order of labels, and the `class_rows` as a table."""
     click.echo(f"class: {sources.gives}; {sources.order}")
-    rows, texts = class_rows(plan), ["class"]
+    texts = ["class"]
     if any(row["name"] != row["words"] for row in rows):
         texts.append("words")
     columns = (Column(split, justify="right") for split in plan.splits)
@@ -153,14 +153,15 @@ def print_reading(sources: Sources, plan: Plan) -> None:
 
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:
     """Rescale a few training images, drawn evenly, and print what they foretell: the size and time of the build."""
-    count = len(plan.splits["train"])
+    split = "train" if "train" in plan.splits else "val"
+    count = len(plan.splits[split])
     indexes = np.unique(np.linspace(0, count - 1, min(TRIED, count)).astype(int))
     tried, sizes = len(indexes), []
-    with temporary_copy(plan.images, plan.splits["train"][indexes]) as images:
+    with temporary_copy(plan.images, plan.splits[split][indexes]) as images:
         plan = replace(plan, images=images)
         started = time.perf_counter()
         for index in indexes.tolist():
-            (image,) = plan.part("train", index, index + 1)
+            (image,) = plan.part(split, index, index + 1)
             with suppress(ImageError):
                 pixels = rescaled(image.raw.read(), plan.recipe)
                 jpeg = encode(pixels, quality=plan.recipe.quality, subsampling=plan.recipe.subsampling)

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from pipeline import UserError, storage
 from pipeline.cli import Command, progress_bars
+from pipeline.doubts import doubts
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
 from pipeline.offline import executors
@@ -28,6 +29,7 @@ from tools.build_progress import (
     BuildProgress,
     DecoderWarnings,
     class_rows,
+    pictures_of_classes,
     print_closing_table,
     print_estimate,
     print_event,
@@ -236,18 +238,19 @@ def _executor(shared: tuple[Location, ...], values: Mapping[str, Any], context: 
 
 def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
     counts = {split: len(images) for split, images in plan.splits.items()}
-    numbers = {plan.images.class_numbers[i] for i in plan.splits["train"].tolist()}
-    trained = {plan.images.wnids[number] for number in numbers if number >= 0}
-    without = [record.wnid for record in plan.classes if record.wnid not in trained]
+    pictures = pictures_of_classes(plan)
+    rows, trained = class_rows(plan, pictures), pictures.get("train", ())
+    without = [record.wnid for record, count in zip(plan.classes, trained) if not count]
+    notes = [*sources.notes, *plan.notes]
     if as_json:
         sizes = {"images": counts, "classes": len(plan.classes), "shards": len(slots(plan))}
         lacks = {"left_out": dict(sources.ignored), "classes_without_training_image": without}
-        reading = {"gives": sources.gives, "order": sources.order, "table": class_rows(plan)}
-        return print_event("plan", layout=sources.name, **reading, **sizes, notes=sources.notes, **lacks)
+        reading = {"gives": sources.gives, "order": sources.order, "table": rows}
+        return print_event("plan", layout=sources.name, **reading, **sizes, notes=notes, **lacks)
     splits = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     click.echo(f"{raw}: {sources.layout} ({sources.name}); {splits}, {len(plan.classes)} classes")
-    print_reading(sources, plan)
-    for note in sources.notes:
+    print_reading(sources, plan, rows)
+    for note in notes:
         click.echo(f"note: {note}")
     for line in sources.ignored.lines():
         click.echo(f"left out: {line}")
@@ -278,15 +281,19 @@ def _print_result(built: Manifest, figures: Mapping[str, Any], as_json: bool) ->
     reasons: dict[str, Counter[str]] = {split: Counter() for split in built.splits}
     for line in map(json.loads, built.read(SKIPPED_FILE).splitlines()):
         reasons[line["split"]][line["reason"]] += 1
+    warnings = doubts(built)
     if as_json:
         splits = {
             name: {"samples": split.samples, "skipped": reasons[name], "shards": len(split.shards)}
             for name, split in built.splits.items()
         }
-        return print_event("done", dataset=str(built.root), identity=built.identity, splits=splits, **figures)
+        done = {"dataset": str(built.root), "identity": built.identity, "splits": splits, "warnings": warnings}
+        return print_event("done", **done, **figures)
     print_closing_table(built, reasons, figures)
     if any(reasons.values()):
         click.echo(f"which images were skipped: {built.root / SKIPPED_FILE}")
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
 
 
 if __name__ == "__main__":

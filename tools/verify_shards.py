@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.cli import Command, progress_bars
+from pipeline.doubts import Duplicates, doubts, duplicates
 from pipeline.files import TAR_BLOCK
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import make_plan
@@ -30,7 +32,8 @@ EXAMPLES, COPIES = 10, 5  # groups of duplicates that are printed, and samples o
 def main(context: click.Context, dataset: str, quick: bool, raw: str | None, workers: int, **source: Any) -> None:
     """Check every promise of the dataset directory DATASET: one line for each file that breaks one.
 
-    Raw images that DATASET holds more than once are named, and no failure. --repair rebuilds exactly the files that
+    Raw images that DATASET holds more than once are named, and no failure; nor is a warning of what is almost never
+    meant, such as a validation split of one class. --repair rebuilds exactly the files that
     fail, with the build recipe in dataset.json, and puts them into place only if every byte is what dataset.json
     promises; then it checks again. (--layout, --classes and --allow-incomplete as when DATASET was built.)
 
@@ -52,7 +55,7 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
         failures = _check(manifest, quick, workers)
     elif raw:
         click.echo("nothing that RAW could repair")
-    _print_duplicates(manifest, failures)
+    _print_doubts(manifest, failures)
     samples = sum(split.samples for split in manifest.splits.values())
     size = sum(record.bytes for record in manifest.files.values())
     verdict = f"{len(failures)} failed" if failures else "all holds, pictures not decoded" if quick else "all holds"
@@ -73,33 +76,32 @@ def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
     return failures
 
 
-def _print_duplicates(manifest: Manifest, failures: Failures) -> None:
-    """Print the lines on equal raw images, over all splits whose samples.npy holds."""
+def _print_doubts(manifest: Manifest, failures: Failures) -> None:
+    """Print what is almost never meant, and equal raw images, over all splits whose samples.npy holds."""
     failing = {failure.file for failure in failures}
-    groups = _equal_samples(manifest, [name for name in manifest.splits if f"{name}/samples.npy" not in failing])
-    if not groups:
-        return
-    within = sum(len({(split, record["label"]) for split, _, record in group}) < len(group) for group in groups)
-    across_labels = sum(len({record["label"] for _, _, record in group}) > 1 for group in groups)
-    across_splits = sum(len({split for split, _, _ in group}) > 1 for group in groups)
-    click.echo(
-        f"duplicates (no failure): {len(groups):,} raw images in {sum(map(len, groups)):,} samples; "
-        f"{within:,} within a class of a split, {across_labels:,} across labels, {across_splits:,} across splits"
-    )
-    for group in groups[:EXAMPLES]:
+    whole = [name for name in manifest.splits if f"{name}/samples.npy" not in failing]
+    samples = {name: manifest.samples(name) for name in whole}
+    warnings, copies = doubts(manifest, samples), duplicates(samples)
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
+    groups = _groups(copies, samples)
+    if groups and not (copies.across_labels or copies.across_splits):  # else the last warning is on them
+        click.echo(f"duplicates (no failure): {copies}")
+    for group in groups:
         more = f", … {len(group) - COPIES} more" if len(group) > COPIES else ""
         click.echo("  " + " = ".join(_name(manifest, *copy, failing) for copy in group[:COPIES]) + more)
 
 
-def _equal_samples(manifest: Manifest, splits: list[str]) -> list[list[Copy]]:
-    """Return the groups of two or more samples with equal digests, in the order of their first ones."""
-    samples = [manifest.samples(split) for split in splits]
-    digests = np.concatenate([records["digest"] for records in samples] or [np.empty((0, 16), "u1")]).view("V16")[:, 0]
-    _, numbers, counts = np.unique(digests, return_inverse=True, return_counts=True)
-    groups: defaultdict[int, list[Copy]] = defaultdict(list)  # by the number of the digest among all digests
-    for split, records, of_split in zip(splits, samples, np.split(numbers, np.cumsum([*map(len, samples)]))):
-        for i in np.flatnonzero(counts[of_split] > 1).tolist():
-            groups[of_split[i]].append((split, i, records[i]))
+def _groups(copies: Duplicates, samples: Mapping[str, np.ndarray]) -> list[list[Copy]]:
+    """Return the first groups of samples with equal digests, in the order of their first ones."""
+    starts = np.cumsum([0, *map(len, samples.values())])
+    groups: defaultdict[int, list[Copy]] = defaultdict(list)
+    for number, position in zip(copies.groups.tolist(), copies.positions.tolist()):
+        if number >= EXAMPLES:
+            break
+        of = int(np.searchsorted(starts, position, "right")) - 1
+        split, i = [*samples][of], position - int(starts[of])
+        groups[number].append((split, i, samples[split][i]))
     return list(groups.values())
 
 

@@ -101,7 +101,12 @@ def top_k_errors(values: Tensor, labels: Tensor, k: int) -> Tensor:
 
 @torch.inference_mode()
 def predictions(
-    network: TwoColumnNet, loader: Loader, views: Sequence[str], world: World = SINGLE, gather: bool = True
+    network: TwoColumnNet,
+    loader: Loader,
+    views: Sequence[str],
+    world: World = SINGLE,
+    gather: bool = True,
+    among: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield labels (n,) int64, −1: none, and by views probabilities (n, classes) float64, on the CPU, batch by batch.
 
@@ -111,6 +116,7 @@ def predictions(
         loader: from `data.evaluation`.
         views: the loader's, whose probabilities are averaged; before them perhaps "centre", which is one of them.
         gather: False: the first process, too, gets its share alone.
+        among: (classes,) bool: the softmax is over these alone, and the others have probability 0; None: over all.
     Raises:
         Diverged: an output is not a finite number.
     """
@@ -118,6 +124,9 @@ def predictions(
         rows = torch.zeros(0, 1 + network.classes * len(views), dtype=torch.float64)  # of a label and probabilities
         if len(batch.ids):  # a process may have none of a short last batch
             values = view_probabilities(network, batch.replicas)
+            if among is not None:
+                values = values * among.to(values.device)
+                values = values / values.sum(-1, keepdim=True)
             by_views = [values[:, CENTRE[views[-1]]] if name == "centre" else values.mean(1) for name in views]
             rows = torch.cat([batch.labels.cpu()[:, None].double(), *(values.cpu() for values in by_views)], 1)
             require_finite_outputs(rows)
@@ -142,6 +151,12 @@ def error_rates(
 def labelled(dataset: Manifest, split: str) -> bool:
     """Return True if every image of the split has a label."""
     return bool((dataset.samples(split)["label"] >= 0).all())
+
+
+def present(dataset: Manifest, split: str) -> Tensor:
+    """Return which classes have an image in the split, (classes,) bool."""
+    labels = torch.from_numpy(dataset.samples(split)["label"].astype("int64"))
+    return torch.bincount(labels[labels >= 0], minlength=len(dataset.classes)) > 0
 
 
 def require_labels(dataset: Manifest, split: str) -> None:
@@ -170,6 +185,9 @@ def view_probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor])
     "--batch-size", type=click.IntRange(1), help="Images of all processes at a time.  [default: each 128; of views 16]"
 )
 @click.option("--confused", default=10, show_default=True, type=click.IntRange(0), help="Pairs of classes to show.")
+@click.option(
+    "--among-present", is_flag=True, help="Predict only classes that the split has, as for ImageNet-A and -R."
+)
 @click.option("--per-class", is_flag=True, help="Show the errors of each class.")
 @click.option("--save-probabilities", "saved", type=PATH, metavar="OUT.npz", help="Write every image's.")
 @JSON
@@ -181,6 +199,7 @@ def evaluate(
     views: str,
     batch_size: int | None,
     confused: int,
+    among_present: bool,
     per_class: bool,
     saved: Path | None,
     as_json: bool,
@@ -203,11 +222,14 @@ def evaluate(
             if world.is_main:
                 require_npz(saved)
             has_labels = labelled(dataset, split)
-            if not saved:
+            if not saved or among_present:
                 require_labels(dataset, split)
+            among = present(dataset, split) if among_present else None
             network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
         inputs = {"the data set": dataset.identity, "the checkpoint of step": checkpoint.step}
-        world.require_equal_settings(inputs | {"--split": split, "--views": names, "--batch-size": batch_size})
+        world.require_equal_settings(
+            inputs | {"--split": split, "--views": names, "--batch-size": batch_size, "--among-present": among_present}
+        )
         origin = Origin(dataset.identity, split, names[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
         keep = Probabilities.empty(origin, samples if saved and world.is_main else 0)
         tallies, done = {name: Tally(network.classes) for name in names}, 0
@@ -216,7 +238,7 @@ def evaluate(
             evaluation(dataset, checkpoint.recipe, split, names[-1], network.devices, batch_size, world)
         )
         began = time.perf_counter()
-        for labels, by_views in predictions(network, loader, names, world):
+        for labels, by_views in predictions(network, loader, names, world, among=among):
             if saved and world.is_main:
                 keep.labels[done : done + len(labels)] = labels
                 keep.values[done : done + len(labels)] = by_views[names[-1]]
@@ -238,6 +260,7 @@ def evaluate(
         click.echo(json_text(result, indent=1) if as_json else f"{printable(str(saved))}: {text}")
         return
     result |= {name: asdict(tally.errors()) for name, tally in tallies.items()}
+    result |= {"classes_present": int(present(dataset, split).sum()), "among_present": among_present}
     result |= {"details_of": names[-1], **tallies[names[-1]].details(dataset.classes)}
     text = json_text(result, indent=1) + "\n"
     try:
@@ -265,11 +288,14 @@ def _print(result: dict[str, Any], names: list[str], per_class: bool, confused: 
     for name in names:
         top1, top5, nll = (result[name][key] for key in ("top1_error", "top5_error", "nll"))
         click.echo(f"{VIEWS[name]:12}{top1:>10.1f} %{top5:>10.1f} %{-nll:>16.4f}")
+    if (count := result["classes_present"]) < (classes := len(result["classes"])):
+        among = f"these {count:,} alone" if result["among_present"] else f"all {classes:,}"
+        click.echo(f"{count:,} of {classes:,} classes present; predictions are among {among}")
     if per_class:
         rows = [["class", "images", "top-1 error", "top-5 error"]]
-        for record in result["classes"]:
+        for record in (record for record in result["classes"] if record["samples"]):
             name = record["words"] if record["words"] == record["wnid"] else f"{record['wnid']} {record['words']}"
-            errors = [f"{record[key]:.1f} %" if record["samples"] else "" for key in ("top1_error", "top5_error")]
+            errors = [f"{record[key]:.1f} %" for key in ("top1_error", "top5_error")]
             rows.append([name, f"{record['samples']:,}", *errors])
         _print_table(f"by class ({VIEWS[names[-1]]})", rows)
     rows = [["images", "of its class", "true", "taken for"]]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline import UserError, manifest
 from pipeline.cli import Command
+from pipeline.doubts import doubts
 from pipeline.online.batch import Batch
 from pipeline.online.devices import missing_device
 from trainer import checkpoint as checkpoints
@@ -102,6 +103,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
     placement = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
     versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
     world.require_equal_settings(recipes.flat(asdict(recipe)) | versions)
+    for doubt in doubts(dataset) if world.is_main else ():
+        click.echo(f"warning: {doubt}", err=True)
 
     # ---------------- Network, optimiser, schedule ----------------
     reference_precision(recipe.train.precision)

@@ -192,10 +192,11 @@ def write_manifest(plan: Plan, root: Location, merged: Mapping[str, MergedSplit]
     files = {name: record for split in merged.values() for name, record in split.files.items()}
     skipped = [line for split in merged.values() for line in split.skipped]
     splits = {name: split.entry for name, split in merged.items()}
-    if not splits["train"].samples:
+    if not splits["val" if plan.statistics else "train"].samples:
         reasons = ", ".join(sorted({line["reason"] for line in skipped}))
-        raise UserError(f"{root}: no training image could be decoded; the reasons: {reasons}")
-    statistics = finish(merged["train"].sums)
+        kind = "picture to evaluate" if plan.statistics else "training image"
+        raise UserError(f"{root}: no {kind} could be decoded; the reasons: {reasons}")
+    statistics = plan.statistics or finish(merged["train"].sums)
     for name, data in summary_files(statistics, skipped, splits).items():
         files[name] = FileRecord(**write_bytes_aside(root / name, data))
     written = Manifest(root, plan.recipe, plan.classes, splits, statistics.summary(), files, codec_versions())

@@ -21,6 +21,7 @@ MAX_TEXT = 16 * 2**20  # bytes
 MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
 WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
 NUMBER = re.compile(r"[0-9]{1,9}")
+LABELLED = {"webdataset", "parquet"}  # their readers know the labels, and keep them by `name_classes`
 KEPT = re.compile(r"0{0,200}[0-9]{1,6}")
 
 
@@ -49,7 +50,9 @@ def finish(sources: Sources, options: Options) -> None:
         sources.notes.append(f"names that differ by case alone are classes of their own: {pairs}")
     sources.order = f"labels are ranks of the class names, by {'number' if are_numbers(names) else 'code points'}"
     if options.keep_labels:
-        _keep_numbers(sources)
+        sources.order = "labels are the numbers in RAW (--keep-labels)"
+        if sources.name not in LABELLED:
+            _keep_numbers(sources)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -92,7 +95,6 @@ def _keep_numbers(sources: Sources) -> None:
         replace(records[name], label=label) if name in records else ClassRecord(label, name, name, None)
         for label, name in enumerate(names)
     )
-    sources.order = "labels are the numbers in the class names (--keep-labels)"
 
 
 # ---- the classes of another data set

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import UserError
 from pipeline.image import codec_versions
-from pipeline.manifest import BuildRecipe, ClassRecord, canonical_json
+from pipeline.manifest import BuildRecipe, ClassRecord, Manifest, Statistics, canonical_json, sha256
 from pipeline.offline.names import SPLITS
 from pipeline.offline.raw import RawImage, RawTable, Sources
 
@@ -66,6 +66,8 @@ class Plan:
     images: RawTable
     keys: Keys
     splits: dict[str, np.ndarray]  # (n,) uint32: indices into `images`, by sample id, skipped images included
+    statistics: Statistics | None = None  # of the data set that this one evaluates; None: of its own training split
+    notes: tuple[str, ...] = ()  # lines for the user
 
     def part(self, split: str, start: int, stop: int) -> Iterator[PlannedImage]:
         """Yield the images start … stop − 1 of a split."""
@@ -92,6 +94,7 @@ class Plan:
                 "images": {split: len(indices) for split, indices in self.splits.items()},
                 "images_sha256": digest.hexdigest(),
             }
+            | ({"statistics": sha256(canonical_json(self.statistics.summary()))} if self.statistics else {})
         )
 
 
@@ -116,9 +119,11 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
 
     The training split is ordered by SHA-256 of (seed, key), a shuffle that no library's generator can change;
     validation and test by the bytes of their file names. Where no validation split exists, the training images whose
-    hashed key falls below `recipe.holdout` become one: whether an image is held out depends on its key alone.
+    hashed key falls below `recipe.holdout` become one: whether an image is held out depends on its key alone. (Of a
+    class that would lose all, the one with the highest hash stays.) Sources that evaluate another data set have no
+    training split, and its statistics.
 
-    Raises UserError: no training image is left.
+    Raises UserError: no training image is left; pictures of another size than those of the data set to evaluate.
     """
     images = sources.images
     keys = assign_keys(images.paths)
@@ -127,16 +132,48 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
         chosen = np.sort(_shuffled("limit", keys, chosen)[: recipe.limit])
     numbers = np.asarray(images.split_numbers)[chosen]
     splits = {split: chosen[numbers == number] for number, split in enumerate(SPLITS)}
-    if recipe.holdout and not images.has("val"):
-        train_keys = (keys[i] for i in map(int, splits["train"]))
-        held_out = _hashes("holdout", train_keys, len(splits["train"])) < np.uint64(recipe.holdout * 2.0**64)
+    notes: list[str] = []
+    if recipe.holdout and not images.has("val") and not sources.evaluation_of:
+        held_out, note = _held_out(images, keys, splits["train"], recipe.holdout)
         splits["train"], splits["val"] = splits["train"][~held_out], splits["train"][held_out]
+        notes.append(note)
     splits["train"] = _shuffled(f"order {recipe.seed}", keys, splits["train"])
     for split in ("val", "test"):
         splits[split] = _by_name(images, splits[split])
-    if not len(splits["train"]):
-        raise UserError("no training image is left: the raw data has too few, or --holdout or --limit is too greedy")
-    return Plan(recipe, sources.classes, images, keys, {split: ids for split, ids in splits.items() if len(ids)})
+    statistics = _statistics_of(sources.evaluation_of, recipe) if sources.evaluation_of else None
+    if not len(splits["val" if statistics else "train"]):
+        kind = "picture to evaluate" if statistics else "training image"
+        raise UserError(f"no {kind} is left: the raw data has too few, or --holdout or --limit is too greedy")
+    used = {split: ids for split, ids in splits.items() if len(ids)}
+    return Plan(recipe, sources.classes, images, keys, used, statistics, tuple(notes))
+
+
+def _held_out(images: RawTable, keys: Keys, ids: np.ndarray, share: float) -> tuple[np.ndarray, str]:
+    """Return which of the training images `ids` are held out, (n,) bool, and a note on it."""
+    hashes = _hashes("holdout", (keys[i] for i in map(int, ids)), len(ids))
+    held_out = hashes < np.uint64(share * 2.0**64)
+    classes = np.asarray(images.class_numbers)[ids]
+    emptied = np.ones(len(images.wnids) + 1, bool)  # by class; the last: no label
+    emptied[classes[~held_out]] = emptied[-1] = False
+    alone = np.flatnonzero(emptied[classes])
+    alone = alone[np.lexsort((hashes[alone], classes[alone]))]
+    last = alone[np.diff(classes[alone], append=-2) != 0]  # of each such class the one with the highest hash
+    held_out[last] = False
+    rule = f"--holdout {share:g}, by a hash of the key"
+    note = (
+        f"no validation split in RAW: {held_out.sum():,} of {len(ids):,} training pictures ({rule}) are held out as one"
+    )
+    if not held_out.any():
+        note = f"no validation split: RAW has none, and none of {len(ids):,} training pictures is held out ({rule})"
+    return held_out, note + (f"; {len(last):,} stay as the last of their class" if len(last) else "")
+
+
+def _statistics_of(dataset: Manifest, recipe: BuildRecipe) -> Statistics:
+    """Return the statistics of the data set to evaluate. Raises UserError where pictures have another size or crop."""
+    for name in ("size", "crop"):
+        if (own := getattr(recipe, name)) != (its := getattr(dataset.recipe, name)):
+            raise UserError(f"--{name} {own}: {dataset.root} was built with {its}; add --{name} {its}")
+    return dataset.statistics()
 
 
 def assign_keys(paths: Sequence[str]) -> Keys:

@@ -32,7 +32,8 @@ def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int
     aside = _local(dataset, "--repair") / REPAIR_FOLDER
     try:
         if plan.classes != dataset.classes or plan.splits.keys() != dataset.splits.keys():
-            raise _refusal(dataset, f"{dataset.root}: RAW has other classes or splits")
+            hint = "" if "train" in dataset.splits else " (built with --classes-of DATASET: name that again)"
+            raise _refusal(dataset, f"{dataset.root}: RAW has other classes or splits{hint}")
         rebuilt = _rebuild(dataset, set(failing), plan, aside, workers)
         if wrong := sorted(name for name in failing if rebuilt.get(name) != dataset.files[name]):
             raise _refusal(dataset, f"{wrong[0]}: RAW gives other bytes than the manifest promises")
@@ -60,7 +61,7 @@ def _rebuild(dataset: Manifest, failing: set[str], plan: Plan, aside: Path, work
     for split in merged.values():
         rebuilt |= split.files
     skipped = [line for split in merged.values() for line in split.skipped]
-    statistics = finish(merged["train"].sums) if "train" in merged else dataset.statistics()
+    statistics = plan.statistics or (finish(merged["train"].sums) if "train" in merged else dataset.statistics())
     for name, data in build.summary_files(statistics, skipped, dataset.splits).items():
         if name in failing:
             rebuilt[name] = FileRecord(**write_bytes_aside(aside / name, data))
@@ -99,6 +100,8 @@ def _require_same(dataset: Manifest, plan: Plan) -> None:
     differing = differences(before, {**asdict(plan.recipe), **codec_versions(), "raw images": images})
     if plan.classes != dataset.classes:
         differing.append("the classes")
+    if plan.statistics and plan.statistics.summary() != dataset.statistics_summary:
+        differing.append("the statistics")
     if differing:
         raise UserError(f"{dataset.root}: differs in {', '.join(differing)}; nothing was changed")
 

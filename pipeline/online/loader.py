@@ -118,6 +118,15 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             upcoming=self._cache.ahead if self._cache else None,
         )
 
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, `steps_per_epoch`; training goes on after them."""
+        return self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of global batches in a pass over the split: the same in every rank, from any step on."""
+        return self.order.steps_per_epoch
+
     def __next__(self) -> Batch:
         """Return the next batch. An error of its preparation is raised here."""
         device = self.devices[0]
