@@ -125,8 +125,12 @@ def pictures_of_classes(plan: Plan) -> dict[str, np.ndarray]:
 
 
 def class_rows(plan: Plan, counts: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Return label, name, words and the pictures of each split, by `counts`, of the first and last classes."""
-    records = plan.classes if len(plan.classes) <= 2 * ENDS else (*plan.classes[:ENDS], *plan.classes[-ENDS:])
+    """Return label, name, words and the pictures of each split, by `counts`, of the first and last classes.
+
+    Of a plan to evaluate another data set, which may have few of its classes, those with pictures count.
+    """
+    some = np.flatnonzero(sum(counts.values())).tolist() if plan.statistics else range(len(plan.classes))
+    records = [plan.classes[i] for i in (some if len(some) <= 2 * ENDS else (*some[:ENDS], *some[-ENDS:]))]
     return [
         {"label": record.label, "name": record.wnid, "words": record.words}
         | {"pictures": {split: int(count[record.label]) for split, count in counts.items()}}
@@ -143,7 +147,7 @@ def print_reading(sources: Sources, plan: Plan, rows: Sequence[Mapping[str, Any]
     columns = (Column(split, justify="right") for split in plan.splits)
     table = Table(Column("label", justify="right"), *texts, *columns, box=None)
     for i, row in enumerate(rows):
-        if i == ENDS and len(plan.classes) > len(rows):
+        if i == ENDS and len(plan.classes) > len(rows) == 2 * ENDS:
             table.add_row("…")
         names = [printable(row[key], LONGEST) for key in ("name", "words")][: len(texts)]
         table.add_row(str(row["label"]), *names, *(f"{count:,}" for count in row["pictures"].values()))

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import UserError, storage
-from pipeline.cli import Command, progress_bars
+from pipeline.cli import Command, printable, progress_bars
 from pipeline.doubts import doubts
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
@@ -256,7 +256,7 @@ def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> N
         click.echo(f"left out: {line}")
     if without:
         more = f" and {len(without) - 5:,} more" if len(without) > 5 else ""
-        click.echo(f"note: classes without a training image: {', '.join(without[:5])}{more}")
+        click.echo(f"note: classes without a training image: {', '.join(map(printable, without[:5]))}{more}")
 
 
 def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str, Any], run: Run | None) -> None:
