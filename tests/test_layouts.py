@@ -184,10 +184,10 @@ def test_a_list_of_classes_is_read_in_one_way_or_refused(names: str, text: str, 
         ("3,5,10", "0,1,2,3,4,5,6,7,8,9,10"),
         ("03,05", "00,01,02,03,04,05"),
         ("0,1,2", "0,1,2"),
-        ("3,03", "--keep-labels: 3 and 03 are one number; rename one, or merge them"),
-        ("-2,3", "--keep-labels: the class name -2 is not a number from 0 to 999,999; leave the option out"),
-        ("3,cat", "--keep-labels: the class name cat is not a number from 0 to 999,999; leave the option out"),
-        ("3,2000000", "--keep-labels: the class name 2000000 is not a number from 0 to 999,999; leave the option out"),
+        ("3,03", "--keep-labels: 03 and 3 are one number"),
+        ("-2,3", "--keep-labels: the label -2 is no number from 0 to 99,999"),
+        ("3,cat", "--keep-labels: the label cat is no number from 0 to 99,999"),
+        ("3,2000000", "--keep-labels: the label 2000000 is no number from 0 to 99,999"),
     ],
 )
 def test_numbers_of_folders_are_kept_on_demand(names: str, result: str, tmp_path: Path):
@@ -195,7 +195,7 @@ def test_numbers_of_folders_are_kept_on_demand(names: str, result: str, tmp_path
     try:
         sources = find_sources(tmp_path, keep_labels=True)
     except UserError as error:
-        assert result in (str(error), str(error).replace("03 and 3", "3 and 03"))
+        assert str(error).partition("; ")[0] == result
         return
     assert [(record.label, record.wnid) for record in sources.classes] == [*enumerate(result.split(","))]
     assert {image.path: image.wnid for image in sources.images} == {f"{name}/1.png": name for name in names.split(",")}

@@ -22,7 +22,7 @@ MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
 WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
 NUMBER = re.compile(r"[0-9]{1,9}")
 LABELLED = {"webdataset", "parquet"}  # their readers know the labels, and keep them by `name_classes`
-KEPT = re.compile(r"0{0,200}[0-9]{1,6}")
+MAX_KEPT = 99_999  # with --keep-labels; each number up to the highest is a class
 
 
 def ranked(names: Iterable[str], words: Mapping[str, str], ids: Mapping[str, int]) -> tuple[ClassRecord, ...]:
@@ -51,7 +51,7 @@ def finish(sources: Sources, options: Options) -> None:
     sources.order = f"labels are ranks of the class names, by {'number' if are_numbers(names) else 'code points'}"
     if options.keep_labels:
         sources.order = "labels are the numbers in RAW (--keep-labels)"
-        if sources.name not in LABELLED:
+        if options.classes or sources.name not in LABELLED:
             _keep_numbers(sources)
 
 
@@ -79,10 +79,10 @@ def _keep_numbers(sources: Sources) -> None:
     """Make the number in each class's name its label; the classes between have no pictures."""
     records = {record.wnid: record for record in sources.classes}
     for name in records:
-        if not KEPT.fullmatch(name):
-            limit = "a number from 0 to 999,999"
-            raise UserError(
-                f"--keep-labels: the class name {printable(name, 120)} is not {limit}; leave the option out"
+        if not are_numbers([name]) or not 0 <= int(name) <= MAX_KEPT:
+            reach = f"the label {printable(name, 60)} is no number from 0 to {MAX_KEPT:,}"
+            raise SourceError(
+                f"--keep-labels: {reach}; without that option, classes get the numbers 0, 1, 2, … in order"
             )
     numbers = {int(name): name for name in records}
     if len(numbers) < len(records):
