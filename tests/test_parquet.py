@@ -18,7 +18,8 @@ from conftest import build
 from pipeline import SourceError
 from pipeline.archives import ListingCache
 from pipeline.offline import parquet
-from pipeline.offline.raw import Folder, Sources
+from pipeline.offline.raw import Sources
+from pipeline.offline.tree import Folder
 from tars import tree
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
