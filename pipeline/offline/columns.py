@@ -103,7 +103,7 @@ class File:
     def missing(self, content: str, names: Iterable[str]) -> SourceError:
         """Return the refusal of a file without a usable column of these names."""
         columns = ", ".join(column.path for column in self._columns[:50])[:200]
-        unused = next((f" ({c.path} is {_kind(c)})" for c in self._named(names, "Image")), "")
+        unused = next((f" ({c.path} is {_kind(c)})" for c in self._named(names, "")), "")
         remedy = "rename a column, or write one with one value a row: a picture as bytes, a label as number or text"
         problem = f"no column named {', '.join(names)} has {content} a row; it has {columns!a}{unused}"
         return SourceError(f"{self.name}: {problem}; {remedy}")
@@ -185,7 +185,11 @@ def _is_label(column: Any) -> bool:
 
 
 def _kind(column: Any) -> str:
-    return "a list" if column.max_repetition_level else str(column.logical_type.type or column.physical_type).lower()
+    """Return the kind of a column's values, in words."""
+    if column.max_repetition_level:
+        return "a list"
+    logical = column.logical_type.type
+    return "text" if logical == "STRING" else (column.physical_type if logical == "NONE" else logical).lower()
 
 
 def _is_bytes(column: Any) -> bool:
