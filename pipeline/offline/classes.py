@@ -231,9 +231,9 @@ def read_small(path: Location, most: int) -> bytes:
     return data
 
 
-def read_text(path: Location) -> str:
+def read_text(path: Location, most: int = MAX_TEXT) -> str:
     """Return a small text file. Raises SourceError where it is too large, or neither UTF-8 nor marked as UTF-16."""
-    data = read_small(path, MAX_TEXT)
+    data = read_small(path, most)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig")
