@@ -28,13 +28,16 @@ SECOND_OF_NAME = "second member of one name in an archive"
 DATA_AFTER_END = "data after the end of an archive"
 NO_END = "archive without an end mark, perhaps cut short"
 
-CACHE_FILE, FORMAT = "listings", 4
+CACHE_FILE, FORMAT = "listings", 5
 RECORD = re.compile(rb"(?P<offset>\d+) (?P<size>\d+) (?P<reason>[^\t]*)\t(?P<name>[^\0]*)\0")  # of a member
 DIGEST_BYTES = 32  # SHA-256 of everything before it ends the file
 
 
 class Member(NamedTuple):
-    """A member of an archive: a regular file with a name of its own, unless `reason` says why it is none."""
+    """A member of an archive: a regular file with a name of its own, unless `reason` says why it is none.
+
+    A hard link to an earlier one is a regular file, too: it has the bytes of that.
+    """
 
     name: str  # as a plain relative path; with a reason: as it stands in the header, "" for the archive itself
     offset: int  # of the data in the file
@@ -56,7 +59,7 @@ def members(read: Read, start: int, end: int, archive: str) -> Iterator[Member]:
     headers = _Headers(read, end)
     # A TarFile for reading would read a header here, and would not say later why one is damaged. Nothing is written.
     tar = tarfile.TarFile(fileobj=cast(IO[bytes], headers), mode="w", encoding="utf-8", errors="surrogateescape")
-    names: set[str] = set()
+    extents: dict[str, tuple[int, int]] = {}  # name → offset and size of a regular member
     at = start
     while at < end:
         headers.start = headers.at = at
@@ -72,18 +75,20 @@ def members(read: Read, start: int, end: int, archive: str) -> Iterator[Member]:
                 yield Member("", at, 0, DATA_AFTER_END)
             return
         name, left, reason = _plain(info.name), end - info.offset_data, ""
+        extent = (info.offset_data, info.size)
+        linked = extents.get(_plain(info.linkname)) if info.islnk() else None
         if info.issparse():
             reason = "sparse file in an archive"
-        elif not info.isreg():
+        elif not (info.isreg() or linked):
             reason = KINDS.get(info.type, "unknown kind of member in an archive")
-        elif info.size > left:
+        elif not linked and info.size > left:
             sizes = f"claims {info.size:,} bytes where {left:,} are left"
             raise SourceError(f"{archive}: cut short inside {info.name[:120]!r}, which {sizes}; fetch it again")
-        elif not name or name in names:
+        elif not name or name in extents:
             reason = SECOND_OF_NAME if name else UNSAFE_NAME
         else:
-            names.add(name)
-        yield Member(info.name if reason else name, info.offset_data, info.size, reason)
+            extent = extents[name] = linked or extent
+        yield Member(info.name if reason else name, *extent, reason)
         at = tar.offset
     yield Member("", end, 0, NO_END)
 

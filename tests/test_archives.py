@@ -107,9 +107,9 @@ def test_hostile_members_are_named_and_left_out_and_nothing_is_written_outside(t
     before = set(tmp_path.rglob("*"))
     result = build(tmp_path / "raw", tmp_path / "out", "--workers", 1, "--holdout", 0)
     assert result.exit_code == 0, result.output
-    assert "3 train, 2 classes" in result.output
+    assert "4 train, 2 classes" in result.output
     for line in (
-        "3 × link in an archive: n00000001.tar/n00000001_2.JPEG, n00000001.tar/n00000001_3.JPEG, ",
+        "2 × link in an archive: n00000001.tar/n00000001_2.JPEG, n00000001.tar/evil",
         "2 × device or pipe in an archive: n00000001.tar/pipe.JPEG, n00000001.tar/null.JPEG",
         "2 × second member of one name in an archive: n00000001.tar/n00000001_1.JPEG, ",
         "1 × unknown kind of member in an archive: n00000001.tar/n00000001_9.JPEG",

@@ -18,7 +18,9 @@ from conftest import build
 from pipeline import SourceError
 from pipeline.archives import ListingCache
 from pipeline.offline import parquet
-from pipeline.offline.raw import Folder, Sources
+from pipeline.offline.raw import Options, Sources
+from pipeline.offline.sources import find_sources
+from pipeline.offline.tree import Folder
 from tars import tree
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -56,8 +58,8 @@ def write_split(file: Path, rows: Iterable[Row], names: Sequence[str] = (), **op
     pq.write_table(table, file, **options)
 
 
-def listed(raw: Path, forced: bool = False) -> Sources | None:
-    return parquet.read(Folder.of(raw), ListingCache(None), forced)
+def listed(raw: Path, **options: bool) -> Sources:
+    return parquet.read(Folder.of(raw), ListingCache(None), Options(**options))
 
 
 def seen(sources: Sources, folder: Path) -> list[tuple[str, str, str | None, bytes]]:
@@ -78,14 +80,15 @@ def test_imagenet_as_hugging_face_has_it(tmp_path: Path, shape: str):
             rows = [(f"{word}{part}{i}".encode(), name.format(wnids[i], i), i) for i in range(4)]
             write_split(tmp_path / path, rows, names)
             expected += [("val" if word[0] == "v" else word, f"{path}/{n}", wnids[i], b) for b, n, i in rows]
-    path = shape.format("test", 0)
-    rows = [(b"t%d" % i, f"ILSVRC2012_test_0000000{i}.JPEG", -1) for i in range(3)]
-    write_split(tmp_path / path, rows, names)
-    expected += [("test", f"{path}/{n}", None, b) for b, n, _ in rows]
+    for part in range(2):
+        path = shape.format("test", part)
+        rows = [(b"t%d%d" % (part, i), f"ILSVRC2012_test_0000000{i}.JPEG", -1) for i in range(3)]
+        write_split(tmp_path / path, rows, names)
+        expected += [("test", f"{path}/{n}", None, b) for b, n, _ in rows]
     sources = listed(tmp_path)
     assert sorted(seen(sources, tmp_path / "copies")) == sorted(expected, key=lambda image: (image[0], image[1]))
     assert [(c.label, c.wnid, c.words) for c in sources.classes] == list(zip(range(4), wnids, names))
-    assert sources.layout == "5 parquet files"
+    assert sources.layout == "6 parquet files"
     assert not sources.ignored
 
 
@@ -112,18 +115,19 @@ def test_missing_labels_and_images_are_left_out_with_a_reason(tmp_path: Path):
     write_split(tmp_path / "train.parquet", rows)
     write_split(tmp_path / "test.parquet", rows)
     (tmp_path / "notes.parquet").write_bytes(b"not looked at, for its name tells no split")
-    sources = listed(tmp_path)
+    sources = listed(tmp_path, allow_incomplete=True)
     assert Counter(image[:3] for image in seen(sources, tmp_path / "copies")) == Counter(
         [("train", f"train.parquet/{n}", w) for n, w in (("a", "003"), ("f", "120"))]
         + [("test", f"test.parquet/{n}", w) for n, w in (("a", "003"), ("b", None), ("c", None), ("f", "120"))]
     )
     assert sources.ignored == {parquet.NO_IMAGE: 4, parquet.NO_LABEL: 2, ".parquet": 1}
+    assert sources.ignored.pictures == 6
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "test.parquet")
-    assert len(listed(tmp_path).images) == 3
+    assert len(listed(tmp_path, allow_incomplete=True).images) == 3
 
 
 def test_text_labels_are_the_classes(tmp_path: Path):
-    words = ["señal", " crane ", "10", "9", "", "-1", "x" * 201, "a\nb", None]
+    words = ["señal", " crane ", "10", "9", "", "-1", "x" * 4097, "a\nb", None]
     pq.write_table(pa.table({"img": [b"%d" % i for i in range(9)], "class": words}), tmp_path / "a.parquet")
     sources = listed(tmp_path)
     assert [(image[1], image[2]) for image in seen(sources, tmp_path / "copies")] == [
@@ -157,36 +161,85 @@ def test_files_that_contradict_one_another_are_refused(tmp_path: Path):
         listed(tmp_path)
 
 
-def test_files_beside_pictures_or_class_folders_are_another_layout(tmp_path: Path):
-    files = ("classes/a/1.jpg", "classes/b/1.jpg", "flat/n00000001_1.JPEG", "splits/train/a/1.jpg")
-    tree(tmp_path, dict.fromkeys(files, b""))
-    for name in ("classes", "flat", "splits/train", "none"):
-        write_split(tmp_path / name / "notes.parquet", [(b"", "a", 2)])
-    (tmp_path / "none" / "notes.parquet").unlink()
-    assert [listed(tmp_path / name) for name in ("classes", "flat", "splits", "none")] == [None] * 4
-    assert listed(tmp_path / "none", True) is None
+@pytest.mark.parametrize(
+    ("files", "layout"),
+    [("{}/1.jpg", "class-folders"), ("n0000000{}_1.JPEG", "flat"), ("train/{}/1.jpg", "split-folders")],
+)
+def test_files_beside_another_layout_are_refused_with_both_readings(tmp_path: Path, files: str, layout: str):
+    tree(tmp_path, {files.format(n): b"" for n in range(2)})
+    write_split(tmp_path / "notes.parquet", [(b"", "a", 2)])
+    with pytest.raises(SourceError, match="can be read in more than one way") as refusal:
+        find_sources(tmp_path)
+    assert all(f"(--layout {name})" in str(refusal.value) for name in ("parquet", layout))
+
+
+def test_the_column_of_the_labels_is_said(tmp_path: Path):
+    """Of fine and coarse labels the fine ones hold; a column of names beside numbers gives the words."""
+    columns = {"img": [b"a", b"b", b"c"], "coarse_label": [0, 0, 1], "fine_label": [2, 1, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    sources = listed(tmp_path)
+    assert sources.gives == "the column fine_label (not coarse_label)"
+    assert [image.wnid for image in sources.images] == ["2", "1", "2"]
+    columns = {"img": [b"a", b"b", b"c"], "label_id": [12, 3, 12], "label_name": ["owl", "cat", "owl"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    sources = listed(tmp_path)
+    assert sources.gives == "the column label_id, with words from label_name"
+    assert [(c.label, c.wnid, c.words) for c in sources.classes] == [(0, "03", "cat"), (1, "12", "owl")]
+    assert "labels 3, 12 are classes 0, 1 (--keep-labels keeps the numbers)" in sources.notes
+    kept = listed(tmp_path, keep_labels=True)
+    assert [c.label for c in kept.classes] == [*range(13)]
+    assert [c.words for c in kept.classes] == ["00", "01", "02", "cat", *(f"{n:02d}" for n in range(4, 12)), "owl"]
+    pq.write_table(pa.table(columns | {"label_name": ["owl", "cat", "emu"]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="column label_name: the label 12 has two names, owl and emu"):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        ([1.0, 10.0, float("nan"), None, 2.0], ["01", "10", "02"], ["01", "02", "10"]),
+        ([True, None, True, False, True], ["true", "true", "false", "true"], ["false", "true"]),
+        (["-2", "10", "9", "-1", "2"], ["-2", "10", "09", "02"], ["-2", "02", "09", "10"]),
+        (pa.array([2**63, 5, None, 5, 0], pa.uint64()), [f"{n:019d}" for n in (2**63, 5, 5, 0)],
+         [f"{n:019d}" for n in (0, 5, 2**63)]),
+        (["\u3000a\tb ", "x" * 4096, "e\u0301", "\u00e9", "\ufeff\n"], ["\u3000a\tb", "x" * 4096, "\u00e9", "\u00e9"],
+         ["x" * 4096, "\u00e9", "\u3000a\tb"]),
+    ],
+    ids=["floats", "booleans", "text of numbers", "uint64", "text"],
+)  # fmt: skip
+def test_labels_of_other_types(tmp_path: Path, labels: list[object], names: list[str], classes: list[str]):
+    pq.write_table(pa.table({"image": [b"%d" % i for i in range(5)], "label": labels}), tmp_path / "a.parquet")
+    sources = listed(tmp_path)
+    assert [image.wnid for image in sources.images] == names
+    assert [c.wnid for c in sources.classes] == classes
+    assert sources.ignored.pictures == 5 - len(names)
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"image": [[b"a"], [b"b", b"c"]]}, "image, .* the bytes of one image a row; .* 'image.list.element'"),
-        ({"image": ["a.jpg", "b.jpg"]}, "no column named image, img, .* the bytes of one image a row; it has 'image'"),
-        ({"image": [b"a", b"b"], "label": [0.5, 1.5]}, "label, .* one number or text a row; it has 'image, label'"),
+        ({"image": ["a.jpg", "b.jpg"]}, r"image, img, .* one image a row; it has 'image' \(image is text\)"),
+        (
+            {"image": pa.array([{"bytes": None, "path": "a.jpg"}], IMAGE), "label": [1]},
+            "image.bytes: null in every row.* embed_external_files",
+        ),
+        ({"image": [b"a", b"b"], "label": [0.5, 1.5]}, "column label: 0.5 is no label; write whole numbers or text"),
+        ({"image": [None, b""], "text": ["a", "b"]}, "named label, .* one number or text a row; it has 'image, text'"),
         ({"image": [b"a", b"b"], "label": [[1], [2]]}, "label, .* one number or text a row; .*, label.list.element'"),
     ],
 )
 def test_columns_that_cannot_be_used_are_named(tmp_path: Path, columns: dict[str, list[object]], message: str):
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(SourceError, match=message):
-        listed(tmp_path, True)
+        listed(tmp_path)
 
 
 def test_without_pyarrow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_small(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(SourceError, match=r"pip install 'penstock-imagenet\[parquet\]'"):
-        listed(tmp_path, True)
+        listed(tmp_path)
 
 
 @pytest.mark.parametrize(("codec", "version"), [("none", "1.0"), ("zstd", "2.0")])
@@ -252,7 +305,7 @@ def read_or_refused(file: Path, bad: bytes) -> str:
     """Read a folder with this file; assert that a refusal is one line that names it."""
     file.write_bytes(bad)
     try:
-        seen(listed(file.parent, True), file.parent / "copies")
+        seen(listed(file.parent), file.parent / "copies")
     except SourceError as error:
         assert str(error).startswith(f"{file.parent}")
         assert "\n" not in str(error)

@@ -268,7 +268,7 @@ PARQUET = {  # folder → fragments of a refusal, where one is as safe as the ri
 
 def value(name: str) -> float:
     """Return the number of a class: 07, 7.0 and c7 are 7."""
-    return float({"True": "1", "False": "0"}.get(name, name.removeprefix("c")))
+    return float({"true": "1", "false": "0"}.get(name, name.removeprefix("c")))
 
 
 @pytest.mark.parametrize("below", PARQUET)

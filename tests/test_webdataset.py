@@ -50,9 +50,10 @@ def test_webdataset_with_words(tmp_path: Path):
     members += [("3.jpg", b"3"), ("3.cls", b"\xff"), ("4.jpg", b"4"), ("4.json", b"[" * 10**5), ("5.jpg", b"5")]
     tree(tmp_path, {"shard-000.tar": tar_bytes([*members, ("5.json", b'{"label": true}')])})
     sources = find_sources(tmp_path)
-    assert {image.name: image.wnid for image in sources.images} == {"1.jpg": "señal", "2.jpg": "7"}
-    assert [c.wnid for c in sources.classes] == ["7", "señal"]
-    assert sources.ignored == {"picture without a label in .cls or .json": 3}
+    assert {image.name: image.wnid for image in sources.images} == {"1.jpg": "señal", "2.jpg": "7", "3.jpg": "\\xff"}
+    assert [c.wnid for c in sources.classes] == ["7", "\\xff", "señal"]
+    assert sources.ignored == {"picture without a label in .cls or .json": 2}
+    assert sources.ignored.pictures == 2
 
 
 def test_a_dataset_directory_of_ours_is_a_layout_too(dataset: Path):

@@ -20,7 +20,6 @@ NAMED = 5  # classes in a message; the rest is counted
 MAX_TEXT = 16 * 2**20  # bytes
 MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
 WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
-NUMBER = re.compile(r"[0-9]{1,9}")
 LABELLED = {"webdataset", "parquet"}  # their readers know the labels, and keep them by `name_classes`
 MAX_KEPT = 99_999  # with --keep-labels; each number up to the highest is a class
 
@@ -156,25 +155,43 @@ def _has_training_split(sources: Sources) -> bool:
 # ---- names in lists
 
 
-def name_classes(sources: Sources, named: Mapping[int, ClassRecord] | None, file: str) -> None:
+def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, options: Options) -> None:
     """Give classes that are named by numbers the names that `file` has for them; without it, numbers of one width.
 
-    Where not all are numbers, or `named` is None, the labels stay as they are.
+    Where not all are numbers, the labels stay as they are. A number that is not the label of its class is noted;
+    with --keep-labels it is that label, and classes between may have no picture.
+
+    Raises SourceError: a number that the list in `file` lacks, or with --keep-labels one below 0, or text.
     """
-    labels, known = sources.images.wnids, (named or {}).values()
+    names, known = sources.images.wnids, named.values()
     words = {record.wnid: record.words for record in known}
-    if named is None or not all(map(NUMBER.fullmatch, labels)):
-        sources.classes = ranked(labels, words, {})
+    text = "" if are_numbers(names) else next(name for name in in_order(names) if not are_numbers([name]))
+    if text and not options.keep_labels:
+        sources.classes = ranked(names, words, {})
         return
-    numbers = [int(label) for label in labels]
+    numbers = [] if text else sorted(map(int, names))
+    outside = [n for n in numbers if not 0 <= n <= MAX_KEPT]
+    if options.keep_labels and (text or outside):
+        wrong = printable(text, 60) or str(outside[0])
+        reach = f"the label {wrong} is no number from 0 to {MAX_KEPT:,}"
+        raise SourceError(f"--keep-labels: {reach}; without that option, classes get the numbers 0, 1, 2, … in order")
     if named and (beyond := sorted(set(numbers) - named.keys())):
         reach = f"names the classes 0 to {max(named)}, but an image has the label {beyond[0]}"
         raise SourceError(f"{file}: {reach}; correct that list or remove it")
     width = len(str(max(numbers, default=0)))
-    names = {label: named[n].wnid if named else f"{n:0{width}d}" for label, n in zip(labels, numbers)}
-    sources.images.rename_classes(names.__getitem__)
+    kept = range(max([*numbers, *named], default=-1) + 1) if options.keep_labels else numbers
+    name_of = {n: named[n].wnid if n in named else f"{n:0{width}d}" for n in kept}
+    sources.images.rename_classes(lambda name: name_of[int(name)])
     ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
-    sources.classes = ranked(words or names.values(), words, ids)
+    sources.classes = ranked(words or name_of.values(), words, ids)
+    if options.keep_labels:
+        sources.classes = tuple(ClassRecord(n, x, words.get(x, x), ids.get(x)) for n, x in name_of.items())
+    label_of = {record.wnid: record.label for record in sources.classes}
+    changed = [(n, label_of[name_of[n]]) for n in dict.fromkeys(numbers) if label_of[name_of[n]] != n]
+    if changed and not options.classes_of:
+        before, after = (", ".join(map(str, column[:NAMED])) for column in zip(*changed))
+        more = f" (and {len(changed) - NAMED:,} more)" if len(changed) > NAMED else ""
+        sources.notes.append(f"labels {before} are classes {after}{more} (--keep-labels keeps the numbers)")
 
 
 def read_class_list(file: Location) -> dict[int, ClassRecord]:

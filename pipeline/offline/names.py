@@ -61,7 +61,8 @@ def spelled(name: str) -> Spelled | None:
     pattern = "_".join("*" + matches[i][2] if i in matches else word for i, word in enumerate(words))
     certain = all(i in matches or not word or ADDITION.fullmatch(word) for i, word in enumerate(words))
     numbers = {i for i, word in enumerate(words) if word.isdecimal()}
-    beside = {split for i, split in splits.items() if {i - 1, i + 1} & numbers}
+    near = {i for i in splits if {i - 1, i + 1} & numbers}
+    beside = {splits[j] for i in near for j in (i - 1, i, i + 1) if j in splits}  # train-test-000: no one split
     return Spelled(frozenset(splits.values()), pattern, certain, beside.pop() if len(beside) == 1 else "")
 
 

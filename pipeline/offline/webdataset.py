@@ -2,33 +2,93 @@
 
 import json
 import re
+from itertools import islice
 
 from pipeline import SourceError, storage
-from pipeline.archives import ListingCache, Member
+from pipeline.archives import ListingCache, Member, members
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.classes import name_classes, read_class_list
-from pipeline.offline.names import file_splits, folder_splits, missing
+from pipeline.offline.names import file_splits, folder_splits, missing, normal
 from pipeline.offline.raw import Options, RawImage, Reading, Sources
-from pipeline.offline.tree import SUFFIXES, Folder
-from pipeline.storage import Read
+from pipeline.offline.tree import Folder, is_picture
+from pipeline.storage import Location, Read
 
 CLASSES = "classes.txt"
 HUB = "data"  # the folder of the files in a repository of Hugging Face
-MAX_LABEL = 200  # characters
+MAX_LABEL = 4096  # characters, as of a name
 MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
-NUMBER = re.compile(r"[0-9]{1,9}")
+BLANKS = "\ufeff \t\r\n"  # around a label; U+FEFF begins the texts of some Windows programs
+OTHER_TAR = re.compile(
+    r"ilsvrc20\d\d_(img|images)_.*|n\d{8}\.tar"
+)  # of published archives, which have no labels inside
+LOOKED_AT = 8  # tars, each of another series
+HEADERS = 256  # members of each
+SCANNED = 16  # folders below RAW, in search of one that RAW might rather be
 
 
 def evidence(folder: Folder, options: Options) -> Reading | None:
-    """Return the reading of RAW's tars as shards."""
-    return file_evidence(folder, ".tar", "WebDataset shards")
+    """Return the reading of RAW's tars as shards, if the first members of one are KEY.jpg beside KEY.cls or KEY.json.
+
+    Tars of pictures alone account for nothing, and are in doubt; so are those that cannot be read.
+    """
+    reading = file_evidence(folder, ".tar", "WebDataset shards")
+    if reading is None or not reading.evidence:
+        return reading
+    series = {re.sub("[0-9]+", "0", path): path for path in reversed(_files(folder, ".tar"))}
+    alone = ""
+    for path in [*reversed(series.values())][:LOOKED_AT]:
+        try:
+            pictures, labels = _stems(folder.path / path)
+        except SourceError as error:
+            doubt = str(error).removeprefix(f"{folder.path}/")
+            return None if OTHER_TAR.fullmatch(path.lower()) else Reading(reading.text, reading.evidence, doubt)
+        if pictures & labels:
+            return reading
+        alone = alone or (path if pictures and not OTHER_TAR.fullmatch(path.lower()) else "")
+    problem = f"{alone}: pictures without labels, no .cls or .json of one's name is among its first {HEADERS} members"
+    remedy = "unpack a tar that is no WebDataset shard; of one that is, --layout webdataset reads all members"
+    return Reading(reading.text, frozenset(), f"{problem}; {remedy}") if alone else None
+
+
+def _stems(archive: Location) -> tuple[set[str], set[str]]:
+    """Return the names of an archive's first pictures, and of its first labels, without their extensions."""
+    with storage.opened(archive) as (read, size):
+        first = [x.name for x in islice(members(read, 0, size, str(archive)), HEADERS) if not x.reason]
+    stems = ({name.rpartition(".")[0] for name in first if is_picture(name)}, set[str]())
+    stems[1].update(name.rpartition(".")[0] for name in first if name.lower().endswith((".cls", ".json")))
+    return stems
 
 
 def file_evidence(folder: Folder, suffix: str, text: str) -> Reading | None:
-    """Return the reading of RAW's files with this suffix; they lie in RAW, in its folder data/, or in train/ …"""
-    above = [name for name in (*folder_splits(folder.folders)[0], HUB) if name in folder.folders]
-    used = [*folder.ending(suffix), *(name for name in above if Folder.of(folder.path / name).ending(suffix))]
-    return Reading(f"{text}: {', '.join(used[:3])}{' …' if len(used) > 3 else ''}", frozenset(used)) if used else None
+    """Return the reading of RAW's files with this suffix; they lie in RAW, in its folder data/, or in train/ …
+
+    Where they lie deeper, RAW should be the folder that holds them: the reading is in doubt, and accounts for nothing.
+    """
+    if used := list(dict.fromkeys(path.partition("/")[0] for path in _files(folder, suffix))):
+        return Reading(f"{text}: {', '.join(used[:3])}{' …' if len(used) > 3 else ''}", frozenset(used))
+    if below := _deeper(folder, suffix):
+        doubt = f"{below}: the first folder with {suffix} files; name {folder.path / below} as RAW"
+        return Reading(text, frozenset(), doubt)
+    return None
+
+
+def _deeper(folder: Folder, suffix: str) -> str:
+    """Return the path below RAW of the first folder that has such files where RAW should have them; "" for none."""
+    paths = [*folder.folders] if len(folder.folders) < SCANNED else []
+    for path in paths:  # as they are appended: by depth
+        inner = Folder.of(folder.path / path)
+        if _files(inner, suffix):
+            return path
+        if len(paths) + len(inner.folders) <= SCANNED:
+            paths += [f"{path}/{name}" for name in inner.folders]
+    return ""
+
+
+def _files(folder: Folder, suffix: str) -> list[str]:
+    """Return the paths of the files with this suffix in RAW, data/, train/ …"""
+    above = [name for name in (HUB, *folder_splits(folder.folders)[0]) if name in folder.folders]
+    inside = [f"{name}/{file}" for name in above for file in Folder.of(folder.path / name).ending(suffix)]
+    return [*folder.ending(suffix), *inside]
 
 
 def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
@@ -47,7 +107,7 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     folder.ignore(sources.ignored, [*tars, FILE_NAME, CLASSES])
     lists = [folder.path / name for name in (FILE_NAME, CLASSES) if name in folder.files]
     named = read_class_list(lists[0]) if lists else {}
-    name_classes(sources, named, str(lists[0]) if lists else "")
+    name_classes(sources, named, str(lists[0]) if lists else "", options)
     return sources
 
 
@@ -83,31 +143,38 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
 
 
 def _add_shard(sources: Sources, folder: Folder, path: str, split: str, listings: ListingCache) -> None:
-    """Add the pictures of a shard. A sample's KEY is the name up to the first dot of its last part."""
+    """Add the pictures of a shard. A sample's KEY is a name up to its last dot: a.1.jpg is beside a.1.cls."""
     file, left_out = folder.path / path, sources.ignored
-    samples: dict[tuple[str, str], dict[str, Member]] = {}  # KEY → its "picture", "cls" and "json"
+    samples: dict[str, dict[str, Member]] = {}  # KEY → its "picture", "cls" and "json"
     for member in listings.members(file, left_out.add):
-        above, _, last = member.name.rpartition("/")
-        stem, _, extension = last.partition(".")
+        key, _, extension = member.name.rpartition(".")
         extension = extension.lower()
-        sample = samples.setdefault((above, stem), {})
+        sample = samples.setdefault(key, {})
         if member.size <= MAX_SIZES.get(extension, -1):
             sample[extension] = member
-        elif f".{extension}" not in SUFFIXES or not stem:
+        elif not is_picture(member.name):
             left_out.add(f".{extension}"[:20] + " in a shard", f"{path}/{member.name}")
         elif "picture" in sample:
-            left_out.add("second picture of one sample", f"{path}/{member.name}")
+            left_out.lose("second picture of one sample", f"{path}/{member.name}")
         else:
             sample["picture"] = member
     with storage.opened(file) as (read, _):
-        for sample in samples.values():
+        for key, sample in samples.items():
             if picture := sample.get("picture"):
-                label = _label(sample, read)
-                if label is None and split != "test":
-                    left_out.add("picture without a label in .cls or .json", f"{path}/{picture.name}")
+                label, name = _label(sample, read), f"{path}/{picture.name}"
+                if label is None and "picture" in samples.get(_first_dot(key), {}):  # a.mask.png beside a.jpg
+                    left_out.lose("second picture of one sample", name)
+                elif label is None and split != "test":
+                    left_out.lose("picture without a label in .cls or .json", name)
                 else:
-                    name = f"{path}/{picture.name}"
                     sources.images.append(RawImage(split, name, label, str(file), picture.offset, picture.size))
+
+
+def _first_dot(key: str) -> str:
+    """Return KEY as webdataset has it, which ends it at the first dot of a name; "" where that is no other."""
+    above, slash, last = key.rpartition("/")
+    stem, dot, _ = last.partition(".")
+    return above + slash + stem if dot else ""
 
 
 def _label(sample: dict[str, Member], read: Read) -> str | None:
@@ -116,14 +183,27 @@ def _label(sample: dict[str, Member], read: Read) -> str | None:
     if member is None:
         return None
     data = read(member.size, member.offset)
+    if "cls" in sample:
+        return usable_label(data)
     try:
-        label = data.decode() if "cls" in sample else json.loads(data).get("label")
+        label = json.loads(data).get("label")
     except (ValueError, RecursionError, AttributeError):
         return None
-    return usable_label(str(label)) if isinstance(label, (int, str)) and not isinstance(label, bool) else None
+    return None if isinstance(label, bool) else usable_label(label)
 
 
-def usable_label(text: str) -> str | None:
-    """Return a label, None where it is no printable text of at most MAX_LABEL characters, or −1, which means none."""
-    text = text.strip()
-    return text if text.isprintable() and 0 < len(text) <= MAX_LABEL and text != "-1" else None
+def usable_label(value: object) -> str | None:
+    """Return a label as the name of a class: text as that of a folder, see `normal`; a whole number; true or false.
+
+    None where it is no such value, longer than MAX_LABEL characters, of several lines, or −1, which means none.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")  # JSON may have halves of surrogate pairs
+    if isinstance(value, bytes):
+        value = normal(value.decode("utf-8", "surrogateescape").strip(BLANKS))
+    text = str(value) if isinstance(value, (int, str)) else ""
+    return text if 0 < len(text) <= MAX_LABEL and text != "-1" and not re.search(r"[\0\r\n]", text) else None
