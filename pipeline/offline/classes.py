@@ -187,7 +187,8 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
     if options.keep_labels:
         sources.classes = tuple(ClassRecord(n, x, words.get(x, x), ids.get(x)) for n, x in name_of.items())
     label_of = {record.wnid: record.label for record in sources.classes}
-    if changed := [(n, label_of[name_of[n]]) for n in dict.fromkeys(numbers) if label_of[name_of[n]] != n]:
+    changed = [(n, label_of[name_of[n]]) for n in dict.fromkeys(numbers) if label_of[name_of[n]] != n]
+    if changed and not options.classes_of:
         before, after = (", ".join(map(str, column[:NAMED])) for column in zip(*changed))
         more = f" (and {len(changed) - NAMED:,} more)" if len(changed) > NAMED else ""
         sources.notes.append(f"labels {before} are classes {after}{more} (--keep-labels keeps the numbers)")
