@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from pipeline.cli import printable
 from pipeline.offline.classes import ranked, read_text
 from pipeline.offline.names import folder_splits, normal
 from pipeline.offline.raw import Options, RawTable, Reading, Sources
-from pipeline.offline.tree import Folder, is_picture, pictures
+from pipeline.offline.tree import Folder, pictures
 from pipeline.storage import Location
 
 MAX_TABLE = 512 * 2**20  # bytes
@@ -75,7 +75,9 @@ def tables(folder: Folder) -> list[str]:
     """Return the paths below RAW of what may be a table of labels: in RAW, or in a folder that is called like a split."""
     inside = [(f"{name}/", Folder.of(folder.path / name)) for name in folder_splits(folder.folders)[0]]
     endings = (".csv", ".tsv", ".jsonl")
-    return [f"{above}{name}" for above, x in [("", folder), *inside] for name in x.files if name.lower().endswith(endings)]
+    return [
+        f"{above}{name}" for above, x in [("", folder), *inside] for name in x.files if name.lower().endswith(endings)
+    ]
 
 
 def _listed(names: list[str]) -> str:
@@ -116,7 +118,9 @@ class _Names:
 
     def of(self, text: str) -> list[str]:
         """Return the paths of the pictures that have this name or stem."""
-        return [path for path in self.paths if text in (path.rpartition("/")[2], path.rpartition("/")[2].rpartition(".")[0])]
+        return [
+            path for path in self.paths if text in (path.rpartition("/")[2], path.rpartition("/")[2].rpartition(".")[0])
+        ]
 
 
 def _rows(table: Location) -> list[Row]:
@@ -141,7 +145,9 @@ def _json_rows(text: str, table: Location) -> list[Row]:
     rows: list[Row] = []
     try:
         records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        columns = list(dict.fromkeys(key for record in records for key in record if not isinstance(record[key], dict | list)))
+        columns = list(
+            dict.fromkeys(key for record in records for key in record if not isinstance(record[key], dict | list))
+        )
         rows = [columns, *([_cell(record.get(key)) for key in columns] for record in records)]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{table}: no JSON object a line ({printable(str(error), 80)}); correct it") from error

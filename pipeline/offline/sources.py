@@ -15,7 +15,8 @@ import numpy as np
 from pipeline import LFS_POINTER, SourceError, storage, volumes
 from pipeline.archives import ListingCache, require_content
 from pipeline.cli import printable
-from pipeline.offline import folders, ilsvrc, labels as tables, parquet, published, webdataset
+from pipeline.offline import folders, ilsvrc, parquet, published, webdataset
+from pipeline.offline import labels as tables
 from pipeline.offline.classes import finish
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
 from pipeline.offline.raw import LeftOut, Options, Promise, Reading, Sources
