@@ -9,6 +9,7 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import MAPPING, ranked, read_mapping
+from pipeline.offline.labels import tables
 from pipeline.offline.names import folder_splits, in_order, normal, spelled
 from pipeline.offline.raw import LeftOut, Options, RawImage, Reading, Sources
 from pipeline.offline.tree import Folder, has_pictures, is_picture, pictures_among, walk
@@ -167,7 +168,9 @@ def split_evidence(folder: Folder, options: Options) -> Reading | None:
         doubt += f"; {REMEDY}"
     elif "train" not in splits.values() and not options.classes_of:
         doubt = f"{', '.join(f'{name}/' for name in splits)}: named as a split, not as a class, and there is no train/"
-        doubt += f"; {REMEDY} (class-folders takes the folders as classes all the same)"
+        doubt += (
+            f"; {REMEDY} (class-folders makes classes of them), or evaluate another data set by --classes-of DATASET"
+        )
     return Reading(f"{', '.join(f'{name}/' for name in splits)}: splits", frozenset(splits), doubt)
 
 
@@ -221,9 +224,10 @@ def _add_split(tree: _Tree, folder: Folder, name: str, split: str, options: Opti
         return
     tree.require_one_depth()
     if tree.loose[split]:
+        shown, table = ", ".join(tree.loose[split][:2]), next(iter(tables(folder)), "FILE")
         raise SourceError(
-            f"{folder.path / below}: its pictures lie in no class folder ({', '.join(tree.loose[split][:2])} …), so "
-            "they have no label; sort them into folders, or name a table of labels by --labels FILE"
+            f"{folder.path / below}: its pictures lie in no class folder ({shown} …), so they have no label; sort them "
+            f"into folders, or take the labels of a table by --labels {table}"
         )
     if split == "train" or not options.allow_incomplete:
         left_out = "".join(f"; left out: {line}" for line in tree.sources.ignored.lines()[:SHOWN])

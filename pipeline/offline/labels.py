@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -40,7 +41,7 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
         SourceError: a table that is none, names a picture in two ways, or leaves pictures without a label.
     """
     if not options.labels:
-        raise SourceError(f"{folder.path}: --layout labels needs a table: --labels FILE")
+        raise SourceError(f"{folder.path}: not the layout labels: no table is named; say --labels FILE")
     table, (splits, doubt) = options.labels, folder_splits(folder.folders)
     if doubt:
         raise SourceError(f"{folder.path}: {doubt}; rename them")
@@ -72,7 +73,7 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
 
 
 def tables(folder: Folder) -> list[str]:
-    """Return the paths below RAW of what may be a table of labels: in RAW, or in a folder that is called like a split."""
+    """Return the paths below RAW of what may be a table of labels, in RAW or in a split."""
     inside = [(f"{name}/", Folder.of(folder.path / name)) for name in folder_splits(folder.folders)[0]]
     endings = (".csv", ".tsv", ".jsonl")
     return [
@@ -162,14 +163,15 @@ def _cell(value: object) -> str:
 
 def _columns(rows: list[Row], names: _Names, table: Location) -> tuple[int, int, int]:
     """Return the columns of file names and labels, and the number of header rows, 0 or 1. Raises SourceError."""
-    hits = [sum(bool(names.find(row[i])) for row in rows[:TRIED]) for i in range(len(rows[0]))]
+    # labels such as 1 and 2 may be stems, too, but of fewer pictures
+    hits = [len({*itertools.chain(*(names.find(row[i]) for row in rows[:TRIED]))}) for i in range(len(rows[0]))]
     best = max(range(len(hits)), key=hits.__getitem__)
     titles = [title.casefold() for title in rows[0]]
     listed = ", ".join(printable(title, 40) for title in rows[0][:20])
     if not hits[best]:
         raise SourceError(
-            f"{table}: no column has names of the pictures in RAW, such as {names.paths[0] if len(names.paths) else '?'}; "
-            f"its first row is {listed}"
+            f"{table}: no column has names of the pictures in RAW, such as {next(iter(names.paths), '?')}; its first row "
+            f"is {listed}"
         )
     if hits.count(hits[best]) > 1:
         raise SourceError(f"{table}: more than one column has names of pictures ({listed}); keep one, and the labels")

@@ -66,7 +66,10 @@ class Folder:
 def pictures(
     folder: Location, below: str, left_out: LeftOut, split: str = "train", used: str = ""
 ) -> Iterator[RawImage]:
-    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW, `used` a file there."""
+    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW.
+
+    The file `used`, a path below RAW, is not counted as left out.
+    """
     for directory, prefix, entries in walk(folder, below, left_out):
         if used.startswith(prefix):
             entries = [entry for entry in entries if f"{prefix}/{entry.name}".strip("/") != used]
