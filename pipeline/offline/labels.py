@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from pipeline import SourceError
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import ranked, read_text
-from pipeline.offline.names import folder_splits, normal
+from pipeline.offline.names import SPLITS, folder_splits, normal
 from pipeline.offline.raw import Options, RawTable, Reading, Sources
 from pipeline.offline.tree import Folder, pictures
 from pipeline.storage import Location
@@ -100,11 +102,13 @@ class _Names:
         self._numbers: dict[str, int] = {}
         self._stems: dict[str, int] = {}
         self.paths, self._many = images.paths, set[str]()  # names and stems of several pictures
-        for number, path in enumerate(images.paths):
+        test = np.asarray(images.split_numbers) == SPLITS.index("test")
+        for number in np.argsort(test, kind="stable").tolist():  # a table is of test/ only where names are of it alone
+            path = images.paths[number]
             self._numbers[path] = number
             name = path.rpartition("/")[2]
             for text, index in ((name, self._numbers), (name.rpartition(".")[0], self._stems)):
-                if text != path and index.setdefault(text, number) != number:
+                if text != path and test[index.setdefault(text, number)] == test[number] and index[text] != number:
                     self._many.add(text)
             self._stems.setdefault(path.rpartition(".")[0], number)
 
@@ -170,8 +174,8 @@ def _columns(rows: list[Row], names: _Names, table: Location) -> tuple[int, int,
     listed = ", ".join(printable(title, 40) for title in rows[0][:20])
     if not hits[best]:
         raise SourceError(
-            f"{table}: no column has names of the pictures in RAW, such as {next(iter(names.paths), '?')}; its first row "
-            f"is {listed}"
+            f"{table}: no column has names of the pictures in RAW, such as {next(iter(names.paths), '?')}; its first "
+            f"row is {listed}"
         )
     if hits.count(hits[best]) > 1:
         raise SourceError(f"{table}: more than one column has names of pictures ({listed}); keep one, and the labels")
