@@ -130,7 +130,7 @@ class Manifest:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            remedy = "" if name != "train" else "; it is for evaluation alone: train on the data set of its classes"
+            remedy = "" if name != "train" else "; it is for evaluation alone: name the data set whose classes it has"
             raise DatasetError(f"{self.root}: no split named {name!r}; there are: {', '.join(self.splits)}{remedy}")
         return self.splits[name]
 

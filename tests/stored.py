@@ -3,18 +3,32 @@
 import json
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import manifest
+from pipeline.manifest import BuildRecipe
+from pipeline.offline.plan import Plan, make_plan
+from pipeline.offline.raw import Sources
+from pipeline.offline.sources import find_sources
 from pipeline.online.batch import Batch, Crops
 
 SHARD = "train/train-000000"
 Members = list[tuple[str, bytes]]
 ALL = tuple(f"train/train-{number:06d}" for number in range(3))
+
+
+def evaluation_plan(raw: Path, of: Path, classes: Collection[str] = (), **recipe: int | str) -> Plan:
+    """Return the plan of RAW's validation pictures, of some classes or all, to evaluate the data set `of`."""
+    known, sources = manifest.load(of), Sources("made up")
+    for image in find_sources(raw).images:
+        if image.split == "val" and (not classes or image.wnid in classes):
+            sources.images.append(image)
+    sources.classes, sources.evaluation_of = known.classes, known
+    return make_plan(sources, BuildRecipe(**{"size": known.recipe.size} | recipe))
 
 
 def jpegs(root: Path, split: str) -> list[bytes]:

@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ from PIL import Image
 from wds2idx import IndexCreator
 
 from conftest import build, digests, drawn, saved, verify
-from pipeline import LFS_POINTER, manifest
+from pipeline import LFS_POINTER, UserError, manifest
 from pipeline.image import rescale
 from pipeline.manifest import DatasetError
+from pipeline.offline.build import ShardSlice
+from pipeline.offline.build import build as write
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
-from stored import remake
+from stored import evaluation_plan, remake
 from tars import tar_bytes, tree
 
 LITTLE = ("--workers", 1, "--samples-per-shard", 16)
@@ -250,6 +254,57 @@ def test_holdout_and_limit(raw: Path, tmp_path: Path):
     bad = build(raw, tmp_path / "c", "--holdout", 0.9)
     assert bad.exit_code == 2
     assert "0.9" in bad.output
+
+
+# A set for evaluation alone: classes and statistics are another data set's, and all pictures are of val
+
+
+def test_a_set_for_evaluation_alone(small: Path, raw: Path, tmp_path: Path):
+    """A build by parts that goes on with statistics of the same data set alone."""
+    root, plan = tmp_path / "parts", evaluation_plan(raw, small, samples_per_shard=4)
+    assert ({split: len(ids) for split, ids in plan.splits.items()}, plan.notes) == ({"val": 9}, ())
+    write(plan, root, part=ShardSlice(1, 2))
+    other = replace(plan, statistics=replace(plan.statistics, n=1))
+    with pytest.raises(UserError, match=r"that differs in the statistics of --classes-of [0-9a-f]{12} → [0-9a-f]{12};"):
+        write(other, root)
+    built, of = write(plan, root), manifest.load(small)
+    assert {name: (split.samples, split.skipped) for name, split in built.splits.items()} == {"val": (9, 0)}
+    assert (built.classes, built.statistics_summary) == (of.classes, of.statistics_summary)
+    for name in ("statistics.npz", "mean.png"):
+        assert (root / name).read_bytes() == (small / name).read_bytes()
+    write(evaluation_plan(raw, small, samples_per_shard=16), tmp_path / "whole")
+    name = "val/val-000000.tar"
+    assert (tmp_path / "whole" / name).read_bytes() == (small / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"size": 64}, "--size 64: {of} was built with 32; add --size 32"),
+        ({"crop": "none"}, "--crop none: {of} was built with centre; add --crop centre"),
+    ],
+)
+def test_a_set_for_evaluation_of_another_size_is_refused(
+    small: Path, raw: Path, recipe: dict[str, int | str], message: str
+):
+    with pytest.raises(UserError, match=f"^{re.escape(message.format(of=small))}$"):
+        evaluation_plan(raw, small, **recipe)
+
+
+def test_a_set_for_evaluation_in_another_way_is_noted(small: Path, raw: Path):
+    (note,) = evaluation_plan(raw, small, filter="area", quality=90, seed=1).notes
+    remedy = "--filter bicubic --quality 95 makes them alike"
+    assert note == f"pictures are made in another way than those of {small}; {remedy}"
+
+
+def test_a_set_for_evaluation_without_a_picture_is_refused(small: Path, tmp_path: Path):
+    files = {"train/blobs/0.png": saved(drawn("blobs", "0", 40, 40), "PNG"), "val/blobs/1.png": b"none"}
+    plan = evaluation_plan(tree(tmp_path / "raw", files), small)
+    with pytest.raises(UserError, match=r"no picture to evaluate could be decoded; the reasons: unrecognised$"):
+        write(plan, tmp_path / "data")
+    assert not (tmp_path / "data" / "dataset.json").exists()
+    with pytest.raises(UserError, match=r"^no picture to evaluate is left: "):
+        evaluation_plan(tmp_path / "raw", small, ["no such class"])
 
 
 def test_an_unknown_key_with_a_right_checksum_is_an_error(root: Path):

@@ -15,12 +15,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from conftest import ROOT, build, digests, verify
+from conftest import ROOT, build
 from evaluated import (
     CLASSES,
     FLOAT32,
     PLACES,
-    SIZE,
     STEP,
     VAL,
     Made,
@@ -32,16 +31,12 @@ from evaluated import (
     shared_made,  # noqa: F401  # a fixture
     weights,
 )
-from pipeline import UserError, manifest
-from pipeline.manifest import BuildRecipe, ClassRecord
+from pipeline import manifest
+from pipeline.manifest import ClassRecord
 from pipeline.offline.build import build as write
-from pipeline.offline.plan import make_plan
-from pipeline.offline.raw import Sources
-from pipeline.offline.repair import repair
-from pipeline.offline.sources import find_sources
 from reference import png
 from runs import one_line, trainer
-from stored import damage, remake
+from stored import damage, evaluation_plan, remake
 from tars import tree
 from trainer import probabilities
 from trainer.evaluate import VIEWS, Tally, top_k_errors
@@ -232,43 +227,68 @@ def test_an_empty_split(made: Made, tmp_path: Path):
     one_line(result, "the split 'val' is empty; there is nothing to evaluate")
 
 
-def test_a_data_set_for_evaluation_alone(made: Made, tmp_path: Path):
-    """Pictures of some classes of another data set, without training: its statistics; verified, evaluated, repaired."""
-    of, root, sources = manifest.load(made.data), tmp_path / "data", Sources("made up")
-    for image in find_sources(made.raw).images:
-        if image.split == "val" and image.wnid in CLASSES[2:4]:
-            sources.images.append(image)
-    sources.classes, sources.evaluation_of = of.classes, of
-    plan = make_plan(sources, BuildRecipe(size=SIZE))
-    assert (list(plan.splits), plan.notes) == (["val"], ())
-    write(plan, root)
-    built = manifest.load(root)
-    assert (root / "statistics.npz").read_bytes() == (made.data / "statistics.npz").read_bytes()
-    assert (root / "mean.png").read_bytes() == (made.data / "mean.png").read_bytes()
-    assert built.statistics_summary == of.statistics_summary
-    assert verify(root, "--workers", 1).exit_code == 0
-    result = trainer("evaluate", *replace(made, data=root).options, "--views", "centre", "--per-class")
+# A set for evaluation alone, of two classes of seven
+
+PRESENT = np.isin(range(7), (2, 3))
+
+
+@pytest.fixture(scope="module", name="alone")
+def shared_alone(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Read only."""
+    root = tmp_path_factory.mktemp("alone") / "data"
+    write(evaluation_plan(made.raw, made.data, CLASSES[2:4]), root)
+    return replace(made, data=root)
+
+
+@pytest.mark.parametrize(("options", "among"), [((), "all 7"), (["--among-present"], "these 2 alone")])
+def test_a_set_for_evaluation_alone_is_of_the_classes_present(
+    made: Made, alone: Made, tmp_path: Path, options: list[str], among: str
+):
+    """Its evaluation does not take the place of that of the data set that the network was trained on."""
+    chosen, values = PRESENT[LABELS], known(made, "val", "centre")[PRESENT[LABELS]]
+    own = replace(alone, run=Path(shutil.copytree(made.run, tmp_path / "run", ignore=WRITTEN)))
+    if options:
+        values = values * PRESENT / values[:, PRESENT].sum(1, keepdims=True)
+    result = trainer("evaluate", *own.options, "--per-class", *options)
     assert result.exit_code == 0, result.output
-    assert "2 of 7 classes present; predictions are among all 7\n" in result.output
-    chosen = np.isin(LABELS, (2, 3))
-    content = evaluate(replace(made, data=root), "--views", "centre")
-    values = known(made, "val", "centre")[chosen]
+    assert f"2 of 7 classes present; predictions are among {among}\n" in result.output
+    assert [name for name in CLASSES if f" {name} " in result.output.partition("most confused")[0]] == ["cow", "dog"]
+    (written,) = own.run.glob("evaluation*")
+    identity = manifest.load(own.data).identity
+    assert written.name == f"evaluation-{identity[:12]}{'-among-present' if options else ''}.json"
+    content = json.loads(written.read_text())
     equal(content["centre"], errors(LABELS[chosen], values), FLOAT32)
-    content = evaluate(replace(made, data=root), "--views", "centre", "--among-present")
-    values = values * np.isin(range(7), (2, 3))
-    among = errors(LABELS[chosen], values / values.sum(1, keepdims=True))
-    equal(content["centre"], among, FLOAT32)
-    assert (content["classes_present"], content["among_present"]) == (2, True)
-    before = digests(root)
-    for name in ("statistics.npz", "val/val-000000.tar", "mean.png"):
-        (root / name).write_bytes(b"")
-    repair(built, ["statistics.npz", "val/val-000000.tar", "mean.png"], plan, 1)
-    assert digests(root) == before
-    only = "no split named 'train'; there are: val; it is for evaluation alone: train on the data set of its classes"
-    one_line(trainer("train", "--data", root, "--out", tmp_path / "run", "--recipe", "tiny"), only)
-    one_line(trainer("figures", made.run, "--data", root, "--devices", "cpu,cpu"), "trained on the data set")
-    with pytest.raises(UserError, match=r"--size 64: .* was built with 112; add --size 112"):
-        make_plan(sources, BuildRecipe(size=64))
+    about = (identity, 2, bool(options))
+    assert (content["dataset"], content["classes_present"], content["among_present"]) == about
+
+
+def test_a_set_for_evaluation_alone_has_the_statistics_of_its_data_set(made: Made, alone: Made):
+    """So `predict` names the same labels by either, bit for bit."""
+    picture = next((made.raw / "val" / "cow").iterdir())
+    results = [trainer("predict", picture, *one.options, "--json") for one in (made, alone)]
+    assert [result.exit_code for result in results] == [0, 0]
+    assert results[0].output == results[1].output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "train --data {data} --out {out} --recipe tiny",
+            "{data}: no split named 'train'; there are: val; it is for "
+            "evaluation alone: name the data set whose classes it has",
+        ),
+        ("index {run} {data} --devices cpu,cpu", "{data}: no split named 'train'; there are: val; it is for "),
+        ("figures {run} --data {data} --devices cpu,cpu", "name the DATASET that it was trained on"),
+        ("evaluate --split train --checkpoint {run} --data {data} --devices cpu,cpu", "no split named 'train'"),
+    ],
+)
+def test_what_needs_training_pictures_refuses_a_set_for_evaluation_alone(
+    alone: Made, tmp_path: Path, words: str, message: str
+):
+    names = {"data": alone.data, "run": alone.run, "out": tmp_path / "run"}
+    one_line(trainer(*words.format(**names).split()), message.format(**names))
+    assert not (tmp_path / "run").exists()
 
 
 # Error rates of drawn probabilities: many ties, few classes, classes without images

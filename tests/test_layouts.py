@@ -3,14 +3,16 @@
 import csv
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import build
-from pipeline import UserError
+from conftest import build, picture
+from pipeline import UserError, manifest
 from pipeline.offline.sources import LAYOUTS, find_sources
 from tars import contents, tar_bytes, tree
+from trees import NFD, plant
 
 
 def test_fall_2011_as_a_folder_in_one_tar_and_as_that_tar(tmp_path: Path):
@@ -130,6 +132,179 @@ def test_chosen_classes_have_ranks_among_themselves(official: Path, tmp_path: Pa
     ):
         chosen.write_text(text)
         assert message in build(official, tmp_path / "out", "--classes", chosen).output
+
+
+WORDS = "bear,cat,cat and dog,dog,polar_bear,c #1,x,y"
+WNIDS = "n01440764,n01443537,n01484850"
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "kept"),
+    [
+        (WORDS, "cat and dog # not cat\nc #1", ["c #1", "cat and dog"]),
+        (WORDS, "x,y", ["x", "y"]),
+        (WORDS, "0 cat and dog\n1 bear", ["bear", "cat and dog"]),
+        (WORDS, "cat and dog 2\nx 0", ["cat and dog", "x"]),
+        (WORDS, "name;id\ncat;0", ["cat"]),
+        (WORDS, "cat,animal\nx,letter", ["cat", "x"]),
+        (WORDS, '{"classes": ["cat", "x"]}', ["cat", "x"]),
+        (WORDS, '[{"name": "cat", "id": 0}, {"name": "x", "id": null}]', ["cat", "x"]),
+        (WORDS, "polar bear", "polar bear: not among the 8 classes of the raw data"),
+        (WORDS, "cat,wolf", "wolf: not among the 8 classes of the raw data"),
+        (WORDS, "cat,pet\nwolf,wild", "wolf: not among the 8 classes of the raw data"),
+        (WORDS, "cat,dog\nx,y", "cat and dog stand in one line, and both are classes; write one a line"),
+        (WORDS, '["cat", "x"', '["cat: not among the 8 classes of the raw data'),
+        (WORDS, "wnid,name\n", "names no class; write one wnid or folder name a line"),
+        (WNIDS, "n01440764 n01484850", ["n01440764", "n01484850"]),
+        (WNIDS, "n01440764 tench, Tinca tinca", ["n01440764"]),
+        (WNIDS, "0 n01440764", ["n01440764"]),
+        (WNIDS, "n01440764 n99999999", "n99999999: not among the 3 classes of the raw data"),
+        ("3,5,10,12", "03\n5", ["3", "5"]),
+        ("3,5,10,12", "3, 5", ["3", "5"]),
+        ("3,5,10,12", "0,10\n1,12", ["10", "12"]),
+        ("a,caf\u00e9", "cafe\u0301", ["caf\u00e9"]),
+    ],
+)
+def test_a_list_of_classes_is_read_in_one_way_or_refused(names: str, text: str, kept: list[str] | str, tmp_path: Path):
+    tree(tmp_path / "raw", {f"{name}/1.png": b"" for name in names.split(",")})
+    (tmp_path / "list").write_text(text)
+    try:
+        sources = find_sources(tmp_path / "raw", classes=tmp_path / "list")
+    except UserError as error:
+        assert str(error) == f"--classes {tmp_path / 'list'}: {kept}"
+        return
+    assert [(record.label, record.wnid) for record in sources.classes] == [*enumerate(kept)]
+    assert sorted(image.path for image in sources.images) == sorted(f"{name}/1.png" for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("names", "result"),
+    [
+        ("3,5,10", "0,1,2,3,4,5,6,7,8,9,10"),
+        ("03,05", "00,01,02,03,04,05"),
+        ("0,1,2", "0,1,2"),
+        ("3,03", "--keep-labels: 03 and 3 are one number"),
+        ("-2,3", "--keep-labels: the label -2 is no number from 0 to 99,999"),
+        ("3,cat", "--keep-labels: the label cat is no number from 0 to 99,999"),
+        ("3,2000000", "--keep-labels: the label 2000000 is no number from 0 to 99,999"),
+    ],
+)
+def test_numbers_of_folders_are_kept_on_demand(names: str, result: str, tmp_path: Path):
+    tree(tmp_path, {f"{name}/1.png": b"" for name in names.split(",")})
+    try:
+        sources = find_sources(tmp_path, keep_labels=True)
+    except UserError as error:
+        assert str(error).partition("; ")[0] == result
+        return
+    assert [(record.label, record.wnid) for record in sources.classes] == [*enumerate(result.split(","))]
+    assert {image.path: image.wnid for image in sources.images} == {f"{name}/1.png": name for name in names.split(",")}
+    (tmp_path / "list").write_text("3")
+    if "3" in names.split(","):
+        chosen = find_sources(tmp_path, keep_labels=True, classes=tmp_path / "list")
+        assert [(record.label, record.wnid) for record in chosen.classes] == [(0, "0"), (1, "1"), (2, "2"), (3, "3")]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "{train_station,blobs}/1.jpg > val 0",
+        "val/{blobs,stripes}/1.jpg > val 1",
+        "test/{blobs,stripes}/1.jpg > val 1; val/blobs/2.jpg > val 1",
+        "val/blobs/1.jpg > val 1; test/1.jpg > test -",
+        "train/{blobs,stripes}/1.jpg > train 1",
+        "{train,val}/{blobs,stripes}/1.jpg > * 1",
+        "Blue/1.jpg > val =blobs; Red/1.jpg > val =stripes",
+        "imagenet-v2-00.tar: 1.jpg=blobs 2.jpg=stripes > val",
+        "imagenet-train-00.tar: 1.jpg=blobs 2.jpg=stripes > train",
+        "00/1.jpg > val =blobs; 1/1.jpg > val =stripes",
+    ],
+)
+def test_classes_and_labels_are_another_data_set_s(files: str, small: Path, tmp_path: Path):
+    """Without a training split, all that has a label is to evaluate it."""
+    of = _with_classes(small, tmp_path / "of", {"blobs": "Blue", "stripes": "Red", "train_station": "Green"})
+    truth = plant(tmp_path / "raw", files)
+    sources = find_sources(tmp_path / "raw", classes_of=of)
+    assert {image.path: (image.split, image.wnid) for image in sources.images} == truth
+    assert sources.classes == manifest.load(of).classes
+    evaluates = "train" not in {split for split, _ in truth.values()}
+    assert (sources.evaluation_of is not None) == evaluates
+    number = len({name for _, name in truth.values()} - {None})
+    note = f"{number} of 3 classes of {of} have pictures"
+    evaluation = "; there is no training split, so all pictures are for its evaluation (val)"
+    assert sources.notes == [note + evaluation * evaluates]
+
+
+def _with_classes(dataset: Path, copy: Path, words: dict[str, str]) -> Path:
+    """Return a copy of a data set, with links to its files, and classes of these wnids and words."""
+    copy.mkdir()
+    for path in dataset.iterdir():
+        if path.name != "dataset.json":
+            (copy / path.name).symlink_to(path)
+    classes = tuple(manifest.ClassRecord(i, name, text, None) for i, (name, text) in enumerate(words.items()))
+    (copy / "dataset.json").write_bytes(replace(manifest.load(dataset), classes=classes).to_json())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("words", "files", "message"),
+    [
+        ({"a": "crane", "b": "crane", "c": "owl"}, "{crane,owl}/1.jpg", "crane: not among the names and words"),
+        ({"a": "A", "b": "B", "c": "C"}, "{0,3}/1.jpg", "3: not among the labels"),
+        ({"3": "A", "5": "B", "10": "C"}, "{0,3}/1.jpg", "0: not among the numbers"),
+        ({"a": "A", "b": "B", "c": "C"}, "{a,B,d}/1.jpg", "B, d: not among the wnids"),
+    ],
+)
+def test_a_class_that_another_data_set_has_not_is_refused(
+    words: dict[str, str], files: str, message: str, small: Path, tmp_path: Path
+):
+    of = _with_classes(small, tmp_path / "of", words)
+    plant(tmp_path / "raw", files)
+    with pytest.raises(UserError) as caught:
+        find_sources(tmp_path / "raw", classes_of=of)
+    remedy = "of its 3 classes; remove or rename what it cannot know"
+    assert str(caught.value) == f"--classes-of {of}: {message} {remedy}"
+
+
+@pytest.mark.parametrize("option", ["--keep-labels", "--classes"])
+def test_two_options_that_both_say_which_labels_hold(option: str, raw: Path, tmp_path: Path):
+    more = [tmp_path] if option == "--classes" else []
+    result = build(raw, tmp_path / "out", "--classes-of", raw, option, *more)
+    assert result.stderr == f"Error: {option} and --classes-of {raw}: both say which labels hold; choose one\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "notes"),
+    [
+        (f"café/1.jpg; {NFD}/2.jpg", ["names that look the same but for their Unicode are one class: café"]),
+        (f"{NFD}/2.jpg; tea/1.jpg", []),
+        ("{Cat,cat,CAT,dog}/1.jpg", ["names that differ by case alone are classes of their own: CAT and Cat and cat"]),
+    ],
+)
+def test_names_that_look_alike_are_noted(files: str, notes: list[str], tmp_path: Path):
+    plant(tmp_path, f"{files}; tea/3.jpg")
+    assert find_sources(tmp_path).notes == notes
+
+
+def test_the_first_and_last_classes_are_shown(tmp_path: Path):
+    names = ["n00000001", "[red]x", ":cat:", "a", "b", "c", "d" * 60]
+    for i, name in enumerate(names):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        for j in range(i + 1):
+            picture(f"{name}{j}", 48, 40).save(tmp_path / "raw" / name / f"{j}.jpg")
+    (tmp_path / "raw" / "LOC_synset_mapping.txt").write_text("n00000001 tench, Tinca tinca\n")
+    lines = build(tmp_path / "raw", tmp_path / "out", "--holdout", 0, "--dry-run").output.splitlines()
+    assert lines[1] == "class: the folder below RAW; labels are ranks of the class names, by code points"
+    cut = "d" * 37 + "..."
+    assert [line.split() for line in lines[2:10]] == [
+        ["label", "class", "words", "train"],
+        ["0", ":cat:", ":cat:", "3"],
+        ["1", "[red]x", "[red]x", "2"],
+        ["2", "a", "a", "4"],
+        ["…"],
+        ["4", "c", "c", "6"],
+        ["5", cut, cut, "7"],
+        ["6", "n00000001", "tench,", "Tinca", "tinca", "1"],
+    ]
 
 
 def test_a_class_without_training_images_is_named(raw: Path, tmp_path: Path):

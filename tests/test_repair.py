@@ -7,16 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, build, digests, drawn, verify
-from pipeline import manifest
+from pipeline import UserError, manifest
 from pipeline.offline import repair
+from pipeline.offline.build import build as write
 from pipeline.offline.verify import load
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
-from stored import SHARD
+from stored import SHARD, evaluation_plan
 
 OPTIONS = ("--workers", 1, "--samples-per-shard", 4, "--size", 32, "--holdout", 0)
 
@@ -112,6 +114,47 @@ def test_a_dataset_in_a_store_is_verified_and_not_repaired_there(s3: Store, raw:
     refused = verify(f"{s3.url}/damaged", "--quick", "--repair", raw)
     assert refused.exit_code == 2
     assert "works on a local folder" in refused.output
+
+
+# A set for evaluation alone: its statistics are another data set's
+
+ONLY = {"samples_per_shard": 4, "holdout": 0.0}
+
+
+@pytest.mark.parametrize("names", [["val/val-000001.tar"], ["statistics.npz", "mean.png"], ["val/samples.npy"]])
+def test_repair_of_a_set_for_evaluation_alone(small: Path, raw: Path, tmp_path: Path, names: list[str]):
+    root, plan = tmp_path / "alone", evaluation_plan(raw, small, **ONLY)
+    write(plan, root)
+    before, built = digests(root), manifest.load(root)
+    other = replace(plan.statistics, n=plan.statistics.n + 1)
+    for name in names:
+        (root / name).write_bytes(b"damaged")
+    damaged = digests(root)
+    with pytest.raises(UserError, match=r"has the statistics of another --classes-of DATASET; nothing was changed$"):
+        repair.repair(built, names, replace(plan, statistics=other), 1)
+    with pytest.raises(
+        UserError, match=r"other classes or splits \(built with --classes-of DATASET: name that again\)"
+    ):
+        repair.repair(built, names, replace(plan, splits={"train": plan.splits["val"]}), 1)
+    assert digests(root) == damaged
+    repair.repair(built, names, plan, 1)
+    assert digests(root) == before
+
+
+def test_mended_pictures_of_a_set_for_evaluation_alone(cut_short: Path, tmp_path: Path):
+    of, root, fresh = tmp_path / "of", tmp_path / "alone", tmp_path / "fresh"
+    assert build(cut_short, of, *OPTIONS).exit_code == 0
+    before = write(evaluation_plan(cut_short, of, **ONLY), root)
+    assert before.splits["val"].skipped == 4
+    mend(cut_short, "val/blobs/valblobs2.png")
+    plan = evaluation_plan(cut_short, of, **ONLY)
+    with pytest.raises(UserError, match=r"differs in the statistics; nothing was changed$"):
+        repair.retry(before, replace(plan, statistics=replace(plan.statistics, n=1)), 1)
+    after, gained = repair.retry(before, plan, 1)
+    assert (gained, after.splits["val"].skipped) == (1, 3)
+    write(plan, fresh)
+    assert digests(root) == digests(fresh)
+    assert (root / "statistics.npz").read_bytes() == (of / "statistics.npz").read_bytes()
 
 
 # --retry-skipped

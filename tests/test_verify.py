@@ -16,8 +16,9 @@ from conftest import build, digests, picture, verify
 from pipeline import manifest
 from pipeline.doubts import duplicates
 from pipeline.manifest import DatasetError
+from pipeline.offline.build import build as write
 from pipeline.offline.verify import check, load
-from stored import ALL, SHARD, Members, members_of, remake, rewrite
+from stored import ALL, SHARD, Members, evaluation_plan, members_of, remake, rewrite
 
 TABLE = "train/samples.npy"
 
@@ -41,6 +42,19 @@ def test_good_datasets_pass(dataset: Path, small: Path):
         size = sum(path.stat().st_size for path in root.rglob("*") if path.name != "dataset.json" and path.is_file())
         assert re.fullmatch(rf"all holds.*: {files} files, {samples} samples, {size:,} bytes, .* s\n", result.output)
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
+
+
+def test_a_set_for_evaluation_alone_passes_and_its_statistics_fit_themselves(small: Path, raw: Path, tmp_path: Path):
+    root = tmp_path / "alone"
+    write(evaluation_plan(raw, small), root)
+    result = verify(root, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"all holds: 8 files, 9 samples, .* s\n", result.output)
+    arrays = dict(np.load(root / "statistics.npz"))
+    arrays["sum_image"][0, 0, 0] += 1
+    np.savez(root / "statistics.npz", **arrays)
+    remake(root)
+    assert_one_failure(root, "statistics.npz", "mean_image is not what its exact sums give")
 
 
 @pytest.mark.parametrize("flips", [30, pytest.param(500, marks=pytest.mark.proof)])

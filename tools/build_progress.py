@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -21,11 +21,14 @@ from pipeline.image import encode, rescaled
 from pipeline.manifest import Manifest
 from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan
+from pipeline.offline.raw import Sources
 from pipeline.offline.shards import Outcome
 
 SECONDS_BETWEEN_LINES = 10.0
 TRIED = 64  # images that an estimate rescales
 NAMED = 3  # pictures that libjpeg warned of
+ENDS = 3  # the first and the last classes in a table
+LONGEST = 40  # characters of a class's name or words in a table
 TAR_BYTES = 4 * TAR_BLOCK  # around a JPEG: a header and at most a block of padding, for the image and for its label
 
 
@@ -110,6 +113,46 @@ def print_warnings(figures: Mapping[str, Any]) -> None:
 
 def _speed(figures: Mapping[str, Any]) -> str:
     return f"{figures['images_per_second']:,.0f} images/s, {figures['megabytes_per_second']:,.0f} MB/s"
+
+
+def pictures_of_classes(plan: Plan) -> dict[str, np.ndarray]:
+    """Return split → the number of pictures of each class of the plan, (classes,) int64."""
+    images, number_of = plan.images, {wnid: number for number, wnid in enumerate(plan.images.wnids)}
+    columns = [number_of.get(record.wnid, len(number_of)) for record in plan.classes]  # the last: in no image
+    numbers = np.asarray(images.class_numbers)
+    counts = {split: np.bincount(numbers[ids] + 1, minlength=len(number_of) + 2) for split, ids in plan.splits.items()}
+    return {split: count[1:][columns] for split, count in counts.items()}
+
+
+def class_rows(plan: Plan, counts: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Return label, name, words and the pictures of each split, by `counts`, of the first and last classes.
+
+    Of a plan to evaluate another data set, which may have few of its classes, those with pictures count.
+    """
+    some = np.flatnonzero(sum(counts.values())).tolist() if plan.statistics else range(len(plan.classes))
+    records = [plan.classes[i] for i in (some if len(some) <= 2 * ENDS else (*some[:ENDS], *some[-ENDS:]))]
+    return [
+        {"label": record.label, "name": record.wnid, "words": record.words}
+        | {"pictures": {split: int(count[record.label]) for split, count in counts.items()}}
+        for record in records
+    ]
+
+
+def print_reading(sources: Sources, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print which folder, file or column gives the class, the order of labels, and the `class_rows` as a table."""
+    click.echo(f"class: {sources.gives}; {sources.order}")
+    texts = ["class"]
+    if any(row["name"] != row["words"] for row in rows):
+        texts.append("words")
+    columns = (Column(split, justify="right") for split in plan.splits)
+    table = Table(Column("label", justify="right"), *texts, *columns, box=None)
+    for i, row in enumerate(rows):
+        if i == ENDS and len(plan.classes) > len(rows) == 2 * ENDS:
+            table.add_row("…")
+        names = [printable(row[key], LONGEST) for key in ("name", "words")][: len(texts)]
+        table.add_row(str(row["label"]), *names, *(f"{count:,}" for count in row["pictures"].values()))
+    width = None if Console().is_terminal else 120
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
 
 
 def print_estimate(plan: Plan, shards: int, workers: int, as_json: bool) -> None:

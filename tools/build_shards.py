@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import UserError, storage
-from pipeline.cli import Command, progress_bars
+from pipeline.cli import Command, printable, progress_bars
 from pipeline.doubts import doubts
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
@@ -28,9 +28,12 @@ from pipeline.storage import Location, is_remote, location
 from tools.build_progress import (
     BuildProgress,
     DecoderWarnings,
+    class_rows,
+    pictures_of_classes,
     print_closing_table,
     print_estimate,
     print_event,
+    print_reading,
     print_warnings,
 )
 
@@ -133,7 +136,8 @@ SOURCE = [
     click.Option(
         ["--classes"],
         metavar="FILE",
-        help="Only the classes (wnids or folder names) in FILE, one a line; labels are ranks among those.",
+        help="Only the classes (wnids or folder names) in FILE, one a line, or in a mapping, CSV or JSON; labels are "
+        "ranks among those.",
     ),
     click.Option(
         ["--classes-of"],
@@ -234,24 +238,25 @@ def _executor(shared: tuple[Location, ...], values: Mapping[str, Any], context: 
 
 def _print_plan(raw: Location, sources: Sources, plan: Plan, as_json: bool) -> None:
     counts = {split: len(images) for split, images in plan.splits.items()}
-    numbers = {plan.images.class_numbers[i] for i in plan.splits["train" if "train" in plan.splits else "val"].tolist()}
-    trained = {plan.images.wnids[number] for number in numbers if number >= 0}
-    without = [record.wnid for record in plan.classes if record.wnid not in trained]
+    pictures = pictures_of_classes(plan)
+    rows, trained = class_rows(plan, pictures), pictures.get("train", ())
+    without = [record.wnid for record, count in zip(plan.classes, trained) if not count]
+    notes = [*sources.notes, *plan.notes]
     if as_json:
         sizes = {"images": counts, "classes": len(plan.classes), "shards": len(slots(plan))}
         lacks = {"left_out": dict(sources.ignored), "classes_without_training_image": without}
-        return print_event("plan", layout=sources.name, **sizes, notes=[*sources.notes, *plan.notes], **lacks)
+        reading = {"gives": sources.gives, "order": sources.order, "table": rows}
+        return print_event("plan", layout=sources.name, **reading, **sizes, notes=notes, **lacks)
     splits = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     click.echo(f"{raw}: {sources.layout} ({sources.name}); {splits}, {len(plan.classes)} classes")
-    for note in (*sources.notes, *plan.notes):
+    print_reading(sources, plan, rows)
+    for note in notes:
         click.echo(f"note: {note}")
     for line in sources.ignored.lines():
         click.echo(f"left out: {line}")
-    if without and plan.statistics:
-        click.echo(f"note: {len(plan.classes) - len(without):,} of {len(plan.classes):,} classes are present")
-    elif without:
+    if without:
         more = f" and {len(without) - 5:,} more" if len(without) > 5 else ""
-        click.echo(f"note: classes without a training image: {', '.join(without[:5])}{more}")
+        click.echo(f"note: classes without a training image: {', '.join(map(printable, without[:5]))}{more}")
 
 
 def _build(plan: Plan, dataset: Location, limit: SkipLimit, values: Mapping[str, Any], run: Run | None) -> None:

@@ -35,7 +35,7 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
     Raw images that DATASET holds more than once are named, and no failure; nor is a warning of what is almost never
     meant, such as a validation split of one class. --repair rebuilds exactly the files that
     fail, with the build recipe in dataset.json, and puts them into place only if every byte is what dataset.json
-    promises; then it checks again. (--layout, --classes and --allow-incomplete as when DATASET was built.)
+    promises; then it checks again. (--layout, --classes, --classes-of and so on as when DATASET was built.)
 
     Exit code 0: all holds; 1: something failed; 2: not a dataset directory, a damaged dataset.json, or a RAW that it
     was not built from.

@@ -271,8 +271,11 @@ def evaluate(
             click.echo(f"{samples:,} images in {seconds:.1f} s, {samples / seconds:,.0f} images/s, {stall}")
     finally:  # write the evaluation even if stdout is closed (`| head`), and print it even if the run is read-only
         if run.is_dir() and names == ["centre", "ten"]:
-            name = "evaluation.json" if split == "val" else f"evaluation-{split}.json"
-            write_bytes_aside(run / name, text.encode())
+            other = "" if dataset.identity == checkpoint.dataset else f"-{dataset.identity[:12]}"
+            name = (
+                f"evaluation{'' if split == 'val' else f'-{split}'}{other}{'-among-present' if among_present else ''}"
+            )
+            write_bytes_aside(run / f"{name}.json", text.encode())
 
 
 def _parse_views(text: str) -> list[str]:

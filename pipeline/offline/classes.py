@@ -1,14 +1,18 @@
 """Classes: their names, order and words; lists of them in files; and which of them a user keeps."""
 
+import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 
-from pipeline import SourceError, UserError, storage
+from pipeline import SourceError, UserError, manifest, storage
 from pipeline.cli import printable
-from pipeline.manifest import FILE_NAME, ClassRecord
-from pipeline.offline.names import are_numbers, in_order
+from pipeline.manifest import FILE_NAME, ClassRecord, Manifest
+from pipeline.offline.choice import chosen_classes
+from pipeline.offline.names import are_numbers, by_case, in_order, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Sources
 from pipeline.storage import Location
 
@@ -16,6 +20,7 @@ NAMED = 5  # classes in a message; the rest is counted
 MAX_TEXT = 16 * 2**20  # bytes
 MAPPING = "LOC_synset_mapping.txt"  # lines such as `n02012849 crane`
 WNID_LINE = re.compile(r"(n[0-9]{8})(?:\s+(.+))?")
+LABELLED = {"webdataset", "parquet"}  # their readers know the labels, and keep them by `name_classes`
 MAX_KEPT = 99_999  # with --keep-labels; each number up to the highest is a class
 
 
@@ -26,24 +31,38 @@ def ranked(names: Iterable[str], words: Mapping[str, str], ids: Mapping[str, int
 
 
 def finish(sources: Sources, options: Options) -> None:
-    """Give the classes of any layout their final names and labels, as the options have them."""
+    """Give the classes of any layout their final names and labels, as the options have them, and note what is odd.
+
+    Raises:
+        SourceError, UserError: classes that `options.classes` or `classes_of` has not; names that are no numbers.
+    """
+    spellings = sources.images.spellings
+    if several := sorted(name for name, names in spellings.items() if len(names) > 1):
+        sources.notes.append(f"names that look the same but for their Unicode are one class: {_listed(several)}")
+    if options.classes_of:
+        return _adopt(sources, manifest.load(options.classes_of))
     if options.classes:
         _keep(sources, options.classes)
+    names = [record.wnid for record in sources.classes]
+    if alike := by_case(names):
+        pairs = _listed([" and ".join(map(printable, group)) for group in alike])
+        sources.notes.append(f"names that differ by case alone are classes of their own: {pairs}")
+    sources.order = f"labels are ranks of the class names, by {'number' if are_numbers(names) else 'code points'}"
+    if options.keep_labels:
+        sources.order = "labels are the numbers in RAW (--keep-labels)"
+        if options.classes or sources.name not in LABELLED:
+            _keep_numbers(sources)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many there are more."""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(printable(name, 120) for name in names[:NAMED]) + more
 
 
 def _keep(sources: Sources, file: Location) -> None:
-    """Leave out all classes that `file` does not name, one a line; blank lines and what follows a # say nothing."""
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in read_text(file).splitlines())
-    wanted = {line for line in lines if line}
-    known = {record.wnid for record in sources.classes}
-    if not wanted:
-        raise UserError(f"--classes {file}: names no class; write one wnid or folder name a line")
-    if unknown := sorted(wanted - known):
-        more = f" and {len(unknown) - NAMED:,} more" if len(unknown) > NAMED else ""
-        raise UserError(
-            f"--classes {file}: {', '.join(unknown[:NAMED])}{more}: not among the {len(known):,} classes of the raw "
-            "data"
-        )
+    """Leave out all classes that `file` does not choose."""
+    wanted = chosen_classes(read_text(file), [record.wnid for record in sources.classes], f"--classes {file}")
     kept = [record for record in sources.classes if record.wnid in wanted]
     sources.classes = tuple(replace(record, label=label) for label, record in enumerate(kept))
     images = RawTable()
@@ -53,6 +72,87 @@ def _keep(sources: Sources, file: Location) -> None:
         else:
             sources.ignored.add("picture of no class in --classes", image.path)
     sources.images = images
+
+
+def _keep_numbers(sources: Sources) -> None:
+    """Make the number in each class's name its label; the classes between have no pictures."""
+    records = {record.wnid: record for record in sources.classes}
+    for name in records:
+        if not are_numbers([name]) or not 0 <= int(name) <= MAX_KEPT:
+            reach = f"the label {printable(name, 60)} is no number from 0 to {MAX_KEPT:,}"
+            raise SourceError(
+                f"--keep-labels: {reach}; without that option, classes get the numbers 0, 1, 2, … in order"
+            )
+    numbers = {int(name): name for name in records}
+    if len(numbers) < len(records):
+        twice = next(name for name in records if numbers[int(name)] != name)
+        raise UserError(f"--keep-labels: {twice} and {numbers[int(twice)]} are one number; rename one, or merge them")
+    lengths = {*map(len, records)}
+    width = lengths.pop() if len(lengths) == 1 else 1
+    names = [numbers.get(label, f"{label:0{width}d}") for label in range(max(numbers, default=-1) + 1)]
+    sources.classes = tuple(
+        replace(records[name], label=label) if name in records else ClassRecord(label, name, name, None)
+        for label, name in enumerate(names)
+    )
+
+
+# ---- the classes of another data set
+
+
+def _adopt(sources: Sources, dataset: Manifest) -> None:
+    """Give the classes their names and labels in `dataset`; without a training split, all images are to evaluate it.
+
+    Raises SourceError: a class that `dataset` has not.
+    """
+    images = sources.images
+    matches, by = _matches(images.wnids, dataset.classes)
+    if lacking := in_order(name for name, match in matches.items() if not match):
+        raise SourceError(
+            f"--classes-of {dataset.root}: {_listed(lacking)}: not among the {by} of its {len(dataset.classes):,} "
+            "classes; remove or rename what it cannot know"
+        )
+    images.rename_classes(matches.__getitem__)
+    sources.classes = dataset.classes
+    sources.order = f"labels are those of {dataset.root}, by its {by}"
+    note = f"{len(images.wnids):,} of {len(dataset.classes):,} classes of {dataset.root} have pictures"
+    if not _has_training_split(sources):
+        images.join_splits("val")
+        sources.evaluation_of = dataset
+        sources.promises, sources.promised_classes = [], 0
+        note += "; there is no training split, so all pictures are for its evaluation (val)"
+    sources.notes.append(note)
+
+
+def _matches(names: Sequence[str], classes: Sequence[ClassRecord]) -> tuple[dict[str, str], str]:
+    """Return name → wnid, "" for none, and in words by which of the classes' names they are compared.
+
+    Numbers are compared as numbers. Words that several classes have ("crane") match none of them.
+    """
+    wnids = {normal(record.wnid): record.wnid for record in classes}
+    if are_numbers(names) and are_numbers(wnids):
+        numbers = {int(name): wnid for name, wnid in wnids.items()}
+        return {name: numbers.get(int(name), "") for name in names}, "numbers"
+    if wnids.keys() & {*names}:
+        return {name: wnids.get(name, "") for name in names}, "wnids"
+    if are_numbers(names):
+        labels = {record.label: record.wnid for record in classes}
+        return {name: labels.get(int(name), "") for name in names}, "labels"
+    counts = Counter(normal(record.words) for record in classes)
+    words = {text: record.wnid for record in classes if counts[text := normal(record.words)] == 1}
+    return {name: words.get(name, "") for name in names}, "names and words"
+
+
+def _has_training_split(sources: Sources) -> bool:
+    """Return whether RAW has training images that it calls so; where it has no splits, all images are of train."""
+    images = sources.images
+    if not images.has("train") or images.has("val") or images.has("test"):
+        return images.has("train")
+    names = (PurePosixPath(folder).stem for folder in images[0].path.split("/")[:-1])
+    words = (about for name in names if (about := spelled(name)))
+    return any(about.beside == "train" or (about.certain and about.splits == {"train"}) for about in words)
+
+
+# ---- names in lists
 
 
 def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, options: Options) -> None:
@@ -87,7 +187,8 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
     if options.keep_labels:
         sources.classes = tuple(ClassRecord(n, x, words.get(x, x), ids.get(x)) for n, x in name_of.items())
     label_of = {record.wnid: record.label for record in sources.classes}
-    if changed := [(n, label_of[name_of[n]]) for n in dict.fromkeys(numbers) if label_of[name_of[n]] != n]:
+    changed = [(n, label_of[name_of[n]]) for n in dict.fromkeys(numbers) if label_of[name_of[n]] != n]
+    if changed and not options.classes_of:
         before, after = (", ".join(map(str, column[:NAMED])) for column in zip(*changed))
         more = f" (and {len(changed) - NAMED:,} more)" if len(changed) > NAMED else ""
         sources.notes.append(f"labels {before} are classes {after}{more} (--keep-labels keeps the numbers)")
@@ -106,7 +207,7 @@ def read_class_list(file: Location) -> dict[int, ClassRecord]:
             return {record.label: record for record in classes}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
-    lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
+    lines = [normal(line.strip()) for line in read_text(file).rstrip().splitlines()]
     if "" in lines:
         raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
     named: dict[int, ClassRecord] = {}
@@ -131,10 +232,12 @@ def read_small(path: Location, most: int) -> bytes:
     return data
 
 
-def read_text(path: Location) -> str:
-    """Return a small text file. Raises SourceError where it is too large or not UTF-8."""
+def read_text(path: Location, most: int = MAX_TEXT) -> str:
+    """Return a small text file. Raises SourceError where it is too large, or neither UTF-8 nor marked as UTF-16."""
+    data = read_small(path, most)
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return read_small(path, MAX_TEXT).decode("utf-8-sig")
+        return data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 

@@ -48,13 +48,13 @@ class _Tree:
             if count and len(parts) > depth and len(self._deep) <= SHOWN:
                 self._deep[prefix] = count
             if name is not None and (count or (leaf if self._options.class_depth < 0 else len(parts) == depth)):
-                self.declared[split].add(name)
+                self.declared[split].add(normal(name))
 
     def _class_of(self, parts: list[str]) -> str | None:
         depth = self._options.class_depth or 1
         if not parts or len(parts) < depth:
             return None
-        return normal("/".join(parts if depth < 0 else parts[:depth]))
+        return "/".join(parts if depth < 0 else parts[:depth])
 
     def _lose(self, image: RawImage, split: str, shallow: bool) -> None:
         reason = "picture above --class-depth" if shallow else "picture outside the class folders"

@@ -141,6 +141,5 @@ def _by_words(fingerprint: bytes) -> dict[str, Any]:
     images = {f"raw images of {split}": count for split, count in body["images"].items()}
     names = ((record["label"], dict.fromkeys((record["wnid"], record["words"]))) for record in body["classes"])
     classes = {f"label {label}": " ".join(words) for label, words in names}
-    return {"format": body.get("format", 1), **body["recipe"], **body["codecs"], **images, **classes} | {
-        "statistics": body.get("statistics")
-    }
+    of = {"the statistics of --classes-of": body.get("statistics", "none")[:12]}
+    return {"format": body.get("format", 1), **body["recipe"], **body["codecs"], **images, **classes, **of}

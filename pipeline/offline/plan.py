@@ -140,7 +140,10 @@ def make_plan(sources: Sources, recipe: BuildRecipe) -> Plan:
     splits["train"] = _shuffled(f"order {recipe.seed}", keys, splits["train"])
     for split in ("val", "test"):
         splits[split] = _by_name(images, splits[split])
-    statistics = _statistics_of(sources.evaluation_of, recipe) if sources.evaluation_of else None
+    statistics = None
+    if sources.evaluation_of:
+        statistics, differing = _statistics_of(sources.evaluation_of, recipe)
+        notes += differing
     if not len(splits["val" if statistics else "train"]):
         kind = "picture to evaluate" if statistics else "training image"
         raise UserError(f"no {kind} is left: the raw data has too few, or --holdout or --limit is too greedy")
@@ -168,12 +171,20 @@ def _held_out(images: RawTable, keys: Keys, ids: np.ndarray, share: float) -> tu
     return held_out, note + (f"; {len(last):,} stay as the last of their class" if len(last) else "")
 
 
-def _statistics_of(dataset: Manifest, recipe: BuildRecipe) -> Statistics:
-    """Return the statistics of the data set to evaluate. Raises UserError where pictures have another size or crop."""
-    for name in ("size", "crop"):
-        if (own := getattr(recipe, name)) != (its := getattr(dataset.recipe, name)):
+def _statistics_of(dataset: Manifest, recipe: BuildRecipe) -> tuple[Statistics, list[str]]:
+    """Return the statistics of the data set to evaluate, and notes on pictures that are made in another way.
+
+    Raises UserError where pictures have another size or crop: its mean image does not fit them.
+    """
+    options = ("size", "crop", "filter", "quality", "subsampling", "exif")
+    differing = [name for name in options if getattr(recipe, name) != getattr(dataset.recipe, name)]
+    for name in differing:
+        if name in ("size", "crop"):
+            own, its = getattr(recipe, name), getattr(dataset.recipe, name)
             raise UserError(f"--{name} {own}: {dataset.root} was built with {its}; add --{name} {its}")
-    return dataset.statistics()
+    remedy = " ".join(f"--{name} {getattr(dataset.recipe, name)}" for name in differing)
+    note = f"pictures are made in another way than those of {dataset.root}; {remedy} makes them alike"
+    return dataset.statistics(), [note] if differing else []
 
 
 def assign_keys(paths: Sequence[str]) -> Keys:

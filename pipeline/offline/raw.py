@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline import SourceError, storage
+from pipeline import SourceError, UserError, storage
 from pipeline.cli import printable
 from pipeline.manifest import ClassRecord, Manifest
-from pipeline.offline.names import SPLITS
+from pipeline.offline.names import SPLITS, normal
 from pipeline.storage import Location
 
 NAMES_KEPT = 5  # of each reason; the rest is counted
@@ -70,7 +70,8 @@ class RawTable(Sequence[RawImage]):
         self.sizes = array("Q")  # bytes of each image; about, of a parquet row until it is copied
         self.split_numbers = array("B")  # indices in SPLITS
         self.class_numbers = array("i")  # indices in `wnids`; −1: no label
-        self.wnids: list[str] = []
+        self.wnids: list[str] = []  # as `normal` has them
+        self.spellings: dict[str, set[str]] = {}  # class → its names in RAW
         self._class_of: dict[str | None, int] = {None: -1}
         self._files: list[str] = []  # "" and what ends with a slash: the folder to which the path is to be appended
         self._file_of: dict[str, int] = {}
@@ -84,7 +85,11 @@ class RawTable(Sequence[RawImage]):
         self.offsets.append(image.offset)
         self.sizes.append(image.size)
         wnid = wnid or image.wnid
-        self.class_numbers.append(-1 if wnid is None else _index(self._class_of, self.wnids, wnid))
+        if wnid is not None and wnid not in self._class_of:
+            name = normal(wnid)
+            self.spellings.setdefault(name, set()).add(wnid)
+            self._class_of[wnid] = _index(self._class_of, self.wnids, name)
+        self.class_numbers.append(self._class_of[wnid])
         self.split_numbers.append(SPLITS.index(image.split))
 
     def __len__(self) -> int:
@@ -131,6 +136,11 @@ class RawTable(Sequence[RawImage]):
         renumbered = np.array([self._class_of[name] for name in names] + [-1], np.int32)  # the last: no label
         classes = np.asarray(self.class_numbers)
         classes[:] = renumbered[classes]
+
+    def join_splits(self, split: str) -> None:
+        """Put all images that have a label into one split; those without one are of test."""
+        labelled = np.asarray(self.class_numbers) >= 0
+        np.asarray(self.split_numbers)[:] = np.where(labelled, SPLITS.index(split), SPLITS.index("test"))
 
     def forget_classes(self, split: str) -> None:
         """Take the classes from the images of a split; a class that then has no image is gone."""
@@ -193,6 +203,13 @@ class Options:
     keep_labels: bool = False  # numbers stay the labels that they are
     allow_incomplete: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise UserError where two of them contradict each other."""
+        given = {"--classes": self.classes, "--keep-labels": self.keep_labels}
+        for option, value in given.items():
+            if self.classes_of and value:
+                raise UserError(f"{option} and --classes-of {self.classes_of}: both say which labels hold; choose one")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -221,6 +238,7 @@ class Sources:
 
     layout: str  # in words
     gives: str = ""  # the folder, file or column that gives the class, in words
+    order: str = ""  # in words, once the classes have their final labels
     images: RawTable = field(default_factory=RawTable)
     classes: tuple[ClassRecord, ...] = ()
     ignored: LeftOut = field(default_factory=LeftOut)  # what is no picture of this layout, by kind or reason

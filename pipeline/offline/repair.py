@@ -34,6 +34,8 @@ def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int
         if plan.classes != dataset.classes or plan.splits.keys() != dataset.splits.keys():
             hint = "" if "train" in dataset.splits else " (built with --classes-of DATASET: name that again)"
             raise _refusal(dataset, f"{dataset.root}: RAW has other classes or splits{hint}")
+        if plan.statistics and plan.statistics.summary() != dataset.statistics_summary:
+            raise UserError(f"{dataset.root}: has the statistics of another --classes-of DATASET; nothing was changed")
         rebuilt = _rebuild(dataset, set(failing), plan, aside, workers)
         if wrong := sorted(name for name in failing if rebuilt.get(name) != dataset.files[name]):
             raise _refusal(dataset, f"{wrong[0]}: RAW gives other bytes than the manifest promises")

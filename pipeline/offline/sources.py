@@ -16,6 +16,7 @@ from pipeline import LFS_POINTER, SourceError, storage, volumes
 from pipeline.archives import ListingCache, require_content
 from pipeline.cli import printable
 from pipeline.offline import folders, ilsvrc, parquet, published, webdataset
+from pipeline.offline import labels as tables
 from pipeline.offline.classes import finish
 from pipeline.offline.ilsvrc import DEVKIT_TAR, ILSVRC2010, ILSVRC2012, TRAIN_TAR, VAL_TAR
 from pipeline.offline.raw import LeftOut, Options, Promise, Reading, Sources
@@ -51,6 +52,7 @@ LAYOUTS = {  # as --layout takes them
     "split-folders": Layout("train/ and val/ with one folder per class", folders.split_evidence, folders.read_splits),
     "flat": Layout("files named WNID_….JPEG", folders.flat_evidence, folders.read_flat),
     "class-folders": Layout("one folder per class", folders.class_evidence, folders.read_classes),
+    "labels": Layout("flat pictures, and a table of labels (--labels FILE)", tables.evidence, tables.read),
 }
 
 
@@ -80,7 +82,7 @@ def find_sources(
     options = Options(layout, classes, classes_of, labels, class_depth, keep_labels, allow_incomplete)
     folder, listings = _folder(raw), ListingCache(cache)
     try:
-        name = options.layout or _recognised(folder, options)
+        name = options.layout or ("labels" if options.labels else _recognised(folder, options))
         if name not in LAYOUTS:
             raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
         sources = LAYOUTS[name].read(folder, listings, options)
@@ -173,11 +175,10 @@ FOREIGN = {  # suffix → what it is, and what to do
 def _advice(folder: Folder) -> str:
     """Return what RAW seems to be, and what would help; empty where nothing comes to mind."""
     flat = [name for name in folder.files if is_picture(name)]
-    tables = [name for name in folder.files if name.lower().endswith((".csv", ".tsv", ".jsonl"))]
     if backslashes := [name for name in (*folder.files, *folder.folders) if "\\" in name]:
         return f"names with a backslash, such as {backslashes[0]}: a zip of Windows; unpack it again by 7z or Python"
-    if flat and tables:
-        return f"{len(flat):,} pictures in no class folder: take the labels of a table by --labels {tables[0]}"
+    if flat and (lists := tables.tables(folder)):
+        return f"{len(flat):,} pictures in no class folder: take the labels of a table by --labels {lists[0]}"
     if flat:
         return f"{len(flat):,} pictures in no class folder ({flat[0]} …): name a table of labels by --labels FILE"
     for name in folder.files:

@@ -63,9 +63,13 @@ class Folder:
                 left_out.add(kind, name)
 
 
-def pictures(folder: Location, below: str, left_out: LeftOut, split: str = "train") -> Iterator[RawImage]:
-    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW."""
+def pictures(
+    folder: Location, below: str, left_out: LeftOut, split: str = "train", used: str = ""
+) -> Iterator[RawImage]:
+    """Yield each picture in `folder` and its folders, without a label; `folder` is `below` in RAW, `used` a file there."""
     for directory, prefix, entries in walk(folder, below, left_out):
+        if used.startswith(prefix):
+            entries = [entry for entry in entries if f"{prefix}/{entry.name}".strip("/") != used]
         yield from pictures_among(entries, directory, prefix, left_out, split)
 
 
