@@ -34,29 +34,38 @@ def evidence(folder: Folder, options: Options) -> Reading | None:
     reading = file_evidence(folder, ".tar", "WebDataset shards")
     if reading is None or not reading.evidence:
         return reading
-    series = {re.sub("[0-9]+", "0", path): path for path in reversed(_files(folder, ".tar"))}
+    series: dict[str, str] = {}  # name without its numbers → the first tar
+    for path in _files(folder, ".tar"):
+        series.setdefault(re.sub("[0-9]+", "", path), path)
     alone = ""
-    for path in [*reversed(series.values())][:LOOKED_AT]:
+    for path in [*series.values()][:LOOKED_AT]:
+        published = OTHER_TAR.fullmatch(path.lower())
         try:
-            pictures, labels = _stems(folder.path / path)
+            pictures, labelled = _first_members(folder.path / path)
         except SourceError as error:
             doubt = str(error).removeprefix(f"{folder.path}/")
-            return None if OTHER_TAR.fullmatch(path.lower()) else Reading(reading.text, reading.evidence, doubt)
-        if pictures & labels:
+            return None if published else Reading(reading.text, reading.evidence, doubt)
+        if labelled:
             return reading
-        alone = alone or (path if pictures and not OTHER_TAR.fullmatch(path.lower()) else "")
+        alone = alone or (path if pictures and not published else "")
     problem = f"{alone}: pictures without labels, no .cls or .json of one's name is among its first {HEADERS} members"
     remedy = "unpack a tar that is no WebDataset shard; of one that is, --layout webdataset reads all members"
     return Reading(reading.text, frozenset(), f"{problem}; {remedy}") if alone else None
 
 
-def _stems(archive: Location) -> tuple[set[str], set[str]]:
-    """Return the names of an archive's first pictures, and of its first labels, without their extensions."""
+def _first_members(archive: Location) -> tuple[bool, bool]:
+    """Return whether pictures are among an archive's first members, and whether the label of one is."""
+    pictures, labels = set[str](), set[str]()
     with storage.opened(archive) as (read, size):
-        first = [x.name for x in islice(members(read, 0, size, str(archive)), HEADERS) if not x.reason]
-    stems = ({name.rpartition(".")[0] for name in first if is_picture(name)}, set[str]())
-    stems[1].update(name.rpartition(".")[0] for name in first if name.lower().endswith((".cls", ".json")))
-    return stems
+        for member in islice(members(read, 0, size, str(archive)), HEADERS):
+            stem, _, extension = member.name.rpartition(".")
+            if not member.reason and is_picture(member.name):
+                pictures.add(stem)
+            elif not member.reason and extension.lower() in MAX_SIZES:
+                labels.add(stem)
+            if pictures & labels:
+                return True, True
+    return bool(pictures), False
 
 
 def file_evidence(folder: Folder, suffix: str, text: str) -> Reading | None:
