@@ -213,6 +213,28 @@ NEAR = [  # to what is above
     refuses("pictures in RAW and a table", "{1,2}.jpg; train.csv <- id,label|1,cat|2,dog", "--labels", "train.csv"),
     reads("pictures in RAW by a table", "1.jpg > train =cat; 2.jpg > train =dog; train.csv <- id,label|1,cat|2,dog",
           "labels: cat, dog", labels="train.csv"),
+    reads("splits one folder deeper", "images/train/1.jpg > train =cat; images/train/2.jpg > train =dog; "
+          "images/test/9.jpg > test -; l.csv <- id,label|1,cat|2,dog", "labels: cat, dog", labels="l.csv"),
+    refuses("a doubtful split one folder deeper", "images/{train,eval}/1.jpg; l.csv <- 1.jpg,cat|2.jpg,dog",
+            "eval", labels="l.csv"),
+    refuses("an empty split beside a table", "train/{1,2}.jpg; val/; l.csv <- 1.jpg,cat|2.jpg,dog", "val/", FLAGGED,
+            labels="l.csv"),
+    reads("pictures beside a split", "train/1.jpg > train =cat; more/2.jpg > train =dog; l.csv <- 1.jpg,cat|2.jpg,dog",
+          "labels: cat, dog", "1 pictures in no folder of a split (train/) are of train", labels="l.csv"),
+    reads("a path and a name alike", "a/1.jpg > train =dog; 1.jpg > train =cat; l.csv <- 1.jpg,cat|a/1.jpg,dog",
+          "labels: cat, dog", labels="l.csv"),
+    reads("labels that are names of pictures", "{1,2,3}.jpg > train =2; l.csv <- id,label|1,2|2,2|3,2", "labels: 2",
+          labels="l.csv"),
+    refuses("row numbers beside names", "{0,1,2,3}.jpg; l.csv <- ,id,label|0,1,cat|1,2,dog|2,3,cat|3,4,dog",
+            "more than one column", "id", labels="l.csv"),
+    refuses("row numbers beside names of other files", "{0,1}.jpg; l.csv <- ,file,label|0,7.png,cat|1,8.png,dog",
+            "7.png is not in RAW; correct column 2, or remove it", labels="l.csv"),
+    refuses("a first row of no picture", "{1,2}.jpg; l.csv <- 77.jpg,cat|1.jpg,cat|2.jpg,dog", "77.jpg", FLAGGED,
+            labels="l.csv"),
+    refuses("a label of -1", "{1,2}.jpg; l.csv <- 1.jpg,0|2.jpg,-1", "2.jpg", FLAGGED, labels="l.csv"),
+    refuses("a table and no picture", "notes.txt; l.csv <- 1.jpg,0|2.jpg,1", "not the layout labels", labels="l.csv"),
+    refuses("a table and another layout", "{cat,dog}/1.jpg; l.csv <- 1.jpg,0", "--labels", "--layout class-folders",
+            labels="l.csv", layout="class-folders"),
 ]  # fmt: skip
 
 
