@@ -10,7 +10,7 @@ from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import MAPPING, ranked, read_mapping
 from pipeline.offline.labels import tables
-from pipeline.offline.names import folder_splits, in_order, normal, spelled
+from pipeline.offline.names import containers, folder_splits, in_order, normal, spelled
 from pipeline.offline.raw import LeftOut, Options, RawImage, Reading, Sources
 from pipeline.offline.tree import Folder, has_pictures, is_picture, pictures_among, walk
 from pipeline.storage import Location
@@ -121,8 +121,17 @@ def class_evidence(folder: Folder, options: Options) -> Reading | None:
         if not (flat and len(direct) > 1 and len(direct) == len(others)):
             return None
     having = (name for name in others if has_pictures(folder.path / name))
-    two = next(having, None) is not None and next(having, None) is not None
-    return Reading("each folder is a class", frozenset(others)) if two else None
+    if next(having, None) is None or next(having, None) is None:
+        return None
+    doubt = ""
+    if shared := [
+        name for name in containers(others)[:SHOWN] if any(map(is_picture, Folder.of(folder.path / name).files))
+    ]:
+        doubt = (
+            f"{_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; take the labels "
+        )
+        doubt += "of a table by --labels FILE, remove what is no class, or say --layout class-folders"
+    return Reading("each folder is a class", frozenset(others), doubt)
 
 
 def _is_flat(folder: Folder) -> bool:
@@ -224,10 +233,10 @@ def _add_split(tree: _Tree, folder: Folder, name: str, split: str, options: Opti
         return
     tree.require_one_depth()
     if tree.loose[split]:
-        shown, table = ", ".join(tree.loose[split][:2]), next(iter(tables(folder)), "FILE")
+        shown, lists = ", ".join(tree.loose[split][:2]), tables(folder)
         raise SourceError(
             f"{folder.path / below}: its pictures lie in no class folder ({shown} …), so they have no label; sort them "
-            f"into folders, or take the labels of a table by --labels {table}"
+            f"into folders, or take the labels of a table by --labels {folder.path / lists[0] if lists else 'FILE'}"
         )
     if split == "train" or not options.allow_incomplete:
         left_out = "".join(f"; left out: {line}" for line in tree.sources.ignored.lines()[:SHOWN])

@@ -14,7 +14,7 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import ranked, read_text
-from pipeline.offline.names import SPLITS, folder_splits, normal
+from pipeline.offline.names import SPLITS, folder_splits, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Reading, Sources
 from pipeline.offline.tree import Folder, is_picture, pictures
 from pipeline.storage import Location
@@ -123,9 +123,14 @@ def tables(folder: Folder) -> list[str]:
     """Return the paths below RAW of what may be a table of labels, in RAW or in a split."""
     inside = [(f"{name}/", Folder.of(folder.path / name)) for name in folder_splits(folder.folders)[0]]
     endings = (".csv", ".tsv", ".jsonl")
-    return [
-        f"{above}{name}" for above, x in [("", folder), *inside] for name in x.files if name.lower().endswith(endings)
-    ]
+    paths = [f"{above}{name}" for above, x in [("", folder), *inside] for name in x.files]
+    return sorted((path for path in paths if path.lower().endswith(endings)), key=_of_test)
+
+
+def _of_test(path: str) -> bool:
+    """Return whether a table seems to be about test pictures: Kaggle's sample_submission.csv has no true label."""
+    about = spelled(path.rpartition("/")[2].rpartition(".")[0])
+    return "submission" in path.lower() or (about is not None and "train" not in about.splits)
 
 
 def _listed(names: list[str]) -> str:

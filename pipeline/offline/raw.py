@@ -213,6 +213,8 @@ class Options:
             raise UserError(
                 f"--labels {self.labels} and --layout {self.layout}: the table makes the layout; choose one"
             )
+        if self.labels and self.class_depth:
+            raise UserError(f"--class-depth and --labels {self.labels}: a folder's class, or the table's? choose one")
 
 
 @dataclass(frozen=True)
