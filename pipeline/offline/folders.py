@@ -18,6 +18,7 @@ from pipeline.storage import Location
 FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
 DOCUMENTS = {".xml", ".txt", ".json", ".csv", ".md", ".html", ".pdf", ".mat", ".py", ".docx", ".yaml", ".yml", ".ipynb"}
 SHOWN = 5  # folders in a message
+FOLDERS = "one folder per class"
 REMEDY = "rename, or name the layout by --layout"
 
 
@@ -84,6 +85,12 @@ def _finished(tree: _Tree, folder: Folder) -> Sources:
     tree.require_one_depth()
     sources, options = tree.sources, tree._options
     with_pictures = set(sources.images.wnids)
+    if not options.layout and (shared := in_order(containers(with_pictures))):
+        layout = "class-folders" if sources.layout == FOLDERS else "split-folders"
+        raise SourceError(
+            f"{folder.path}: {_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; take the "
+            f"labels of a table by --labels FILE, remove what is no class, or say --layout {layout}"
+        )
     lacking = {split: names - sources.images.per_class(split).keys() for split, names in tree.declared.items()}
     empty = in_order(
         lacking.pop("train", set()) | {name for names in lacking.values() for name in names - with_pictures}
@@ -121,17 +128,8 @@ def class_evidence(folder: Folder, options: Options) -> Reading | None:
         if not (flat and len(direct) > 1 and len(direct) == len(others)):
             return None
     having = (name for name in others if has_pictures(folder.path / name))
-    if next(having, None) is None or next(having, None) is None:
-        return None
-    doubt = ""
-    if shared := [
-        name for name in containers(others)[:SHOWN] if any(map(is_picture, Folder.of(folder.path / name).files))
-    ]:
-        doubt = (
-            f"{_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; take the labels "
-        )
-        doubt += "of a table by --labels FILE, remove what is no class, or say --layout class-folders"
-    return Reading("each folder is a class", frozenset(others), doubt)
+    two = next(having, None) is not None and next(having, None) is not None
+    return Reading("each folder is a class", frozenset(others)) if two else None
 
 
 def _is_flat(folder: Folder) -> bool:
@@ -143,7 +141,7 @@ def read_classes(folder: Folder, listings: ListingCache, options: Options) -> So
 
     Raises SourceError where the class folders have folders in them, or no picture.
     """
-    tree = _Tree(Sources("one folder per class", gives=_gives("RAW", options)), folder, options)
+    tree = _Tree(Sources(FOLDERS, gives=_gives("RAW", options)), folder, options)
     tree.add("", "train")
     empty = tree.declared["train"] - tree.sources.images.per_class("train").keys()
     for name in [name for name in folder.folders if normal(name) in empty and _has_documents_alone(folder.path / name)]:
