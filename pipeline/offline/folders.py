@@ -182,10 +182,11 @@ def read_splits(folder: Folder, listings: ListingCache, options: Options) -> Sou
     splits, doubt = folder_splits(folder.folders)
     if doubt:
         raise SourceError(f"{folder.path}: {doubt}; {REMEDY}")
-    text = " and ".join(f"{name}/" for name in splits)
-    tree = _Tree(Sources(f"{text} with one folder per class", gives=_gives(text, options)), folder, options)
+    tree = _Tree(Sources(""), folder, options)
     for name, split in splits.items():
         _add_split(tree, folder, name, split, options)
+    text = " and ".join(f"{name}/" for name, split in splits.items() if tree.sources.images.has(split))
+    tree.sources.layout, tree.sources.gives = f"{text} with one folder per class", _gives(text, options)
     _match_classes(tree, splits)
     beside = [name for name in folder.folders if name not in splits]
     for name in beside:
