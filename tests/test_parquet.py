@@ -138,6 +138,9 @@ def test_text_labels_are_the_classes(tmp_path: Path):
     pq.write_table(pa.table({"img": [b"1"], "class": [1]}), tmp_path / "b.parquet")
     with pytest.raises(SourceError, match=r"a.parquet and .*b.parquet: have labels of two kinds"):
         listed(tmp_path)
+    pq.write_table(pa.table({"img": [b"1"], "label": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(SourceError, match="have labels of two kinds or columns"):
+        listed(tmp_path)
 
 
 def test_names_are_plain_and_unlike_one_another(tmp_path: Path):

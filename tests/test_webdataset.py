@@ -112,6 +112,15 @@ def test_hard_links_are_what_they_lead_to(tmp_path: Path):
     assert sources.ignored == {"link in an archive": 3, "picture without a label in .cls or .json": 1}
 
 
+def test_numbers_of_two_spellings_are_one_class_and_noted(tmp_path: Path):
+    labels = {"1.cls": b"07", "2.cls": b"7\n", "3.cls": b"-2"}
+    tree(tmp_path, {"a-0.tar": tar_bytes({f"{i}.jpg": b"" for i in range(1, 4)} | labels)})
+    sources = find_sources(tmp_path)
+    assert [image.wnid for image in sources.images] == ["7", "7", "-2"]
+    assert [c.wnid for c in sources.classes] == ["-2", "7"]
+    assert sources.notes == ["labels that are one number are one class: 07 and 7", "labels -2, 7 are classes 0, 1"]
+
+
 @pytest.mark.parametrize(
     ("lists", "classes"),
     [

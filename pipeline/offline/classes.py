@@ -181,6 +181,10 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
     width = len(str(max(numbers, default=0)))
     kept = range(max([*numbers, *named], default=-1) + 1) if options.keep_labels else numbers
     name_of = {n: named[n].wnid if n in named else f"{n:0{width}d}" for n in kept}
+    spellings = [x for x, count in Counter(map(int, names)).items() if count > 1]
+    if spellings:
+        shown = ", ".join(" and ".join(x for x in names if int(x) == n) for n in spellings[:NAMED])
+        sources.notes.append(f"labels that are one number are one class: {shown}")
     sources.images.rename_classes(lambda name: name_of[int(name)])
     ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
     sources.classes = ranked(words or name_of.values(), words, ids)
@@ -191,7 +195,8 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
     if changed and not options.classes_of:
         before, after = (", ".join(map(str, column[:NAMED])) for column in zip(*changed))
         more = f" (and {len(changed) - NAMED:,} more)" if len(changed) > NAMED else ""
-        sources.notes.append(f"labels {before} are classes {after}{more} (--keep-labels keeps the numbers)")
+        hint = " (--keep-labels keeps the numbers)" if numbers[0] >= 0 else ""
+        sources.notes.append(f"labels {before} are classes {after}{more}{hint}")
 
 
 def read_class_list(file: Location) -> dict[int, ClassRecord]:

@@ -59,7 +59,9 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     folder.ignore(sources.ignored, files)
     if len(labels.kinds) > 1 or len(labels.lists) > 1:
         others = " and ".join((labels.kinds if len(labels.kinds) > 1 else labels.lists).values())
-        raise SourceError(f"{others}: have labels of two kinds, or other names of classes; RAW must hold one data set")
+        raise SourceError(
+            f"{others}: have labels of two kinds or columns, or other names of classes; RAW must hold one data set"
+        )
     sources.gives = " or ".join(labels.gives)
     first = next(iter((labels.lists or labels.kinds).values()), "")
     name_classes(sources, labels.named(), first, options)
@@ -73,14 +75,14 @@ class _Labels:
 
     def __init__(self) -> None:
         self.gives: dict[str, None] = {}  # in words
-        self.kinds: dict[str, str] = {}  # "text", "number" … → the first file with such labels
+        self.kinds: dict[tuple[str, str], str] = {}  # "text", "number" … and column → the first file with such labels
         self.lists: dict[tuple[str, ...], str] = {}  # names of the classes 0, 1, … → the first file with them
         self.words: dict[int, str] = {}  # of a column beside the numbers
         self.wnids: dict[str, set[str]] = {}  # label → those in its images' names; "" for none in one
 
     def add_file(self, file: File) -> None:
         self.gives[file.gives()] = None
-        self.kinds.setdefault(file.kind(), file.name)
+        self.kinds.setdefault((file.kind(), file.label.path), file.name)
         if names := file.class_names():
             self.lists.setdefault(names, file.name)
 
@@ -94,7 +96,7 @@ class _Labels:
 
     def named(self) -> dict[int, ClassRecord]:
         """Return the WNID of each number if each has one of its own; else the numbers that have words."""
-        if "number" not in self.kinds:
+        if "number" not in {kind for kind, _ in self.kinds}:
             return {}
         listed = next(iter(self.lists), ())
         words = {n: printable(name, 120) for n, name in ([*enumerate(listed)] or [*self.words.items()])}
