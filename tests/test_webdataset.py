@@ -79,6 +79,7 @@ def test_labels_are_text_as_names_of_folders(tmp_path: Path):
     members = {name: name.encode() for name in [*pictures, "b.mask.png", "e.left.jpg"]} | labels
     tree(tmp_path, {"train-0.tar": tar_bytes(members)})
     sources = find_sources(tmp_path)
+    assert sources.images.spellings["é"] == {"e\u0301"}  # of which `finish` notes those that look the same
     names = ["\u3000金毛\u3000犬", "caf\\xe9", "tab\tbed", "é", "\\xed\\xa0\\xbd.", "x" * 4096]
     assert [(image.name, image.wnid) for image in sources.images] == [*zip(pictures, names)]
     assert sources.ignored == {"picture without a label in .cls or .json": 5, "second picture of one sample": 1}

@@ -102,8 +102,8 @@ class _Labels:
         words = {n: printable(name, 120) for n, name in ([*enumerate(listed)] or [*self.words.items()])}
         own = {int(label): min(inside) for label, inside in self.wnids.items() if len(inside) == 1}
         if not (all(own.values()) and 0 < len(self.wnids) == len(set(own.values()))):
-            width = len(str(max([*words, *own], default=0)))
-            own = {number: f"{number:0{width}d}" for number in (words if listed else {*words, *own} if words else ())}
+            numbers = {*words} if listed or not words else {*words, *map(int, self.wnids)}
+            own = {number: f"{number:0{len(str(max(numbers)))}d}" for number in numbers}
         inside = {number: name for number, name in own.items() if not listed or number < len(listed)}
         return {number: ClassRecord(number, name, words.get(number) or name, None) for number, name in inside.items()}
 
