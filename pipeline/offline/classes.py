@@ -12,7 +12,7 @@ from pipeline import SourceError, UserError, manifest, storage
 from pipeline.cli import printable
 from pipeline.manifest import FILE_NAME, ClassRecord, Manifest
 from pipeline.offline.choice import chosen_classes
-from pipeline.offline.names import are_numbers, by_case, in_order, normal, spelled
+from pipeline.offline.names import are_numbers, in_order, look_alike, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Sources
 from pipeline.storage import Location
 
@@ -44,9 +44,9 @@ def finish(sources: Sources, options: Options) -> None:
     if options.classes:
         _keep(sources, options.classes)
     names = [record.wnid for record in sources.classes]
-    if alike := by_case(names):
+    if alike := look_alike(names):
         pairs = _listed([" and ".join(map(printable, group)) for group in alike])
-        sources.notes.append(f"names that differ by case alone are classes of their own: {pairs}")
+        sources.notes.append(f"names that differ by case, blanks or zeros alone are classes of their own: {pairs}")
     sources.order = f"labels are ranks of the class names, by {'number' if are_numbers(names) else 'code points'}"
     if options.keep_labels:
         sources.order = "labels are the numbers in RAW (--keep-labels)"

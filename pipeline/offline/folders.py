@@ -224,6 +224,9 @@ def _add_split(tree: _Tree, folder: Folder, name: str, split: str, options: Opti
             )
         return
     tree.require_one_depth()
+    if tree.loose[split] and options.class_depth > 1:
+        problem = f"--class-depth {options.class_depth}: no picture lies in so many folders ({tree.loose[split][0]})"
+        raise SourceError(f"{folder.path / below}: {problem}; say a smaller number, or last")
     if tree.loose[split]:
         shown, table = ", ".join(tree.loose[split][:2]), next(iter(tables(folder)), "FILE")
         raise SourceError(

@@ -140,7 +140,7 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
         raise SourceError(f"{folder.path}: {doubt}")
     without = [path for path, split in files.items() if not split]
     problems = []
-    if lacking := missing(files):
+    if lacking := [] if folder.alone else missing(files):
         problems.append(f"missing: {', '.join(lacking)}")
     if 0 < len(without) < len(files):
         problems.append(f"{', '.join(without[:3])}: name no split, others do")
