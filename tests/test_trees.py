@@ -254,7 +254,7 @@ def test_one_file_of_a_series_may_be_all_of_raw(tmp_path: Path):
         path.partition("/")[0] for path in plant(tmp_path, "train-00000-of-00003.parquet: 1.jpg=0 2.jpg=1 > train")
     }
     assert {image.name: image.wnid for image in find_sources(tmp_path / name).images} == {"1.jpg": "0", "2.jpg": "1"}
-    with pytest.raises(UserError, match="missing: train-00001-of-00003.parquet"):
+    with pytest.raises(UserError, match=r"missing: train-00001-of-00003\.parquet"):
         find_sources(tmp_path)
 
 
