@@ -13,6 +13,7 @@ CONTAINER = "PENSTOCK_CONTAINER"  # set in the images of docker/Dockerfile, wher
 MOUNTS = Path("/proc/self/mountinfo")
 # What file systems, network storage and desktops put into a folder without being asked
 JUNK = {"lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "@Recycle", "#recycle", ".thumbnails"}
+JUNK |= {"#snapshot", "@Recently-Snapshot", "@tmp"}
 JUNK |= {".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", ".Spotlight-V100", ".fseventsd"}
 
 

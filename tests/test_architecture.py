@@ -95,9 +95,9 @@ def test_no_module_is_half_of_its_only_importer():
 
 
 def test_the_house_stays_small():
-    assert len(FILES) <= 95
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 14_820  # the aim is 14,500
-    assert len(TESTS) <= 75
+    assert len(FILES) <= 100  # of issue 17, how RAW is read: names, tree, classes, choice, published, labels, columns
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 16_750  # 14,815 before them
+    assert len(TESTS) <= 77
 
 
 def test_no_imports_go_in_circles():

@@ -165,7 +165,7 @@ def test_pictures_that_git_lfs_has_not_fetched_are_skipped_for_this_reason(raw: 
     assert skipped == {("blobs/99.jpg", "lfs_pointer"), ("stripes/99.jpg", "lfs_pointer")}
     refused = build(tree(tmp_path / "tars", {"train-0.tar": pointer}), tmp_path / "none")
     assert refused.exit_code == 2
-    assert refused.stderr == f"Error: {tmp_path}/tars/train-0.tar: a Git LFS pointer; run git lfs pull\n"
+    assert refused.stderr == f"Error: {tmp_path}/tars: train-0.tar: a Git LFS pointer; run git lfs pull\n"
 
 
 def test_no_training_picture_that_decodes_is_an_error(tmp_path: Path):

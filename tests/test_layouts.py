@@ -277,7 +277,10 @@ def test_two_options_that_both_say_which_labels_hold(option: str, raw: Path, tmp
     [
         (f"café/1.jpg; {NFD}/2.jpg", ["names that look the same but for their Unicode are one class: café"]),
         (f"{NFD}/2.jpg; tea/1.jpg", []),
-        ("{Cat,cat,CAT,dog}/1.jpg", ["names that differ by case alone are classes of their own: CAT and Cat and cat"]),
+        (
+            "{Cat,cat,CAT,dog}/1.jpg",
+            ["names that differ by case, blanks or zeros alone are classes of their own: CAT and Cat and cat"],
+        ),
     ],
 )
 def test_names_that_look_alike_are_noted(files: str, notes: list[str], tmp_path: Path):

@@ -138,6 +138,9 @@ def test_text_labels_are_the_classes(tmp_path: Path):
     pq.write_table(pa.table({"img": [b"1"], "class": [1]}), tmp_path / "b.parquet")
     with pytest.raises(SourceError, match=r"a.parquet and .*b.parquet: have labels of two kinds"):
         listed(tmp_path)
+    pq.write_table(pa.table({"img": [b"1"], "label": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(SourceError, match="have labels of two kinds or columns"):
+        listed(tmp_path)
 
 
 def test_names_are_plain_and_unlike_one_another(tmp_path: Path):
@@ -189,6 +192,8 @@ def test_the_column_of_the_labels_is_said(tmp_path: Path):
     kept = listed(tmp_path, keep_labels=True)
     assert [c.label for c in kept.classes] == [*range(13)]
     assert [c.words for c in kept.classes] == ["00", "01", "02", "cat", *(f"{n:02d}" for n in range(4, 12)), "owl"]
+    pq.write_table(pa.table(columns | {"label_name": ["owl", None, None]}), tmp_path / "a.parquet")
+    assert [(c.wnid, c.words) for c in listed(tmp_path).classes] == [("03", "03"), ("12", "owl")]
     pq.write_table(pa.table(columns | {"label_name": ["owl", "cat", "emu"]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="column label_name: the label 12 has two names, owl and emu"):
         listed(tmp_path)

@@ -211,6 +211,13 @@ NEAR = [  # to what is above
     refuses("lost zeros", "img/00{1,2}.jpg; l.csv <- id,label|1,cat|2,dog", "img/001.jpg", labels="l.csv"),
     refuses("an empty label", "img/{1,2}.jpg; l.csv <- id,label|1,cat|2,", "img/2.jpg", labels="l.csv"),
     refuses("pictures in RAW and a table", "{1,2}.jpg; train.csv <- id,label|1,cat|2,dog", "--labels", "train.csv"),
+    refuses("two links to one folder", "{cat,dog}/1.jpg; kitty -> cat", "cat", "second link"),
+    reads("one number twice", "{01,1,2}/1.jpg > train 0", "class-folders: 01, 1, 2", "01 and 1"),
+    refuses("numbers to train, words to validate", "train-0.tar: 1.jpg=1 2.jpg=2; val-0.tar: 1.jpg=cat", "cat", "1"),
+    reads("snapshots of a server", "{cat,dog}/1.jpg > train 0; #snapshot/cat/1.jpg; @Recently-Snapshot/cat/2.jpg",
+          "class-folders: cat, dog", "#snapshot"),
+    reads("documents beside the classes", "{cat,dog}/1.jpg > train 0; docs/1.md; scripts/1.py",
+          "class-folders: cat, dog", "docs"),
     reads("pictures in RAW by a table", "1.jpg > train =cat; 2.jpg > train =dog; train.csv <- id,label|1,cat|2,dog",
           "labels: cat, dog", labels="train.csv"),
     reads("splits one folder deeper", "images/train/1.jpg > train =cat; images/train/2.jpg > train =dog; "
@@ -277,6 +284,15 @@ def test_a_tree_is_read_rightly_or_refused(row: Row, tmp_path: Path):
     lines = [sources.layout, *sources.notes, *sources.ignored.lines()]
     assert missing(row.says, "\n".join(lines)) == [], lines
     assert len(lines) < 9  # by kind, and not by name
+
+
+def test_one_file_of_a_series_may_be_all_of_raw(tmp_path: Path):
+    (name,) = {
+        path.partition("/")[0] for path in plant(tmp_path, "train-00000-of-00003.parquet: 1.jpg=0 2.jpg=1 > train")
+    }
+    assert {image.name: image.wnid for image in find_sources(tmp_path / name).images} == {"1.jpg": "0", "2.jpg": "1"}
+    with pytest.raises(UserError, match=r"missing: train-00001-of-00003\.parquet"):
+        find_sources(tmp_path)
 
 
 def test_every_layout_has_a_tree():

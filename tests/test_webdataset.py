@@ -79,6 +79,7 @@ def test_labels_are_text_as_names_of_folders(tmp_path: Path):
     members = {name: name.encode() for name in [*pictures, "b.mask.png", "e.left.jpg"]} | labels
     tree(tmp_path, {"train-0.tar": tar_bytes(members)})
     sources = find_sources(tmp_path)
+    assert sources.images.spellings["é"] == {"e\u0301"}  # of which `finish` notes those that look the same
     names = ["\u3000金毛\u3000犬", "caf\\xe9", "tab\tbed", "é", "\\xed\\xa0\\xbd.", "x" * 4096]
     assert [(image.name, image.wnid) for image in sources.images] == [*zip(pictures, names)]
     assert sources.ignored == {"picture without a label in .cls or .json": 5, "second picture of one sample": 1}
@@ -110,6 +111,15 @@ def test_hard_links_are_what_they_lead_to(tmp_path: Path):
         ("1.jpg", "7", b"one"), ("2.jpg", "7", b"one"), ("3.jpg", "8", b"one")
     ]  # fmt: skip
     assert sources.ignored == {"link in an archive": 3, "picture without a label in .cls or .json": 1}
+
+
+def test_numbers_of_two_spellings_are_one_class_and_noted(tmp_path: Path):
+    labels = {"1.cls": b"07", "2.cls": b"7\n", "3.cls": b"-2"}
+    tree(tmp_path, {"a-0.tar": tar_bytes({f"{i}.jpg": b"" for i in range(1, 4)} | labels)})
+    sources = find_sources(tmp_path)
+    assert [image.wnid for image in sources.images] == ["7", "7", "-2"]
+    assert [c.wnid for c in sources.classes] == ["-2", "7"]
+    assert sources.notes == ["labels that are one number are one class: 07 and 7", "labels -2, 7 are classes 0, 1"]
 
 
 @pytest.mark.parametrize(

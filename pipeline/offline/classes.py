@@ -12,7 +12,7 @@ from pipeline import SourceError, UserError, manifest, storage
 from pipeline.cli import printable
 from pipeline.manifest import FILE_NAME, ClassRecord, Manifest
 from pipeline.offline.choice import chosen_classes
-from pipeline.offline.names import are_numbers, by_case, in_order, normal, spelled
+from pipeline.offline.names import are_numbers, in_order, look_alike, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Sources
 from pipeline.storage import Location
 
@@ -44,9 +44,9 @@ def finish(sources: Sources, options: Options) -> None:
     if options.classes:
         _keep(sources, options.classes)
     names = [record.wnid for record in sources.classes]
-    if alike := by_case(names):
+    if alike := look_alike(names):
         pairs = _listed([" and ".join(map(printable, group)) for group in alike])
-        sources.notes.append(f"names that differ by case alone are classes of their own: {pairs}")
+        sources.notes.append(f"names that differ by case, blanks or zeros alone are classes of their own: {pairs}")
     sources.order = f"labels are ranks of the class names, by {'number' if are_numbers(names) else 'code points'}"
     if options.keep_labels:
         sources.order = "labels are the numbers in RAW (--keep-labels)"
@@ -77,12 +77,7 @@ def _keep(sources: Sources, file: Location) -> None:
 def _keep_numbers(sources: Sources) -> None:
     """Make the number in each class's name its label; the classes between have no pictures."""
     records = {record.wnid: record for record in sources.classes}
-    for name in records:
-        if not are_numbers([name]) or not 0 <= int(name) <= MAX_KEPT:
-            reach = f"the label {printable(name, 60)} is no number from 0 to {MAX_KEPT:,}"
-            raise SourceError(
-                f"--keep-labels: {reach}; without that option, classes get the numbers 0, 1, 2, … in order"
-            )
+    _require_kept(records)
     numbers = {int(name): name for name in records}
     if len(numbers) < len(records):
         twice = next(name for name in records if numbers[int(name)] != name)
@@ -165,33 +160,56 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
     """
     names, known = sources.images.wnids, named.values()
     words = {record.wnid: record.words for record in known}
-    text = "" if are_numbers(names) else next(name for name in in_order(names) if not are_numbers([name]))
-    if text and not options.keep_labels:
+    ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
+    if options.keep_labels:
+        _require_kept(names)
+    if not are_numbers(names):
         sources.classes = ranked(names, words, {})
         return
-    numbers = [] if text else sorted(map(int, names))
-    outside = [n for n in numbers if not 0 <= n <= MAX_KEPT]
-    if options.keep_labels and (text or outside):
-        wrong = printable(text, 60) or str(outside[0])
-        reach = f"the label {wrong} is no number from 0 to {MAX_KEPT:,}"
-        raise SourceError(f"--keep-labels: {reach}; without that option, classes get the numbers 0, 1, 2, … in order")
-    if named and (beyond := sorted(set(numbers) - named.keys())):
+    number_of = {name: int(name) for name in names}
+    numbers = sorted({*number_of.values()})
+    if named and (beyond := [number for number in numbers if number not in named]):
         reach = f"names the classes 0 to {max(named)}, but an image has the label {beyond[0]}"
         raise SourceError(f"{file}: {reach}; correct that list or remove it")
     width = len(str(max(numbers, default=0)))
     kept = range(max([*numbers, *named], default=-1) + 1) if options.keep_labels else numbers
     name_of = {n: named[n].wnid if n in named else f"{n:0{width}d}" for n in kept}
-    sources.images.rename_classes(lambda name: name_of[int(name)])
-    ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
+    sources.images.rename_classes(lambda name: name_of[number_of[name]])
     sources.classes = ranked(words or name_of.values(), words, ids)
     if options.keep_labels:
         sources.classes = tuple(ClassRecord(n, x, words.get(x, x), ids.get(x)) for n, x in name_of.items())
     label_of = {record.wnid: record.label for record in sources.classes}
-    changed = [(n, label_of[name_of[n]]) for n in dict.fromkeys(numbers) if label_of[name_of[n]] != n]
-    if changed and not options.classes_of:
+    _note_spellings(sources, number_of)
+    if not options.classes_of:
+        _note_changes(sources, {n: label_of[name_of[n]] for n in numbers})
+
+
+def _require_kept(names: Iterable[str]) -> None:
+    """Raise SourceError where a name is no number that --keep-labels can keep as a label."""
+    for name in in_order(names):
+        if not are_numbers([name]) or not 0 <= int(name) <= MAX_KEPT:
+            reach = f"the label {printable(name, 60)} is no number from 0 to {MAX_KEPT:,}"
+            remedy = "without that option, classes get the numbers 0, 1, 2, … in order"
+            raise SourceError(f"--keep-labels: {reach}; {remedy}")
+
+
+def _note_spellings(sources: Sources, number_of: Mapping[str, int]) -> None:
+    """Note labels such as 07 and 7, which are one class."""
+    counts = Counter(number_of.values())
+    twice = [number for number, count in counts.items() if count > 1]
+    groups = [" and ".join(name for name, number in number_of.items() if number == n) for n in twice[:NAMED]]
+    if groups:
+        sources.notes.append(f"labels that are one number are one class: {', '.join(groups)}")
+
+
+def _note_changes(sources: Sources, label_of: Mapping[int, int]) -> None:
+    """Note numbers in RAW that are not the labels of their classes."""
+    changed = [(number, label) for number, label in label_of.items() if number != label]
+    if changed:
         before, after = (", ".join(map(str, column[:NAMED])) for column in zip(*changed))
         more = f" (and {len(changed) - NAMED:,} more)" if len(changed) > NAMED else ""
-        sources.notes.append(f"labels {before} are classes {after}{more} (--keep-labels keeps the numbers)")
+        hint = " (--keep-labels keeps the numbers)" if changed[0][0] >= 0 else ""
+        sources.notes.append(f"labels {before} are classes {after}{more}{hint}")
 
 
 def read_class_list(file: Location) -> dict[int, ClassRecord]:

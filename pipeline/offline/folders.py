@@ -189,10 +189,11 @@ def read_splits(folder: Folder, listings: ListingCache, options: Options) -> Sou
     splits, doubt = folder_splits(folder.folders)
     if doubt:
         raise SourceError(f"{folder.path}: {doubt}; {REMEDY}")
-    text = " and ".join(f"{name}/" for name in splits)
-    tree = _Tree(Sources(f"{text} with one folder per class", gives=_gives(text, options)), folder, options)
+    tree = _Tree(Sources(""), folder, options)
     for name, split in splits.items():
         _add_split(tree, folder, name, split, options)
+    text = " and ".join(f"{name}/" for name, split in splits.items() if tree.sources.images.has(split))
+    tree.sources.layout, tree.sources.gives = f"{text} with one folder per class", _gives(text, options)
     _match_classes(tree, splits)
     beside = [name for name in folder.folders if name not in splits]
     for name in beside:
@@ -230,6 +231,9 @@ def _add_split(tree: _Tree, folder: Folder, name: str, split: str, options: Opti
             )
         return
     tree.require_one_depth()
+    if tree.loose[split] and options.class_depth > 1:
+        problem = f"--class-depth {options.class_depth}: no picture lies in so many folders ({tree.loose[split][0]})"
+        raise SourceError(f"{folder.path / below}: {problem}; say a smaller number, or last")
     if tree.loose[split]:
         shown, lists = ", ".join(tree.loose[split][:2]), tables(folder)
         raise SourceError(

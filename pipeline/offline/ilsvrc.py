@@ -60,8 +60,8 @@ def evidence(challenge: Challenge, folder: Folder, options: Options) -> Reading 
     """Return the reading of RAW as the parts of a challenge: named as published, or beside its devkit."""
     year, parts = challenge.year, _parts(folder, challenge)
     named = [name for name in parts.values() if name.casefold().startswith(f"ilsvrc{year}")]
-    inside = [] if named else _official_files(folder, parts, year)
-    if not (named or inside):
+    inside = [f"as {name}" for name in named] or _official_files(folder, parts, year)
+    if not inside:
         return None
     doubt = ""
     if "train" not in parts:

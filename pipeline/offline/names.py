@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 SPLITS = ("train", "val", "test")
@@ -168,9 +168,10 @@ def missing(names: Iterable[str]) -> list[str]:
     return lacking + ([f"and {more:,} more"] if more else [])
 
 
-def by_case(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the groups of names that differ by case alone."""
-    groups: Mapping[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[name.casefold()].append(name)
+def look_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the groups of names that differ by case or blanks alone, or that are one number."""
+    every = [*names]
+    numbers, groups = are_numbers(every), defaultdict[str, list[str]](list)
+    for name in every:
+        groups[str(int(name)) if numbers else " ".join(name.casefold().split())].append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]

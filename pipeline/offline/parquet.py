@@ -59,7 +59,9 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     folder.ignore(sources.ignored, files)
     if len(labels.kinds) > 1 or len(labels.lists) > 1:
         others = " and ".join((labels.kinds if len(labels.kinds) > 1 else labels.lists).values())
-        raise SourceError(f"{others}: have labels of two kinds, or other names of classes; RAW must hold one data set")
+        raise SourceError(
+            f"{others}: have labels of two kinds or columns, or other names of classes; RAW must hold one data set"
+        )
     sources.gives = " or ".join(labels.gives)
     first = next(iter((labels.lists or labels.kinds).values()), "")
     name_classes(sources, labels.named(), first, options)
@@ -73,14 +75,14 @@ class _Labels:
 
     def __init__(self) -> None:
         self.gives: dict[str, None] = {}  # in words
-        self.kinds: dict[str, str] = {}  # "text", "number" … → the first file with such labels
+        self.kinds: dict[tuple[str, str], str] = {}  # "text", "number" … and column → the first file with such labels
         self.lists: dict[tuple[str, ...], str] = {}  # names of the classes 0, 1, … → the first file with them
         self.words: dict[int, str] = {}  # of a column beside the numbers
         self.wnids: dict[str, set[str]] = {}  # label → those in its images' names; "" for none in one
 
     def add_file(self, file: File) -> None:
         self.gives[file.gives()] = None
-        self.kinds.setdefault(file.kind(), file.name)
+        self.kinds.setdefault((file.kind(), file.label.path), file.name)
         if names := file.class_names():
             self.lists.setdefault(names, file.name)
 
@@ -94,14 +96,14 @@ class _Labels:
 
     def named(self) -> dict[int, ClassRecord]:
         """Return the WNID of each number if each has one of its own; else the numbers that have words."""
-        if "number" not in self.kinds:
+        if "number" not in {kind for kind, _ in self.kinds}:
             return {}
         listed = next(iter(self.lists), ())
         words = {n: printable(name, 120) for n, name in ([*enumerate(listed)] or [*self.words.items()])}
         own = {int(label): min(inside) for label, inside in self.wnids.items() if len(inside) == 1}
         if not (all(own.values()) and 0 < len(self.wnids) == len(set(own.values()))):
-            width = len(str(max([*words, *own], default=0)))
-            own = {number: f"{number:0{width}d}" for number in (words if listed else {*words, *own} if words else ())}
+            numbers = {*words} if listed or not words else {*words, *map(int, self.wnids)}
+            own = {number: f"{number:0{len(str(max(numbers)))}d}" for number in numbers}
         inside = {number: name for number, name in own.items() if not listed or number < len(listed)}
         return {number: ClassRecord(number, name, words.get(number) or name, None) for number, name in inside.items()}
 

@@ -94,6 +94,7 @@ def find_sources(
     if not len(sources.images):
         raise SourceError(_nothing_of(folder, sources, name))
     finish(sources, options)
+    _require_common_classes(raw, sources)
     _check_promises(sources, options.allow_incomplete, chosen=options.classes is not None)
     if not sources.images.has("train") and not options.classes_of:
         raise SourceError(f"{raw}: {sources.layout}, but no training picture with a label is in it{_left_out(sources)}")
@@ -104,7 +105,7 @@ def _folder(raw: Location) -> Folder:
     if storage.is_dir(raw):
         return Folder.of(raw)
     if storage.is_file(raw) and raw.suffix.lower() in (".tar", ".parquet"):
-        return Folder(raw.parent, (raw.name,), ())
+        return Folder(raw.parent, (raw.name,), (), alone=True)
     raise SourceError(
         f"{raw}: {'not a directory, a .tar or a .parquet' if storage.exists(raw) else 'no such directory'}; "
         f"RAW is the folder with the raw images or archives{volumes.hint(raw)}"
@@ -138,6 +139,17 @@ def _require_content(sources: Sources) -> None:
     heads = [(image.file, image.read()) for image in map(sources.images.__getitem__, drawn.tolist())]
     if all(head.startswith(LFS_POINTER) for _, head in heads):
         require_content(*heads[0])
+
+
+def _require_common_classes(raw: Location, sources: Sources) -> None:
+    """Raise SourceError where no class of the validation split is one of the training split."""
+    train, val = (sources.images.per_class(split).keys() - {None} for split in ("train", "val"))
+    if train and val and not train & val:
+        shown = " and ".join(printable(min(map(str, names)), 60) for names in (train, val))
+        raise SourceError(
+            f"{raw}: none of the {len(val):,} classes to validate is one of the {len(train):,} to train, such as {shown}; "
+            "they are of two data sets, or labelled in two ways"
+        )
 
 
 def _nothing_of(folder: Folder, sources: Sources, name: str) -> str:

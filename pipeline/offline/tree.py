@@ -33,6 +33,7 @@ class Folder:
     folders: tuple[str, ...]
     others: tuple[str, ...] = ()  # links to nothing, pipes, devices
     junk: tuple[str, ...] = ()
+    alone: bool = False  # RAW is one file: the others of its series are not meant
 
     @classmethod
     def of(cls, path: Location) -> "Folder":
@@ -136,6 +137,7 @@ def walk(folder: Location, below: str, left_out: LeftOut) -> Iterator[tuple[str,
         real = os.path.realpath(directory)
         if real in seen:
             left_out.add("second link to one folder", prefix)
+            yield directory, prefix, []  # a class folder must not be gone without a word
             continue
         seen.add(real)
         entries = sound(storage.scan(Path(directory)), prefix)

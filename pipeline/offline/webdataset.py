@@ -8,7 +8,7 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, Member, members
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.classes import name_classes, read_class_list
-from pipeline.offline.names import file_splits, folder_splits, missing, normal
+from pipeline.offline.names import file_splits, folder_splits, missing
 from pipeline.offline.raw import Options, RawImage, Reading, Sources
 from pipeline.offline.tree import Folder, is_picture
 from pipeline.storage import Location, Read
@@ -140,7 +140,7 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
         raise SourceError(f"{folder.path}: {doubt}")
     without = [path for path, split in files.items() if not split]
     problems = []
-    if lacking := missing(files):
+    if lacking := [] if folder.alone else missing(files):
         problems.append(f"missing: {', '.join(lacking)}")
     if 0 < len(without) < len(files):
         problems.append(f"{', '.join(without[:3])}: name no split, others do")
@@ -202,7 +202,7 @@ def _label(sample: dict[str, Member], read: Read) -> str | None:
 
 
 def usable_label(value: object) -> str | None:
-    """Return a label as the name of a class: text as that of a folder, see `normal`; a whole number; true or false.
+    """Return a label as the name of a class: text as that of a folder, a whole number, true or false.
 
     None where it is no such value, longer than MAX_LABEL characters, of several lines, or −1, which means none.
     """
@@ -213,6 +213,6 @@ def usable_label(value: object) -> str | None:
     if isinstance(value, str):
         value = value.encode("utf-8", "surrogatepass")  # JSON may have halves of surrogate pairs
     if isinstance(value, bytes):
-        value = normal(value.decode("utf-8", "surrogateescape").strip(BLANKS))
+        value = value.decode("utf-8", "surrogateescape").strip(BLANKS)
     text = str(value) if isinstance(value, (int, str)) else ""
     return text if 0 < len(text) <= MAX_LABEL and text != "-1" and not re.search(r"[\0\r\n]", text) else None
