@@ -88,8 +88,8 @@ def _finished(tree: _Tree, folder: Folder) -> Sources:
     if not options.layout and (shared := in_order(containers(with_pictures))):
         layout = "class-folders" if sources.layout == FOLDERS else "split-folders"
         raise SourceError(
-            f"{folder.path}: {_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; take the "
-            f"labels of a table by --labels FILE, remove what is no class, or say --layout {layout}"
+            f"{folder.path}: {_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; "
+            f"take the labels of a table by --labels FILE, remove what is no class, or say --layout {layout}"
         )
     lacking = {split: names - sources.images.per_class(split).keys() for split, names in tree.declared.items()}
     empty = in_order(
