@@ -254,6 +254,12 @@ NEAR = [  # to what is above
     reads("numbered classes", "class_{1,2,10}/1.jpg > train 0", "class-folders: class_1, class_10, class_2"),
     refuses("a sample submission before the table of labels", "train/{1,2}.jpg; test/3.jpg; train.csv <- 1,cat|2,dog; "
             "sample_submission.csv <- 3,cat", "--labels RAW/train.csv"),
+    refuses("an empty table", "{1,2}.jpg; l.csv <- ", "l.csv", "it is empty", labels="l.csv"),
+    refuses("a table of ragged rows", "{1,2}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog,black", "1 rows of 3", labels="l.csv"),
+    refuses("a table of one endless line", f"1.jpg; l.csv <- 1.jpg {'x' * 200_000}", "1 rows of 1", labels="l.csv"),
+    refuses("half a surrogate pair", '1.jpg; l.jsonl <- {"file_name": "1.jpg", "label": "\\ud83d"}', "l.jsonl",
+            "no JSON object a line", labels="l.jsonl"),
+    refuses("a JSON list", '1.jpg; l.json <- [["1.jpg", "cat"]]', "l.json", "no JSON object a line", labels="l.json"),
     refuses("a table and no picture", "notes.txt; l.csv <- 1.jpg,0|2.jpg,1", "not the layout labels", labels="l.csv"),
     refuses("a table and another layout", "{cat,dog}/1.jpg; l.csv <- 1.jpg,0", "--labels", "--layout class-folders",
             labels="l.csv", layout="class-folders"),

@@ -197,8 +197,8 @@ def _rows(table: Location) -> list[Row]:
             continue
         if rows and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
             return [[cell.strip() for cell in row] for row in rows]
-    counts = Counter(len(row) for row in csv.reader(lines)).most_common(3)
-    seen = ", ".join(f"{count:,} rows of {width}" for width, count in counts)
+    counts = Counter(line.count(",") + 1 for line in lines).most_common(3)
+    seen = ", ".join(f"{count:,} rows of {width}" for width, count in counts) or "it is empty"
     raise SourceError(f"{table}: no table of two or more columns by commas, tabs or semicolons ({seen}); correct it")
 
 
@@ -209,7 +209,7 @@ def _json_rows(text: str, table: Location) -> list[Row]:
         columns = list(
             dict.fromkeys(key for record in records for key in record if not isinstance(record[key], dict | list))
         )
-        rows = [columns, *([_cell(record.get(key)) for key in columns] for record in records)]
+        rows = [[*map(_cell, columns)], *([_cell(record.get(key)) for key in columns] for record in records)]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{table}: no JSON object a line ({printable(str(error), 80)}); correct it") from error
     if len(rows) < 2 or len(columns) < 2:
@@ -218,7 +218,10 @@ def _json_rows(text: str, table: Location) -> list[Row]:
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else str(value)
+    """Return a value as text. Raises ValueError where it has half of a surrogate pair."""
+    text = "" if value is None else str(value)
+    text.encode()
+    return text.strip()
 
 
 def _columns(rows: list[Row], names: _Names, table: Location) -> tuple[int, int, int]:
