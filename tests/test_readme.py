@@ -10,8 +10,9 @@ import click
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, picture, saved
 from penstock.__main__ import load
+from pipeline.offline.sources import find_sources
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -31,6 +32,23 @@ def test_python_blocks_run(dataset: Path, tmp_path: Path):
     assert all("(256, 256, 3)" in line for line in printed[0])
     assert [line.split(" torch.Size")[0] for line in printed[1]] == ["0", "1", "2"]
     assert all("([41, 3, 224, 224])" in line and 0 < float(line.split()[-1]) < 20 for line in printed[1])
+
+
+def test_pictures_with_labels_in_their_names_become_a_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the Python of docs/building.md."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "building.md").read_text(), re.DOTALL)
+    names = ("cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.10.jpg")
+    files = {name: saved(picture(name, 40, 40), "JPEG") for name in names}
+    (tmp_path / "PICTURES").mkdir()
+    for name, data in files.items():
+        (tmp_path / "PICTURES" / name).write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    sources = find_sources(tmp_path / "SHARDS")
+    assert {image.read(): (image.split, image.wnid) for image in sources.images} == {
+        data: ("train", name[:3]) for name, data in files.items()
+    }
+    assert [record.wnid for record in sources.classes] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,7 +10,7 @@ from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import MAPPING, ranked, read_mapping
 from pipeline.offline.labels import tables
-from pipeline.offline.names import folder_splits, in_order, normal, spelled
+from pipeline.offline.names import containers, folder_splits, in_order, normal, spelled
 from pipeline.offline.raw import LeftOut, Options, RawImage, Reading, Sources
 from pipeline.offline.tree import Folder, has_pictures, is_picture, pictures_among, walk
 from pipeline.storage import Location
@@ -18,6 +18,7 @@ from pipeline.storage import Location
 FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
 DOCUMENTS = {".xml", ".txt", ".json", ".csv", ".md", ".html", ".pdf", ".mat", ".py", ".docx", ".yaml", ".yml", ".ipynb"}
 SHOWN = 5  # folders in a message
+FOLDERS = "one folder per class"
 REMEDY = "rename, or name the layout by --layout"
 
 
@@ -84,6 +85,12 @@ def _finished(tree: _Tree, folder: Folder) -> Sources:
     tree.require_one_depth()
     sources, options = tree.sources, tree._options
     with_pictures = set(sources.images.wnids)
+    if not options.layout and (shared := in_order(containers(with_pictures))):
+        layout = "class-folders" if sources.layout == FOLDERS else "split-folders"
+        raise SourceError(
+            f"{folder.path}: {_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; "
+            f"take the labels of a table by --labels FILE, remove what is no class, or say --layout {layout}"
+        )
     lacking = {split: names - sources.images.per_class(split).keys() for split, names in tree.declared.items()}
     empty = in_order(
         lacking.pop("train", set()) | {name for names in lacking.values() for name in names - with_pictures}
@@ -134,7 +141,7 @@ def read_classes(folder: Folder, listings: ListingCache, options: Options) -> So
 
     Raises SourceError where the class folders have folders in them, or no picture.
     """
-    tree = _Tree(Sources("one folder per class", gives=_gives("RAW", options)), folder, options)
+    tree = _Tree(Sources(FOLDERS, gives=_gives("RAW", options)), folder, options)
     tree.add("", "train")
     empty = tree.declared["train"] - tree.sources.images.per_class("train").keys()
     for name in [name for name in folder.folders if normal(name) in empty and _has_documents_alone(folder.path / name)]:
@@ -228,10 +235,10 @@ def _add_split(tree: _Tree, folder: Folder, name: str, split: str, options: Opti
         problem = f"--class-depth {options.class_depth}: no picture lies in so many folders ({tree.loose[split][0]})"
         raise SourceError(f"{folder.path / below}: {problem}; say a smaller number, or last")
     if tree.loose[split]:
-        shown, table = ", ".join(tree.loose[split][:2]), next(iter(tables(folder)), "FILE")
+        shown, lists = ", ".join(tree.loose[split][:2]), tables(folder)
         raise SourceError(
             f"{folder.path / below}: its pictures lie in no class folder ({shown} …), so they have no label; sort them "
-            f"into folders, or take the labels of a table by --labels {table}"
+            f"into folders, or take the labels of a table by --labels {folder.path / lists[0] if lists else 'FILE'}"
         )
     if split == "train" or not options.allow_incomplete:
         left_out = "".join(f"; left out: {line}" for line in tree.sources.ignored.lines()[:SHOWN])

@@ -4,26 +4,27 @@ import csv
 import io
 import itertools
 import json
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from pipeline import SourceError
+from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import ranked, read_text
-from pipeline.offline.names import SPLITS, folder_splits, normal
+from pipeline.offline.names import SPLITS, folder_splits, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Reading, Sources
-from pipeline.offline.tree import Folder, pictures
+from pipeline.offline.tree import Folder, is_picture, pictures
 from pipeline.storage import Location
 
 MAX_TABLE = 512 * 2**20  # bytes
 SHOWN = 3  # names in a message
 TRIED = 1000  # rows that decide which column has what
-LABELS = ("label", "labels", "class", "classes", "category", "target", "wnid", "breed", "species", "variety", "dx")
-JSON_FILE = ("file_name", "file", "filename", "path", "image")
+LABELS = {"label", "labels", "class", "classes", "class_name", "category", "category_name", "target", "wnid"}
+LABELS |= {"breed", "species", "variety", "dx"}
+NO_LABEL = ("", "-1")
 
 Row = Sequence[str]
 
@@ -44,13 +45,11 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     """
     if not options.labels:
         raise SourceError(f"{folder.path}: not the layout labels: no table is named; say --labels FILE")
-    table, (splits, doubt) = options.labels, folder_splits(folder.folders)
-    if doubt:
-        raise SourceError(f"{folder.path}: {doubt}; rename them")
-    sources, images = Sources("flat pictures and a table of labels"), RawTable()
+    table, sources = options.labels, Sources("flat pictures and a table of labels")
     below = _below(table, folder)
-    for image in pictures(folder.path, "", sources.ignored, used=f"{below}{table.name}"):
-        images.append(replace(image, split=splits.get(image.path.partition("/")[0], "train")))
+    images, problems = _images(folder, f"{below}{table.name}", sources)
+    if not len(images):
+        return sources
     rows, names = _rows(table), _Names(images, below)
     file_column, label_column, header = _columns(rows, names, table)
     title = rows[0][label_column] if header else f"column {label_column + 1}"
@@ -65,7 +64,7 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
         else:
             without.append(image.path)
             sources.ignored.lose(f"picture without a label in {printable(table.name, 60)}", image.path)
-    problems = [f"{len(without):,} pictures have no label in it: {_listed(without)}"] if without else []
+    problems += [f"{len(without):,} pictures have no label in it: {_listed(without)}"] if without else []
     problems += [f"{len(unknown):,} rows name no picture: {_listed(unknown)}"] if unknown else []
     if problems and not options.allow_incomplete:
         raise SourceError(f"{table}: {'; '.join(problems)}; correct it, or leave them out by --allow-incomplete")
@@ -74,13 +73,64 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     return sources
 
 
+def _images(folder: Folder, table: str, sources: Sources) -> tuple[RawTable, list[str]]:
+    """Return the pictures below RAW, without labels, and a line for each empty split. Raises SourceError."""
+    images = RawTable()
+    for image in pictures(folder.path, "", sources.ignored, used=table):
+        images.append(image)
+    splits = _splits(folder, {path.rpartition("/")[0] for path in images.paths})
+    outside = 0
+    for number, path in enumerate(images.paths):
+        above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        split = next((splits[x] for x in above if x in splits), "")
+        outside += not split
+        images.split_numbers[number] = SPLITS.index(split or "train")
+    if outside and "train" in splits.values():
+        listed = ", ".join(f"{printable(name)}/" for name in splits)
+        sources.notes.append(f"{outside:,} pictures in no folder of a split ({listed}) are of train")
+    empty = [name for name, split in folder_splits(folder.folders)[0].items() if split not in splits.values()]
+    return images, [f"no picture is in {name}/" for name in empty]
+
+
+def _splits(folder: Folder, directories: Iterable[str]) -> dict[str, str]:
+    """Return folder → split, of the first folder on the way to each of the directories that is called so.
+
+    Raises SourceError where that is in doubt.
+    """
+    inside: dict[str, set[str]] = defaultdict(set)
+    for directory in directories:
+        above = ""
+        for name in filter(None, directory.split("/")):
+            inside[above].add(name)
+            above = f"{above}/{name}".lstrip("/")
+    splits: dict[str, str] = {}
+    stack = [""]
+    while stack:
+        above = stack.pop()
+        own, doubt = folder_splits(sorted(inside[above]))
+        if doubt:
+            raise SourceError(f"{folder.path / above if above else folder.path}: {doubt}; rename them")
+        for name in sorted(inside[above]):
+            path = f"{above}/{name}".lstrip("/")
+            if name in own:
+                splits[path] = own[name]
+            else:
+                stack.append(path)
+    return splits
+
+
 def tables(folder: Folder) -> list[str]:
     """Return the paths below RAW of what may be a table of labels, in RAW or in a split."""
     inside = [(f"{name}/", Folder.of(folder.path / name)) for name in folder_splits(folder.folders)[0]]
     endings = (".csv", ".tsv", ".jsonl")
-    return [
-        f"{above}{name}" for above, x in [("", folder), *inside] for name in x.files if name.lower().endswith(endings)
-    ]
+    paths = [f"{above}{name}" for above, x in [("", folder), *inside] for name in x.files]
+    return sorted((path for path in paths if path.lower().endswith(endings)), key=_of_test)
+
+
+def _of_test(path: str) -> bool:
+    """Return whether a table seems to be about test pictures: Kaggle's sample_submission.csv has no true label."""
+    about = spelled(path.rpartition("/")[2].rpartition(".")[0])
+    return "submission" in path.lower() or (about is not None and "train" not in about.splits)
 
 
 def _listed(names: list[str]) -> str:
@@ -90,7 +140,10 @@ def _listed(names: list[str]) -> str:
 
 def _below(table: Location, folder: Folder) -> str:
     """Return the path of the table's folder below RAW, with a slash at its end; empty where it lies elsewhere."""
-    above, raw = str(table.parent).rstrip("/"), str(folder.path).rstrip("/")
+    above, raw = (
+        str(path).rstrip("/") if storage.is_remote(path) else os.path.abspath(path)
+        for path in (table.parent, folder.path)
+    )
     return f"{above.removeprefix(raw)[1:]}/" if above.startswith(f"{raw}/") else ""
 
 
@@ -99,16 +152,17 @@ class _Names:
 
     def __init__(self, images: RawTable, below: str) -> None:
         self._below = below
+        self._paths: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
         self._stems: dict[str, int] = {}
         self.paths, self._many = images.paths, set[str]()  # names and stems of several pictures
         test = np.asarray(images.split_numbers) == SPLITS.index("test")
         for number in np.argsort(test, kind="stable").tolist():  # a table is of test/ only where names are of it alone
             path = images.paths[number]
-            self._numbers[path] = number
+            self._paths[path] = number
             name = path.rpartition("/")[2]
             for text, index in ((name, self._numbers), (name.rpartition(".")[0], self._stems)):
-                if text != path and test[index.setdefault(text, number)] == test[number] and index[text] != number:
+                if test[index.setdefault(text, number)] == test[number] and index[text] != number:
                     self._many.add(text)
             self._stems.setdefault(path.rpartition(".")[0], number)
 
@@ -116,6 +170,8 @@ class _Names:
         """Return the number of the picture that `text` names; two numbers where it names several, none for none."""
         text = text.strip().replace("\\", "/").removeprefix("./")
         for candidate in (self._below + text, text):
+            if candidate in self._paths:
+                return [self._paths[candidate]]
             for index in (self._numbers, self._stems):
                 if candidate in index:
                     return [index[candidate]] * (2 if candidate in self._many else 1)
@@ -141,8 +197,8 @@ def _rows(table: Location) -> list[Row]:
             continue
         if rows and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
             return [[cell.strip() for cell in row] for row in rows]
-    counts = Counter(len(row) for row in csv.reader(lines)).most_common(3)
-    seen = ", ".join(f"{count:,} rows of {width}" for width, count in counts)
+    counts = Counter(line.count(",") + 1 for line in lines).most_common(3)
+    seen = ", ".join(f"{count:,} rows of {width}" for width, count in counts) or "it is empty"
     raise SourceError(f"{table}: no table of two or more columns by commas, tabs or semicolons ({seen}); correct it")
 
 
@@ -153,7 +209,7 @@ def _json_rows(text: str, table: Location) -> list[Row]:
         columns = list(
             dict.fromkeys(key for record in records for key in record if not isinstance(record[key], dict | list))
         )
-        rows = [columns, *([_cell(record.get(key)) for key in columns] for record in records)]
+        rows = [[*map(_cell, columns)], *([_cell(record.get(key)) for key in columns] for record in records)]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{table}: no JSON object a line ({printable(str(error), 80)}); correct it") from error
     if len(rows) < 2 or len(columns) < 2:
@@ -162,29 +218,45 @@ def _json_rows(text: str, table: Location) -> list[Row]:
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else str(value)
+    """Return a value as text. Raises ValueError where it has half of a surrogate pair."""
+    text = "" if value is None else str(value)
+    text.encode()
+    return text.strip()
 
 
 def _columns(rows: list[Row], names: _Names, table: Location) -> tuple[int, int, int]:
     """Return the columns of file names and labels, and the number of header rows, 0 or 1. Raises SourceError."""
-    # labels such as 1 and 2 may be stems, too, but of fewer pictures
-    hits = [len({*itertools.chain(*(names.find(row[i]) for row in rows[:TRIED]))}) for i in range(len(rows[0]))]
-    best = max(range(len(hits)), key=hits.__getitem__)
     titles = [title.casefold() for title in rows[0]]
     listed = ", ".join(printable(title, 40) for title in rows[0][:20])
-    if not hits[best]:
-        raise SourceError(
-            f"{table}: no column has names of the pictures in RAW, such as {next(iter(names.paths), '?')}; its first "
-            f"row is {listed}"
-        )
-    if hits.count(hits[best]) > 1:
-        raise SourceError(f"{table}: more than one column has names of pictures ({listed}); keep one, and the labels")
-    header = int(not names.find(rows[0][best]))
-    others = [i for i in range(len(titles)) if i != best]
+    file_column = _file_column(rows, names, table, listed)
+    first = rows[0][file_column]
+    header = int(not (names.find(first) or is_picture(first) or first.isdecimal()))
+    others = [i for i in range(len(titles)) if i != file_column]
     called = [i for i in others if header and titles[i] in LABELS]
     if len(others) == 1 or len(called) == 1:
-        return best, (others if len(others) == 1 else called)[0], header
+        return file_column, (others if len(others) == 1 else called)[0], header
     raise SourceError(f"{table}: which column has the labels? It has {listed}; keep two, or call one of them label")
+
+
+def _file_column(rows: list[Row], names: _Names, table: Location, listed: str) -> int:
+    """Return the column that names the most pictures. Raises SourceError where there is none, or another may be it."""
+    candidates = [i for i, title in enumerate(rows[0]) if title.casefold() not in LABELS] or [0]
+    # labels such as 1 and 2 may be stems, too, but of fewer pictures
+    hits = {i: len({*itertools.chain(*(names.find(row[i]) for row in rows[:TRIED]))}) for i in candidates}
+    best = max(candidates, key=hits.__getitem__)
+    files = [i for i in candidates if all(is_picture(row[i]) for row in rows[1:TRIED])]  # whether in RAW or not
+    if hits[best] and len(rows) > 1 and files and best not in files:
+        name = printable(rows[1][files[0]], 120)
+        raise SourceError(f"{table}: {name} is not in RAW; correct column {files[0] + 1}, or remove it: {listed}")
+    if not hits[best]:
+        raise SourceError(
+            f"{table}: no column has names of the pictures in RAW, such as {printable(names.paths[0], 120)}; its first "
+            f"row is {listed}"
+        )
+    least = hits[best] if len(rows[0]) == 2 else hits[best] // 2 + 1  # a column of row numbers may name most, too
+    if sum(count >= least for count in hits.values()) > 1:
+        raise SourceError(f"{table}: more than one column has names of pictures ({listed}); keep one, and the labels")
+    return best
 
 
 def _labels(
@@ -204,4 +276,4 @@ def _labels(
         elif labels.setdefault(numbers[0], label) != label:
             both = f"{printable(labels[numbers[0]], 60)} and {printable(label, 60)}"
             raise SourceError(f"{table}: {printable(name, 120)} has two labels, {both}; correct it")
-    return {number: label for number, label in labels.items() if label}, unknown
+    return {number: label for number, label in labels.items() if label not in NO_LABEL}, unknown

@@ -17,6 +17,11 @@ ADDITION = re.compile(
     r"images?|imgs?|pictures?|photos?|data|dataset|set|ds|folders?|splits?|resized|raw|full|jpe?g|png|"
     r"[0-9]+k?|(imagenet|ilsvrc|cls).*"
 )
+# a folder of pictures of all kinds, as no class is called; numbered, if all folders are called alike
+CONTAINER = re.compile(
+    r"(jpeg)?images?|imgs?|pictures|masks|annotations|labels|ground_?truth|segmentation(s|class|object)"
+)
+PART = re.compile(r"(.*[^a-z])?(part|images?|imgs?|pictures|batch|chunk|archive)[^a-z0-9]*[0-9]+")
 NUMBER = re.compile(r"-?[0-9]{1,255}")
 OF = re.compile(r"(.*?)([0-9]+)-of-([0-9]+)(.*)")
 NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
@@ -90,6 +95,13 @@ def folder_splits(names: Iterable[str]) -> tuple[dict[str, str], str]:
     if len({about.pattern for about in counting.values()}) > 1:
         return splits, f"{listed}: name splits, but not alike"
     return splits, ""
+
+
+def containers(names: Iterable[str]) -> list[str]:
+    """Return the names of folders that tell of pictures, and of no class: images, masks, NAME_images_part_1."""
+    names = list(names)
+    alike = len({re.sub("[0-9]+", "", name) for name in names}) == 1
+    return [x for x in names if CONTAINER.fullmatch(x.casefold()) or (alike and PART.fullmatch(x.casefold()))]
 
 
 def file_splits(names: Iterable[str]) -> tuple[dict[str, str], str]:

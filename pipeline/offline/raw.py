@@ -209,6 +209,12 @@ class Options:
         for option, value in given.items():
             if self.classes_of and value:
                 raise UserError(f"{option} and --classes-of {self.classes_of}: both say which labels hold; choose one")
+        if self.labels and self.layout not in (None, "labels"):
+            raise UserError(
+                f"--labels {self.labels} and --layout {self.layout}: the table makes the layout; choose one"
+            )
+        if self.labels and self.class_depth:
+            raise UserError(f"--class-depth and --labels {self.labels}: a folder's class, or the table's? choose one")
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,8 @@ def _advice(folder: Folder) -> str:
     if backslashes := [name for name in (*folder.files, *folder.folders) if "\\" in name]:
         return f"names with a backslash, such as {backslashes[0]}: a zip of Windows; unpack it again by 7z or Python"
     if flat and (lists := tables.tables(folder)):
-        return f"{len(flat):,} pictures in no class folder: take the labels of a table by --labels {lists[0]}"
+        table = folder.path / lists[0]
+        return f"{len(flat):,} pictures in no class folder: take the labels of a table by --labels {table}"
     if flat:
         return f"{len(flat):,} pictures in no class folder ({flat[0]} …): name a table of labels by --labels FILE"
     for name in folder.files:
