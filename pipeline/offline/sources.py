@@ -147,7 +147,7 @@ def _require_common_classes(raw: Location, sources: Sources) -> None:
     if train and val and not train & val:
         shown = " and ".join(printable(min(map(str, names)), 60) for names in (train, val))
         raise SourceError(
-            f"{raw}: none of the {len(val):,} classes to validate is one of the {len(train):,} to train, such as {shown}; "
+            f"{raw}: none of {len(val):,} classes to validate is one of the {len(train):,} to train, such as {shown}; "
             "they are of two data sets, or labelled in two ways"
         )
 
