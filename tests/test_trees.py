@@ -254,6 +254,12 @@ NEAR = [  # to what is above
     reads("numbered classes", "class_{1,2,10}/1.jpg > train 0", "class-folders: class_1, class_10, class_2"),
     refuses("a sample submission before the table of labels", "train/{1,2}.jpg; test/3.jpg; train.csv <- 1,cat|2,dog; "
             "sample_submission.csv <- 3,cat", "--labels RAW/train.csv"),
+    refuses("a column of splits", "{1,2}.jpg; l.csv <- image,label,split|1,0,train|2,1,Val",
+            "column 3 has splits", labels="l.csv"),
+    reads("a column of splits beside folders", "train/1.jpg > train =0; val/2.jpg > val =0; "
+          "l.csv <- image,label,split|1,0,train|2,0,val", "labels: 0", labels="l.csv"),
+    refuses("a table of test pictures named as others", "{train,test}/{1,2}.jpg; test.csv <- 1.jpg,0|2.jpg,1",
+            "2 pictures have no label in it: train/1.jpg", labels="test.csv"),
     refuses("an empty table", "{1,2}.jpg; l.csv <- ", "l.csv", "it is empty", labels="l.csv"),
     refuses("a table of ragged rows", "{1,2}.jpg; l.csv <- 1.jpg,cat|2.jpg,dog,black", "1 rows of 3", labels="l.csv"),
     refuses("a table of one endless line", f"1.jpg; l.csv <- 1.jpg {'x' * 200_000}", "1 rows of 1", labels="l.csv"),

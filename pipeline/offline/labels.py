@@ -14,7 +14,7 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import ranked, read_text
-from pipeline.offline.names import SPLITS, folder_splits, normal, spelled
+from pipeline.offline.names import SPLITS, WORDS, folder_splits, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Reading, Sources
 from pipeline.offline.tree import Folder, is_picture, pictures
 from pipeline.storage import Location
@@ -50,8 +50,10 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
     images, problems = _images(folder, f"{below}{table.name}", sources)
     if not len(images):
         return sources
-    rows, names = _rows(table), _Names(images, below)
+    rows, names = _rows(table), _Names(images, below, _of_test(table.name))
     file_column, label_column, header = _columns(rows, names, table)
+    if len(set(images.split_numbers)) == 1:
+        _require_one_split(rows[header:], table)
     title = rows[0][label_column] if header else f"column {label_column + 1}"
     sources.gives = f"the table {table.name}, {printable(title, 60)}"
     labels, unknown = _labels(rows[header:], file_column, label_column, names, table)
@@ -119,6 +121,18 @@ def _splits(folder: Folder, directories: Iterable[str]) -> dict[str, str]:
     return splits
 
 
+def _require_one_split(rows: list[Row], table: Location) -> None:
+    """Raise SourceError where a column has the splits of pictures that lie in one split, or in none."""
+    for i in range(len(rows[0]) if rows else 0):
+        values = {row[i].casefold() for row in rows}
+        if len(values) > 1 and values <= WORDS.keys():
+            listed = ", ".join(sorted(values))
+            remedy = f"sort the pictures into folders of these names, or remove column {i + 1}"
+            raise SourceError(
+                f"{table}: column {i + 1} has splits ({listed}), and the folders in RAW have none; {remedy}"
+            )
+
+
 def tables(folder: Folder) -> list[str]:
     """Return the paths below RAW of what may be a table of labels, in RAW or in a split."""
     inside = [(f"{name}/", Folder.of(folder.path / name)) for name in folder_splits(folder.folders)[0]]
@@ -150,14 +164,14 @@ def _below(table: Location, folder: Folder) -> str:
 class _Names:
     """The pictures by what a table may call them."""
 
-    def __init__(self, images: RawTable, below: str) -> None:
+    def __init__(self, images: RawTable, below: str, of_test: bool) -> None:
         self._below = below
         self._paths: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
         self._stems: dict[str, int] = {}
         self.paths, self._many = images.paths, set[str]()  # names and stems of several pictures
         test = np.asarray(images.split_numbers) == SPLITS.index("test")
-        for number in np.argsort(test, kind="stable").tolist():  # a table is of test/ only where names are of it alone
+        for number in np.argsort(test ^ of_test, kind="stable").tolist():  # a name may be of train/ and of test/
             path = images.paths[number]
             self._paths[path] = number
             name = path.rpartition("/")[2]
