@@ -71,11 +71,6 @@ def test_train_and_val_folders(raw: Path):
     assert sources.ignored == {".txt": 1}
 
 
-def test_an_unlabelled_test_folder(tmp_path: Path):
-    tree(tmp_path, {"train/a/1.png": b"", "test/2.png": b""})
-    assert {image.split: image.wnid for image in find_sources(tmp_path).images} == {"train": "a", "test": None}
-
-
 def test_flat_files(tmp_path: Path):
     tree(tmp_path, dict.fromkeys(("n00000002_blue_heron.JPEG", "n00000001_17.JPEG", "n00000001_5.JPEG"), b""))
     sources = find_sources(tmp_path)

@@ -26,15 +26,15 @@ class _Tree:
     """The pictures of RAW's class folders, as they are added split by split."""
 
     def __init__(self, sources: Sources, folder: Folder, options: Options) -> None:
-        self.sources, self._folder, self._options = sources, folder, options
+        self.sources, self.folder, self.options = sources, folder, options
         self.declared: dict[str, set[str]] = defaultdict(set)  # split → the classes that have a folder there
         self.loose: dict[str, list[str]] = defaultdict(list)  # split → the first pictures outside the class folders
         self._deep: dict[str, int] = {}  # the first folders below a class folder, and the number of their pictures
 
     def add(self, below: str, split: str) -> None:
         """Add the pictures in the folder `below` of RAW; of RAW itself, all but the list of words."""
-        ignored, root = self.sources.ignored, self._folder.path / below if below else self._folder.path
-        depth = max(self._options.class_depth, 1)
+        ignored, root = self.sources.ignored, self.folder.path / below if below else self.folder.path
+        depth = max(self.options.class_depth, 1)
         for directory, prefix, entries in walk(root, below, ignored):
             parts = prefix.removeprefix(below).strip("/").split("/") if prefix != below else []
             leaf = not any(entry.is_dir for entry in entries)
@@ -49,11 +49,11 @@ class _Tree:
                     self.sources.images.append(image, name)
             if count and len(parts) > depth and len(self._deep) <= SHOWN:
                 self._deep[prefix] = count
-            if name is not None and (count or (leaf if self._options.class_depth < 0 else len(parts) == depth)):
+            if name is not None and (count or (leaf if self.options.class_depth < 0 else len(parts) == depth)):
                 self.declared[split].add(normal(name))
 
     def _class_of(self, parts: list[str]) -> str | None:
-        depth = self._options.class_depth or 1
+        depth = self.options.class_depth or 1
         if not parts or len(parts) < depth:
             return None
         return "/".join(parts if depth < 0 else parts[:depth])
@@ -69,21 +69,21 @@ class _Tree:
         if not self._deep:
             return
         shown = ", ".join(f"{printable(path)}/ ({count:,})" for path, count in [*self._deep.items()][:SHOWN])
-        if not self._options.class_depth:
+        if not self.options.class_depth:
             raise SourceError(
-                f"{self._folder.path}: pictures lie deeper than in class folders: {shown}"
+                f"{self.folder.path}: pictures lie deeper than in class folders: {shown}"
                 f"{', …' if len(self._deep) > SHOWN else ''}. Which folder gives the class? Say "
                 "--class-depth 1 (the first), 2 (the first two), … or last (all)"
             )
-        if self._options.class_depth > 0:
-            named = f"--class-depth {self._options.class_depth}: pictures of deeper folders are of the class above"
+        if self.options.class_depth > 0:
+            named = f"--class-depth {self.options.class_depth}: pictures of deeper folders are of the class above"
             self.sources.notes.append(f"{named}: {shown}")
 
 
 def _finished(tree: _Tree, folder: Folder) -> Sources:
     """Check what was read, and name the classes: those of all folders, with or without a picture."""
     tree.require_one_depth()
-    sources, options = tree.sources, tree._options
+    sources, options = tree.sources, tree.options
     with_pictures = set(sources.images.wnids)
     if not options.layout and (shared := in_order(containers(with_pictures))):
         layout = "class-folders" if sources.layout == FOLDERS else "split-folders"
@@ -257,7 +257,7 @@ def _match_classes(tree: _Tree, splits: dict[str, str]) -> None:
         shown = ", ".join(map(printable, sorted(own)[:SHOWN]))
         if split == "val":
             raise SourceError(
-                f"{tree._folder.path / name}: none of its folders ({shown}) is a class of train/; rename them, or "
+                f"{tree.folder.path / name}: none of its folders ({shown}) is a class of train/; rename them, or "
                 f"remove {name}/, and a share of train/ is held out"
             )
         images.forget_classes(split)

@@ -18,9 +18,7 @@ HUB = "data"  # the folder of the files in a repository of Hugging Face
 MAX_LABEL = 4096  # characters, as of a name
 MAX_SIZES = {"cls": 4 * MAX_LABEL, "json": 2**20}  # bytes
 BLANKS = "\ufeff \t\r\n"  # around a label; U+FEFF begins the texts of some Windows programs
-OTHER_TAR = re.compile(
-    r"ilsvrc20\d\d_(img|images)_.*|n\d{8}\.tar"
-)  # of published archives, which have no labels inside
+OTHER_TAR = re.compile(r"ilsvrc20\d\d_(img|images)_.*|n\d{8}\.tar")  # of published archives without labels inside
 LOOKED_AT = 8  # tars, each of another series
 HEADERS = 256  # members of each
 SCANNED = 16  # folders below RAW, in search of one that RAW might rather be
