@@ -215,6 +215,8 @@ NEAR = [  # to what is above
             labels="l.csv"),
     reads("pictures beside a split", "train/1.jpg > train =cat; more/2.jpg > train =dog; l.csv <- 1.jpg,cat|2.jpg,dog",
           "labels: cat, dog", "1 pictures in no folder of a split (train/) are of train", labels="l.csv"),
+    reads("splits not alike, by name", "train/{cat,dog}/1.jpg > train 1; test_images/{cat,dog}/2.jpg > test 1; "
+          "train_old/cat/3.jpg", "split-folders: cat, dog", "train_old", layout="split-folders"),
     reads("a path and a name alike", "a/1.jpg > train =dog; 1.jpg > train =cat; l.csv <- 1.jpg,cat|a/1.jpg,dog",
           "labels: cat, dog", labels="l.csv"),
     reads("labels that are names of pictures", "{1,2,3}.jpg > train =2; l.csv <- id,label|1,2|2,2|3,2", "labels: 2",

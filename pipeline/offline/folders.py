@@ -19,7 +19,6 @@ FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
 DOCUMENTS = {".xml", ".txt", ".json", ".csv", ".md", ".html", ".pdf", ".mat", ".py", ".docx", ".yaml", ".yml", ".ipynb"}
 SHOWN = 5  # folders in a message
 FOLDERS = "one folder per class"
-REMEDY = "rename, or name the layout by --layout"
 
 
 class _Tree:
@@ -171,13 +170,9 @@ def split_evidence(folder: Folder, options: Options) -> Reading | None:
     inner = [Folder.of(folder.path / name) for name in splits]
     if not splits or all(x.files and not x.folders and not any(map(is_picture, x.files)) for x in inner):
         return None  # or they hold nothing but shards and the like
-    if doubt:
-        doubt += f"; {REMEDY}"
-    elif "train" not in splits.values() and not options.classes_of:
+    if not doubt and "train" not in splits.values() and not options.classes_of:
         doubt = f"{', '.join(f'{name}/' for name in splits)}: named as a split, not as a class, and there is no train/"
-        doubt += (
-            f"; {REMEDY} (class-folders makes classes of them), or evaluate another data set by --classes-of DATASET"
-        )
+        doubt += "; rename, or say --layout class-folders (they are classes) or --classes-of DATASET (they evaluate it)"
     return Reading(f"{', '.join(f'{name}/' for name in splits)}: splits", frozenset(splits), doubt)
 
 
@@ -186,9 +181,9 @@ def read_splits(folder: Folder, listings: ListingCache, options: Options) -> Sou
 
     Raises SourceError: a split that is empty or has no labels, classes in doubt, a val/ of other classes than train/.
     """
-    splits, doubt = folder_splits(folder.folders)
+    splits, doubt = folder_splits(folder.folders, forced=options.layout is not None)
     if doubt:
-        raise SourceError(f"{folder.path}: {doubt}; {REMEDY}")
+        raise SourceError(f"{folder.path}: {doubt}")
     tree = _Tree(Sources(""), folder, options)
     for name, split in splits.items():
         _add_split(tree, folder, name, split, options)

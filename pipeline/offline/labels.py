@@ -111,7 +111,7 @@ def _splits(folder: Folder, directories: Iterable[str]) -> dict[str, str]:
         above = stack.pop()
         own, doubt = folder_splits(sorted(inside[above]))
         if doubt:
-            raise SourceError(f"{folder.path / above if above else folder.path}: {doubt}; rename them")
+            raise SourceError(f"{folder.path / above if above else folder.path}: {doubt}")
         for name in sorted(inside[above]):
             path = f"{above}/{name}".lstrip("/")
             if name in own:

@@ -71,11 +71,12 @@ def spelled(name: str) -> Spelled | None:
     return Spelled(frozenset(splits.values()), pattern, certain, beside.pop() if len(beside) == 1 else "")
 
 
-def folder_splits(names: Iterable[str]) -> tuple[dict[str, str], str]:
+def folder_splits(names: Iterable[str], forced: bool = False) -> tuple[dict[str, str], str]:
     """Return folder name → split, and why that is in doubt, "" if it is not.
 
     A name counts that is a split's word with no more than usual additions, in any case: Train, test_images.
     Another, seg_train, counts only beside one like it for another split; else it may be a class, bullet_train.
+    `forced`: the user names the layout; then splits may be spelled in different ways, and the rest is no split.
     """
     every = {name: about for name in names if (about := spelled(name))}
     splits_of_pattern: dict[str, set[str]] = defaultdict(set)
@@ -85,15 +86,15 @@ def folder_splits(names: Iterable[str]) -> tuple[dict[str, str], str]:
     splits = {name: min(about.splits) if len(about.splits) == 1 else "" for name, about in counting.items()}
     for name, split in splits.items():
         if not split:
-            return splits, f"{name}/: names no one split (train, val or test)"
+            return splits, f"{name}/: names no one split (train, val or test); rename it"
     listed = ", ".join(f"{name}/" for name in splits)
     others = [f"{name}/" for name in every if name not in splits]
-    if splits and others:
-        return splits, f"{listed}: name splits, and {', '.join(others)} might"
+    if splits and others and not forced:
+        return splits, f"{listed}: name splits, and {', '.join(others)} might; rename, or name the layout by --layout"
     if len(set(splits.values())) != len(splits):
-        return splits, f"{listed}: two folders for one split"
-    if len({about.pattern for about in counting.values()}) > 1:
-        return splits, f"{listed}: name splits, but not alike"
+        return splits, f"{listed}: two folders for one split; rename or remove one"
+    if len({about.pattern for about in counting.values()}) > 1 and not forced:
+        return splits, f"{listed}: name splits, but not alike; rename, or name the layout by --layout"
     return splits, ""
 
 

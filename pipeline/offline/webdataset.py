@@ -126,7 +126,7 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
     Raises SourceError: files missing in a numbered series, names in doubt, or only some that tell a split; with
     --allow-incomplete, what is missing and what is left out is noted.
     """
-    splits, doubt = folder_splits(folder.folders)
+    splits, doubt = folder_splits(folder.folders, forced=options.layout is not None)
     inside = [(f"{name}/", split) for name, split in splits.items()]
     files = {above + name: split for above, split in inside for name in Folder.of(folder.path / above).ending(suffix)}
     if not files:
