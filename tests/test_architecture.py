@@ -96,7 +96,7 @@ def test_no_module_is_half_of_its_only_importer():
 
 def test_the_house_stays_small():
     assert len(FILES) <= 100  # of issue 17, how RAW is read: names, tree, classes, choice, published, labels, columns
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 16_850  # 14,815 before them
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 16_950  # 14,815 before them
     assert len(TESTS) <= 77
 
 

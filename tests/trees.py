@@ -38,7 +38,7 @@ ITEM = re.compile(r"([^=]+?\.\w+)(?:=(.*))?")
 
 
 class Row(NamedTuple):
-    """One tree: it is read as `layout`, or refused in a line that has all of `refusal`; where both are set, either."""
+    """One tree: it is read as `layout`, or refused in a line that has all of `refusal`."""
 
     name: str
     files: str
@@ -49,10 +49,10 @@ class Row(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})  # of find_sources; `below`: RAW is this folder of the tree
 
 
-def reads(name: str, files: str, reading: str, *says: str, refused: tuple[str, ...] = (), **options: Any) -> Row:
-    """Return a row that is read as `LAYOUT: CLASS, CLASS`; or also, if the outcome is open, `refused`."""
+def reads(name: str, files: str, reading: str, *says: str, **options: Any) -> Row:
+    """Return a row that is read as `LAYOUT: CLASS, CLASS`."""
     layout, _, classes = reading.partition(": ")
-    return Row(name, files, layout, tuple(c for x in classes.split(", ") for c in expand(x)), says, refused, options)
+    return Row(name, files, layout, tuple(c for x in classes.split(", ") for c in expand(x)), says, (), options)
 
 
 def refuses(name: str, files: str, *fragments: str, **options: Any) -> Row:
@@ -183,8 +183,7 @@ FOLDERS = [
     refuses("a class called train", "{bus,car,train}/{1,2}.jpg", "train", "--layout class-folders"),
     reads("a class called train, by name", "{bus,car,train}/{1,2}.jpg > train 0", "class-folders: bus, car, train",
           layout="class-folders"),
-    reads("a class called images", "{birds,cats,images}/1.jpg > train 0", "class-folders: birds, cats, images",
-          refused=("images",)),
+    refuses("a class called images", "{birds,cats,images}/1.jpg", "images", "--layout class-folders"),
     reads("NFC and NFD", f"café/1.jpg > train 0; {NFD}/2.jpg > train =café; tea/3.jpg > train 0",
           "class-folders: café, tea", "café"),
     reads("NFD in train, NFC in val", f"train/{NFD}/1.jpg > train =café; train/tea/2.jpg > train 1; "
@@ -207,7 +206,7 @@ FOLDERS = [
           "cat/2.jpg"),
     reads("annotations beside", "{cat,dog}/{1,2}.jpg > train 0; {cat,dog}/xml/{1,2}.xml", "class-folders: cat, dog"),
     reads("a plain tar beside", "{cat,dog}/1.jpg > train 0; backup.tar: cat/1.jpg dog/1.jpg", "class-folders: cat, dog",
-          "backup.tar", refused=("backup.tar",)),
+          "backup.tar"),
     refuses("shards beside", "{cat,dog}/1.jpg; train-000000.tar: 1.jpg=cat 2.jpg=dog", "--layout webdataset",
             "--layout class-folders"),
     refuses("parquet beside", "{cat,dog}/1.jpg; train.parquet: 1.jpg=0 2.jpg=1", "--layout parquet",
@@ -252,11 +251,10 @@ FOLDERS = [
     reads("cats and dogs", "training_set/training_set/{cats,dogs}/1.jpg > train 2; "
           "test_set/test_set/{cats,dogs}/2.jpg > test 2", "split-folders: cats, dogs", "training_set/training_set"),
     reads("twice train", "{train/train,val/val}/{cat,dog}/1.jpg > * 2", "split-folders: cat, dog", "train/train"),
-    reads("a class called train in train", "{train,val}/{bus,train}/1.jpg > * 1", "split-folders: bus, train",
-          refused=("train/train",)),
+    reads("a class called train in train", "{train,val}/{bus,train}/1.jpg > * 1", "split-folders: bus, train"),
     refuses("mixed spelling", "train/{cat,dog}/1.jpg; test_images/{cat,dog}/2.jpg", "train", "test_images"),
-    reads("train beside Val", "train/{cat,dog}/1.jpg > train 1; Val/{cat,dog}/2.jpg > val 1", "split-folders: cat, dog",
-          refused=("Val",)),
+    reads("train beside Val", "train/{cat,dog}/1.jpg > train 1; Val/{cat,dog}/2.jpg > val 1",
+          "split-folders: cat, dog"),
     refuses("two of one split", "{train,Train}/{cat,dog}/1.jpg", "train", "Train"),
     refuses("val and validation", "train/{cat,dog}/1.jpg; {val,validation}/{cat,dog}/2.jpg", "val", "validation"),
     refuses("dev", "{train,dev}/{cat,dog}/1.jpg", "dev"),
@@ -265,9 +263,11 @@ FOLDERS = [
     refuses("val alone", "val/{cat,dog}/1.jpg", "val"),
     refuses("no picture in train", "train/{cat,dog}/1.txt; val/{cat,dog}/1.jpg", "train"),
     refuses("splits one level too high", "holidays/{train,val}/{cat,dog}/1.jpg", "holidays"),
-    reads("fruits-360", "Training/{Apple Braeburn,Kiwi}/1.jpg > train 1; Test/{Apple Braeburn,Kiwi}/2.jpg > test 1; "
-          "test-multiple_fruits/{3,4}.jpg", "split-folders: Apple Braeburn, Kiwi", "test-multiple_fruits",
-          refused=("test-multiple_fruits",)),
+    refuses("fruits-360", "{Training,Test}/{Apple Braeburn,Kiwi}/1.jpg; test-multiple_fruits/{3,4}.jpg",
+            "test-multiple_fruits", "--layout"),
+    reads("fruits-360, by name", "Training/{Apple Braeburn,Kiwi}/1.jpg > train 1; "
+          "Test/{Apple Braeburn,Kiwi}/2.jpg > test 1; test-multiple_fruits/{3,4}.jpg",
+          "split-folders: Apple Braeburn, Kiwi", "test-multiple_fruits", layout="split-folders"),
     reads("traffic signs", "Train/{0..42}/1.png > train 1; Test/{1,2}.png > test -; Meta/{0..42}.png; {Train,Test}.csv",
           "split-folders: {0..42}", "Meta", "43"),
     refuses("traffic signs, twice", "{Train,train}/{0..3}/1.png; {Test,test}/1.png; {Meta,meta}/0.png", "Train",
@@ -341,5 +341,5 @@ FOLDERS = [
     reads("a tar of synset tars", "fall11_whole.tar: n01440764.tar/1.JPEG n01443537.tar/2.JPEG > train 1",
           f"fall2011: {WNIDS}"),
     reads("a tar beside its folder", "{n01440764,n01443537}.tar: 1.JPEG > train 0; n01440764/1.JPEG",
-          f"fall2011: {WNIDS}", "n01440764", refused=("--layout",)),
+          f"fall2011: {WNIDS}", "n01440764"),
 ]  # fmt: skip

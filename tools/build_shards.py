@@ -116,7 +116,8 @@ RUN = [
     click.Option(
         ["--max-skipped"],
         metavar="N|P%",
-        help="Fail where more images of a split are skipped.  [default: 0.1% of the split, at least 10]",
+        help="Fail where more images of a split are skipped, or more pictures of RAW are left out (not counted with "
+        "--allow-incomplete).  [default: 0.1%, at least 10]",
     ),
     click.Option(["--retry-skipped"], is_flag=True, help="Try again what an earlier run skipped, finished or not."),
 ]
@@ -164,11 +165,11 @@ RECIPE = [recipe_option(field) for field in fields(BuildRecipe) if field.name in
 def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
     """Build the dataset directory DATASET from the raw images in RAW.
 
-    RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, synset tars
-    (ImageNet Fall 2011), WebDataset shards, Hugging Face's parquet files, train/ and val/ with one folder per class,
-    one folder per class, or files named WNID_….JPEG. Nothing is unpacked, and nothing is written outside DATASET. An
-    interrupted build goes on with the same command. RAW and DATASET may be URLs of an object store, such as
-    s3://bucket/folder.
+    RAW holds the official archives of ILSVRC2012 or ILSVRC2010, packed or unpacked, Kaggle's CLS-LOC, Tiny ImageNet,
+    synset tars (ImageNet Fall 2011), WebDataset shards, Hugging Face's parquet files, train/ and val/ with one folder
+    per class, one folder per class, files named WNID_….JPEG, or pictures and a table (--labels). Nothing is unpacked,
+    and nothing is written outside DATASET. An interrupted build goes on with the same command. RAW and DATASET may be
+    URLs of an object store, such as s3://bucket/folder.
 
     \b
     Examples:

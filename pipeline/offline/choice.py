@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 from pipeline import UserError
 from pipeline.cli import printable
-from pipeline.offline.names import NUMBER, are_numbers, normal
+from pipeline.offline.names import NUMBER, are_numbers, lines_of, normal
 
 NAMED = 5  # classes in a message; the rest is counted
 HEADS = {"wnid", "class", "classes", "name", "names", "label", "labels", "id", "synset", "folder", "words", "index"}
@@ -39,7 +39,7 @@ def chosen_classes(text: str, names: Collection[str], file: str) -> set[str]:
     Raises UserError: the file chooses no class, one that RAW has not, or can be read in two ways.
     """
     known = _Known(names)
-    rows = [row for row in (_json_rows(text) or [_cells(line, known) for line in text.splitlines()]) if any(row)]
+    rows = [row for row in (_json_rows(text) or [_cells(line, known) for line in lines_of(text)]) if any(row)]
     head = bool(rows) and not any(map(known.get, rows[0])) and bool(HEADS & {cell.casefold() for cell in rows[0]})
     rows = rows[head:]
     if not rows:
@@ -78,7 +78,10 @@ def _cells(line: str, known: _Known) -> list[str]:
         if known.get(text):
             return [text]
     delimiter = next((sign for sign in "\t;" if sign in line), ",")
-    row = [_bare(cell) for cell in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+    try:
+        row = [_bare(cell) for cell in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+    except csv.Error:  # a cell of more than 131,072 characters
+        return [_bare(line)]
     words = line.split()
     if delimiter != "," or len(words) < 2 or all(map(known.get, row)):
         return row

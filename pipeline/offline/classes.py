@@ -12,7 +12,7 @@ from pipeline import SourceError, UserError, manifest, storage
 from pipeline.cli import printable
 from pipeline.manifest import FILE_NAME, ClassRecord, Manifest
 from pipeline.offline.choice import chosen_classes
-from pipeline.offline.names import are_numbers, in_order, look_alike, normal, spelled
+from pipeline.offline.names import are_numbers, in_order, lines_of, listed, look_alike, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Sources
 from pipeline.storage import Location
 
@@ -38,26 +38,40 @@ def finish(sources: Sources, options: Options) -> None:
     """
     spellings = sources.images.spellings
     if several := sorted(name for name, names in spellings.items() if len(names) > 1):
-        sources.notes.append(f"names that look the same but for their Unicode are one class: {_listed(several)}")
+        sources.notes.append(f"names that look the same but for their Unicode are one class: {listed(several)}")
     if options.classes_of:
         return _adopt(sources, manifest.load(options.classes_of))
     if options.classes:
         _keep(sources, options.classes)
     names = [record.wnid for record in sources.classes]
     if alike := look_alike(names):
-        pairs = _listed([" and ".join(map(printable, group)) for group in alike])
+        pairs = listed([" and ".join(map(printable, group)) for group in alike])
         sources.notes.append(f"names that differ by case, blanks or zeros alone are classes of their own: {pairs}")
     sources.order = f"labels are ranks of the class names, by {'number' if are_numbers(names) else 'code points'}"
+    if 0 < sum(are_numbers([name]) for name in names) < len(names):
+        sources.notes.append("class names are numbers and words: both are ordered by code points, 10 before 2")
     if options.keep_labels:
         sources.order = "labels are the numbers in RAW (--keep-labels)"
         if options.classes or sources.name not in LABELLED:
             _keep_numbers(sources)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names, and how many there are more."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(printable(name, 120) for name in names[:NAMED]) + more
+def with_empty(where: object, declared: Iterable[str], sources: Sources, options: Options) -> list[str]:
+    """Return all class names: those with pictures, and those `declared` by a folder or archive.
+
+    Raises SourceError where a declared one has no picture, unless --allow-incomplete keeps it; then that is noted.
+    """
+    pictured = set(sources.images.wnids)
+    if (empty := in_order({*declared} - sources.images.per_class("train").keys())) and pictured:
+        problem = f"class folders without a picture that is read: {listed(empty)}"
+        if not options.allow_incomplete:
+            left_out = "".join(f"; left out: {line}" for line in sources.ignored.lines()[:NAMED])
+            raise SourceError(
+                f"{where}: {problem}{left_out}. Fetch their pictures, remove the folders, or keep the classes by "
+                "--allow-incomplete"
+            )
+        sources.notes.append(problem)
+    return in_order(pictured | {*empty})
 
 
 def _keep(sources: Sources, file: Location) -> None:
@@ -101,9 +115,16 @@ def _adopt(sources: Sources, dataset: Manifest) -> None:
     """
     images = sources.images
     matches, by = _matches(images.wnids, dataset.classes)
+    texts = {record.wnid: normal(record.words) for record in sources.classes if are_numbers(images.wnids)}
+    if any(
+        match and texts.get(name, name) != name and _differs(texts[name], match, dataset)
+        for name, match in matches.items()
+    ):
+        by_text, by = _matches([texts[name] for name in matches], dataset.classes)
+        matches = {name: by_text[texts[name]] for name in matches}
     if lacking := in_order(name for name, match in matches.items() if not match):
         raise SourceError(
-            f"--classes-of {dataset.root}: {_listed(lacking)}: not among the {by} of its {len(dataset.classes):,} "
+            f"--classes-of {dataset.root}: {listed(lacking)}: not among the {by} of its {len(dataset.classes):,} "
             "classes; remove or rename what it cannot know"
         )
     images.rename_classes(matches.__getitem__)
@@ -116,6 +137,13 @@ def _adopt(sources: Sources, dataset: Manifest) -> None:
         sources.promises, sources.promised_classes = [], 0
         note += "; there is no training split, so all pictures are for its evaluation (val)"
     sources.notes.append(note)
+
+
+def _differs(text: str, wnid: str, dataset: Manifest) -> bool:
+    """Return whether a class of `dataset` has names, and none is `text`: an equal number is then another class."""
+    record = next(record for record in dataset.classes if record.wnid == wnid)
+    names = [name for name in (normal(record.wnid), normal(record.words)) if not are_numbers([name])]
+    return bool(names) and text not in names
 
 
 def _matches(names: Sequence[str], classes: Sequence[ClassRecord]) -> tuple[dict[str, str], str]:
@@ -180,7 +208,7 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
         sources.classes = tuple(ClassRecord(n, x, words.get(x, x), ids.get(x)) for n, x in name_of.items())
     label_of = {record.wnid: record.label for record in sources.classes}
     _note_spellings(sources, number_of)
-    if not options.classes_of:
+    if not (options.classes_of or options.classes):  # they change the labels again
         _note_changes(sources, {n: label_of[name_of[n]] for n in numbers})
 
 
@@ -225,7 +253,7 @@ def read_class_list(file: Location) -> dict[int, ClassRecord]:
             return {record.label: record for record in classes}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
-    lines = [normal(line.strip()) for line in read_text(file).rstrip().splitlines()]
+    lines = [normal(line.strip()) for line in lines_of(read_text(file).rstrip())]
     if "" in lines:
         raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
     named: dict[int, ClassRecord] = {}
@@ -263,7 +291,7 @@ def read_text(path: Location, most: int = MAX_TEXT) -> str:
 def read_mapping(path: Location) -> dict[str, str]:
     """Return wnid → words, from a file as MAPPING; none where it is absent. Raises SourceError."""
     words: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines() if storage.is_file(path) else (), start=1):
+    for number, line in enumerate(lines_of(read_text(path)) if storage.is_file(path) else (), start=1):
         match = WNID_LINE.fullmatch(line.strip())
         if match and match[1] not in words:
             words[match[1]] = match[2] or match[1]
@@ -275,4 +303,4 @@ def read_mapping(path: Location) -> dict[str, str]:
 
 def read_words(path: Location) -> dict[str, str]:
     """Return wnid → words, from lines of WNID, a tab and words, as Tiny ImageNet's words.txt has them."""
-    return {wnid: words for line in read_text(path).splitlines() for wnid, tab, words in [line.partition("\t")] if tab}
+    return {wnid: words for line in lines_of(read_text(path)) for wnid, tab, words in [line.partition("\t")] if tab}

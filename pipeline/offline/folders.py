@@ -8,15 +8,16 @@ from pathlib import PurePosixPath
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
-from pipeline.offline.classes import MAPPING, ranked, read_mapping
+from pipeline.offline.classes import MAPPING, ranked, read_mapping, with_empty
 from pipeline.offline.labels import tables
-from pipeline.offline.names import containers, folder_splits, in_order, normal, spelled
+from pipeline.offline.names import containers, folder_splits, in_order, listed, normal, spelled
 from pipeline.offline.raw import LeftOut, Options, RawImage, Reading, Sources
 from pipeline.offline.tree import Folder, has_pictures, is_picture, pictures_among, walk
 from pipeline.storage import Location
 
 FLAT_NAME = re.compile(r"(n\d{8})_(.+)\.\w+")
 DOCUMENTS = {".xml", ".txt", ".json", ".csv", ".md", ".html", ".pdf", ".mat", ".py", ".docx", ".yaml", ".yml", ".ipynb"}
+ARCHIVES = (".tar", ".zip", ".tgz", ".tar.gz", ".7z", ".rar")
 SHOWN = 5  # folders in a message
 FOLDERS = "one folder per class"
 
@@ -87,31 +88,16 @@ def _finished(tree: _Tree, folder: Folder) -> Sources:
     if not options.layout and (shared := in_order(containers(with_pictures))):
         layout = "class-folders" if sources.layout == FOLDERS else "split-folders"
         raise SourceError(
-            f"{folder.path}: {_listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; "
+            f"{folder.path}: {listed([f'{name}/' for name in shared])}: by the name no class, but pictures of any; "
             f"take the labels of a table by --labels FILE, remove what is no class, or say --layout {layout}"
         )
-    lacking = {split: names - sources.images.per_class(split).keys() for split, names in tree.declared.items()}
-    empty = in_order(
-        lacking.pop("train", set()) | {name for names in lacking.values() for name in names - with_pictures}
-    )
-    for split, names in lacking.items():
-        if names:
-            sources.notes.append(f"class folders of {split} without a picture: {_listed(in_order(names))}")
-    if empty and with_pictures:
-        problem = f"class folders without a picture that is read: {_listed(empty)}"
-        if not options.allow_incomplete:
-            left_out = "".join(f"; left out: {line}" for line in sources.ignored.lines()[:SHOWN])
-            raise SourceError(
-                f"{folder.path}: {problem}{left_out}. Fetch their pictures, remove the folders, or keep the classes by "
-                "--allow-incomplete"
-            )
-        sources.notes.append(problem)
-    sources.classes = ranked({*with_pictures, *empty}, read_mapping(folder.path / MAPPING), {})
+    declared = {name for names in tree.declared.values() for name in names - with_pictures} | tree.declared["train"]
+    for split in ("val", "test"):
+        if lacking := tree.declared[split] - sources.images.per_class(split).keys():
+            sources.notes.append(f"class folders of {split} without a picture: {listed(in_order(lacking))}")
+    names = with_empty(folder.path, declared, sources, options)
+    sources.classes = ranked(names, read_mapping(folder.path / MAPPING), {})
     return sources
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" * (len(names) > SHOWN))
 
 
 # ---- one folder for each class
@@ -190,12 +176,27 @@ def read_splits(folder: Folder, listings: ListingCache, options: Options) -> Sou
     text = " and ".join(f"{name}/" for name, split in splits.items() if tree.sources.images.has(split))
     tree.sources.layout, tree.sources.gives = f"{text} with one folder per class", _gives(text, options)
     _match_classes(tree, splits)
+    tests = tree.sources.images.per_class("test")
+    if 0 < tests[None] < tests.total():
+        tree.sources.notes.append(
+            f"{tests[None]:,} of {tests.total():,} test pictures lie in no class folder: no labels"
+        )
+    _require_unpacked(folder, splits, options)
     beside = [name for name in folder.folders if name not in splits]
     for name in beside:
         if count := sum(1 for _ in _pictures_in(folder, name)):
             tree.sources.notes.append(f"{printable(name)}/ lies beside the splits: its {count:,} pictures are left out")
     folder.ignore(tree.sources.ignored, [*splits, MAPPING])
     return _finished(tree, folder)
+
+
+def _require_unpacked(folder: Folder, splits: dict[str, str], options: Options) -> None:
+    """Raise SourceError where an archive in RAW is called like the validation split, of which there is no folder."""
+    for name in folder.files if "val" not in splits.values() and not options.allow_incomplete else ():
+        about = spelled(name.partition(".")[0]) if name.lower().endswith(ARCHIVES) else None
+        if about and about.certain and about.splits == {"val"}:
+            remedy = "unpack it, or go on without it by --allow-incomplete"
+            raise SourceError(f"{folder.path / name}: a validation split that is not unpacked; {remedy}")
 
 
 def _pictures_in(folder: Folder, name: str) -> Iterable[RawImage]:
@@ -279,6 +280,9 @@ def read_flat(folder: Folder, listings: ListingCache, options: Options) -> Sourc
         wnid, rest = match.groups()
         sources.images.append(RawImage("train", name, wnid, str(folder.path / name), 0, sizes[name]))
         words.setdefault(wnid, wnid if rest[0].isdigit() else rest.replace("_", " "))
+    for name in folder.folders:
+        for image in _pictures_in(folder, name):
+            sources.ignored.lose("picture in a folder beside the flat files", image.path)
     loose = [name for name in folder.files if is_picture(name) and name not in used]
     for name in loose:
         sources.ignored.lose("picture without a WNID in its name", name)

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +15,7 @@ from pipeline import SourceError, storage
 from pipeline.archives import ListingCache
 from pipeline.cli import printable
 from pipeline.offline.classes import ranked, read_text
-from pipeline.offline.names import SPLITS, WORDS, folder_splits, normal, spelled
+from pipeline.offline.names import SPLITS, WORDS, folder_splits, lines_of, listed, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Reading, Sources
 from pipeline.offline.tree import Folder, is_picture, pictures
 from pipeline.storage import Location
@@ -24,7 +25,9 @@ SHOWN = 3  # names in a message
 TRIED = 1000  # rows that decide which column has what
 LABELS = {"label", "labels", "class", "classes", "class_name", "category", "category_name", "target", "wnid"}
 LABELS |= {"breed", "species", "variety", "dx"}
-NO_LABEL = ("", "-1")
+NO_LABEL = ("", "-1", "nan", "NaN")  # the last two are pandas' of an empty cell
+FLAGS = {"is_valid", "is_val", "is_train", "is_test"}  # columns of splits
+MANY = 20  # pictures that each have a label of their own are not labelled by class
 
 Row = Sequence[str]
 
@@ -52,11 +55,13 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
         return sources
     rows, names = _rows(table), _Names(images, below, _of_test(table.name))
     file_column, label_column, header = _columns(rows, names, table)
-    if len(set(images.split_numbers)) == 1:
-        _require_one_split(rows[header:], table)
+    _require_same_splits(rows, header, file_column, names, images, table)
     title = rows[0][label_column] if header else f"column {label_column + 1}"
     sources.gives = f"the table {table.name}, {printable(title, 60)}"
     labels, unknown = _labels(rows[header:], file_column, label_column, names, table)
+    if len(labels) >= MANY and len({*labels.values()}) == len(labels) and title.casefold() not in LABELS:
+        problem = f"each picture has a label of its own in {printable(title, 60)}, so it is no class"
+        raise SourceError(f"{table}: {problem}; remove that column, or call it label")
     without = []
     for number, image in enumerate(images):
         if label := labels.get(number):
@@ -66,8 +71,8 @@ def read(folder: Folder, listings: ListingCache, options: Options) -> Sources:
         else:
             without.append(image.path)
             sources.ignored.lose(f"picture without a label in {printable(table.name, 60)}", image.path)
-    problems += [f"{len(without):,} pictures have no label in it: {_listed(without)}"] if without else []
-    problems += [f"{len(unknown):,} rows name no picture: {_listed(unknown)}"] if unknown else []
+    problems += [f"{len(without):,} pictures have no label in it: {listed(without, SHOWN)}"] if without else []
+    problems += [f"{len(unknown):,} rows name no picture: {listed(unknown, SHOWN)}"] if unknown else []
     if problems and not options.allow_incomplete:
         raise SourceError(f"{table}: {'; '.join(problems)}; correct it, or leave them out by --allow-incomplete")
     sources.notes += problems
@@ -121,16 +126,23 @@ def _splits(folder: Folder, directories: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-def _require_one_split(rows: list[Row], table: Location) -> None:
-    """Raise SourceError where a column has the splits of pictures that lie in one split, or in none."""
-    for i in range(len(rows[0]) if rows else 0):
-        values = {row[i].casefold() for row in rows}
-        if len(values) > 1 and values <= WORDS.keys():
-            listed = ", ".join(sorted(values))
-            remedy = f"sort the pictures into folders of these names, or remove column {i + 1}"
-            raise SourceError(
-                f"{table}: column {i + 1} has splits ({listed}), and the folders in RAW have none; {remedy}"
-            )
+def _require_same_splits(
+    rows: list[Row], header: int, file_column: int, names: "_Names", images: RawTable, table: Location
+) -> None:
+    """Raise SourceError where a column has the splits of pictures, and their folders say something else, or nothing."""
+    for i, title in enumerate(rows[0] if len(rows) > header else ()):
+        values = {row[i].casefold() for row in rows[header:]}
+        flag = bool(header) and title.casefold() in FLAGS
+        if i == file_column or not (values <= WORDS.keys() or flag):
+            continue
+        for row in rows[header:]:
+            for number in names.find(row[file_column])[:1]:
+                if flag or WORDS[row[i].casefold()] != SPLITS[images.split_numbers[number]]:
+                    remedy = f"sort the pictures into folders of these names, or remove column {i + 1}"
+                    shown = f"{i + 1} has splits ({printable(row[i], 40)} …)"
+                    raise SourceError(
+                        f"{table}: column {shown}, and {images.paths[number]} lies in no such folder; {remedy}"
+                    )
 
 
 def tables(folder: Folder) -> list[str]:
@@ -145,11 +157,6 @@ def _of_test(path: str) -> bool:
     """Return whether a table seems to be about test pictures: Kaggle's sample_submission.csv has no true label."""
     about = spelled(path.rpartition("/")[2].rpartition(".")[0])
     return "submission" in path.lower() or (about is not None and "train" not in about.splits)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(printable(name, 120) for name in names[:SHOWN]) + more
 
 
 def _below(table: Location, folder: Folder) -> str:
@@ -203,7 +210,7 @@ def _rows(table: Location) -> list[Row]:
     text = read_text(table, MAX_TABLE)
     if table.name.lower().endswith((".jsonl", ".ndjson", ".json")):
         return _json_rows(text, table)
-    lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
+    lines = [line for line in lines_of(text) if line.strip()]
     for delimiter in (",", "\t", ";"):
         try:
             rows = [*csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter, strict=True)]
@@ -219,7 +226,7 @@ def _rows(table: Location) -> list[Row]:
 def _json_rows(text: str, table: Location) -> list[Row]:
     rows: list[Row] = []
     try:
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = [json.loads(line) for line in lines_of(text) if line.strip()]
         columns = list(
             dict.fromkeys(key for record in records for key in record if not isinstance(record[key], dict | list))
         )
@@ -290,4 +297,7 @@ def _labels(
         elif labels.setdefault(numbers[0], label) != label:
             both = f"{printable(labels[numbers[0]], 60)} and {printable(label, 60)}"
             raise SourceError(f"{table}: {printable(name, 120)} has two labels, {both}; correct it")
+    whole = [label for label in labels.values() if label not in NO_LABEL]
+    if whole and all(re.fullmatch(r"-?[0-9]+\.0+", label) for label in whole):  # pandas writes numbers so beside gaps
+        labels = {number: label.partition(".")[0] for number, label in labels.items()}
     return {number: label for number, label in labels.items() if label not in NO_LABEL}, unknown

@@ -4,8 +4,10 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from pipeline.cli import printable
 
 SPLITS = ("train", "val", "test")
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -23,7 +25,7 @@ CONTAINER = re.compile(
 )
 PART = re.compile(r"(.*[^a-z])?(part|images?|imgs?|pictures|batch|chunk|archive)[^a-z0-9]*[0-9]+")
 NUMBER = re.compile(r"-?[0-9]{1,255}")
-OF = re.compile(r"(.*?)([0-9]+)-of-([0-9]+)(.*)")
+OF = re.compile(r"(.*?)([0-9]+)-of-([0-9]+)(?:-[0-9a-f]{16})?(.*)")  # the hub adds a hash
 NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
 
 
@@ -167,6 +169,17 @@ def missing(names: Iterable[str]) -> list[str]:
             lacking.append(f"{before}{number:0{width}d}{after}")
     more -= len(lacking)
     return lacking + ([f"and {more:,} more"] if more else [])
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text: Python's splitlines would also end them at U+2028 and the like, in a name."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names for a message, and how many there are more."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name, 120) for name in names[:most]) + more
 
 
 def look_alike(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from pipeline import SourceError, storage
 from pipeline.archives import ListingCache, members
-from pipeline.offline.classes import MAPPING, ranked, read_mapping, read_text, read_words
-from pipeline.offline.names import SPLITS
+from pipeline.cli import printable
+from pipeline.offline.classes import MAPPING, ranked, read_mapping, read_text, read_words, with_empty
+from pipeline.offline.names import SPLITS, lines_of
 from pipeline.offline.raw import Options, Promise, Reading, Sources
-from pipeline.offline.tree import Folder, is_picture, part_pictures
+from pipeline.offline.tree import Folder, has_pictures, is_picture, part_pictures
 from pipeline.storage import Location
 
 WNID = re.compile(r"n[0-9]{8}")
@@ -49,8 +50,10 @@ def read_synsets(folder: Folder, listings: ListingCache, options: Options) -> So
     sources.gives = "the name of the synset tar"
     for name in outer:
         add_tar_of_synset_tars(sources, folder, name, listings)
-    folder.ignore(sources.ignored, outer or add_synsets(sources, folder, "", listings))
-    sources.classes = ranked(sources.images.wnids, {}, {})
+    used = outer or add_synsets(sources, folder, "", listings)
+    folder.ignore(sources.ignored, used)
+    declared = [name.removesuffix(".tar") for name in used if packed]
+    sources.classes = ranked(with_empty(folder.path, declared, sources, options), {}, {})
     return sources
 
 
@@ -70,7 +73,7 @@ def add_tar_of_synset_tars(sources: Sources, folder: Folder, name: str, listings
         if WNID.fullmatch(wnid):
             sources.images.append(image, wnid)
         else:
-            sources.ignored.add("member outside the synset tars", image.path)
+            sources.ignored.lose("picture outside the synset tars", image.path)
 
 
 def add_synsets(sources: Sources, folder: Folder, below: str, listings: ListingCache) -> list[str]:
@@ -133,7 +136,10 @@ def read_kaggle(folder: Folder, listings: ListingCache, options: Options) -> Sou
             sources.promised_classes = KAGGLE_CLASSES
     if unknown := sorted(set(sources.images.wnids) - words.keys()) if words else []:
         raise SourceError(f"{mapping}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
-    sources.classes = ranked(words or sources.images.wnids, words, {})
+    if not sources.promised_classes:  # else the number of pictures is compared with what ILSVRC2012 has
+        with_empty(folder.path / below, words or Folder.of(folder.path / below / "train").folders, sources, options)
+    folders = words or {*sources.images.wnids, *Folder.of(folder.path / below / "train").folders}
+    sources.classes = ranked(folders, words, {})
     folder.ignore(sources.ignored, [MAPPING, KAGGLE_LABELS, *(f"{below}/{split}" for split in splits)])
     return sources
 
@@ -142,10 +148,12 @@ def _read_kaggle_labels(path: Location) -> dict[str, str]:
     """Return ImageId → wnid: the first word of its PredictionString; four numbers of a box follow each wnid."""
     if not storage.is_file(path):
         raise SourceError(f"{path}: missing; it has the labels of val/, and lies in the same download")
-    truth = {}
+    truth: dict[str, str] = {}
     try:
         for row in csv.DictReader(io.StringIO(read_text(path)), strict=True):
-            truth[row["ImageId"]] = row["PredictionString"].split()[0]
+            name, wnid = row["ImageId"], row["PredictionString"].split()[0]
+            if truth.setdefault(name, wnid) != wnid:
+                raise SourceError(f"{path}: {printable(name, 60)} has two labels; fetch it again")
     except (csv.Error, KeyError, IndexError, AttributeError, TypeError) as error:
         raise SourceError(f"{path}: row {len(truth) + 2} has no ImageId and wnid; fetch it again") from error
     if not truth:
@@ -161,7 +169,7 @@ def _add_split(
     The class of one outside the class folders stands in `truth`, by the name without its extension; in a test split,
     such a picture has no label.
     """
-    for image in part_pictures(folder, below, below, listings, sources.ignored, split):
+    for image in part_pictures(folder, below, below, listings, sources.ignored, split, TINY_LABELS_PATH):
         above, slash, _ = image.path.removeprefix(f"{below}/").partition("/")
         wnid = above if slash and above != TINY_IMAGES else truth.get(image.name.rpartition(".")[0])
         if wnid or split == "test":
@@ -184,7 +192,9 @@ def tiny_evidence(folder: Folder, options: Options) -> Reading | None:
 
 
 def read_tiny(folder: Folder, listings: ListingCache, options: Options) -> Sources:
-    """Return Tiny ImageNet: classes are those of wnids.txt, in sorted order; test/ has no labels.
+    """Return Tiny ImageNet: classes are those of wnids.txt, in sorted order.
+
+    The labels of val/images are in val_annotations.txt, and test/images has none; other pictures are of their folder.
 
     Raises SourceError: val/images without val_annotations.txt, or classes that wnids.txt lacks.
     """
@@ -192,15 +202,15 @@ def read_tiny(folder: Folder, listings: ListingCache, options: Options) -> Sourc
     wnids = read_text(folder.path / "wnids.txt").split() if "wnids.txt" in folder.files else []
     words = read_words(folder.path / "words.txt") if "words.txt" in folder.files else {}
     splits = [split for split in SPLITS if split in folder.folders]
-    flat = storage.is_dir(folder.path / "val" / TINY_IMAGES)
+    flat = storage.is_dir(folder.path / "val" / TINY_IMAGES) and has_pictures(folder.path / "val" / TINY_IMAGES)
     truth = _read_tiny_labels(folder.path / TINY_LABELS_PATH) if flat else {}
-    folders = {split: f"val/{TINY_IMAGES}" if split == "val" and flat else split for split in splits}
-    for split, below in folders.items():
-        _add_split(sources, folder, below, split, listings, truth if split == "val" else {})
-    folder.ignore(sources.ignored, [*TINY_LISTS, *folders.values(), *([TINY_LABELS_PATH] if flat else [])])
+    for split in splits:
+        _add_split(sources, folder, split, split, listings, truth if split == "val" else {})
+    folder.ignore(sources.ignored, [*TINY_LISTS, *splits])
     if unknown := sorted(set(sources.images.wnids) - set(wnids)) if wnids else []:
         raise SourceError(f"{folder.path / 'wnids.txt'}: lacks {', '.join(unknown[:5])}; it is of another data set")
-    sources.classes = ranked(wnids or sources.images.wnids, words, {})
+    declared = wnids or (Folder.of(folder.path / "train").folders if "train" in splits else ())
+    sources.classes = ranked(with_empty(folder.path, declared, sources, options), words, {})
     return sources
 
 
@@ -208,11 +218,12 @@ def _read_tiny_labels(path: Location) -> dict[str, str]:
     """Return the picture's name without its extension → wnid; a box follows."""
     if not storage.is_file(path):
         raise SourceError(f"{path}: missing; it has the labels of val/images, and lies in the same download")
-    truth = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    truth: dict[str, str] = {}
+    for number, line in enumerate(lines_of(read_text(path).rstrip()), start=1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if not WNID.fullmatch(wnid):
             raise SourceError(f"{path}: line {number} has no name and wnid; fetch it again")
-        truth[name.rpartition(".")[0]] = wnid
+        if truth.setdefault(name.rpartition(".")[0], wnid) != wnid:
+            raise SourceError(f"{path}: {printable(name, 60)} has two labels; fetch it again")
     return truth

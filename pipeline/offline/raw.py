@@ -72,7 +72,8 @@ class RawTable(Sequence[RawImage]):
         self.class_numbers = array("i")  # indices in `wnids`; −1: no label
         self.wnids: list[str] = []  # as `normal` has them
         self.spellings: dict[str, set[str]] = {}  # class → its names in RAW
-        self._class_of: dict[str | None, int] = {None: -1}
+        self._class_of: dict[str | None, int] = {None: -1}  # by the names in RAW
+        self._number_of: dict[str, int] = {}  # by the names in `wnids`
         self._files: list[str] = []  # "" and what ends with a slash: the folder to which the path is to be appended
         self._file_of: dict[str, int] = {}
         self._file = array("i")  # index in _files
@@ -88,7 +89,7 @@ class RawTable(Sequence[RawImage]):
         if wnid is not None and wnid not in self._class_of:
             name = normal(wnid)
             self.spellings.setdefault(name, set()).add(wnid)
-            self._class_of[wnid] = _index(self._class_of, self.wnids, name)
+            self._class_of[wnid] = _index(self._number_of, self.wnids, name)
         self.class_numbers.append(self._class_of[wnid])
         self.split_numbers.append(SPLITS.index(image.split))
 
@@ -132,7 +133,8 @@ class RawTable(Sequence[RawImage]):
         """Give classes other names; classes that get the same one become one."""
         names = [rename(wnid) for wnid in self.wnids]
         self.wnids = list(dict.fromkeys(names))
-        self._class_of = {None: -1} | {wnid: number for number, wnid in enumerate(self.wnids)}
+        self._number_of = {wnid: number for number, wnid in enumerate(self.wnids)}
+        self._class_of = {None: -1} | self._number_of
         renumbered = np.array([self._class_of[name] for name in names] + [-1], np.int32)  # the last: no label
         classes = np.asarray(self.class_numbers)
         classes[:] = renumbered[classes]
@@ -148,7 +150,8 @@ class RawTable(Sequence[RawImage]):
         classes[np.asarray(self.split_numbers) == SPLITS.index(split)] = -1
         kept = {number: self.wnids[number] for number in np.unique(classes).tolist() if number >= 0}
         self.wnids = [*kept.values()]
-        self._class_of = {None: -1} | {wnid: number for number, wnid in enumerate(self.wnids)}
+        self._number_of = {wnid: number for number, wnid in enumerate(self.wnids)}
+        self._class_of = {None: -1} | self._number_of
         renumbered = np.full(max(kept, default=-1) + 2, -1, np.int32)  # the last: no label
         renumbered[[*kept]] = range(len(kept))
         classes[:] = renumbered[classes]

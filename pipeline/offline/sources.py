@@ -85,6 +85,10 @@ def find_sources(
         name = options.layout or ("labels" if options.labels else _recognised(folder, options))
         if name not in LAYOUTS:
             raise SourceError(f"--layout {name}: no such layout; there are: {', '.join(LAYOUTS)}")
+        if options.class_depth and name not in ("class-folders", "split-folders"):
+            raise SourceError(
+                f"{raw}: --class-depth is for folders of classes, and this is read as {name}; leave it out"
+            )
         sources = LAYOUTS[name].read(folder, listings, options)
     finally:
         listings.save()

@@ -94,11 +94,17 @@ def pictures_among(
 
 
 def part_pictures(
-    folder: Folder, name: str, path: str, listings: ListingCache, left_out: LeftOut, split: str = "train"
+    folder: Folder,
+    name: str,
+    path: str,
+    listings: ListingCache,
+    left_out: LeftOut,
+    split: str = "train",
+    used: str = "",
 ) -> Iterator[RawImage]:
-    """Yield every picture of the archive or folder `name`, which is `path` below RAW, without a label."""
+    """Yield every picture of the archive or folder `name`, `path` below RAW, without a label; see `pictures`."""
     if name not in folder.files:
-        yield from pictures(folder.path / name, path, left_out, split)
+        yield from pictures(folder.path / name, path, left_out, split, used)
         return
     for member, offset, size, _ in listings.members(folder.path / name, left_out.add):
         if kind := next(filter(None, map(junk, member.split("/"))), ""):

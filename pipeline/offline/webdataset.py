@@ -129,15 +129,14 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
     splits, doubt = folder_splits(folder.folders, forced=options.layout is not None)
     inside = [(f"{name}/", split) for name, split in splits.items()]
     files = {above + name: split for above, split in inside for name in Folder.of(folder.path / above).ending(suffix)}
+    paths = [path for path in _files(folder, suffix) if path not in files]
+    beside = paths if files else []
     if not files:
-        paths = folder.ending(suffix)
-        if HUB in folder.folders:
-            paths += [f"{HUB}/{name}" for name in Folder.of(folder.path / HUB).ending(suffix)]
         files, doubt = file_splits(paths)
     if doubt:
         raise SourceError(f"{folder.path}: {doubt}")
     without = [path for path, split in files.items() if not split]
-    problems = []
+    problems = [f"{', '.join(beside[:3])}: beside the folders of the splits, in none"] if beside else []
     if lacking := [] if folder.alone else missing(files):
         problems.append(f"missing: {', '.join(lacking)}")
     if 0 < len(without) < len(files):
