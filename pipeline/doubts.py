@@ -62,6 +62,9 @@ def _of_validation(dataset: Manifest, counts: Mapping[str, np.ndarray]) -> Itera
 
 def _of_classes(dataset: Manifest, counts: Mapping[str, np.ndarray]) -> Iterator[str]:
     trained = counts.get("train", np.empty(0)) > 0
+    absent = np.flatnonzero(sum(counts.values()) == 0) if trained.any() else np.empty(0, int)
+    if len(absent):
+        yield f"{len(absent):,} of {len(trained):,} classes have no picture: {_names(dataset, absent)}"
     for split, count in counts.items():
         present = count > 0
         unlabelled, of_one_class = not present.any(), split == "val" and present.sum() == 1  # the latter has its line
