@@ -107,8 +107,6 @@ FILES = [
     reads("a parquet file missing, allowed", "data/train-0000{0,2}-of-00003.parquet: 1.jpg=0 2.jpg=1 > train",
           "parquet: 0, 1", "train-00001-of-00003", allow_incomplete=True),
     refuses("a numbered parquet file missing", "000{0,2}.parquet: 1.jpg=0 2.jpg=1", "0001.parquet"),
-    refuses("numbers and words", "train.parquet: 1.jpg=0 2.jpg=1; val.parquet: 1.jpg=cat", "train.parquet",
-            "val.parquet"),
     refuses("a parquet file of no split", "{train,metadata}.parquet: 1.jpg=0 2.jpg=1", "metadata.parquet"),
     reads("pictures of a README", "data/train-00000-of-00001.parquet: 1.jpg=0 2.jpg=1 > train; assets/{1,2}.png; "
           "README.md", "parquet: 0, 1", "assets"),
@@ -181,8 +179,6 @@ NEAR = [  # to what is above
           f"val/ILSVRC2012_val_00000001.JPEG > val =n90128845; val/ILSVRC2012_val_00000002.JPEG > val =n90417263; "
           f"{KIT}", "ilsvrc2012: n90128845, n90417263"),
     refuses("a devkit of other synsets", f"{{train,val}}/{{n01440764,n01443537}}/1.JPEG; {KIT}", "n01440764"),
-    reads("underscores", "imagenet_train_0000{0,1}.tar: 1.jpg=cat 2.jpg=dog > train; "
-          "imagenet_val_00000.tar: 1.jpg=cat > val; train.idx; _info.json <- {}", "webdataset: cat, dog"),
     reads("a series from 1", "train-00000{1..3}.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog"),
     reads("trainval", "trainval-000000.tar: 1.jpg=cat 2.jpg=dog > train", "webdataset: cat, dog"),
     refuses("two words of splits", "train-test-000000.tar: 1.jpg=cat 2.jpg=dog", "train-test-000000.tar"),
@@ -200,8 +196,6 @@ NEAR = [  # to what is above
           "class-folders: cat, dog", "#snapshot"),
     reads("documents beside the classes", "{cat,dog}/1.jpg > train 0; docs/1.md; scripts/1.py",
           "class-folders: cat, dog", "docs"),
-    reads("pictures in RAW by a table", "1.jpg > train =cat; 2.jpg > train =dog; train.csv <- id,label|1,cat|2,dog",
-          "labels: cat, dog", labels="train.csv"),
     reads("splits one folder deeper", "images/train/1.jpg > train =cat; images/train/2.jpg > train =dog; "
           "images/test/9.jpg > test -; l.csv <- id,label|1,cat|2,dog", "labels: cat, dog", labels="l.csv"),
     refuses("a doubtful split one folder deeper", "images/{train,eval}/1.jpg; l.csv <- 1.jpg,cat|2.jpg,dog",
@@ -229,8 +223,6 @@ NEAR = [  # to what is above
             "JPEGImages", "--labels"),
     refuses("pictures and masks in splits", "{train,val}/{images,masks}/1.png", "images/", "--labels",
             "--layout split-folders"),
-    refuses("one folder of pictures in each split", "{train,val}/images/1.png; {train,val}/labels/1.txt", "images/",
-            "--labels"),
     reads("a class called images", "{train,val}/{images,cat}/1.png > * 1", "split-folders: cat, images",
           layout="split-folders"),
     reads("masks that are classes", "{with_mask,without_mask,mask}/1.jpg > train 0",
@@ -278,6 +270,10 @@ NEAR = [  # to what is above
     refuses("captions", "{00..24}.jpg; l.csv <- file,text|" + "|".join(f"{n:02d}.jpg,a cat no. {n}" for n in range(25)),
             "text", "of its own", labels="l.csv"),
     reads("numbers and words", "{1,2,10,rest}/1.jpg > train 0", "class-folders: 1, 10, 2, rest", "numbers and words"),
+    refuses("a name of val in train", "train/{train,val}-00000.parquet: 1.jpg=0 2.jpg=1", "train/val-00000.parquet"),
+    refuses("a split below data", "data/train-00000.parquet: 1.jpg=0 2.jpg=1; data/val/0000.parquet: 1.jpg=0",
+            "data/val/0000.parquet"),
+    refuses("a stem that RAW lacks, first", "{1,2}.jpg; l.csv <- x7,cat|1,cat|2,dog", "x7", FLAGGED, labels="l.csv"),
     refuses("depth of shards", TRAIN, "--class-depth", "webdataset", class_depth=2),
 ]  # fmt: skip
 
@@ -309,9 +305,8 @@ def test_a_tree_is_read_rightly_or_refused(row: Row, tmp_path: Path):
 
 
 def test_one_file_of_a_series_may_be_all_of_raw(tmp_path: Path):
-    (name,) = {
-        path.partition("/")[0] for path in plant(tmp_path, "train-00000-of-00003.parquet: 1.jpg=0 2.jpg=1 > train")
-    }
+    name = "train-00000-of-00003.parquet"
+    plant(tmp_path, f"{name}: 1.jpg=0 2.jpg=1")
     assert {image.name: image.wnid for image in find_sources(tmp_path / name).images} == {"1.jpg": "0", "2.jpg": "1"}
     with pytest.raises(UserError, match=r"missing: train-00001-of-00003\.parquet"):
         find_sources(tmp_path)
@@ -346,23 +341,6 @@ def test_a_build_says_how_it_read_raw(tmp_path: Path):
     rows = [[*row.values()] if isinstance(row, dict) else row for row in plan["table"]]
     assert [row[:2] for row in rows] == [[label, str(label + 2)] for label in (0, 1, 2, 6, 7, 8)]
     assert plan["gives"]
-
-
-@pytest.mark.parametrize("files", ["{blobs,stripes}/1.jpg > val 0", "0/1.jpg > val =blobs; 2/1.jpg > val =stripes"])
-def test_a_set_for_evaluation_has_the_classes_of_another(files: str, small: Path, tmp_path: Path):
-    truth = plant(tmp_path / "raw", files)
-    sources = find_sources(tmp_path / "raw", classes_of=small)
-    assert {image.path: (image.split, image.wnid) for image in sources.images} == truth
-    assert sources.classes == manifest.load(small).classes
-
-
-@pytest.mark.parametrize(("files", "name"), [("{blobs,wolf}/1.jpg", "wolf"), ("{0,3}/1.jpg", "3")])
-def test_a_set_for_evaluation_has_no_classes_of_its_own(files: str, name: str, small: Path, tmp_path: Path):
-    plant(tmp_path / "raw", files)
-    result = build(tmp_path / "raw", tmp_path / "out", "--classes-of", small)
-    assert result.exit_code == 2
-    assert missing((name, str(small)), result.stderr.splitlines()[-1]) == []
-    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def draw(raw: Path, folders: list[str]) -> None:

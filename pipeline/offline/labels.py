@@ -253,6 +253,8 @@ def _columns(rows: list[Row], names: _Names, table: Location) -> tuple[int, int,
     first = rows[0][file_column]
     header = int(not (names.find(first) or is_picture(first) or first.isdecimal()))
     others = [i for i in range(len(titles)) if i != file_column]
+    if len(others) == 1 and rows[0][others[0]] in {row[others[0]] for row in rows[1:]}:
+        header = 0  # a label like others: the first row names a picture that RAW lacks
     called = [i for i in others if header and titles[i] in LABELS]
     if len(others) == 1 or len(called) == 1:
         return file_column, (others if len(others) == 1 else called)[0], header

@@ -136,10 +136,11 @@ def read_kaggle(folder: Folder, listings: ListingCache, options: Options) -> Sou
             sources.promised_classes = KAGGLE_CLASSES
     if unknown := sorted(set(sources.images.wnids) - words.keys()) if words else []:
         raise SourceError(f"{mapping}: lacks the synsets {', '.join(unknown[:5])}; it is of another data set")
+    names = [*words]
     if not sources.promised_classes:  # else the number of pictures is compared with what ILSVRC2012 has
-        with_empty(folder.path / below, words or Folder.of(folder.path / below / "train").folders, sources, options)
-    folders = words or {*sources.images.wnids, *Folder.of(folder.path / below / "train").folders}
-    sources.classes = ranked(folders, words, {})
+        declared = words or Folder.of(folder.path / below / "train").folders
+        names = with_empty(folder.path / below, declared, sources, options)
+    sources.classes = ranked(names, words, {})
     folder.ignore(sources.ignored, [MAPPING, KAGGLE_LABELS, *(f"{below}/{split}" for split in splits)])
     return sources
 

@@ -129,6 +129,12 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
     splits, doubt = folder_splits(folder.folders, forced=options.layout is not None)
     inside = [(f"{name}/", split) for name, split in splits.items()]
     files = {above + name: split for above, split in inside for name in Folder.of(folder.path / above).ending(suffix)}
+    for path, split in files.items():
+        named = file_splits([path.partition("/")[2]])[0].values()
+        if {*named} - {"", split}:
+            raise SourceError(
+                f"{folder.path / path}: of {split} by its folder, of {min(named)} by its name; move or rename it"
+            )
     paths = [path for path in _files(folder, suffix) if path not in files]
     beside = paths if files else []
     if not files:
@@ -137,6 +143,9 @@ def files_by_split(folder: Folder, suffix: str, options: Options, notes: list[st
         raise SourceError(f"{folder.path}: {doubt}")
     without = [path for path, split in files.items() if not split]
     problems = [f"{', '.join(beside[:3])}: beside the folders of the splits, in none"] if beside else []
+    hub = Folder.of(folder.path / HUB) if HUB in folder.folders else None
+    if deeper := _files(hub, suffix)[len(hub.ending(suffix)) :] if hub else []:
+        problems.append(f"{HUB}/{deeper[0]}: in a folder of {HUB}/, beside files that lie in {HUB}/ or RAW itself")
     if lacking := [] if folder.alone else missing(files):
         problems.append(f"missing: {', '.join(lacking)}")
     if 0 < len(without) < len(files):
