@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, features
 
-from pipeline.decode import ImageError, as_image, decode
+from pipeline.decode import HELD_BYTES, ImageError, as_image, decode
 from pipeline.manifest import BuildRecipe
 
 MAX_ASPECT = 16  # of a whole picture: its rescaled longer side is at most so many times the shorter one
@@ -27,21 +27,25 @@ def rescaled(data: bytes, recipe: BuildRecipe, warn: Callable[[str], object] = l
     `warn` is called where `decode` calls it.
     """
     limits = {name: getattr(recipe, name) for name in ("max_bytes", "max_pixels", "max_scans", "exif")}
-    return rescale(decode(data, **limits, warn=warn), recipe.size, recipe.filter, recipe.crop)
+    return rescale(decode(data, **limits, warn=warn), recipe.size, recipe.filter, recipe.crop, len(data))
 
 
-def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre") -> np.ndarray:
+def rescale(
+    image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre", held: int = 0
+) -> np.ndarray:
     """Bring the shorter side to `size` and cut the central square, in one resampling.
 
     The grid is that of the two steps: the longer side becomes int(size·long/short) and the square starts at
     int(round((that − size)/2)), as in torchvision's Resize and CenterCrop; only the pixels of the square are computed.
     `crop` "none" keeps the whole picture on that grid. `kernel` is "bicubic" (antialiased), or "area": the mean over
     each pixel's share of a larger raw picture, as in cuda-convnet2; smaller pictures are enlarged bicubically.
+    `held` are the bytes that the caller holds of the picture's file.
 
     Returns:
         (size, size, 4) uint8, RGBX; (height, width, 4) of a whole picture.
     Raises:
-        ImageError: too_many_pixels, where a whole picture's longer side would pass `MAX_ASPECT`·size or `MAX_SIDE`.
+        ImageError: too_many_pixels, where a whole picture's longer side would pass `MAX_ASPECT`·size or `MAX_SIDE`, or
+            the pictures at the peak pass `HELD_BYTES`.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
@@ -54,7 +58,12 @@ def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = 
     wide = width >= height
     box = (low, 0.0, high, float(height)) if wide else (0.0, low, float(width), high)
     shape = (kept, size) if wide else (size, kept)
-    if kernel == "area" and short > size:
+    by_area = kernel == "area" and short > size
+    rows = 0 if by_area else math.ceil(box[3] - box[1])  # of Pillow's picture between its two passes
+    peak = width * height + max(shape[0] * (rows + shape[1]), 2 * shape[0] * shape[1])  # 2: the result is copied
+    if 4 * peak + held > HELD_BYTES:
+        raise ImageError("too_many_pixels")
+    if by_area:
         return _area(image, box, shape)
     return pixels_of(image.resize(shape, Image.Resampling.BICUBIC, box=box))
 

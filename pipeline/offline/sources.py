@@ -137,10 +137,10 @@ def _recognised(folder: Folder, options: Options) -> str:
 def _require_content(sources: Sources) -> None:
     """Raise SourceError where a dozen pictures, drawn evenly, are all Git LFS pointers."""
     sizes = np.asarray(sources.images.sizes)
-    drawn = np.unique(np.linspace(0, len(sizes) - 1, min(12, len(sizes))).astype(int))
+    drawn = sorted(set(np.linspace(0, len(sizes) - 1, min(12, len(sizes))).astype(int).tolist()))
     if not len(sizes) or (sizes[drawn] > LFS_BYTES).any() or sources.name == "parquet":
         return
-    heads = [(image.file, image.read()) for image in map(sources.images.__getitem__, drawn.tolist())]
+    heads = [(image.file, image.read()) for image in map(sources.images.__getitem__, drawn)]
     if all(head.startswith(LFS_POINTER) for _, head in heads):
         require_content(*heads[0])
 
