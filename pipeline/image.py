@@ -30,9 +30,7 @@ def rescaled(data: bytes, recipe: BuildRecipe, warn: Callable[[str], object] = l
     return rescale(decode(data, **limits, warn=warn), recipe.size, recipe.filter, recipe.crop, len(data))
 
 
-def rescale(
-    image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre", held: int = 0
-) -> np.ndarray:
+def rescale(image: Image.Image, size: int, kernel: str = "bicubic", crop: str = "centre", held: int = 0) -> np.ndarray:
     """Bring the shorter side to `size` and cut the central square, in one resampling.
 
     The grid is that of the two steps: the longer side becomes int(size·long/short) and the square starts at
