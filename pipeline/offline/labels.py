@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -239,7 +240,9 @@ def _json_rows(text: str, table: Location) -> list[Row]:
 
 
 def _cell(value: object) -> str:
-    """Return a value as text. Raises ValueError where it has half of a surrogate pair."""
+    """Return a value as text. Raises ValueError where it has half of a surrogate pair, or is infinite."""
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("a number is infinite, or beyond 1.8e308")
     text = "" if value is None else str(value)
     text.encode()
     return text.strip()
