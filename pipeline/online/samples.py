@@ -35,7 +35,7 @@ class _OpenShard:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # waits for no pipe's writer
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}; let it be readable, or build it again") from error
         weakref.finalize(self, os.close, self.descriptor)
