@@ -1,5 +1,6 @@
 """Read JSON as the dataclass, numpy's files as the arrays, that they should be: types, ranges, shapes are checked."""
 
+import errno
 import io
 import re
 import struct
@@ -61,7 +62,7 @@ def from_npy(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
 
 
 def from_npz(file: BinaryIO, kinds: Mapping[str, Array]) -> dict[str, np.ndarray]:
-    """Return those arrays of an .npz file, of numpy.savez, that `kinds` names. Raises UserError as `from_json`.
+    """Return those arrays of an .npz file, of numpy.savez, that `kinds` names. Raises OSError, UserError as above.
 
     Numbers are finite. Compressed members, which could fill the memory, and pickled objects are refused.
     """
@@ -72,7 +73,9 @@ def from_npz(file: BinaryIO, kinds: Mapping[str, Array]) -> dict[str, np.ndarray
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: _checked(name, arrays[name], *kind) for name, kind in kinds.items()}
-    except PARSER_ERRORS as error:
+    except (*PARSER_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek to a negative offset
+            raise
         raise UserError(_one_line(error)) from error
 
 

@@ -69,7 +69,13 @@ def test_a_damaged_line_is_named(number: int, change: dict[str, Any], problem: s
     "change",
     [
         {"ten": TEN | {"top1_error": float("nan")}},
+        {"ten": TEN | {"nll": float("inf")}},
         {"ten": []},
+        {"step": "40"},
+        {"step": -1},
+        {"centre": CENTRE | {"samples": 9.5}},
+        {"centre": CENTRE | {"top5_error": True}},
+        {"split": None},
         {"confused": [{"true": 3, "predicted": 0, "images": 1}]},
         {"confused": [{"true": 0, "predicted": -1, "images": 1}]},
         {"confused": [[0, 1, 1]]},
@@ -78,9 +84,12 @@ def test_a_damaged_line_is_named(number: int, change: dict[str, Any], problem: s
 def test_a_damaged_evaluation_is_named(change: dict[str, Any], tmp_path: Path) -> None:
     assert gather.read_evaluation(tmp_path, 3) is None
     (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    assert gather.read_evaluation(tmp_path, 3) == EVALUATION | {"confused": []}
+    rates = [gather.Rates(**view) for view in (CENTRE, TEN)]
+    assert gather.read_evaluation(tmp_path, 3) == gather.Evaluation(40, "val", "0" * 64, *rates)
     (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION | change))
-    with pytest.raises(UserError, match=r"evaluation\.json: damaged .*; mend or delete it$"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.json: damaged \(.*\); write it again: python -m trainer evaluate$"
+    ):
         gather.read_evaluation(tmp_path, 3)
 
 
@@ -115,6 +124,13 @@ def test_errors_are_not_looked_for_where_there_are_no_labels(
     (run / "metrics.jsonl").unlink()
     result = invoke(written.data, run, "--only-errors")
     assert "no predictions.png: No image in val has a label, so none is known to be an error." in result.output
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 10**5, b"\xff", b'{"step": 1e400}'])
+def test_what_is_no_evaluation_costs_the_page_one_line(written: Written, tmp_path: Path, content: bytes) -> None:
+    run = Path(shutil.copytree(written.run, tmp_path / "run"))
+    (run / "evaluation.json").write_bytes(content)
+    one_line(invoke(written.data, run), f"Error: {run}/evaluation.json: damaged (", "python -m trainer evaluate")
 
 
 # ---- a data set whose checksums are right

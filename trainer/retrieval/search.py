@@ -8,6 +8,7 @@ index.json               what it is an index of, and the digests of its files; w
 """
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -17,15 +18,19 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from pipeline import UserError, storage
-from pipeline.manifest import canonical_json, sha256
+from pipeline.manifest import Manifest, canonical_json, sha256
+from pipeline.typed import Count, from_npy, from_values
+from pipeline.volumes import open_regular
 from trainer.retrieval.codes import AutoEncoder
 
 FORMAT = 1
@@ -46,15 +51,27 @@ class BadIndex(UserError):
 class Meta:
     """The content of index.json. `weights` and `dataset` are the digests of the network's weights and the data set."""
 
-    step: int
+    step: Count
     weights: str
     dataset: str
     split: str
     layer: str
-    n: int
-    units: int
-    bits: int
-    dtype: str
+    n: Annotated[int, msgspec.Meta(ge=1)]
+    units: Annotated[int, msgspec.Meta(ge=1)]
+    bits: Annotated[int, msgspec.Meta(ge=8, multiple_of=8)]
+    dtype: Literal["float16", "float32"]
+
+    def features_header(self) -> bytes:
+        """Return the beginning of features.npy, before (n, units) numbers."""
+        header, descr = io.BytesIO(), np.lib.format.dtype_to_descr(np.dtype(self.dtype))
+        facts = {"descr": descr, "fortran_order": False, "shape": (self.n, self.units)}
+        np.lib.format.write_array_header_1_0(header, facts)
+        return header.getvalue()
+
+
+class _File(TypedDict):
+    bytes: Count
+    sha256: NotRequired[str]
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -70,47 +87,70 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 class Index:
     """A loaded index: `meta`, `rows` (n, units), mapped, `codes` (n, bits / 8) uint8, and `encoder`, which makes codes.
 
-    Raises BadIndex if it is missing or damaged. The length of the features' file is checked, their content is not.
+    Raises BadIndex if it is missing or damaged. The length and header of the features' file are checked, not the rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, path = folder, folder / META
         try:
             body = json.loads(storage.read_bytes(path))
-            version, checksum, files = body["format"], body.pop("checksum"), body["files"]
-            self.meta = Meta(**{name: body[name] for name in Meta.__dataclass_fields__})
+            version, checksum = body["format"], body.pop("checksum")
+            self.meta, listed = from_values(body, Meta), from_values(body["files"], dict[str, _File])
+            files = [listed[name] for name in FILES]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BadIndex(f"{folder}: no index there; make one: python -m trainer index RUN DATASET") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadIndex(f"{path}: damaged, or of another version; {REMAKE}") from error
+            raise BadIndex(f"{path}: damaged, or of another version ({error}); {REMAKE}") from error
         if version != FORMAT:
             raise BadIndex(f"{path}: format {version!r}, this version of Penstock reads format {FORMAT}; {REMAKE}")
         if checksum != sha256(canonical_json(body)):
             raise BadIndex(f"{path}: damaged (its checksum does not fit its content); {REMAKE}")
-        for name, promised in files.items():
+        for name, promised in zip(FILES, files):
             path = folder / name
-            if not path.exists():
-                raise BadIndex(f"{path}: missing; {REMAKE}")
+            if not path.is_file():
+                raise BadIndex(f"{path}: missing, or not a regular file; {REMAKE}")
             if path.stat().st_size != promised["bytes"]:
                 raise BadIndex(f"{path}: damaged (not {promised['bytes']:,} bytes long); {REMAKE}")
             if "sha256" in promised and sha256(storage.read_bytes(path)) != promised["sha256"]:
                 raise BadIndex(f"{path}: damaged (its SHA-256 is not that in {META}); {REMAKE}")
-        shape, dtype = (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
-        header = files[FEATURES]["bytes"] - shape[0] * shape[1] * dtype.itemsize
-        self.rows = np.memmap(folder / FEATURES, dtype, "r", header, shape)
-        self.codes: np.ndarray = np.load(folder / CODES)
-        self.encoder = AutoEncoder(**load_file(folder / ENCODER))
+        try:
+            self.rows, self.codes, self.encoder = self._rows(), self._codes(), self._encoder()
+        except (UserError, SafetensorError) as error:
+            raise BadIndex(f"{folder}: damaged ({error}); {REMAKE}") from error
+
+    def _rows(self) -> np.ndarray:
+        header, shape, dtype = self.meta.features_header(), (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
+        with open_regular(self.folder / FEATURES) as file:
+            if (
+                file.read(len(header)) != header
+                or file.seek(0, 2) != len(header) + shape[0] * shape[1] * dtype.itemsize
+            ):
+                raise UserError(f"{FEATURES} is not {dtype} of shape {shape}")
+        return np.memmap(self.folder / FEATURES, dtype, "r", len(header), shape)
+
+    def _codes(self) -> np.ndarray:
+        data = storage.read_bytes(self.folder / CODES)
+        return from_npy(data, np.dtype("u1"), (self.meta.n, self.meta.bits // 8))
+
+    def _encoder(self) -> AutoEncoder:
+        layers, units, bits = load(storage.read_bytes(self.folder / ENCODER)), self.meta.units, self.meta.bits
+        shapes = {"up": (units, bits), "bias": (bits,), "down": (bits, units), "offset": (units,)}
+        if {name: tuple(layer.shape) for name, layer in layers.items()} != shapes or any(
+            layer.dtype != torch.float32 for layer in layers.values()
+        ):
+            raise UserError(f"{ENCODER} has not the float32 layers of {units} units and {bits} bits")
+        return AutoEncoder(**layers)
 
     @cached_property
     def binary(self) -> Any:
         """The codes, to be searched: see `binary_index`."""
         return binary_index(self.codes)
 
-    def require(self, weights: str, dataset: str, network: object) -> None:
+    def require(self, weights: str, dataset: Manifest, network: object) -> None:
         """Raise BadIndex if the index is not of these weights and this data set; `network` names the weights' file."""
-        if self.meta.dataset != dataset:
+        if self.meta.dataset != (identity := dataset.identity):
             raise BadIndex(
-                f"{self.folder}: of the data set {self.meta.dataset[:12]}…, this one is {dataset[:12]}…; "
+                f"{self.folder}: of the data set {self.meta.dataset[:12]}…, this one is {identity[:12]}…; "
                 "name the DATASET that it was made of, or make another: python -m trainer index"
             )
         if self.meta.weights != weights:
@@ -118,6 +158,8 @@ class Index:
                 f"{self.folder}: of another network than that of {network} (it was made at step {self.meta.step:,}); "
                 f"{REMAKE}"
             )
+        if (samples := dataset.split(self.meta.split).samples) != self.meta.n:
+            raise BadIndex(f"{self.folder}: of {self.meta.n:,} images, {self.meta.split} has {samples:,}; {REMAKE}")
 
 
 def require_faiss(purpose: str) -> ModuleType:
