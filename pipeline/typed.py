@@ -55,7 +55,8 @@ def from_npy(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
         actual, by_columns, kind = np.lib.format.read_array_header_1_0(file)
         expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if (actual, kind) != (shape, dtype) or by_columns > (len(shape) < 2) or len(data) - file.tell() != expected:
-            raise ValueError(f"{len(data) - file.tell():,} bytes of shape {actual}, not {expected:,} of {shape}")
+            have = f"{kind.str} of shape {actual} in {len(data) - file.tell():,} bytes"
+            raise ValueError(f"{have}, not {dtype.str} of shape {shape} in {expected:,}")
         return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
     except PARSER_ERRORS as error:
         raise UserError(_one_line(error)) from error

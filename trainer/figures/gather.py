@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from itertools import chain, islice
 from math import gcd, isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -33,9 +33,8 @@ AT_ONCE = 16  # pictures of a batch that are searched for errors
 DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
-@dataclass(frozen=True)
-class Rates:
-    """The errors of a view: top-1 and top-5 in percent, the negative log-likelihood in nats per image."""
+class Rates(TypedDict):
+    """The errors of a view, in percent and in nats per image."""
 
     samples: Count
     top1_error: Annotated[float, Meta(ge=0, le=100)]
@@ -43,17 +42,15 @@ class Rates:
     nll: Annotated[float, Meta(ge=0, le=1e300)]
 
 
-@dataclass(frozen=True)
-class Confused:
-    """A class whose images are taken for another."""
+class Pair(TypedDict):
+    """A label whose images are taken for another."""
 
-    true: int
-    predicted: int
+    true: Count
+    predicted: Count
     images: Count
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(TypedDict):
     """The part of evaluation.json that is drawn."""
 
     step: Count
@@ -61,7 +58,7 @@ class Evaluation:
     dataset: str
     centre: Rates
     ten: Rates
-    confused: tuple[Confused, ...] = ()
+    confused: NotRequired[list[Pair]]
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,8 @@ def read_evaluation(run: Path, classes: int) -> Evaluation | None:
         return None
     try:
         content = from_values(json.loads(storage.read_bytes(path)), Evaluation)
-        if not all(0 <= label < classes for pair in content.confused for label in (pair.true, pair.predicted)):
+        pairs = content.setdefault("confused", [])
+        if any(max(pair["true"], pair["predicted"]) >= classes for pair in pairs):
             raise UserError(f"a label of confused pairs is none of {classes} classes")
         return content
     except (ValueError, RecursionError) as error:

@@ -12,13 +12,14 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -69,11 +70,6 @@ class Meta:
         return header.getvalue()
 
 
-class _File(TypedDict):
-    bytes: Count
-    sha256: NotRequired[str]
-
-
 def digest(weights: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 (hex) over the names, shapes and values of a checkpoint's weights."""
     hashed = hashlib.sha256()
@@ -95,8 +91,7 @@ class Index:
         try:
             body = json.loads(storage.read_bytes(path))
             version, checksum = body["format"], body.pop("checksum")
-            self.meta, listed = from_values(body, Meta), from_values(body["files"], dict[str, _File])
-            files = [listed[name] for name in FILES]
+            self.meta, files = from_values(body, Meta), from_values(body["files"], dict[str, dict[str, int | str]])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BadIndex(f"{folder}: no index there; make one: python -m trainer index RUN DATASET") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -105,41 +100,17 @@ class Index:
             raise BadIndex(f"{path}: format {version!r}, this version of Penstock reads format {FORMAT}; {REMAKE}")
         if checksum != sha256(canonical_json(body)):
             raise BadIndex(f"{path}: damaged (its checksum does not fit its content); {REMAKE}")
-        for name, promised in zip(FILES, files):
-            path = folder / name
-            if not path.is_file():
-                raise BadIndex(f"{path}: missing, or not a regular file; {REMAKE}")
-            if path.stat().st_size != promised["bytes"]:
-                raise BadIndex(f"{path}: damaged (not {promised['bytes']:,} bytes long); {REMAKE}")
-            if "sha256" in promised and sha256(storage.read_bytes(path)) != promised["sha256"]:
-                raise BadIndex(f"{path}: damaged (its SHA-256 is not that in {META}); {REMAKE}")
-        try:
-            self.rows, self.codes, self.encoder = self._rows(), self._codes(), self._encoder()
-        except (UserError, SafetensorError) as error:
-            raise BadIndex(f"{folder}: damaged ({error}); {REMAKE}") from error
-
-    def _rows(self) -> np.ndarray:
-        header, shape, dtype = self.meta.features_header(), (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
-        with open_regular(self.folder / FEATURES) as file:
-            if (
-                file.read(len(header)) != header
-                or file.seek(0, 2) != len(header) + shape[0] * shape[1] * dtype.itemsize
-            ):
-                raise UserError(f"{FEATURES} is not {dtype} of shape {shape}")
-        return np.memmap(self.folder / FEATURES, dtype, "r", len(header), shape)
-
-    def _codes(self) -> np.ndarray:
-        data = storage.read_bytes(self.folder / CODES)
-        return from_npy(data, np.dtype("u1"), (self.meta.n, self.meta.bits // 8))
-
-    def _encoder(self) -> AutoEncoder:
-        layers, units, bits = load(storage.read_bytes(self.folder / ENCODER)), self.meta.units, self.meta.bits
-        shapes = {"up": (units, bits), "bias": (bits,), "down": (bits, units), "offset": (units,)}
-        if {name: tuple(layer.shape) for name, layer in layers.items()} != shapes or any(
-            layer.dtype != torch.float32 for layer in layers.values()
-        ):
-            raise UserError(f"{ENCODER} has not the float32 layers of {units} units and {bits} bits")
-        return AutoEncoder(**layers)
+        shape, dtype = (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
+        with _damage(path := folder / FEATURES), open_regular(path) as file:
+            header = self.meta.features_header()
+            start, size = file.read(len(header)), file.seek(0, os.SEEK_END)
+            if start != header or size != len(header) + shape[0] * shape[1] * dtype.itemsize:
+                raise UserError(f"not {dtype} of shape {shape}")
+            self.rows = np.memmap(path, dtype, "r", len(header), shape)
+        with _damage(path := folder / CODES):
+            self.codes = from_npy(_read(path, files), np.dtype("u1"), (self.meta.n, self.meta.bits // 8))
+        with _damage(path := folder / ENCODER):
+            self.encoder = AutoEncoder.of(load(_read(path, files)), self.meta.units, self.meta.bits)
 
     @cached_property
     def binary(self) -> Any:
@@ -160,6 +131,24 @@ class Index:
             )
         if (samples := dataset.split(self.meta.split).samples) != self.meta.n:
             raise BadIndex(f"{self.folder}: of {self.meta.n:,} images, {self.meta.split} has {samples:,}; {REMAKE}")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Raise BadIndex where a file of an index is missing, or not what it should be."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadIndex(f"{path}: missing; {REMAKE}") from error
+    except (UserError, SafetensorError) as error:
+        raise BadIndex(f"{path}: damaged ({error}); {REMAKE}") from error
+
+
+def _read(path: Path, files: Mapping[str, Mapping[str, int | str]]) -> bytes:
+    data = storage.read_bytes(path)
+    if sha256(data) != files.get(path.name, {}).get("sha256"):
+        raise UserError(f"its SHA-256 is not that in {META}")
+    return data
 
 
 def require_faiss(purpose: str) -> ModuleType:
