@@ -171,13 +171,14 @@ def ours(*classes: tuple[object, object]) -> bytes:
         *(
             (data, f"has no list of classes as ours have ({reason}); remove it")
             for data, reason in [
-                (ours((0, "cat")).replace(b"0", b"1e400"), "classes[0].label: expected int, got float"),
-                (ours((float("nan"), "cat")), "classes[0].label: expected int, got float"),
-                (ours((2**64, "cat")), "classes[0].label: expected int <= 9223372036854775807"),
-                (ours((True, "cat")), "classes[0].label: expected int, got bool"),
-                (ours((0, None)), "classes[0].wnid: expected str, got null"),
-                (b"[]", "expected object, got array"),
-                (b"{}", "object missing required field classes"),
+                (ours((0, "cat")).replace(b"0", b"1e400"), "[0].label: expected int, got float"),
+                (ours((float("nan"), "cat")), "[0].label: expected int, got float"),
+                (ours((2**64, "cat")), "[0].label: expected int <= 9223372036854775807"),
+                (ours((True, "cat")), "[0].label: expected int, got bool"),
+                (ours((0, None)), "[0].wnid: expected str, got null"),
+                (b"[]", "list indices must be integers or slices, not str"),
+                (b"{}", "'classes'"),
+                (b'{"classes": {}}', "expected array, got object"),
             ]
         ),
     ],

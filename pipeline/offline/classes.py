@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import TypedDict
 
 from pipeline import SourceError, UserError, manifest, storage
 from pipeline.cli import printable
@@ -250,8 +249,8 @@ def read_class_list(file: Location) -> dict[int, ClassRecord]:
     """
     if file.name == FILE_NAME:
         try:
-            classes = from_values(json.loads(read_text(file)), _Classes)["classes"]
-        except (ValueError, RecursionError) as error:
+            classes = from_values(json.loads(read_text(file))["classes"], list[ClassRecord])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise SourceError(f"{file}: has no list of classes as ours have ({error}); remove it") from error
         _require_one_to_one(file, classes)
         return {record.label: record for record in classes}
@@ -266,12 +265,6 @@ def read_class_list(file: Location) -> dict[int, ClassRecord]:
     if len({record.wnid for record in named.values()}) != len(named):
         raise SourceError(f"{file}: names one wnid twice; each line must name a class of its own")
     return named
-
-
-class _Classes(TypedDict):
-    """The part of dataset.json that is read of a foreign one."""
-
-    classes: list[ClassRecord]
 
 
 def _require_one_to_one(file: Location, classes: Iterable[ClassRecord]) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -20,20 +20,13 @@ from pipeline import SourceError, UserError, storage
 from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK, HashingFile, add_tar_member, write_aside, write_bytes_aside
 from pipeline.image import codec_versions, encode, rescaled
-from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, Name, ShardRecord, canonical_json
+from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, ShardRecord, canonical_json
 from pipeline.offline.plan import PlannedImage, differences
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
-from pipeline.typed import Array, from_npz, from_values
+from pipeline.typed import PARSER_ERRORS
 
 BUILD_FOLDER, SKIPPED_FILE = ".build", "skipped.jsonl"
-ARRAYS: dict[str, Array] = {  # of a record's file
-    "meta": ("|u1", (None,)),
-    "samples": (SAMPLE.str, (None,)),
-    "n": ("<i8", ()),
-    "sum_image": (("<u4", "<i8"), (None, None, 3)),
-    "second_moments": ("<i8", (3, 3)),
-}
 SECONDS = 60.0  # that one image may take
 
 
@@ -58,17 +51,6 @@ class Outcome:
     skipped: Counter[str]  # by reason
     warned: Mapping[str, bool]  # see Record
     resumed: bool  # done by an earlier run
-
-
-class _Meta(TypedDict):
-    """The fields of a `Record` that its file has as JSON."""
-
-    name: str
-    skipped: list[dict[str, str]]
-    files: dict[Name, FileRecord]
-    raw: str
-    raw_bytes: int
-    warned: NotRequired[dict[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -252,9 +234,10 @@ def _save_record(root: Location, record: Record) -> None:
 def load_record(root: Location, name: str) -> Record | None:
     """Return the record of a shard; None where there is none, or none that can be read: then it is built again."""
     try:
-        arrays = from_npz(io.BytesIO(storage.read_bytes(record_path(root, name))), ARRAYS)
-        meta = from_values(json.loads(arrays["meta"].tobytes()), _Meta)  # json: its paths may not be UTF-8
-    except (FileNotFoundError, ValueError, RecursionError):
+        with np.load(io.BytesIO(storage.read_bytes(record_path(root, name))), allow_pickle=False) as arrays:
+            meta = json.loads(arrays["meta"].tobytes())
+            files = {file: FileRecord(**written) for file, written in meta.pop("files").items()}
+            sums = Sums(int(arrays["n"]), arrays["sum_image"].astype(np.int64), arrays["second_moments"])
+            return Record(**meta, files=files, samples=arrays["samples"], sums=sums)
+    except (FileNotFoundError, AttributeError, *PARSER_ERRORS):
         return None
-    sums = Sums(int(arrays["n"]), arrays["sum_image"].astype(np.int64), arrays["second_moments"])
-    return Record(**meta, samples=arrays["samples"].view(SAMPLE), sums=sums)

@@ -91,14 +91,15 @@ class Index:
         try:
             body = json.loads(storage.read_bytes(path))
             version, checksum = body["format"], body.pop("checksum")
+            whole = checksum == sha256(canonical_json(body))
             self.meta, files = from_values(body, Meta), from_values(body["files"], dict[str, dict[str, int | str]])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BadIndex(f"{folder}: no index there; make one: python -m trainer index RUN DATASET") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadIndex(f"{path}: damaged, or of another version ({error}); {REMAKE}") from error
         if version != FORMAT:
-            raise BadIndex(f"{path}: format {version!r}, this version of Penstock reads format {FORMAT}; {REMAKE}")
-        if checksum != sha256(canonical_json(body)):
+            raise BadIndex(f"{path}: format {version!r:.80}, this version of Penstock reads format {FORMAT}; {REMAKE}")
+        if not whole:
             raise BadIndex(f"{path}: damaged (its checksum does not fit its content); {REMAKE}")
         shape, dtype = (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
         with _damage(path := folder / FEATURES), open_regular(path) as file:
