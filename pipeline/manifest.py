@@ -30,9 +30,12 @@ SAMPLE = np.dtype({"names": NAMES, "formats": FORMATS})
 
 T = TypeVar("T")
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?\Z")]  # below the root
+Name = Annotated[
+    str, Meta(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]{,99}(/|\Z)){1,2}(?<!/)\Z")
+]  # of a file below the root
 Sums = tuple[Count, Count, Count]  # of red, green, blue
-Row = Annotated[list[float], Meta(min_length=3, max_length=3)]
+Row = Annotated[list[Annotated[float, Meta(ge=-3 * 255**2, le=3 * 255**2)]], Meta(min_length=3, max_length=3)]
+Greys = Annotated[list[Annotated[float, Meta(ge=0, le=255)]], Meta(min_length=3, max_length=3)]
 Matrix = Annotated[list[Row], Meta(min_length=3, max_length=3)]
 
 
@@ -66,7 +69,7 @@ class BuildRecipe:
         for option in fields(self):
             value, (least, most) = getattr(self, option.name), option.metadata.get("bounds", (None, None))
             if (least is not None and value < least) or (most is not None and value > most):
-                raise UserError(f"{option.name} is {value}, not from {least} to {most}")
+                raise UserError(f"{option.name} is {value!s:.80}, not from {least} to {most}")
             if value not in (choices := option.metadata.get("choices", (value,))):
                 raise UserError(f"{option.name} is {value!r:.80}, none of {', '.join(choices)}")
 
@@ -133,7 +136,7 @@ class Summary(TypedDict):
     """The manifest's copy of the statistics: everything but the sums and the mean image."""
 
     n: Positive
-    mean_color: Row
+    mean_color: Greys
     covariance: Matrix
     eigenvalues: Row
     eigenvectors: Matrix
@@ -205,9 +208,13 @@ class Manifest:
         kinds |= {name: ("<f8", shape) for name, shape in (means | axes).items()}
         arrays: dict[str, Any] = self._parsed(STATISTICS_FILE, lambda data: from_npz(io.BytesIO(data), kinds))
         statistics = Statistics(**arrays | {"n": int(arrays["n"])})
-        if statistics.summary() != self.statistics_summary:
-            path = self.root / STATISTICS_FILE
-            raise DatasetError(f"{path}: differs from the statistics in {FILE_NAME}; build it again")
+        problem = (
+            "" if statistics.summary() == self.statistics_summary else f"differs from the statistics in {FILE_NAME}"
+        )
+        if not 0 <= statistics.mean_image.min() <= statistics.mean_image.max() <= 255:
+            problem = "the mean image holds no grey levels from 0 to 255"
+        if problem:
+            raise DatasetError(f"{self.root / STATISTICS_FILE}: {problem}; build it again")
         return statistics
 
     def _parsed(self, name: str, parse: Callable[[bytes], T]) -> T:

@@ -20,6 +20,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 # Of an array: the beginnings of numpy's name for its type ("<i8", "<U"), and its shape, None for any length.
 Array: TypeAlias = tuple[str | tuple[str, ...], tuple[int | None, ...]]
+LONGEST = 200  # characters of a message, which may hold a value of any length
 PARSER_ERRORS = (  # of zipfile and tarfile, and of numpy, which parses a header as Python's source
     zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, EOFError,
     ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError, Warning,
@@ -91,11 +92,11 @@ def _checked(name: str, array: np.ndarray, types: str | tuple[str, ...], shape: 
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:LONGEST] or type(error).__name__
 
 
 def _reason(error: Exception) -> str:
     """Return msgspec's message with the key in front: `files[...].bytes: expected int >= 0`."""
     text, _, key = str(error).replace("`", "").replace("key in $", "$").partition(" - at $")
-    text = text[:1].lower() + text[1:]
+    text = text[:1].lower() + text[1:LONGEST]
     return f"{re.sub('^[.]', '', key)}: {text}" if key else text

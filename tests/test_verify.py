@@ -18,6 +18,7 @@ from pipeline.doubts import duplicates
 from pipeline.manifest import DatasetError
 from pipeline.offline.build import build as write
 from pipeline.offline.verify import check, load
+from pipeline.online.samples import SampleReader
 from stored import ALL, SHARD, Members, evaluation_plan, members_of, remake, rewrite
 
 TABLE = "train/samples.npy"
@@ -282,6 +283,17 @@ def test_a_violation_whose_hashes_fit(root: Path, change: Callable[[Path], objec
     change(root)
     remake(root)
     assert_one_failure(root, file, words)
+
+
+def test_names_in_a_shard_are_printed_escaped(root: Path):
+    rewrite(root, [*members_of(root), ("\x1b[2J\n\udcff.txt", b"")])
+    remake(root)
+    line = verify(root, "--quick", "--workers", 1).output.splitlines()[0]
+    assert line == rf"{SHARD}.tar: \x1b[2J\n\udcff.txt: neither a KEY.jpg nor a label from 0 to 2"
+    with open(root / f"{SHARD}.tar", "r+b") as file:
+        file.write(b"\x1b\n\xff\0")
+    with SampleReader(load(root), "train") as reader:
+        assert reader.key(0) == r"\x1b\n\ufffd"
 
 
 @pytest.mark.parametrize(

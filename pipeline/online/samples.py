@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from pipeline.cli import printable
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.volumes import naming
 
@@ -124,7 +125,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         shard, offset = int(self.records["shard"][number]), int(self.records["offset"][number])
         with self._lease([shard]) as descriptors, naming(self._paths[shard]):
             header = os.pread(descriptors[shard], 100, offset - 512)
-        return header.partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg")
+        return printable(header.partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg"))
 
     def stop(self) -> None:
         """Let reads under way, and later ones, end with RuntimeError."""
