@@ -4,6 +4,7 @@ import base64
 import io
 import shlex
 from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ FOLDER, FILE_NAME = "figures", "report.html"
 TRAINING_SAMPLES = 16  # shown
 MID_GREY = 128  # grey levels: added to an input, whose mean is about zero, to show it
 FEW = 100  # points of a curve, up to which they are marked
+TICKS = 9  # of a logarithmic axis, about, if every power of ten would be more
 DASHES = ("solid", "dash", "dot", "dashdot")  # curves are told apart without colour, too
 AXIS = {"gridcolor": "#e3e8ec", "showgrid": True, "automargin": True, "fixedrange": True}
 LAYOUT = {
@@ -188,14 +190,18 @@ def _chart(name: str, title: str, unit: str, curves: dict[str, Points], with_lib
     """Return a chart of curves, each (step, value) by name; `with_library` puts plotly.js (5 MB) before it."""
     import plotly.graph_objects as go  # here, because it takes long to import
 
-    axis = {"type": "log", "dtick": 1, "exponentformat": "power"} if name == "updates" else {"rangemode": "tozero"}
+    axis: dict[str, Any] = {"rangemode": "tozero"}
+    if name == "updates":
+        decades = [log10(value) for points in curves.values() for _, value in points]
+        axis = {"type": "log", "dtick": 1 + (max(decades) - min(decades)) // TICKS, "exponentformat": "power"}
     traces, courses = [], []
     for i, (curve, points) in enumerate(curves.items()):
         steps, values = zip(*points)
         mode = "lines+markers" if len(points) <= FEW else "lines"
         style = {"line_dash": DASHES[i % len(DASHES)], "marker_symbol": i, "marker_size": 7}
         traces.append(go.Scatter(x=steps, y=values, name=curve, mode=mode, **style))
-        courses.append(f"{curve} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}")
+        first, last = (f"{value:.4g} at step {step}" for step, value in (points[0], points[-1]))
+        courses.append(f"{curve} from {first} to {last}" if len(points) > 1 else f"{curve} {first}")
     html = go.Figure(traces, LAYOUT | {"yaxis": AXIS | {"title": unit, "hoverformat": ".4g"} | axis}).to_html(
         config={"responsive": True, "displayModeBar": False},
         include_plotlyjs=with_library,
