@@ -243,15 +243,19 @@ def test_many_training_images_are_looked_for_in_the_index(
     run = Path(shutil.copytree(written.run, tmp_path / "run"))
     checkpoint = checkpoints.load(run)
     network = load_network(checkpoint, written.dataset, (torch.device("cpu"),) * 2, run)
+    shown: list[tuple[object, ...]] = []
 
     def neighbours() -> str | list[list[int]]:
-        data = gather.gather(run, written.dataset, network, checkpoint)
+        shown.clear()
+        data = gather.gather(run, written.dataset, network, checkpoint, show=lambda *row: shown.append(row))
         return data.lacking.get("neighbours") or [[image.id for image in near] for _query, near in data.similar]
 
     expected = neighbours()
     assert len(expected) == 5
+    assert shown == [("training pictures through the network", 27, 27)]
     monkeypatch.setattr(gather, "SEARCHED", 3)
     assert "no index there" in neighbours()
+    assert shown == []
     monkeypatch.setattr(codes, "STEPS", 20)
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
     assert made.exit_code == 0, made.output

@@ -10,8 +10,10 @@ import torch
 from pipeline import UserError, manifest, volumes
 
 
-def draw_page(data: Path, run: Path, devices: tuple[torch.device, ...]) -> None:
-    """Draw the page of a run that is complete and saved; if that fails, a line on stderr says why.
+def draw_page(
+    data: Path, run: Path, devices: tuple[torch.device, ...], state: str = "the run is complete and saved"
+) -> None:
+    """Draw the page of a run, whose `state` the messages name; if that fails, a line on stderr says why.
 
     Raises UserError with the exit code of a signal that comes meanwhile.
     """
@@ -21,11 +23,11 @@ def draw_page(data: Path, run: Path, devices: tuple[torch.device, ...]) -> None:
 
         count = gather.searched(manifest.load(data))
         work = f", {count:,} training pictures through the network" if count else ""
-        click.echo(f"the run is complete and saved; drawing its page{work} (--no-page leaves it out)", err=True)
+        click.echo(f"{state}; drawing its page{work} (--no-page leaves it out)", err=True)
         written = page.draw(data, run, devices)[-1]
     except KeyboardInterrupt as error:
         number = signal.Signals(*error.args or (signal.SIGINT,))
-        stopped = UserError(f"{number.name}: the run is complete and saved; draw its page by: {later}")
+        stopped = UserError(f"{number.name}: {state}; draw its page by: {later}")
         stopped.exit_code = 128 + number
         raise stopped from error
     except (UserError, OSError) as error:

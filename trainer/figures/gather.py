@@ -1,7 +1,7 @@
 """Gather what the figures of a run show: records, pictures with probabilities, their neighbours, its commands."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain, islice
@@ -136,7 +136,7 @@ def gather(
         if only_errors and (dataset.samples(split)["label"] < 0).all():
             examples, lacking["predictions"] = (), f"No image in {split} has a label, so none is known to be an error."
         elif only_errors and examples:
-            errors = (one for one in chain(spread, samples) if one.label not in (-1, int(one.probabilities.argmax())))
+            errors = _errors(chain(spread, samples), dataset.split(split).samples, show)
             with noting(lacking, "predictions"):
                 examples = tuple(islice(errors, SHOWN))
             if not examples:
@@ -216,6 +216,14 @@ def _with_probabilities(
             require_finite_outputs(rows)
             for fields in zip(ids.tolist(), stored, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
+
+
+def _errors(samples: Iterable[Example], total: int, show: Show) -> Iterator[Example]:
+    """Yield the samples that the network gets wrong."""
+    for done, sample in enumerate(samples, start=1):
+        show("pictures searched for errors", done, total)
+        if sample.label not in (-1, int(sample.probabilities.argmax())):
+            yield sample
 
 
 @torch.inference_mode()
