@@ -187,12 +187,15 @@ def test_any_curves_are_drawn_and_those_without_points_left_out(
     assert page.still(lines) == still
 
 
-@pytest.mark.parametrize(("least", "step"), [(0.5, 1), (1e-8, 1), (1e-300, 34)])
-def test_a_logarithmic_axis_has_few_ticks(least: float, step: int) -> None:
-    ratios = {"a": {"ratio": 1.0}, "b": {"ratio": least}}
+@pytest.mark.parametrize(
+    ("least", "axis"),
+    [(0.5, "1 [-1.1,1.1]"), (3.0, "1 [-0.1,1.1]"), (1e-7, "1 [-7.1,1.1]"), (1e-300, "34 [-300.1,1.1]")],
+)
+def test_a_logarithmic_axis_has_some_ticks_and_not_many(least: float, axis: str) -> None:
+    ratios = {"a": {"ratio": 2.0}, "b": {"ratio": least}}
     *_, updates = page.charts([{"kind": "train", "step": 7, "loss": 0.0, "layers": ratios}])
-    assert re.findall(r'"dtick":([\d.]+),', updates.html) == [str(float(step))]
-    assert updates.label == f"Updates, mean |update| / mean |weight|: a 1 at step 7; b {least:.4g} at step 7"
+    assert " ".join(re.findall(r'"(?:range|dtick)":(\[.*?\]|\d+),', updates.html)) == axis
+    assert updates.label == f"Updates, mean |update| / mean |weight|: a 2 at step 7; b {least:.4g} at step 7"
 
 
 def outputs(written: Written, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

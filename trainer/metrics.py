@@ -27,10 +27,8 @@ FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"
 
 
 class Line(TypedDict):
-    """Keys of every line of metrics.jsonl; each kind has more."""
-
     step: Count
-    kind: Literal["train", "validation"]
+    kind: Literal["train", "validation"]  # each kind has more keys
 
 
 class LogInterval:

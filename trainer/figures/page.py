@@ -4,7 +4,7 @@ import base64
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from math import log10
+from math import floor, log10
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -192,8 +192,10 @@ def _chart(name: str, title: str, unit: str, curves: dict[str, Points], with_lib
 
     axis: dict[str, Any] = {"rangemode": "tozero"}
     if name == "updates":
-        decades = [log10(value) for points in curves.values() for _, value in points]
-        axis = {"type": "log", "dtick": 1 + (max(decades) - min(decades)) // TICKS, "exponentformat": "power"}
+        decades = [floor(log10(value)) for points in curves.values() for _, value in points]
+        low, high = min(decades), max(decades) + 1  # a range without a power of ten would have no ticks
+        axis = {"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1 + (high - low) // TICKS}
+        axis["exponentformat"] = "power"
     traces, courses = [], []
     for i, (curve, points) in enumerate(curves.items()):
         steps, values = zip(*points)
