@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from conftest import ROOT, digests
-from pipeline import UserError, manifest
-from runs import beginning, of_november_2026, trainer
+from conftest import ROOT
+from pipeline import UserError
+from runs import beginning, of_november_2026
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint, CheckpointError, CheckpointWriter, best_file, files, load, save
 from trainer.layers import shapes
@@ -184,42 +184,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
 }
-
-
-COMMANDS = {  # words of each that reads a checkpoint; RUN, DATA and OUT stand for paths
-    "train, resumed": "train --data DATA --out RUN --resume",
-    "train, begun": "train --data DATA --out OUT --recipe tiny --init RUN",
-    "evaluate": "evaluate --data DATA --checkpoint RUN",
-    "export": "export RUN --data DATA --out OUT",
-    "predict": "predict --data DATA --checkpoint RUN PICTURE",
-    "index": "index RUN DATA",
-    "similar": "similar --data DATA --checkpoint RUN PICTURE",
-    "figures": "figures RUN --data DATA",
-    "ensemble": "ensemble RUN RUN --data DATA",
-}
-
-
-@pytest.fixture(scope="module")
-def reshaped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose checkpoint has one bias for all classes, under a right checksum. Read only."""
-    run, known = tmp_path_factory.mktemp("reshaped") / "run", manifest.load(dataset)
-    save(run, replace(checkpoint(3), classes=tuple(record.wnid for record in known.classes), dataset=known.identity))
-    return run
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_takes_tensors_of_other_shapes_than_the_recipes(
-    dataset: Path, raw: Path, reshaped: Path, tmp_path: Path, command: str
-):
-    before = digests(reshaped)
-    picture = next((raw / "val").rglob("*.jpg"))
-    paths = {"RUN": reshaped, "DATA": dataset, "OUT": tmp_path / "out", "PICTURE": picture}
-    result = trainer(*(paths.get(word, word) for word in COMMANDS[command].split()))
-    file = reshaped / "checkpoints" / "step-00000003.safetensors"
-    reason = "damaged (velocity.fc8.bias is (2,), its recipe says (3,)); name another checkpoint, or train again"
-    assert (result.exit_code, result.output) == (2, f"Error: {file}: {reason}\n")
-    assert digests(reshaped) == before
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
