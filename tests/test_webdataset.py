@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import build
 from pipeline import UserError, manifest
 from pipeline.offline.sources import find_sources
 from tars import tar_bytes, tree
@@ -210,6 +211,10 @@ def test_a_link_to_itself_or_to_nothing_is_left_out(tmp_path: Path, target: str)
     folders = find_sources(tmp_path / "images", "class-folders")
     assert [image.wnid for image in folders.images] == ["cat"]
     assert folders.ignored == {"link to nothing, pipe or device": 2}
+    result = build(tmp_path / "loop.tar", tmp_path / "out")
+    problem = "File name too long" if len(target) == 300 else "no such directory; RAW is the folder with the raw images"
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+    assert result.output.startswith(f"Error: {tmp_path}/loop.tar: {problem}")
 
 
 PLAIN = tar_bytes({f"{name}/{i}.jpg": b"" for name in ("cat", "dog") for i in range(3)})

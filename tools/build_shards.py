@@ -220,7 +220,7 @@ def chosen_sources(raw: Location, values: Mapping[str, Any], cache: Location | N
 
 
 def _require_apart(raw: Location, dataset: Location) -> None:
-    paths = [path if is_remote(path) else path.resolve() for path in (raw, dataset)]
+    paths = [path if is_remote(path) else os.path.realpath(path) for path in (raw, dataset)]
     if f"{paths[1]}/".startswith(f"{str(paths[0]).rstrip('/')}/"):
         raise UserError(f"{dataset}: lies inside RAW, {raw}, and would be raw data itself; name a DATASET elsewhere")
 

@@ -31,7 +31,7 @@ FOLDER = Path("demo")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `trainer train`; may be repeated.")
 def main(raw: Path | None, limit: int, out: Path | None, settings: tuple[str, ...]) -> None:
     """Run the whole chain on RAW, or without RAW on pictures that are drawn for it. Everything goes to demo/NAME."""
-    folder = _demo_folder(raw, FOLDER if out is None else out.resolve())
+    folder = _demo_folder(raw, FOLDER if out is None else Path(os.path.realpath(out)))
     for name in ("raw", "dataset", "run"):  # all of an earlier demo on the same RAW; nothing else is ever touched
         shutil.rmtree(ROOT / folder / name, ignore_errors=True)
     seconds: dict[str, float] = {}
@@ -45,7 +45,7 @@ def main(raw: Path | None, limit: int, out: Path | None, settings: tuple[str, ..
         seconds[title] = time.monotonic() - started
 
     if raw:
-        source = raw.resolve()
+        source = Path(os.path.realpath(raw))
         click.echo(f"demo: at most {limit:,} pictures of {raw}, drawn evenly over it (LIMIT=N for more)")
     else:
         source = folder / "raw"
@@ -65,7 +65,7 @@ def _demo_folder(raw: Path | None, out: Path) -> Path:
     """Return OUT/drawn, or OUT/NAME-DIGEST for RAW, from ROOT. Raises UserError where RAW is missing or in the way."""
     if raw is None:
         return out / "drawn"
-    resolved = raw.resolve()
+    resolved = Path(os.path.realpath(raw))
     if not resolved.is_dir():
         raise UserError(f"{raw}: no such directory; RAW is the folder with your raw images or archives")
     if resolved.is_relative_to(ROOT / out) or ROOT.is_relative_to(resolved):

@@ -1,6 +1,7 @@
 """The same shards for other models: torchvision's and timm's recipe, and plain WebDataset."""
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -96,7 +97,7 @@ def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 20
     root = storage.location(data)
     if storage.is_remote(root):
         raise UserError(f"{data}: webdataset() reads local shards; copy the dataset directory to this machine first")
-    built = manifest.load(root.resolve())
+    built = manifest.load(Path(os.path.realpath(root)))
     if not built.split(split).samples:
         raise UserError(f"{root}: the split {split!r} is empty")
     shards = [str(built.root / shard.name) for shard in built.split(split).shards]

@@ -142,7 +142,7 @@ def _damage(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise BadIndex(f"{path}: missing; {REMAKE}") from error
     except (UserError, SafetensorError) as error:
-        raise BadIndex(f"{path}: damaged ({error}); {REMAKE}") from error
+        raise BadIndex(f"{path}: damaged ({error!s:.200}); {REMAKE}") from error
 
 
 def _read(path: Path, files: Mapping[str, Mapping[str, int | str]]) -> bytes:
