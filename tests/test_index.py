@@ -307,6 +307,7 @@ def test_a_damaged_index_is_refused(name: str, picture: Path, dataset: Path, run
             ('"bits": 128', '"bits": 64', "its checksum does not fit"),
             ('"units"', '"unit"', "another version"),
             ("{", "[" * 10_000, "damaged"),
+            ('"units": ', '"more": Infinity, "units": ', "damaged"),
         ):
             assert old.encode() in intact
             changes.append((intact.replace(old.encode(), new.encode(), 1), words))
