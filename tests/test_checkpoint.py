@@ -65,6 +65,7 @@ def refusal(call: Callable[[], object], kind: type[UserError] = CheckpointError)
     with pytest.raises(kind) as caught:
         call()
     assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 700
     return str(caught.value)
 
 
@@ -181,6 +182,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "damaged (velocity.fc6.weight is not float32)",
     ),
     "unknown": (altered("checksun", "0" * 64), "damaged (unknown key checksun)"),
+    "diverged": (
+        altered(tensors=lambda t: t["velocity.fc8.bias"].fill_(float("-inf"))),
+        "velocity.fc8.bias is not finite: its training has diverged",
+    ),
+    "long": (written({"x" * 10**5: torch.zeros(1)}, penstock="{}"), "of format 1"),
+    "a long choice": (altered("recipe.train.compile", "x" * 10**5), "must be one of no, segments, graphs"),
+    "a long key": (altered("x" * 10**5), "damaged (unknown key x"),
     "a fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
 }

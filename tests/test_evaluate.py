@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite(own: Made, tmp_path: Path):
     values["fc7.weight"][0, 0] = np.nan
     save_run(own.run, own.data, values)
     result = trainer("evaluate", *own.options, "--save-probabilities", tmp_path / "a.npz")
-    one_line(result, "not finite numbers", "diverged")
+    one_line(result, str(own.run), "weights.fc7.weight is not finite: its training has diverged; name another")
     assert not list(tmp_path.glob("a.npz*"))
     assert not (own.run / "evaluation.json").exists()
 

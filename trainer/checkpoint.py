@@ -235,7 +235,7 @@ def load(path: Path) -> Checkpoint:
         reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
         remedy = f"delete it to use {older[-1]}" if older else "name another checkpoint, or train again"
-        raise CheckpointError(f"{file}: {' '.join(reason.split())}; {remedy}") from error
+        raise CheckpointError(f"{file}: {' '.join(reason.split()):.400}; {remedy}") from error
 
 
 def _newest(run: Path) -> Path:
@@ -271,6 +271,8 @@ def _read(path: Path) -> Checkpoint:
         name = min(different)
         reason = f"{stored.get(name, 'missing')}, its recipe says {expected.get(name, 'none')}"
         raise UserError(f"damaged ({name} is {reason})")
+    if diverged := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
+        raise UserError(f"{diverged[0]} is not finite: its training has diverged")
     weights, velocity = ({name: tensors[f"{kind}.{name}"] for name in shapes} for kind in KINDS)
     return replace(checkpoint, weights=weights, velocity=velocity)
 

@@ -11,31 +11,23 @@ from pipeline.typed import Count, Sha256
 FORMAT = 2  # of the metadata and of the tensors' names
 
 
-class Position(TypedDict):
-    """The part of a loader's state that the loader itself does not compare with its own."""
-
+class Position(TypedDict):  # the part of a loader's state that the loader does not compare with its own
     step: Count
     bad: list[Count]
 
 
-class Plateaus(TypedDict):
-    """`optim.Schedule.state()`."""
-
+class Plateaus(TypedDict):  # optim.Schedule.state()
     best: float | None  # top-1 error
     since: Count
     fallen: Count
 
 
-class Window(TypedDict):
-    """`metrics.LogInterval.state()`."""
-
+class Window(TypedDict):  # metrics.LogInterval.state()
     losses: float
     images: Count
 
 
-class Progress(TypedDict):
-    """The state of the training loop."""
-
+class Progress(TypedDict):  # of the training loop
     schedule: Plateaus
     window: Window
     steps: Count  # of the run to its end
@@ -43,9 +35,7 @@ class Progress(TypedDict):
     pending: NotRequired[bool]  # the validation of this step is still to be done
 
 
-class Start(TypedDict, total=False):
-    """A start of the run; of the first version some keys are missing."""
-
+class Start(TypedDict, total=False):  # of the run; the first version wrote fewer keys
     step: Count
     devices: list[str]
     processes: Count
@@ -82,12 +72,12 @@ def plain_values(text: str) -> dict[str, Any]:
         if (version := values.get("format", 1)) == FORMAT:
             known = typed.from_values(values, Metadata)
             if unknown := values.keys() - Metadata.__dataclass_fields__:
-                raise UserError(f"unknown key {min(unknown)}")
+                raise UserError(f"unknown key {min(unknown):.100}")
     except UserError as error:
         raise UserError(f"damaged ({error})") from error
     if version != FORMAT:
         remedy = "read it with the version that wrote it"
-        raise UserError(f"of format {version!r}, and this version of the program reads format {FORMAT}; {remedy}")
+        raise UserError(f"of format {version!r:.50}, and this version of the program reads format {FORMAT}; {remedy}")
     if known.loader["step"] != known.step:
         raise UserError(f"damaged (it is of step {known.step}, and its loader's state of step {known.loader['step']})")
     return values

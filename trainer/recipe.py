@@ -9,16 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 from msgspec import Meta
 
 from pipeline import UserError, typed
-from trainer.layers import (
-    MAX_COUNT,
-    Count,
-    LayerRecipe,
-    ModelRecipe,
-    Positive,
-    Probability,
-    RecipeError,
-    require,
-)
+from trainer.layers import MAX_COUNT, Count, LayerRecipe, ModelRecipe, Positive, Probability, RecipeError, require
 
 FOLDER = Path(__file__).parent / "recipes"
 MAX_FLOAT = 3.4e38  # about the greatest float32, in which the rates are applied
