@@ -77,7 +77,8 @@ def of_november_2026(checkpoint: Checkpoint, recipe: dict[str, Any] | None = Non
     """Return the bytes of a checkpoint as the code of November 2026 wrote it; `recipe`: other values than its own."""
     values = {"format": 2, "step": checkpoint.step, "recipe": recipe or asdict(checkpoint.recipe)}
     values |= {"classes": checkpoint.classes, "dataset": checkpoint.dataset, "loader": checkpoint.loader}
-    values |= {"progress": checkpoint.progress, "history": checkpoint.history, "tensors": sorted(checkpoint.weights)}
+    progress = {key: value for key, value in checkpoint.progress.items() if key != "pending"}
+    values |= {"progress": progress, "history": checkpoint.history, "tensors": sorted(checkpoint.weights)}
     header: dict[str, Any] = {"__metadata__": {"penstock": json.dumps(values)}}
     data = b""
     for kind, tensors in (("weights", checkpoint.weights), ("velocity", checkpoint.velocity)):

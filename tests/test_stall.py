@@ -34,7 +34,7 @@ def test_sums_shares_and_words():
     assert meter.total == Wait(1, 5, 1)
     assert (meter.total - Wait(1, 2, 0)) == Wait(0, 3, 1)
     assert meter.total.shares(70) == pytest.approx({"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70})
-    assert meter.total.text(70).startswith("stall 10.0 % (decoding: more threads=")
+    assert meter.total.text(70).startswith("stall 10.0 % (decoding: more CPU cores, or on a GPU hardware_share=")
     assert meter.total.text(1000) == "stall  0.7 %"
     assert Wait().text(0) == "stall  0.0 %"
 

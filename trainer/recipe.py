@@ -74,13 +74,19 @@ class DataRecipe:
     lighting_until: float = 68.0  # epochs of train.epochs, after which lighting and the factor 1/1.1 are off
     positions: str = "code"
     crop_chunk: int = 1
+    # damaged pictures that are passed over, of training and of validation: 0, for without one the data are not those
+    # that the run's identity names
     max_bad: int = 0
+    readers: int = 1  # samples read at a time; neither this nor the depth changes a batch
+    depth: int = 2  # batches made ready ahead of use
 
     def __post_init__(self) -> None:
         require_one_of("data", self, order=("uniform", "fixed", "shards"), mean=("centre", "aligned", "colour"))
         require_one_of("data", self, lighting=("code", "paper", "off"), positions=("code", "paper"))
         require_least(0, "data", self, "lighting_until", "max_bad")
         require_least(1, "data", self, "crop_chunk")
+        for name in ("readers", "depth"):  # threads, and memory
+            require(1 <= getattr(self, name) <= 64, f"data.{name}", getattr(self, name), "between 1 and 64")
 
 
 @dataclass(frozen=True)

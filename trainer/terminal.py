@@ -61,9 +61,11 @@ class Terminal:
 
     def validation(self, line: dict[str, Any]) -> None:
         """Print a validation, as for `Metrics.validation`."""
+        unreadable = line.get("unreadable", 0)
+        counted = f"; {unreadable} of {line['samples']:,} could not be read; counted as wrong" if unreadable else ""
         self.print(
             f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
-            f"top-5 error {line['top5_error']:.1f} % (centre view)"
+            f"top-5 error {line['top5_error']:.1f} % (centre view){counted}"
         )
 
     def print(self, text: str) -> None:
