@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,12 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, build, one_line
+from conftest import ROOT, build, one_line, verify
 from pipeline import UserError, manifest
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader, samples
 from pipeline.online.samples import SampleReader
+from runs import Runs, assert_same_end, options, resumed, shared_runs, train, trainer  # noqa: F401 – a fixture
 from stored import ALL, damage, members_of, remake, rewrite
+from trainer import checkpoint as checkpoints
+from trainer.evaluate import top_k_errors
+from trainer.metrics import read
 
 SEED = 3
 
@@ -183,6 +189,105 @@ def test_the_count_of_bad_samples_goes_on_after_a_resume(copy: Path):
         loader.load_state_dict(state)
         with pytest.raises(DatasetError, match=r"sample 5 .*samples that failed: 4"):
             next(loader)
+
+
+# Pictures that cannot be read
+
+
+def mended(root: Path, line: str, raw: Path) -> None:
+    """Do what the line says, word for word."""
+    words = re.search(r"; mend it: python tools/verify_shards\.py (.*? --repair RAW)[;\n]", line)
+    assert words, line
+    done = verify(*shlex.split(words[1].replace("RAW", shlex.quote(str(raw)))), "--quick", "--workers", 1)
+    assert (done.exit_code, done.stdout.count("repaired: ")) == (0, 1), done.output
+
+
+HABITS = ("train.validate_every=2", "train.checkpoint_every=100")
+
+
+@pytest.mark.parametrize(
+    ("split", "step", "processes"),
+    [
+        ("val", 2, 1),
+        *(("train", step, 1) for step in (0, 3)),
+        *(pytest.param(split, 2, count, marks=pytest.mark.proof) for split in ("val", "train") for count in (2, 3)),
+    ],
+)
+def test_a_run_ends_saved_on_a_damaged_picture_and_goes_on_once_it_is_mended(
+    raw: Path, dataset: Path, copy: Path, tmp_path: Path, split: str, step: int, processes: int, runs: Runs
+):
+    """Of training, the first of the batch after `step`."""
+    with Loader(dataset, batch_size=12, seed=2012) as loader:
+        sample = int(next(islice(loader, step, None)).ids[0]) if split == "train" else 4
+    shard = copy / split / f"{split}-{manifest.load(dataset).samples(split)['shard'][sample]:06d}.tar"
+    damage(copy, sample, split=split)
+
+    whole, parts = (
+        ["train", *options(data, tmp_path / f"{data.name}-run", "train.steps=6", *HABITS)] for data in (dataset, copy)
+    )
+    assert {process.exit_code for process in runs(processes, whole)} == {0}
+    ended = runs(processes, parts)
+    *_, drawn, last = ended[0].output.splitlines()
+    who = "(process 1: )?" if processes > 1 and split == "val" else ""
+    assert re.fullmatch(
+        rf"Error: {who}{shard}: damaged at sample {sample} \(key \w+\); mend it: .* --repair RAW; the run is saved "
+        rf"after step {step}: go on by --resume, or unmended by --resume --set data\.max_bad=1, on other data than the "
+        "run's identity names",
+        last,
+    ), ended
+    assert drawn.startswith("page: not drawn")
+    assert {process.exit_code for process in ended} == {2}
+    newest = checkpoints.load(tmp_path / "copy-run")
+    assert (newest.step, newest.progress["pending"], newest.loader["bad"]) == (step, split == "val", [])
+    mended(copy, last, raw)
+    ended = runs(processes, ["train", *resumed(copy, tmp_path / "copy-run")])
+    assert {process.exit_code for process in ended} == {0}, ended
+    if processes < 3:  # of three the last bits may differ after a resume
+        assert_same_end(tmp_path / "dataset-run", tmp_path / "copy-run")
+
+
+def test_a_bad_picture_in_validation_counts_as_wrong(dataset: Path, copy: Path, tmp_path: Path):
+    """Beside the probabilities of all nine pictures: its own errors count as 1, its log-likelihood not at all."""
+    damage(copy, 4, split="val")
+    result = train(copy, tmp_path / "run", 2, "data.max_bad=1")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out.npz"
+    trainer(
+        "evaluate",
+        "--data",
+        dataset,
+        "--checkpoint",
+        tmp_path / "run",
+        "--views",
+        "centre",
+        "--save-probabilities",
+        out,
+    )
+    with np.load(out) as arrays:
+        values, labels = torch.from_numpy(arrays["probabilities"]).double(), torch.from_numpy(arrays["labels"]).long()
+    errors = [top_k_errors(values, labels, k) for k in (1, 5)]
+    others = np.arange(9) != 4
+    expected = [100 * float(error[others].sum() + 1) / 9 for error in errors]
+    line = read(tmp_path / "run")[-1]
+    assert [line[key] for key in ("samples", "unreadable", "top1_error", "top5_error")] == [9, 1, *expected]
+    nats = -values[np.arange(9), labels].log()[others].mean()
+    assert line["nll"] == pytest.approx(float(nats), rel=1e-5)
+    text = f"validation at step 2: top-1 error {expected[0]:.1f} %, top-5 error {expected[1]:.1f} % (centre view)"
+    assert f"{text}; 1 of 9 could not be read; counted as wrong\n" in result.stdout
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.proof)])
+def test_more_bad_pictures_than_may_be_end_a_validation(copy: Path, tmp_path: Path, processes: int, runs: Runs):
+    """One in each of two processes of three: they see nothing of each other's."""
+    damage(copy, 1, 4, split="val")
+    line = ["train", *options(copy, tmp_path / "run", "train.steps=2", "data.max_bad=1")]
+    ended = runs(processes, line)
+    assert {process.exit_code for process in ended} == {2}
+    count = "samples that failed: 2, allowed: max_bad=1"
+    if processes > 1:
+        count = f"Error: {copy}: 2 samples of val failed in all processes, allowed: data.max_bad=1"
+    assert f"{count}; mend it: python tools/verify_shards.py {copy} --repair RAW; the run is saved" in ended[0].output
+    assert checkpoints.load(tmp_path / "run").progress["pending"]
 
 
 LOOP = """

@@ -166,7 +166,7 @@ def test_fine_tuning_takes_over_the_layers_that_fit(run: Path, dataset: Path, tm
     source, drawn = checkpoints.load(run).weights, checkpoints.load(tmp_path / "all").weights
     fitting = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6"]
     differing = {"fc7": "its shape differs", "fc8": "its shape differs"}
-    left = {name: "not in --init-layers" for name in fitting[1:5]}
+    left = dict.fromkeys(fitting[1:5], "not in --init-layers")
     for name, layers, more, new in (
         ("fit", fitting, (), differing),
         ("named", ["conv1", "fc6"], ("--init-layers", "conv1,fc6"), differing | left),
