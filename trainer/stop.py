@@ -71,7 +71,9 @@ def ended_by_data(step: int, recipe: Recipe) -> Iterator[None]:
             reason = volumes.explained(error)
         if isinstance(error, BadSample):
             more = recipe.data.max_bad + 1
-            remedy += f", or unmended by --resume --set data.max_bad={more}, on other data than the run's identity names"
+            remedy += (
+                f", or unmended by --resume --set data.max_bad={more}, on other data than the run's identity names"
+            )
         raise BadData(f"{reason}; {remedy}") from error
 
 

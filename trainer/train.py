@@ -23,6 +23,7 @@ from trainer import run as runs
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, Replicas, World, join
 from trainer.evaluate import labelled
+from trainer.figures import draw_page
 from trainer.metrics import LogInterval
 from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
@@ -257,6 +258,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
+@click.option("--no-page", is_flag=True, help="Draw no page, RUN/report.html, at the end.")
 @click.option(
     "--patience",
     type=click.FloatRange(min=1),
@@ -274,6 +276,7 @@ def train(
     init: Path | None,
     init_layers: str | None,
     devices: str | None,
+    no_page: bool,
     patience: float,
 ) -> None:
     """Train on DATA's training split.
@@ -308,13 +311,8 @@ def train(
                 main(runs.Settings(data, run, chosen, own_devices, resumed, other_data, initial, layers), world)
         except BadData as error:
             ended = error
-    if world.is_main:
-        from trainer.figures import page  # imports plotly
-
-        try:
-            click.echo(f"page: {page.draw(data, run, own_devices)[-1]}")
-        except (UserError, OSError) as error:  # the run is complete, and saved, whatever happens to its page
-            click.echo(f"no page: {error}", err=True)
+    if world.is_main and not no_page:
+        draw_page(data, run, own_devices, "the run is saved" if ended else "the run is complete and saved")
     if ended:
         raise ended
 
