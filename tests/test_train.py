@@ -94,13 +94,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
 
 def test_doubtful_data_is_warned_of_on_stderr_and_trained_on(dataset: Path, tmp_path: Path):
     """Of a data set without doubts nothing is printed there."""
-    assert train(dataset, tmp_path / "sound", 1).stderr == ""
+    assert train(dataset, tmp_path / "sound", 1, more=("--no-page",)).stderr == ""
     for folder, count in (("train/a", 5), ("train/b", 5), ("val/b", 2)):
         (tmp_path / "raw" / folder).mkdir(parents=True)
         for i in range(count):
             picture(f"{folder}{i}", 256, 256).save(tmp_path / "raw" / folder / f"{i}.png")
     assert build(tmp_path / "raw", tmp_path / "data", "--workers", 1).exit_code == 0
-    result = train(tmp_path / "data", tmp_path / "run", 1)
+    result = train(tmp_path / "data", tmp_path / "run", 1, more=("--no-page",))
     assert result.exit_code == 0, result.output
     line = "warning: the validation split is of one class alone, b; its error tells little"
     assert result.stderr.splitlines() == [line]
