@@ -22,7 +22,7 @@ from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE, Record, load_rec
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
 from pipeline.storage import Location
-from pipeline.typed import from_json
+from pipeline.typed import from_json, from_values
 
 
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
@@ -61,7 +61,9 @@ def restore(root: Location, plan_of: Callable[[BuildRecipe], Plan], workers: int
         raise UserError(f"{path}: so damaged that its build recipe cannot be read; {remedy}")
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of a repair that was killed
-        built = build.build(plan_of(from_json(text[1], BuildRecipe)), aside, workers, skip_limit=build.SkipLimit(0, 100))
+        built = build.build(
+            plan_of(from_json(text[1], BuildRecipe)), aside, workers, skip_limit=build.SkipLimit(0, 100)
+        )
         assert built is not None  # no part of a build
         if not any(json.loads(built.to_json())[key].encode() in damaged for key in ("identity", "checksum")):
             codecs = "the same codecs, RAW and options of the build"
@@ -155,7 +157,16 @@ def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[set[str], Sums]:
 
 
 def _skipped(dataset: Manifest) -> list[dict[str, str]]:
-    return [json.loads(line) for line in dataset.read(SKIPPED_FILE).splitlines()]
+    """Return the lines of skipped.jsonl, whose paths may not be UTF-8. Raises UserError if they are something else."""
+    lines = dataset.read(SKIPPED_FILE).splitlines()
+    try:
+        skipped = [from_values(json.loads(line), dict[str, str]) for line in lines]
+        if all(line.keys() >= {"key", "split"} for line in skipped):
+            return skipped
+        raise ValueError("a line lacks its key or split")
+    except (ValueError, RecursionError) as error:
+        path = dataset.root / SKIPPED_FILE
+        raise UserError(f"{path}: no list of skipped images ({error}); build the data set again") from error
 
 
 def _rebuild_with(dataset: Manifest, plan: Plan, gained: set[str], sums: Sums, aside: Path, workers: int) -> None:
