@@ -1,6 +1,7 @@
 """Stored pictures: read back, as views of a decoder, and replaced so that all hashes of the dataset fit."""
 
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Collection
@@ -83,7 +84,7 @@ def rewrite(root: Path, members: Members, shard: str = SHARD) -> None:
         info.size = len(data)
         tar += info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
     (root / f"{shard}.tar").write_bytes(tar + bytes(1024))
-    (root / f"{shard}.idx").write_text("".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]))
+    (root / f"{shard}.idx").write_bytes(os.fsencode("".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])))
     samples = np.load(root / "train/samples.npy")
     for i, record in zip(np.flatnonzero(samples["shard"] == int(shard[-6:])), records):
         samples["offset"][i], samples["size"][i], samples["crc32"][i] = record

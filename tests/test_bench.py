@@ -104,7 +104,7 @@ def test_a_dataset_of_so_many_images(count: int, shards: int, dataset: Path, tmp
     assert manifest.load(tmp_path / "part") == built
     assert built.split("train").samples == sum(shard.samples for shard in built.split("train").shards) == count
     assert len(built.split("train").shards) == shards
-    assert jpegs(tmp_path / "part", "train") == [*islice(cycle(jpegs(dataset, "train")), count)]
+    assert sorted(jpegs(tmp_path / "part", "train")) == sorted(islice(cycle(jpegs(dataset, "train")), count))
     if shards == 1:  # of which a larger one is made
         large = load.of_images(tmp_path / "part", 100, tmp_path / "large", 7)
         assert [shard.samples for shard in large.split("train").shards] == [15, 14, 14, 15, 14, 14, 14]

@@ -268,7 +268,7 @@ SPOILT = "statistics.npz: damaged ({})"
     ("change", "words"),
     [
         *((sample("label", value), f"label {value}); build it again") for value in (3, 2**31 - 1, -1, -2**31)),
-        *((sample("shard", value), f"dataset.json (shard {value}, ") for value in (1, 2**32 - 1)),
+        *((sample("shard", value), f"dataset.json (shard {value}, ") for value in (1, 7, 2**32 - 1)),
         *((sample("offset", value), f" offset {value}, ") for value in (0, 511, 2**40, 2**63, 2**64 - 1)),
         *((sample("size", value), f" size {value}, ") for value in (0, 2**32 - 1)),
         (samples(lambda array: npy(array[:-1])), "train/samples.npy: damaged ("),

@@ -293,7 +293,7 @@ def test_names_in_a_shard_are_printed_escaped(root: Path):
     with open(root / f"{SHARD}.tar", "r+b") as file:
         file.write(b"\x1b\n\xff\0")
     with SampleReader(load(root), "train") as reader:
-        assert reader.key(0) == r"\x1b\n\ufffd"
+        assert reader.key(0) == "\\x1b\\n\ufffd"
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def of_images(dataset: Path, images: int, root: Path, shards: int = 0) -> Manife
         originals = split.shards[:1] * shards
         records["shard"] = np.arange(images) * shards // images
     else:
-        records = np.resize(built.samples(TRAIN), images)  # in the order of the shards
+        records = np.resize(built.samples(TRAIN), images)
+        records = records[np.argsort(records["shard"], kind="stable")]
         originals = split.shards[: records["shard"].max() + 1]
     files = {manifest.STATISTICS_FILE: manifest.STATISTICS_FILE}  # name → name of the original
     made = []
