@@ -35,7 +35,8 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
     Raw images that DATASET holds more than once are named, and no failure; nor is a warning of what is almost never
     meant, such as a validation split of one class. --repair rebuilds exactly the files that
     fail, with the build recipe in dataset.json, and puts them into place only if every byte is what dataset.json
-    promises; then it checks again. A damaged dataset.json is written anew, which takes as long as a build. (--layout, --classes, --classes-of and so on as when DATASET was built.)
+    promises; then it checks again. A damaged dataset.json is written anew, which takes as long as a build. (--layout,
+    --classes, --classes-of and so on as when DATASET was built.)
 
     Exit code 0: all holds; 1: something failed; 2: not a dataset directory, a damaged dataset.json, or a RAW that it
     was not built from.
@@ -51,6 +52,7 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
     def plan_of(recipe: BuildRecipe) -> Plan:
         return make_plan(chosen_sources(location(raw or ""), source), recipe)
 
+    written_anew = False
     try:
         manifest = load(root)
     except DatasetError:
@@ -58,14 +60,14 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
             raise
         restore(root, plan_of, workers)
         click.echo(f"repaired: {FILE_NAME}")
-        manifest = load(root)
+        manifest, written_anew = load(root), True
     failures = _check(manifest, quick, workers)
     failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
         repair(manifest, failing, plan_of(manifest.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(manifest, quick, workers)
-    elif raw:
+    elif raw and not written_anew:
         click.echo("nothing that RAW could repair")
     _print_doubts(manifest, failures)
     samples = sum(split.samples for split in manifest.splits.values())

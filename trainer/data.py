@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from pipeline import UserError
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, mending
 from pipeline.online import Loader
-from pipeline.online.samples import BadSample, mending
+from pipeline.online.samples import BadSample
 from trainer.devices import local_rank
 from trainer.distributed import SINGLE, World
 from trainer.recipe import Recipe

@@ -57,13 +57,13 @@ def restore(root: Location, plan_of: Callable[[BuildRecipe], Plan], workers: int
     damaged = storage.read_bytes(path)
     text = re.search(rb'"recipe": (\{[^{}]*\})', damaged)
     remedy = "nothing was changed; delete the directory, and build it again"
-    if not text:
-        raise UserError(f"{path}: so damaged that its build recipe cannot be read; {remedy}")
+    try:
+        recipe = from_json(text[1] if text else b"", BuildRecipe)
+    except UserError as error:
+        raise UserError(f"{path}: so damaged that its build recipe cannot be read ({error}); {remedy}") from error
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of a repair that was killed
-        built = build.build(
-            plan_of(from_json(text[1], BuildRecipe)), aside, workers, skip_limit=build.SkipLimit(0, 100)
-        )
+        built = build.build(plan_of(recipe), aside, workers, skip_limit=build.SkipLimit(0, 100))
         assert built is not None  # no part of a build
         if not any(json.loads(built.to_json())[key].encode() in damaged for key in ("identity", "checksum")):
             codecs = "the same codecs, RAW and options of the build"

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import threading
 import weakref
 import zlib
@@ -17,8 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pipeline.cli import printable
-from pipeline.manifest import DatasetError, Manifest
-from pipeline.storage import Location
+from pipeline.manifest import DatasetError, Manifest, mending
 from pipeline.volumes import naming
 
 MAX_OPEN = 128  # shards kept open at a time; descriptors are a bounded resource
@@ -30,11 +28,6 @@ _log = logging.getLogger("penstock")
 
 class BadSample(DatasetError):
     """A stored picture that is damaged or does not decode, and one too many of these."""
-
-
-def mending(root: Location) -> str:
-    """Return the remedy for a damaged data set."""
-    return f"mend it: python tools/verify_shards.py {shlex.quote(str(root))} --repair RAW"
 
 
 def shard_numbers(data: Manifest, split: str) -> dict[int, str]:
