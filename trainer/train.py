@@ -168,6 +168,12 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             with ended_by_data(step, recipe), world.raise_together():
                 loaders.require_few_bad(len(bad), dataset, "train", recipe)
 
+        def finish(step: int) -> None:
+            """Wait for the last checkpoint, and name it."""
+            if writers:
+                writers.checkpoints.close()
+                writers.console.print(f"checkpoint: {checkpoints.step_file(settings.run, step)}")
+
         def validate(step: int) -> bool:
             """Validate, and save the outcome over the checkpoint of this step; return True if the run is over.
 
@@ -177,6 +183,9 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             try:
                 with interval.paused():
                     errors, unreadable = error_rates(network, dataset, recipe, step, stop, world)
+            except (Stopped, BadData):
+                finish(step)
+                raise
             except nonfinite.Diverged:
                 if writers:  # the newest checkpoint that stays is from before
                     writers.checkpoints.close()
@@ -203,6 +212,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             if world.any(failure is not None or stop.number is not None):
                 if saved < done:
                     save(done)
+                with world.raise_together():
+                    finish(done)
                 with ended_by_data(done, recipe), world.raise_together():
                     if failure:
                         raise failure
@@ -241,9 +252,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             over = validating and validate(done)
 
         with world.raise_together():
-            if writers:
-                writers.checkpoints.close()  # waits for the last checkpoint
-                writers.console.print(f"checkpoint: {checkpoints.step_file(settings.run, done)}")
+            finish(done)
 
 
 @click.command(cls=Command)
