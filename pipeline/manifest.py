@@ -257,8 +257,7 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     Their content is checked by tools/verify_shards.py and, for each sample used, by the loader (CRC-32).
     Raises DatasetError, one line that names the file; UserError where the object store of `root` cannot be reached.
     """
-    root = storage.location(root)
-    path = root / FILE_NAME
+    path = (root := storage.location(root)) / FILE_NAME
     if not storage.is_dir(root):
         remedy = f"build one with: python tools/build_shards.py RAW {root}"
         raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}")
@@ -288,8 +287,8 @@ def parse(data: bytes, root: Location) -> Manifest:
         body = json.loads(data)
         checksum = body.pop("checksum")
         if body["format"] != FORMAT:
-            known = f"this version of Penstock reads format {FORMAT}"
-            raise DatasetError(f"{path}: format {body['format']!r:.80}, {known}; build it again")
+            known = f"this version of Penstock reads format {FORMAT}; build it again"
+            raise DatasetError(f"{path}: format {body['format']!r:.80}, {known}")
         if data != canonical_json(body | {"checksum": checksum}) or checksum != sha256(canonical_json(body)):
             raise DatasetError(f"{path}: damaged (its checksum does not fit its content); {remedy}")
         remedy = "build it again"
