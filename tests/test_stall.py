@@ -117,12 +117,12 @@ def cause(name: str) -> Wait:
 @pytest.mark.parametrize("name", CAUSES)
 def test_every_remedy_of_a_log_line_can_be_pasted(dataset: Path, run: Path, tmp_path: Path, name: str):
     """To the command that begins a run, or goes on with one; what begins with no option is advice."""
-    recipe = recipes.load("tiny", ["data.readers=4"])
+    recipe = recipes.load("tiny", ["data.readers=64"])  # the most that there may be
     text = cause(name).text(2.0, loaders.stall_remedies(recipe))
     assert (
         text
         == {
-            "reading": "stall 50.0 % (reading: --set data.readers=8, or a faster disk)",
+            "reading": "stall 50.0 % (reading: --set data.readers=64, or a faster disk)",
             "decoding": "stall 50.0 % (decoding: more CPU cores)",
             "transfer": "stall 50.0 % (transfer: --set data.depth=4)",
         }[name]

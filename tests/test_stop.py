@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from crew import environments
 from runs import Runs, assert_same_end, options, resume, resumed, shared_runs, start, train  # noqa: F401 – a fixture
+from stored import damage
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders
 from trainer import validation
@@ -181,6 +182,21 @@ def test_processes_that_end_in_a_validation_go_on(
     assert [process.exit_code for process in ended] == [0] * count, ended
     if count < 3:
         assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.proof)])
+def test_more_bad_pictures_than_may_be_end_a_validation(dataset: Path, tmp_path: Path, processes: int, runs: Runs):
+    """One in each of two processes of three: they see nothing of each other's."""
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    damage(copy, 1, 4, split="val")
+    line = ["train", *options(copy, tmp_path / "run", "train.steps=2", "data.max_bad=1")]
+    ended = runs(processes, line)
+    assert {process.exit_code for process in ended} == {2}
+    count = "samples that failed: 2, allowed: max_bad=1"
+    if processes > 1:
+        count = f"Error: {copy}: 2 samples of val failed in all processes, allowed: data.max_bad=1"
+    assert f"{count}; mend it: python tools/verify_shards.py {copy} --repair RAW; the run is saved" in ended[0].output
+    assert checkpoints.load(tmp_path / "run").progress["pending"]
 
 
 @pytest.mark.proof

@@ -52,7 +52,7 @@ def require_few_bad(bad: int, dataset: Manifest, split: str, recipe: Recipe) -> 
 
 def stall_remedies(recipe: Recipe) -> dict[str, str]:
     """Return the remedies in a log line of a run for a stall by "reading", "decoding" and "transfer"."""
-    readers, depth = (f"--set data.{key}={2 * getattr(recipe.data, key)}" for key in ("readers", "depth"))
+    readers, depth = (f"--set data.{key}={min(2 * getattr(recipe.data, key), 64)}" for key in ("readers", "depth"))
     return STALLED | {"reading": f"{readers}, or {STALLED['reading']}", "transfer": depth}
 
 

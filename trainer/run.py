@@ -24,7 +24,7 @@ from trainer.terminal import Terminal
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
 FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad", "data.readers", "data.depth")
 FILES = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
-Taken = dict[str, Any]  # the layers of another run that a new one took, and why each other layer is new
+Taken = dict[str, Any]  # "taken": layers of another run; "new": each other layer, and why; empty without --init
 History = tuple[dict[str, Any], ...]  # an entry for each start of the run
 
 
@@ -73,11 +73,8 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
         sweep(run)  # files that a killed process left half-written
         for name, value in (("recipe.json", asdict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
-        with (
-            Metrics(run, start, settings.pending) as metrics,
-            CheckpointWriter(run, keep) as writer,
-            Terminal(steps, start) as console,
-        ):
+        metrics = Metrics(run, start, settings.pending)
+        with metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
             yield Writers(metrics, writer, console)
 
 
@@ -134,7 +131,7 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
         raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
 
 
-def first_weights(settings: Settings, classes: tuple[str, ...]) -> tuple[Weights, Taken | None]:
+def first_weights(settings: Settings, classes: tuple[str, ...]) -> tuple[Weights, Taken]:
     """Return the weights of a new run, drawn or from `init`: of the layers in `init_layers`, or of all that fit.
 
     A layer fits if name and shape are equal, and the last one only if the classes are, too.
@@ -143,7 +140,7 @@ def first_weights(settings: Settings, classes: tuple[str, ...]) -> tuple[Weights
     weights = initial_weights(settings.recipe.model, len(classes), settings.recipe.train.seed)
     source, names = settings.init, settings.init_layers
     if source is None:
-        return weights, None
+        return weights, {}
     layers = list(dict.fromkeys(name.partition(".")[0] for name in weights))
     shapes = {name: w.shape for name, w in source.weights.items()}
     new = {}
@@ -157,22 +154,18 @@ def first_weights(settings: Settings, classes: tuple[str, ...]) -> tuple[Weights
     fitting = [layer for layer in layers if layer not in new]
     for name in names:
         if name not in fitting:
-            reason = new.get(name, "not in both networks")
-            raise UserError(f"--init-layers {name}: {reason}; those that fit are {', '.join(fitting) or 'none'}")
+            why = new.get(name, "not in both networks")
+            raise UserError(f"--init-layers {name}: {why}; those that fit are {', '.join(fitting) or 'none'}")
     if not fitting:
         raise UserError("--init: no layer of that network has the name and shape of one of this; name another")
-    if names:
-        new |= {layer: "not in --init-layers" for layer in fitting if layer not in names}
+    new |= {layer: "not in --init-layers" for layer in fitting if names and layer not in names}
     taken = [layer for layer in fitting if layer not in new]
     weights |= {name: w for name, w in source.weights.items() if name.partition(".")[0] in taken}
     return weights, {"taken": taken, "new": new}
 
 
-def history_entry(settings: Settings, dataset: Manifest, processes: int, taken: Taken | None) -> dict[str, Any]:
-    """Return this start's entry in history.json: step, devices, versions, data set, changed keys of the recipe.
-
-    `taken`: of `first_weights`.
-    """
+def history_entry(settings: Settings, dataset: Manifest, processes: int, taken: Taken) -> dict[str, Any]:
+    """Return this start's entry in history.json: step, devices, versions, data set, layers taken, changed keys."""
     resumed, init = settings.resumed, settings.init
     changed = difference(resumed.recipe, settings.recipe) if resumed else {}
     return {
@@ -182,7 +175,7 @@ def history_entry(settings: Settings, dataset: Manifest, processes: int, taken: 
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dataset": dataset.identity,
-        "init": {"step": init.step, "dataset": init.dataset, **(taken or {})} if init else None,
+        "init": {"step": init.step, "dataset": init.dataset, **taken} if init else None,
         "changed": {key: list(values) for key, values in changed.items()},
     }
 

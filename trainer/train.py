@@ -90,7 +90,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         BadData: data cannot be read. The run is saved.
     """
     recipe, devices, resumed = settings.recipe, settings.devices, settings.resumed
-    taken: runs.Taken | None = None
+    taken: runs.Taken = {}
 
     # ---------------- Data. What can be refused is refused here, before anything is written. ----------------
     with world.raise_together():

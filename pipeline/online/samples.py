@@ -38,11 +38,11 @@ def shard_numbers(data: Manifest, split: str) -> dict[int, str]:
 class _OpenShard:
     """An open local shard. Its descriptor is closed with the last reference to it, so that no lease loses it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remedy: str) -> None:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # waits for no pipe's writer
         except OSError as error:
-            raise DatasetError(f"{path}: {error.strerror}; let it be readable, or build it again") from error
+            raise DatasetError(f"{path}: {error.strerror}; let it be readable, or {remedy}") from error
         weakref.finalize(self, os.close, self.descriptor)
 
 
@@ -55,7 +55,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
     def __init__(self, data: Manifest, split: str, lease: Lease | None = None, readers: int = 1) -> None:
         self.records = data.samples(split)  # (n,) of manifest.SAMPLE
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
-        self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number]))
+        self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number], self.remedy))
         self._lease = lease or self._lease_local
         self._readers = readers
         self.remedy = mending(data.root)
