@@ -76,8 +76,10 @@ class Terminal:
             else:
                 click.echo(text)
         except BrokenPipeError:  # the reader has gone (`| head`): the run goes on, and metrics.jsonl has it all
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
+            nowhere, output, errors = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno(), sys.stderr.fileno()
+            if os.path.sameopenfile(output, errors):  # `2>&1 | head`
+                os.dup2(nowhere, errors)
+            os.dup2(nowhere, output)
             os.close(nowhere)
 
     def _estimate(self, done: int) -> str:
