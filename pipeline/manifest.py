@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -234,7 +235,7 @@ class Manifest:
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}; build it again") from error
         if name not in self.files or sha256(data) != self.files[name].sha256:
-            raise DatasetError(f"{path}: damaged (its SHA-256 is not the one in {FILE_NAME}); build it again")
+            raise DatasetError(f"{path}: damaged (its SHA-256 is not the one in {FILE_NAME}); {mending(self.root)}")
         return data
 
     def _body(self) -> dict[str, Any]:
@@ -256,8 +257,7 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     Their content is checked by tools/verify_shards.py and, for each sample used, by the loader (CRC-32).
     Raises DatasetError, one line that names the file; UserError where the object store of `root` cannot be reached.
     """
-    root = storage.location(root)
-    path = root / FILE_NAME
+    path = (root := storage.location(root)) / FILE_NAME
     if not storage.is_dir(root):
         remedy = f"build one with: python tools/build_shards.py RAW {root}"
         raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}")
@@ -276,21 +276,22 @@ def load(root: str | os.PathLike[str] | Location) -> Manifest:
     for name, record in manifest.files.items():
         if sizes.get(name) != record.bytes:
             state = f"has {sizes[name]} bytes" if name in sizes else "missing, or not a regular file"
-            raise DatasetError(f"{root / name}: {state}, the manifest promises {record.bytes} bytes; build it again")
+            raise DatasetError(f"{root / name}: {state}, the manifest promises {record.bytes} bytes; {mending(root)}")
     return manifest
 
 
 def parse(data: bytes, root: Location) -> Manifest:
     """Parse the bytes of dataset.json. Raises DatasetError if a byte was changed or the format is another."""
-    path = root / FILE_NAME
+    path, remedy = root / FILE_NAME, mending(root)
     try:
         body = json.loads(data)
         checksum = body.pop("checksum")
         if body["format"] != FORMAT:
-            known = f"this version of Penstock reads format {FORMAT}"
-            raise DatasetError(f"{path}: format {body['format']!r:.80}, {known}; build it again")
+            known = f"this version of Penstock reads format {FORMAT}; build it again"
+            raise DatasetError(f"{path}: format {body['format']!r:.80}, {known}")
         if data != canonical_json(body | {"checksum": checksum}) or checksum != sha256(canonical_json(body)):
-            raise DatasetError(f"{path}: damaged (its checksum does not fit its content); build it again")
+            raise DatasetError(f"{path}: damaged (its checksum does not fit its content); {remedy}")
+        remedy = "build it again"
         content = from_values(body, _Content)
         parts = content["recipe"], content["classes"], content["splits"], content["statistics"]
         manifest = Manifest(root, *parts, content["files"], content["built_with"])
@@ -302,7 +303,7 @@ def parse(data: bytes, root: Location) -> Manifest:
     except DatasetError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DatasetError(f"{path}: not a manifest of this version of Penstock ({error}); build it again") from error
+        raise DatasetError(f"{path}: not a manifest of this version of Penstock ({error}); {remedy}") from error
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
@@ -324,6 +325,11 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     for name in (STATISTICS_FILE, *(f"{split}/samples.npy" for split in manifest.splits)):
         if name not in manifest.files:
             yield f"{name}: not in files"
+
+
+def mending(root: Location) -> str:
+    """Return the remedy for a data set of which bytes have changed."""
+    return f"mend it: python tools/verify_shards.py {shlex.quote(str(root))} --repair RAW"
 
 
 def timm_info(splits: Mapping[str, Split]) -> bytes:

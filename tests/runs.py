@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from click.testing import CliRunner, Result
 
 from conftest import ROOT
+from crew import Crew, Ended
 from trainer import checkpoint as checkpoints
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
@@ -33,6 +36,26 @@ def trainer(*arguments: object, page: bool = True) -> Result:
     not_drawn = mock.patch("trainer.figures.page.draw", return_value=[Path("not drawn")])
     with nullcontext() if page else not_drawn:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+Runs = Callable[[int, list[str]], list[Ended]]
+
+
+@pytest.fixture(scope="module", name="runs")
+def shared_runs() -> Iterator[Runs]:
+    """Return a function that runs a command in so many processes."""
+    crew: list[Crew] = []
+
+    def run(processes: int, line: list[str]) -> list[Ended]:
+        if processes == 1:
+            result = trainer(*line, page=False)
+            return [Ended(result.exit_code, result.output)]
+        crew.extend([] if crew else [Crew(3)])
+        return crew[0].run(*[line] * processes)
+
+    yield run
+    for one in crew:
+        one.end()
 
 
 def options(data: Path, run: Path, *settings: str, recipe: str = "tiny") -> list[str]:
@@ -77,7 +100,8 @@ def of_november_2026(checkpoint: Checkpoint, recipe: dict[str, Any] | None = Non
     """Return the bytes of a checkpoint as the code of November 2026 wrote it; `recipe`: other values than its own."""
     values = {"format": 2, "step": checkpoint.step, "recipe": recipe or asdict(checkpoint.recipe)}
     values |= {"classes": checkpoint.classes, "dataset": checkpoint.dataset, "loader": checkpoint.loader}
-    values |= {"progress": checkpoint.progress, "history": checkpoint.history, "tensors": sorted(checkpoint.weights)}
+    progress = {key: value for key, value in checkpoint.progress.items() if key != "pending"}
+    values |= {"progress": progress, "history": checkpoint.history, "tensors": sorted(checkpoint.weights)}
     header: dict[str, Any] = {"__metadata__": {"penstock": json.dumps(values)}}
     data = b""
     for kind, tensors in (("weights", checkpoint.weights), ("velocity", checkpoint.velocity)):
@@ -98,12 +122,16 @@ def beginning(step: int, steps: int | None = None) -> tuple[dict[str, Any], dict
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Check that two runs ended with the same bytes of weights and velocities, and the same metrics but for times."""
-    first, second = checkpoints.load(one), checkpoints.load(other)
-    assert first.step == second.step
-    assert (first.loader, first.progress) == (second.loader, second.progress)
-    for kind in ("weights", "velocity"):
-        for name, value in getattr(first, kind).items():
-            assert torch.equal(value, getattr(second, kind)[name]), (kind, name)
+    """Check that two runs ended with the same bytes of weights and velocities, and the same metrics but for times.
+
+    And that they have the same best checkpoint.
+    """
+    for path in (Path(), Path("checkpoints/best.safetensors")):
+        first, second = checkpoints.load(one / path), checkpoints.load(other / path)
+        assert first.step == second.step, path
+        assert (first.loader, first.progress) == (second.loader, second.progress), path
+        for kind in ("weights", "velocity"):
+            for name, value in getattr(first, kind).items():
+                assert torch.equal(value, getattr(second, kind)[name]), (path, kind, name)
     metrics = [[{**line, "time": None} for line in read(run)] for run in (one, other)]
     assert metrics[0] == metrics[1]

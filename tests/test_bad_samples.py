@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,12 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, build, one_line
+from conftest import ROOT, build, one_line, verify
 from pipeline import UserError, manifest
 from pipeline.manifest import DatasetError
 from pipeline.online import Loader, samples
 from pipeline.online.samples import SampleReader
+from runs import Runs, assert_same_end, options, resumed, shared_runs, train, trainer  # noqa: F401 – a fixture
 from stored import ALL, damage, members_of, remake, rewrite
+from trainer import checkpoint as checkpoints
+from trainer.evaluate import top_k_errors
+from trainer.metrics import read
 
 SEED = 3
 
@@ -66,6 +72,7 @@ def test_a_damaged_shard_is_named(copy: Path, harm: str):
     ):
         list(loader)
     assert str(shard) in str(caught.value)
+    assert str(caught.value).endswith(f"mend it: python tools/verify_shards.py {copy} --repair RAW")
     if harm != "flip":  # at opening: existence and size
         with pytest.raises(DatasetError, match=r"val-000000\.tar: (missing|has \d+ bytes)"):
             Loader(copy, "val", views="centre")
@@ -96,6 +103,18 @@ def test_bad_samples_are_replaced_counted_and_logged(dataset: Path, copy: Path, 
     assert len(lines) == 3
     assert {line.split("sample ")[1].split(" ")[0] for line in lines} == {"17", "18", "40"}
     assert all("train-00000" in line and "(key " in line and line.endswith("stands in") for line in lines)
+
+
+@pytest.mark.parametrize("harm", [damage, forge])
+def test_in_evaluation_a_bad_sample_has_no_label(dataset: Path, copy: Path, harm, caplog: pytest.LogCaptureFixture):
+    harm(copy, 17, 40)
+    options = {"batch_size": 8, "views": "ten", "max_bad": 2}
+    with Loader(dataset, **options) as whole, Loader(copy, **options) as loader:
+        for one, other in zip(whole, loader, strict=True):
+            read = torch.from_numpy(~np.isin(one.ids, (17, 40)))
+            assert other.labels.tolist() == torch.where(read, one.labels, -1).tolist()
+            assert torch.equal(one.images[read], other.images[read])
+    assert [record.getMessage()[-19:] for record in caplog.records] == ["its label is −1 now"] * 2
 
 
 def test_ranks_agree_on_what_stands_in(copy: Path):
@@ -183,6 +202,91 @@ def test_the_count_of_bad_samples_goes_on_after_a_resume(copy: Path):
         loader.load_state_dict(state)
         with pytest.raises(DatasetError, match=r"sample 5 .*samples that failed: 4"):
             next(loader)
+
+
+# Pictures that cannot be read
+
+
+def mended(root: Path, line: str, raw: Path) -> None:
+    """Do what the line says, word for word."""
+    words = re.search(r"; mend it: python tools/verify_shards\.py (.*? --repair RAW)[;\n]", line)
+    assert words, line
+    done = verify(*shlex.split(words[1].replace("RAW", shlex.quote(str(raw)))), "--quick", "--workers", 1)
+    assert (done.exit_code, done.stdout.count("repaired: ")) == (0, 1), done.output
+
+
+HABITS = ("train.validate_every=2", "train.checkpoint_every=100")
+
+
+@pytest.mark.parametrize(
+    ("split", "step", "processes"),
+    [
+        ("val", 2, 1),
+        *(("train", step, 1) for step in (0, 3)),
+        *(pytest.param(split, 2, count, marks=pytest.mark.proof) for split in ("val", "train") for count in (2, 3)),
+    ],
+)
+def test_a_run_ends_saved_on_a_damaged_picture_and_goes_on_once_it_is_mended(
+    raw: Path, dataset: Path, copy: Path, tmp_path: Path, split: str, step: int, processes: int, runs: Runs
+):
+    """Of training, the first of the batch after `step`."""
+    with Loader(dataset, batch_size=12, seed=2012) as loader:
+        sample = int(next(islice(loader, step, None)).ids[0]) if split == "train" else 4
+    shard = copy / split / f"{split}-{manifest.load(dataset).samples(split)['shard'][sample]:06d}.tar"
+    damage(copy, sample, split=split)
+
+    whole, parts = (
+        ["train", *options(data, tmp_path / f"{data.name}-run", "train.steps=6", *HABITS)] for data in (dataset, copy)
+    )
+    assert {process.exit_code for process in runs(processes, whole)} == {0}
+    ended = runs(processes, parts)
+    *_, drawn, last = ended[0].output.splitlines()
+    who = "(process 1: )?" if processes > 1 and split == "val" else ""
+    assert re.fullmatch(
+        rf"Error: {who}{shard}: damaged at sample {sample} \(key \w+\); mend it: .* --repair RAW; the run is saved "
+        rf"after step {step}: go on by --resume, or unmended by --resume --set data\.max_bad=1, on other data than the "
+        "run's identity names",
+        last,
+    ), ended
+    assert drawn.startswith("page: not drawn")
+    assert {process.exit_code for process in ended} == {2}
+    newest = checkpoints.load(tmp_path / "copy-run")
+    assert (newest.step, newest.progress["pending"], newest.loader["bad"]) == (step, split == "val", [])
+    mended(copy, last, raw)
+    ended = runs(processes, ["train", *resumed(copy, tmp_path / "copy-run")])
+    assert {process.exit_code for process in ended} == {0}, ended
+    if processes < 3:  # of three the last bits may differ after a resume
+        assert_same_end(tmp_path / "dataset-run", tmp_path / "copy-run")
+
+
+def test_a_bad_picture_in_validation_counts_as_wrong(dataset: Path, copy: Path, tmp_path: Path):
+    """Beside the probabilities of all nine pictures: its own errors count as 1, its log-likelihood not at all."""
+    damage(copy, 4, split="val")
+    result = train(copy, tmp_path / "run", 2, "data.max_bad=1")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out.npz"
+    trainer(
+        "evaluate",
+        "--data",
+        dataset,
+        "--checkpoint",
+        tmp_path / "run",
+        "--views",
+        "centre",
+        "--save-probabilities",
+        out,
+    )
+    with np.load(out) as arrays:
+        values, labels = torch.from_numpy(arrays["probabilities"]).double(), torch.from_numpy(arrays["labels"]).long()
+    errors = [top_k_errors(values, labels, k) for k in (1, 5)]
+    others = np.arange(9) != 4
+    expected = [100 * float(error[others].sum() + 1) / 9 for error in errors]
+    line = read(tmp_path / "run")[-1]
+    assert [line[key] for key in ("samples", "unreadable", "top1_error", "top5_error")] == [9, 1, *expected]
+    nats = -values[np.arange(9), labels].log()[others].mean()
+    assert line["nll"] == pytest.approx(float(nats), rel=1e-5)
+    text = f"validation at step 2: top-1 error {expected[0]:.1f} %, top-5 error {expected[1]:.1f} % (centre view)"
+    assert f"{text}; 1 of 9 could not be read; counted as wrong\n" in result.stdout
 
 
 LOOP = """

@@ -189,13 +189,19 @@ def test_what_one_process_cannot_do_all_refuse(data: Path, crew: Crew, tmp_path:
 
 
 def test_bad_samples_of_all_processes_count(data: Path, crew: Crew, tmp_path: Path):
-    """Each process meets one, and one may fail; else a checkpoint would be saved that cannot be resumed."""
-    first, second = crew.run(*[training(data, tmp_path / "run", "data.max_bad=1", "train.seed=2012")] * 2)
+    """Each process meets one, and one may fail: what is saved counts no more, for the other may be mended."""
+    run = tmp_path / "run"
+    first, second = crew.run(*[training(data, run, "data.max_bad=1", "train.seed=2012")] * 2)
     assert (first.exit_code, second.exit_code) == (2, 2)
-    message = f"Error: step {SAVED}: 2 samples failed in all processes, allowed: data.max_bad=1; look at the data with"
+    message = f"Error: {data}: 2 samples of train failed in all processes, allowed: data.max_bad=1; mend it: python "
     assert message in first.output
+    assert f"; the run is saved after step {SAVED}: go on by --resume, or unmended by --resume --set " in first.output
     assert "Error" not in second.output
-    assert checkpoints.load(tmp_path / "run").step == 0
+    saved = checkpoints.load(run)
+    assert (saved.step, len(saved.loader["bad"])) == (SAVED, 1)
+    ended = crew.run(*[[*resumed(data, run), "--set", "data.max_bad=2", "--set", f"train.steps={SAVED + 1}"]] * 2)
+    assert exit_codes(ended) == [0, 0], ended
+    assert checkpoints.load(run).loader["bad"] == list(BAD)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(2, 7), (3, 15)])  # of the last batch of 15 two have no image

@@ -198,7 +198,6 @@ def test_impossible_loaders(dataset: Path):
         ({"depth": 0}, "depth=0: must be at least 1"),
         ({"rank": 2, "ranks": 2}, "rank=2: must be between 0 and ranks − 1 = 1"),
         ({"recipe": "resnet"}, "recipe='resnet': must be one of alexnet, imagenet"),
-        ({"views": "ten", "max_bad": 1}, "max_bad=1: is for training"),
         ({"hardware_share": 3}, "hardware_share=3: must be between 0 and 1"),
         ({"meen": "colour"}, "meen='colour': no such option; this recipe has views, mean, lighting, "),
         ({"device": "gpu"}, "device='gpu': not a device; name cpu or cuda:N"),

@@ -24,7 +24,7 @@ from trainer.terminal import Terminal
 
 LAYERS = {"conv1": {"weight": 0.5, "update": 0.0005, "ratio": 0.001}, "fc8": {"weight": 2, "update": 1, "ratio": 0.5}}
 TIME = {"images_per_second": 250.0, "stall": 0.125, "stall_by": {"reading": 0.125, "decoding": 0.0, "transfer": 0.0}}
-STALLED = "stall 12.5 % (decoding: more threads=, or on a GPU another hardware_share=)"  # in 144 characters
+STALLED = "stall 12.5 % (reading: --set data.readers=2, or a faster disk, or a local copy)"  # in 144 characters
 ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\].*?\x07)")
 
 
@@ -168,19 +168,22 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
             console.step(step)
             console.train(trained(step, loss=6.90775, epoch=7), stall)
         console.validation(validated(1400))
+        console.validation(validated(1500) | {"unreadable": 2})
         console.print("checkpoint: a[b]/c")
-        console.train(trained(10_000, loss=0.5, epoch=89), STALLED[:60] + ")")
+        console.train(trained(10_000, loss=0.5, epoch=89), STALLED[:62] + ")")
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.splitlines() == [
         "step  1100/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall  0.0 %",
         "step  1200/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall  0.0 %  ETA 7:20:00",
-        "step  1300/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 12.5 % (decoding)  ETA 5:19:00",
-        "stall by decoding: more threads=, or on a GPU another hardware_share=",
-        "step  1400/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 12.5 % (decoding)  ETA 4:18:00",
+        "step  1300/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 12.5 % (reading)  ETA 5:19:00",
+        "stall by reading: --set data.readers=2, or a faster disk, or a local copy",
+        "step  1400/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 12.5 % (reading)  ETA 4:18:00",
         "validation at step 1400: top-1 error 55.5 %, top-5 error 11.1 % (centre view)",
+        "validation at step 1500: top-1 error 55.5 %, top-5 error 11.1 % (centre view); "
+        "2 of 9 could not be read; counted as wrong",
         "checkpoint: a[b]/c",
-        "step 10000/10000  epoch 89  loss 0.5000  lr 0.01     250 images/s  stall 12.5 % (decoding)",
+        "step 10000/10000  epoch 89  loss 0.5000  lr 0.01     250 images/s  stall 12.5 % (reading)",
     ]
 
 
@@ -220,6 +223,6 @@ def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
     assert lines.count("checkpoint: a[b]/c") == 1
     assert not re.search(r"step +\d+/\d+ +epoch", text)  # no log lines of training
     assert re.fullmatch(r"step 400/400 ━+ 0:\d\d:\d\d ETA 0:00:00", lines[-2])
-    assert lines[-1].startswith("epoch 3   loss 1.5000  lr 0.01     250 images/s  stall 12.5 % (deco")
+    assert lines[-1].startswith("epoch 3   loss 1.5000  lr 0.01     250 images/s  stall 12.5 % (read")
     assert re.search(r"step 2\d\d/400 [━╸╺]+ 0:\d\d:\d\d ETA 0:\d\d:\d\d", text)
     assert "\x1b[?25h" in screen  # the cursor is back

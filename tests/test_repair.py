@@ -4,6 +4,7 @@ The bytes are those of a build from whole pictures, and no other file is touched
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pipeline import UserError, manifest
 from pipeline.offline import repair
 from pipeline.offline.build import build as write
 from pipeline.offline.verify import load
+from runs import one_line, trainer
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
 from stored import SHARD, evaluation_plan, remake
 
@@ -48,6 +50,56 @@ def test_repair_gives_the_same_bytes_and_touches_nothing_else(root: Path, raw: P
     assert {name for name in before if after.get(name) != before[name]} == set(names)
     assert digests(root) == {name: digest for name, (digest, _) in before.items()}
     assert not (root / ".repair").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "names"),
+    [
+        (b'"samples": 41', b'"samples": 40', []),
+        (b'"label": 1', b'"label" 1', []),  # no JSON any more
+        (b'"identity": "', b'"identity": "f', ["mean.png", f"{SHARD}.tar"]),
+    ],
+)
+def test_the_advice_on_a_damaged_manifest_restores_it(
+    root: Path, raw: Path, text: bytes, other: bytes, names: list[str]
+):
+    before, path = digests(root), root / "dataset.json"
+    data = path.read_bytes()
+    assert data.count(text) > 0
+    path.write_bytes(data.replace(text, other, 1))
+    for name in names:
+        (root / name).write_bytes(b"damaged")
+    refused = trainer("train", "--data", root, "--out", root.parent / "run", "--recipe", "tiny")
+    one_line(refused, f"Error: {path}: ", "dataset.json: ", f"mend it: python tools/verify_shards.py {root} --re")
+    words = shlex.split(refused.output.partition("tools/verify_shards.py ")[2])
+    result = verify(*(str(raw) if word == "RAW" else word for word in words), "--quick", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("repaired", "nothing"))]
+    assert lines == ["repaired: dataset.json", *([f"repaired: {', '.join(names)}"] if names else [])]
+    assert digests(root) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "problem"),
+    [
+        (
+            b'"quality": 95',
+            b'"quality": 85',
+            "its build recipe is damaged, or these are not the same codecs, RAW and op",
+        ),
+        (b'"quality": 95', b'"quality" 95', "so damaged that its build recipe cannot be read"),
+        (b'"recipe"', b'"recip"', "so damaged that its build recipe cannot be read"),
+    ],
+)
+def test_a_manifest_without_its_recipe_is_not_restored(root: Path, raw: Path, text: bytes, other: bytes, problem: str):
+    path = root / "dataset.json"
+    path.write_bytes(path.read_bytes().replace(text, other, 1))
+    before = state(root)
+    result = verify(root, "--repair", raw, "--quick", "--workers", 1)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1), result.output
+    assert result.stderr.startswith(f"Error: {path}: {problem}")
+    assert result.stderr.endswith("; nothing was changed; delete the directory, and build it again\n")
+    assert state(root) == before
 
 
 def test_repair_names_unlisted_files_and_leaves_them(root: Path, raw: Path):

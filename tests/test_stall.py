@@ -1,17 +1,27 @@
 """The stall meter: what was waited for, how long, and what is said of it."""
 
+import ast
+import re
+import shutil
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.online import Loader
 from pipeline.online.normalise import Normaliser
 from pipeline.online.samples import SampleReader
 from pipeline.online.stall import Meter, Wait, waited
 from pipeline.online.turbo import Decoder
+from runs import resume, train
+from trainer import checkpoint as checkpoints
+from trainer import data as loaders
+from trainer import recipe as recipes
+
+CAUSES = ("reading", "decoding", "transfer")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +44,7 @@ def test_sums_shares_and_words():
     assert meter.total == Wait(1, 5, 1)
     assert (meter.total - Wait(1, 2, 0)) == Wait(0, 3, 1)
     assert meter.total.shares(70) == pytest.approx({"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70})
-    assert meter.total.text(70).startswith("stall 10.0 % (decoding: more threads=")
+    assert meter.total.text(70).startswith("stall 10.0 % (decoding: more CPU cores, or on a GPU hardware_share=")
     assert meter.total.text(1000) == "stall  0.7 %"
     assert Wait().text(0) == "stall  0.0 %"
 
@@ -90,6 +100,59 @@ def test_the_slow_stage_is_named(dataset: Path, monkeypatch: pytest.MonkeyPatch,
     assert sum(shares.values()) == pytest.approx(wait.seconds / wall)
     assert wait.seconds <= wall
     assert f"({cause}: " in wait.text(wall)
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train(dataset, folder, 1).exit_code == 0
+    return folder
+
+
+def cause(name: str) -> Wait:
+    return Wait(**{name: 1.0})
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_every_remedy_of_a_log_line_can_be_pasted(dataset: Path, run: Path, tmp_path: Path, name: str):
+    """To the command that begins a run, or goes on with one; what begins with no option is advice."""
+    recipe = recipes.load("tiny", ["data.readers=64"])  # the most that there may be
+    text = cause(name).text(2.0, loaders.stall_remedies(recipe))
+    assert (
+        text
+        == {
+            "reading": "stall 50.0 % (reading: --set data.readers=64, or a faster disk)",
+            "decoding": "stall 50.0 % (decoding: more CPU cores)",
+            "transfer": "stall 50.0 % (transfer: --set data.depth=4)",
+        }[name]
+    )
+    options = [word for pair in re.findall(r"(--set) (\S+?)[,)]", text) for word in pair]
+    assert len(options) == 2 * text.count("--")
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    before = checkpoints.load(run)
+    for result in (
+        train(dataset, tmp_path / "new", 1, more=tuple(options)),
+        resume(dataset, copy, "train.steps=2", more=tuple(options)),
+    ):
+        assert result.exit_code == 0, result.output
+    after = checkpoints.load(tmp_path / "new").weights
+    assert all(torch.equal(value, after[key]) for key, value in before.weights.items())
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_every_option_in_the_text_of_a_loader_can_be_pasted(dataset: Path, name: str):
+    options = dict(re.findall(r"(\w+)=([^\s,)]+)", cause(name).text(2.0)))
+    assert (
+        options.keys() == {"reading": {"readers", "order"}, "decoding": {"hardware_share"}, "transfer": {"depth"}}[name]
+    )
+    with Loader(dataset, batch_size=4, **{key: ast.literal_eval(value) for key, value in options.items()}) as loader:
+        assert len(next(loader).ids) == 4
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_a_command_without_options_for_the_loader_names_none(name: str):
+    assert not re.search("[-=]", cause(name).text(2.0, loaders.STALLED))
 
 
 def test_a_consumer_slower_than_the_loader_does_not_wait(dataset: Path):

@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
     one_line(resume(dataset, tmp_path / "parts"), newer[0].name, f"delete it to use {first.name}")
     newer[0].unlink()
     saved = checkpoints.load(first)
-    assert saved.progress.keys() == {"schedule", "window", "steps", "over"}  # as in November 2026
+    assert saved.progress.keys() == {"schedule", "window", "steps", "over", "pending"}  # the last one came later
     first.write_bytes(of_november_2026(saved))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as lines:
         lines.write('{"kind": "tra')  # a kill in the middle of a line
@@ -94,13 +94,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
 
 def test_doubtful_data_is_warned_of_on_stderr_and_trained_on(dataset: Path, tmp_path: Path):
     """Of a data set without doubts nothing is printed there."""
-    assert train(dataset, tmp_path / "sound", 1).stderr == ""
+    assert train(dataset, tmp_path / "sound", 1, more=("--no-page",)).stderr == ""
     for folder, count in (("train/a", 5), ("train/b", 5), ("val/b", 2)):
         (tmp_path / "raw" / folder).mkdir(parents=True)
         for i in range(count):
             picture(f"{folder}{i}", 256, 256).save(tmp_path / "raw" / folder / f"{i}.png")
     assert build(tmp_path / "raw", tmp_path / "data", "--workers", 1).exit_code == 0
-    result = train(tmp_path / "data", tmp_path / "run", 1)
+    result = train(tmp_path / "data", tmp_path / "run", 1, more=("--no-page",))
     assert result.exit_code == 0, result.output
     line = "warning: the validation split is of one class alone, b; its error tells little"
     assert result.stderr.splitlines() == [line]
@@ -164,10 +164,19 @@ def test_fine_tuning_takes_over_the_layers_that_fit(run: Path, dataset: Path, tm
     still = ("optim.lr=1e-30", "optim.bias_lr=1e-30", "model.layers.fc7.width=16", "train.seed=5")
     assert train(dataset, tmp_path / "all", 1, *still).exit_code == 0
     source, drawn = checkpoints.load(run).weights, checkpoints.load(tmp_path / "all").weights
-    fitting = {"conv1", "conv2", "conv3", "conv4", "conv5", "fc6"}
-    for name, layers, more in (("fit", fitting, ()), ("named", {"conv1", "fc6"}, ("--init-layers", "conv1,fc6"))):
+    fitting = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6"]
+    differing = {"fc7": "its shape differs", "fc8": "its shape differs"}
+    left = dict.fromkeys(fitting[1:5], "not in --init-layers")
+    for name, layers, more, new in (
+        ("fit", fitting, (), differing),
+        ("named", ["conv1", "fc6"], ("--init-layers", "conv1,fc6"), differing | left),
+    ):
         result = train(dataset, tmp_path / name, 1, *still, more=("--init", run, *more))
         assert result.exit_code == 0, result.output
+        reasons = ", ".join(f"{layer} ({reason})" for layer, reason in new.items())
+        assert f"\ntaken: {', '.join(layers)}; new: {reasons}\n" in result.output
+        (entry,) = json.loads((tmp_path / name / "history.json").read_text())
+        assert (entry["init"]["taken"], entry["init"]["new"]) == (layers, new)
         tuned = checkpoints.load(tmp_path / name)
         for key, value in tuned.weights.items():
             expected = source[key] if key.partition(".")[0] in layers else drawn[key]
@@ -185,12 +194,15 @@ def test_a_plateau_lowers_the_rates_and_at_last_ends_the_run(dataset: Path, tmp_
     assert result.exit_code == 0, result.output
     assert rates(tmp_path / "run") == expected
     assert result.output.count("a plateau: the learning rate falls") == 2
+    reason = "after 2 drops of the learning rate (optim.most_drops) the validation error has not improved for 2 valid"
+    assert f"\nended at step 7 of 20: {reason}ations\n" in result.output
+    plateaus = {line["step"]: line["plateau"] for line in read(tmp_path / "run") if "plateau" in line}
+    assert plateaus == {3: "drop", 5: "drop", 7: "end"}
     assert checkpoints.load(tmp_path / "run").step == 7
     assert checkpoints.load(checkpoints.best_file(tmp_path / "run")).step == 1
     one_line(resume(dataset, tmp_path / "run"), "last plateau")
-    for late in checkpoints.files(tmp_path / "run")[1:]:
-        late.unlink()
-    assert checkpoints.load(tmp_path / "run").step == 4  # in the middle of a plateau: what it knows is saved too
+    checkpoints.files(tmp_path / "run")[-1].unlink()
+    assert checkpoints.load(tmp_path / "run").step == 6  # in the middle of a plateau: what it knows is saved too
     assert resume(dataset, tmp_path / "run").exit_code == 0
     assert rates(tmp_path / "run") == expected
 

@@ -13,9 +13,9 @@ from pipeline import storage
 from pipeline.cli import Command, printable, progress_bars
 from pipeline.doubts import Duplicates, doubts, duplicates
 from pipeline.files import TAR_BLOCK
-from pipeline.manifest import Manifest
-from pipeline.offline.plan import make_plan
-from pipeline.offline.repair import repair
+from pipeline.manifest import FILE_NAME, BuildRecipe, DatasetError, Manifest
+from pipeline.offline.plan import Plan, make_plan
+from pipeline.offline.repair import repair, restore
 from pipeline.offline.verify import Failures, check, load
 from pipeline.storage import location
 from tools.build_shards import SOURCE, WORKERS, chosen_sources
@@ -35,7 +35,8 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
     Raw images that DATASET holds more than once are named, and no failure; nor is a warning of what is almost never
     meant, such as a validation split of one class. --repair rebuilds exactly the files that
     fail, with the build recipe in dataset.json, and puts them into place only if every byte is what dataset.json
-    promises; then it checks again. (--layout, --classes, --classes-of and so on as when DATASET was built.)
+    promises; then it checks again. A damaged dataset.json is written anew, which takes as long as a build. (--layout,
+    --classes, --classes-of and so on as when DATASET was built.)
 
     Exit code 0: all holds; 1: something failed; 2: not a dataset directory, a damaged dataset.json, or a RAW that it
     was not built from.
@@ -46,14 +47,27 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
       python tools/verify_shards.py /data/imagenet-256 --repair /data/imagenet
     """
     started = time.monotonic()
-    manifest = load(location(dataset))
+    root = location(dataset)
+
+    def plan_of(recipe: BuildRecipe) -> Plan:
+        return make_plan(chosen_sources(location(raw or ""), source), recipe)
+
+    written_anew = False
+    try:
+        manifest = load(root)
+    except DatasetError:
+        if not raw or not storage.is_file(root / FILE_NAME):
+            raise
+        restore(root, plan_of, workers)
+        click.echo(f"repaired: {FILE_NAME}")
+        manifest, written_anew = load(root), True
     failures = _check(manifest, quick, workers)
     failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
-        repair(manifest, failing, make_plan(chosen_sources(location(raw), source), manifest.recipe), workers)
+        repair(manifest, failing, plan_of(manifest.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(manifest, quick, workers)
-    elif raw:
+    elif raw and not written_anew:
         click.echo("nothing that RAW could repair")
     _print_doubts(manifest, failures)
     samples = sum(split.samples for split in manifest.splits.values())

@@ -154,17 +154,18 @@ class CheckpointWriter:
         for leftover in (run / FOLDER).glob(".tmp*"):  # of safetensors
             leftover.unlink()
 
-    def save(self, checkpoint: Checkpoint, best: bool = False) -> Path:
+    def save(self, checkpoint: Checkpoint, best: bool = False, pending: bool = False) -> Path:
         """Begin to write a checkpoint, once the one before is written; return the path that it will have.
 
         Its tensors must not change from now on; its other values are copied. `best`: best.safetensors becomes this one.
+        `pending`: it comes in addition to the newest `keep`, for its validation may show that it has diverged.
         Raises:
             UserError: the write before this one has failed; this one is not begun.
             ValueError, TypeError: a value is not plain JSON or not finite.
         """
         self._wait()
         path = step_file(self._run, checkpoint.step)
-        self._pending = self._worker.submit(self._write, path, best, *contents(checkpoint))
+        self._pending = self._worker.submit(self._write, path, best, self._keep + pending, *contents(checkpoint))
         return path
 
     def raise_if_failed(self) -> None:
@@ -196,7 +197,7 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, path: Path, best: bool, tensors: dict[str, Tensor], metadata: str) -> None:
+    def _write(self, path: Path, best: bool, keep: int, tensors: dict[str, Tensor], metadata: str) -> None:
         # best.safetensors first: a run that is killed between the two writes resumes from an older checkpoint, and
         # this one is the best again.
         targets = [best_file(self._run), path] if best else [path]
@@ -205,7 +206,7 @@ class CheckpointWriter:
             for target in targets:
                 write(target, tensors, metadata)
             others = [file for file in files(self._run) if file != path]  # the new one stays, even with a lower step
-            for target in others[: max(0, len(others) - self._keep + 1)]:
+            for target in others[: max(0, len(others) - keep + 1)]:
                 target.unlink(missing_ok=True)
         except OSError as error:
             remedy, older = REMEDIES.get(error.errno or 0, "mend that"), newest_step(self._run)

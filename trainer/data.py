@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 from pipeline import UserError
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, mending
 from pipeline.online import Loader
+from pipeline.online.samples import BadSample
 from trainer.devices import local_rank
 from trainer.distributed import SINGLE, World
 from trainer.recipe import Recipe
 
 BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images of a batch in evaluation, of each rank
 CPU = (torch.device("cpu"),)
+# Cause of a stall → remedies of a command without options for it
+STALLED = {"reading": "a faster disk", "decoding": "more CPU cores", "transfer": "a faster device"}
 
 
 def steps_per_epoch(dataset: Manifest, recipe: Recipe) -> int:
@@ -40,13 +43,17 @@ def require_pictures(dataset: Manifest, recipe: Recipe) -> None:
         )
 
 
-def require_few_bad(bad: Sequence[int], recipe: Recipe, step: int) -> None:
-    """Raise UserError if too many samples failed in all ranks together; each rank's loader checks only its own."""
-    if len(bad) > recipe.data.max_bad:
-        raise UserError(
-            f"step {step}: {len(bad)} samples failed in all processes, allowed: data.max_bad={recipe.data.max_bad}; "
-            "look at the data with tools/verify_shards.py"
-        )
+def require_few_bad(bad: int, dataset: Manifest, split: str, recipe: Recipe) -> None:
+    """Raise BadSample if too many samples failed in all ranks together; each rank's loader checks only its own."""
+    if bad > (allowed := recipe.data.max_bad):
+        count = f"{bad} samples of {split} failed in all processes, allowed: data.max_bad={allowed}"
+        raise BadSample(f"{dataset.root}: {count}; {mending(dataset.root)}")
+
+
+def stall_remedies(recipe: Recipe) -> dict[str, str]:
+    """Return the remedies in a log line of a run for a stall by "reading", "decoding" and "transfer"."""
+    readers, depth = (f"--set data.{key}={min(2 * getattr(recipe.data, key), 64)}" for key in ("readers", "depth"))
+    return STALLED | {"reading": f"{readers}, or {STALLED['reading']}", "transfer": depth}
 
 
 def training(
@@ -82,13 +89,14 @@ def evaluation(
     devices: Sequence[torch.device],
     batch_size: int | None = None,
     world: World = SINGLE,
+    max_bad: int = 0,
 ) -> Loader:
     """Return the loader of every image of a split once: the "centre" view, "ten" or "nine". Raises as `training`.
 
-    `batch_size`: images that all ranks take together.
+    `batch_size`: images that all ranks take together; `max_bad`: so many may fail in this one, and have no label then.
     """
     size = batch_size or BATCH_SIZE[views] * world.size
-    return _loader(dataset, recipe, split, devices, world, batch_size=size, views=views)
+    return _loader(dataset, recipe, split, devices, world, batch_size=size, views=views, max_bad=max_bad)
 
 
 def _loader(
@@ -97,4 +105,5 @@ def _loader(
     require_pictures(dataset, recipe)
     threads = max(1, len(os.sched_getaffinity(0)) // local_rank()[1])  # this process's share of the machine's cores
     options |= {"view": recipe.model.size, "mean": recipe.data.mean, "device": tuple(devices), "threads": threads}
+    options |= {"readers": recipe.data.readers, "depth": recipe.data.depth}
     return Loader(dataset, split, rank=world.rank, ranks=world.size, **options)

@@ -52,6 +52,15 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def any(self, own: bool) -> bool:
+        """Return True if `own` of any process is True."""
+        if self.size == 1:
+            return own
+        answer = torch.tensor([int(own)])
+        with self.collective():
+            dist.all_reduce(answer, dist.ReduceOp.MAX)
+        return bool(answer)
+
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Return all processes' rows (n, width), by rank, in the main process; its own in each other. n may differ."""
         if self.size == 1:
@@ -83,14 +92,16 @@ class World:
         except (UserError, OSError) as error:
             own = error
         message = volumes.explained(own) if isinstance(own, OSError) and own.strerror else str(own)
-        messages = self.all_gather(message if own else None)
-        failed = next((rank for rank, text in enumerate(messages) if text is not None), None)
+        kind = type(own) if isinstance(own, UserError) else UserError
+        messages = self.all_gather((kind, message) if own else None)
+        failed = next((rank for rank, pair in enumerate(messages) if pair), None)
         if failed is None:
             return
         if own and failed == self.rank:
             raise own
         if self.is_main:
-            raise UserError(f"process {failed}: {messages[failed]}")
+            kind, message = messages[failed]
+            raise kind(f"process {failed}: {message}")
         raise SystemExit(UserError.exit_code)
 
     @contextmanager
@@ -120,26 +131,6 @@ class World:
 
 
 SINGLE = World()
-
-
-class AnyRank:
-    """An asynchronous any(): each call returns the result of the call before, so that it never waits."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._pending: tuple[dist.Work, Tensor] | None = None
-
-    def __call__(self, own: bool) -> bool:
-        """Return True if `own` of any process was True in the call before; with one process, `own`. Collective."""
-        if self._world.size == 1:
-            return own
-        with self._world.collective():
-            pending, answer = self._pending, torch.tensor([int(own)])
-            self._pending = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
-            if pending is None:
-                return False
-            pending[0].wait()
-            return bool(pending[1])
 
 
 @contextmanager

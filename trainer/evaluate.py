@@ -20,14 +20,13 @@ from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
 from trainer.checkpoint import load_network
-from trainer.data import evaluation
+from trainer.data import STALLED, evaluation
 from trainer.devices import choose_devices
 from trainer.distributed import SINGLE, World, join
 from trainer.nonfinite import require_finite_outputs
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, require_npz
 from trainer.parallel import TwoColumnNet
 from trainer.probabilities import Origin, Probabilities
-from trainer.recipe import Recipe
 
 VIEWS = {"centre": "centre view", "ten": "ten views", "nine": "nine views"}
 CENTRE = {"centre": 0, "ten": 2, "nine": 4}  # index of the centre view in those of pipeline.online.augment
@@ -61,10 +60,14 @@ class Tally:
         missed = predicted != labels
         self._confused.update(zip(labels[missed].tolist(), predicted[missed].tolist()))
 
-    def errors(self, label: int | slice = slice(None)) -> Evaluation:
-        """Return the errors over all images, or over those of a label; there must be one at least."""
+    def errors(self, label: int | slice = slice(None), unreadable: int = 0) -> Evaluation:
+        """Return the errors over all images, or over those of a label; there must be one at least.
+
+        `unreadable`: so many more images count as wrong; the log-likelihood is that of the others.
+        """
         images, wrong1, wrong5, nats = self.sums[label].view(-1, 4).sum(0).tolist()
-        return Evaluation(int(images), 100 * wrong1 / images, 100 * wrong5 / images, nats / images)
+        top1, top5 = (100 * (wrong + unreadable) / (images + unreadable) for wrong in (wrong1, wrong5))
+        return Evaluation(int(images) + unreadable, top1, top5, nats / images)
 
     def details(self, classes: Sequence[ClassRecord]) -> dict[str, Any]:
         """Return, as JSON values, the errors by label, and the pairs confused most often, equally frequent by label."""
@@ -110,7 +113,8 @@ def predictions(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield labels (n,) int64, −1: none, and by views probabilities (n, classes) float64, on the CPU, batch by batch.
 
-    Every image comes exactly once, in the order of the ids: all in the first process, its share in others.
+    Every image comes exactly once, in the order of the ids: all in the first process, its share in others. One that the
+    loader has replaced, within its `max_bad`, has the label −1.
 
     Args:
         loader: from `data.evaluation`.
@@ -133,19 +137,6 @@ def predictions(
         if gather:
             rows = world.gather_rows(rows)
         yield rows[:, 0].long(), dict(zip(views, rows[:, 1:].chunk(len(views), 1)))
-
-
-def error_rates(
-    network: TwoColumnNet, dataset: Manifest, recipe: Recipe, split: str, views: str, world: World = SINGLE
-) -> Evaluation:
-    """Return, in each process, the error rates over every image of `split`. Raises UserError: one has no label."""
-    require_labels(dataset, split)
-    tally = Tally(network.classes)
-    with world.raise_together(), evaluation(dataset, recipe, split, views, network.devices, world=world) as loader:
-        for labels, by_views in predictions(network, loader, [views], world, gather=False):
-            tally.add(labels, by_views[views])
-    tally.sums = torch.stack(world.all_gather(tally.sums)).sum(0)
-    return tally.errors()
 
 
 def labelled(dataset: Manifest, split: str) -> bool:
@@ -248,7 +239,7 @@ def evaluate(
             if progress:
                 progress(split, done, samples)
         seconds = time.perf_counter() - began
-        stall = loader.meter.total.text(seconds) + (" in the first process" if world.size > 1 else "")
+        stall = loader.meter.total.text(seconds, STALLED) + (" in the first process" if world.size > 1 else "")
     if not world.is_main:
         return
     if saved:

@@ -6,7 +6,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -37,8 +37,16 @@ class LogInterval:
     Every process calls `state` and `close`. A checkpoint holds `state`, which a resumed run begins with.
     """
 
-    def __init__(self, device: torch.device, meter: Meter, world: World, state: dict[str, Any] | None) -> None:
-        self._device, self._meter, self._world = device, meter, world
+    def __init__(
+        self,
+        device: torch.device,
+        meter: Meter,
+        world: World,
+        state: dict[str, Any] | None,
+        remedies: Mapping[str, str],
+    ) -> None:
+        """`remedies`: for a stall, by its cause."""
+        self._device, self._meter, self._world, self._remedies = device, meter, world, remedies
         self._restart()
         if state and world.is_main:  # which are sums of all processes
             self._losses.fill_(state["losses"])
@@ -79,7 +87,7 @@ class LogInterval:
         seconds = time.perf_counter() - self._since
         own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
         waited = self._meter.total - self._waited
-        own |= {"stall": waited.shares(seconds), "text": waited.text(seconds)}
+        own |= {"stall": waited.shares(seconds), "text": waited.text(seconds, self._remedies)}
         self._restart()
         ranks = self._world.all_gather(own)
         losses, images, timed = (sum(rank[key] for rank in ranks) for key in ("losses", "images", "timed"))
@@ -98,15 +106,17 @@ class Metrics(ExitStack):
     and nothing waits for the disk.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, pending: bool = False) -> None:
         """Drop the lines past `step`, which a resumed run writes again; 0 for a new run.
 
+        `pending`: it repeats the validation of `step`, too.
         Raises UserError: a line of an earlier run is damaged; the disk is full.
         """
         super().__init__()
         path = run / FILE_NAME
         if path.exists():  # a last line that a kill cut off is dropped, too: the next one starts on a line of its own
-            text = "".join(json.dumps(line) + "\n" for line in read(run) if line["step"] <= step)
+            last = {"train": step, "validation": step - pending}
+            text = "".join(json.dumps(line) + "\n" for line in read(run) if line["step"] <= last[line["kind"]])
             with _room(path):
                 write_bytes_aside(path, text.encode())
         with ExitStack() as stack:
@@ -133,7 +143,8 @@ class Metrics(ExitStack):
         """Write a validation. Raises as `train`.
 
         Args:
-            line: {"step": steps done, "epoch", "samples", "top1_error": %, "top5_error": %, "nll": nats per image}.
+            line: {"step": steps done, "epoch", "samples", "top1_error": %, "top5_error": %, "nll": nats per image},
+                and of these samples "unreadable": how many count as wrong unseen; "plateau": "drop" or "end", at one.
         """
         self._write("validation", line, {f"validation/{key}": line[key] for key in ("top1_error", "top5_error", "nll")})
 

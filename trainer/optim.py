@@ -69,6 +69,16 @@ class Schedule:
         self._fallen += 1
         return "end" if self._fallen > optim.most_drops else "drop"
 
+    def plateau(self, step: int, effect: str) -> str:
+        """Return a line on the plateau that `validated` has reported after `step`, and its effect."""
+        optim = self._recipe.optim
+        if effect == "drop":
+            return f"a plateau: the learning rate falls to {self.lr(step):.2g}"
+        return (
+            f"ended at step {step} of {self._steps}: after {optim.most_drops} drops of the learning rate "
+            f"(optim.most_drops) the validation error has not improved for {optim.patience} validations"
+        )
+
     def is_best(self, error: float) -> bool:
         """Return True if the error is below those of all validations so far; to be called before `validated`."""
         return error < self._best

@@ -19,6 +19,7 @@ Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
 Divisor: TypeAlias = Annotated[float, Meta(ge=1, le=10**6)]
 Time: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_COUNT)]  # epochs
 Times: TypeAlias = Annotated[tuple[Time, ...], Meta(max_length=MAX_DROPS)]
+Few: TypeAlias = Annotated[int, Meta(ge=1, le=64)]  # threads, or batches in memory
 Steps: TypeAlias = Annotated[int, Meta(ge=0, le=10**9)]
 
 
@@ -73,7 +74,11 @@ class DataRecipe:
     lighting_until: Time = 68.0  # of train.epochs, after which lighting and the factor 1/1.1 are off
     positions: Literal["code", "paper"] = "code"
     crop_chunk: Positive = 1
+    # damaged pictures that are passed over, of training and of validation: 0, for without one the data are not those
+    # that the run's identity names
     max_bad: Count = 0
+    readers: Few = 1  # samples read at a time; neither this nor the depth changes a batch
+    depth: Few = 2  # batches made ready ahead of use
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from trainer.terminal import Terminal
 
 # Prefixes of keys that may not change on resume, for weights and batches depend on them; all other keys may, and FREE
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
-FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad")
+FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad", "data.readers", "data.depth")
 FILES = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
+Taken = dict[str, Any]  # "taken": layers of another run; "new": each other layer, and why; empty without --init
 History = tuple[dict[str, Any], ...]  # an entry for each start of the run
 
 
@@ -39,6 +40,11 @@ class Settings:
     other_data: bool = False  # the data set may be another than the resumed checkpoint's
     init: Checkpoint | None = None  # in the main process alone
     init_layers: tuple[str, ...] = ()  # to take from `init`; empty: all that fit
+
+    @property
+    def pending(self) -> bool:
+        """Return True if the resumed checkpoint was saved before the validation of its step."""
+        return bool(self.resumed and self.resumed.progress.get("pending"))
 
     @property
     def start(self) -> int:
@@ -67,7 +73,8 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
         sweep(run)  # files that a killed process left half-written
         for name, value in (("recipe.json", asdict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
-        with Metrics(run, start) as metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
+        metrics = Metrics(run, start, settings.pending)
+        with metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
             yield Writers(metrics, writer, console)
 
 
@@ -115,7 +122,7 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
     for key, (old, new) in difference(resumed.recipe, recipe).items():
         if key.startswith(FIXED) and not key.startswith(FREE):
             raise UserError(f"{run}: --set {key}: cannot change on resume ({old} → {new}); start a new run")
-    if resumed.step >= steps:
+    if resumed.step >= steps + settings.pending:
         remedy = "--set train.epochs=N goes on"
         if recipe.train.steps:
             remedy = "--set train.steps=N goes on, and the times of its schedule stretch to that"
@@ -124,7 +131,7 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
         raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
 
 
-def first_weights(settings: Settings, classes: tuple[str, ...]) -> Weights:
+def first_weights(settings: Settings, classes: tuple[str, ...]) -> tuple[Weights, Taken]:
     """Return the weights of a new run, drawn or from `init`: of the layers in `init_layers`, or of all that fit.
 
     A layer fits if name and shape are equal, and the last one only if the classes are, too.
@@ -133,27 +140,32 @@ def first_weights(settings: Settings, classes: tuple[str, ...]) -> Weights:
     weights = initial_weights(settings.recipe.model, len(classes), settings.recipe.train.seed)
     source, names = settings.init, settings.init_layers
     if source is None:
-        return weights
+        return weights, {}
     layers = list(dict.fromkeys(name.partition(".")[0] for name in weights))
     shapes = {name: w.shape for name, w in source.weights.items()}
-    fitting = [
-        layer
-        for layer in layers
-        if all(shapes.get(name) == w.shape for name, w in weights.items() if name.startswith(f"{layer}."))
-        and (layer != layers[-1] or source.classes == classes)
-    ]
+    new = {}
+    for layer in layers:
+        if f"{layer}.weight" not in shapes:
+            new[layer] = "not in that network"
+        elif any(shapes.get(name) != w.shape for name, w in weights.items() if name.startswith(f"{layer}.")):
+            new[layer] = "its shape differs"
+        elif layer == layers[-1] and source.classes != classes:
+            new[layer] = "its classes differ"
+    fitting = [layer for layer in layers if layer not in new]
     for name in names:
         if name not in fitting:
-            shared = name in layers and f"{name}.weight" in shapes
-            reason = "its shape or its classes differ" if shared else "not in both networks"
-            raise UserError(f"--init-layers {name}: {reason}; those that fit are {', '.join(fitting) or 'none'}")
+            why = new.get(name, "not in both networks")
+            raise UserError(f"--init-layers {name}: {why}; those that fit are {', '.join(fitting) or 'none'}")
     if not fitting:
         raise UserError("--init: no layer of that network has the name and shape of one of this; name another")
-    return weights | {name: w for name, w in source.weights.items() if name.partition(".")[0] in (names or fitting)}
+    new |= {layer: "not in --init-layers" for layer in fitting if names and layer not in names}
+    taken = [layer for layer in fitting if layer not in new]
+    weights |= {name: w for name, w in source.weights.items() if name.partition(".")[0] in taken}
+    return weights, {"taken": taken, "new": new}
 
 
-def history_entry(settings: Settings, dataset: Manifest, processes: int) -> dict[str, Any]:
-    """Return this start's entry in history.json: step, devices, versions, data set, changed keys of the recipe."""
+def history_entry(settings: Settings, dataset: Manifest, processes: int, taken: Taken) -> dict[str, Any]:
+    """Return this start's entry in history.json: step, devices, versions, data set, layers taken, changed keys."""
     resumed, init = settings.resumed, settings.init
     changed = difference(resumed.recipe, settings.recipe) if resumed else {}
     return {
@@ -163,7 +175,7 @@ def history_entry(settings: Settings, dataset: Manifest, processes: int) -> dict
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dataset": dataset.identity,
-        "init": {"step": init.step, "dataset": init.dataset} if init else None,
+        "init": {"step": init.step, "dataset": init.dataset, **taken} if init else None,
         "changed": {key: list(values) for key, values in changed.items()},
     }
 
@@ -178,6 +190,9 @@ def introduction(recipe: Recipe, classes: int, validated: bool, history: History
         f"{count:,} parameters, {work:,.1f} million multiply-adds an image; {columns} {' and '.join(now['devices'])}"
         + processes
     ]
+    if init := now["init"]:
+        new = ", ".join(f"{layer} ({reason})" for layer, reason in init["new"].items())
+        lines.append(f"taken: {', '.join(init['taken'])}; new: {new or 'none'}")
     if len(history) > 1:
         before, step = history[-2], now["step"]
         lines += [f"from step {step}: {key} {old} → {new}" for key, (old, new) in now["changed"].items()]

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
-from pipeline import UserError
+from pipeline import UserError, volumes
+from pipeline.manifest import DatasetError
+from pipeline.online.samples import BadSample
+from pipeline.storage import StorageError
 from trainer import checkpoint as checkpoints
 from trainer.distributed import RankLost, World
 from trainer.nonfinite import Diverged
+from trainer.recipe import Recipe
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal is lost
 
@@ -44,11 +48,33 @@ class StopRequest:
 class Stopped(UserError):
     """The end that a signal asked for, once the run is saved."""
 
-    def __init__(self, step: int, number: int | None) -> None:
+    def __init__(self, step: int, number: int | None, validating: bool = False) -> None:
         """`number`: of this process's signal; None: another process of the job had one."""
         name = signal.Signals(number).name if number else "another process was asked to end"
-        super().__init__(f"{name}: stopped and saved after step {step}; go on by --resume")
+        remedy = "its validation was not finished, --resume repeats it" if validating else "go on by --resume"
+        super().__init__(f"{name}: stopped and saved after step {step}; {remedy}")
         self.exit_code = 128 + (number or signal.SIGTERM)  # as shells count: 143 for SIGTERM, 130 for SIGINT
+
+
+class BadData(UserError):
+    """The end of a run whose data cannot be read, once the run is saved."""
+
+
+@contextmanager
+def ended_by_data(step: int, recipe: Recipe) -> Iterator[None]:
+    """Raise BadData for an error of the data in this block; the run is saved after `step`."""
+    try:
+        yield
+    except (DatasetError, StorageError, OSError) as error:
+        reason, remedy = str(error), f"the run is saved after step {step}: go on by --resume"
+        if isinstance(error, OSError) and error.strerror:
+            reason = volumes.explained(error)
+        if isinstance(error, BadSample):
+            more = recipe.data.max_bad + 1
+            remedy += (
+                f", or unmended by --resume --set data.max_bad={more}, on other data than the run's identity names"
+            )
+        raise BadData(f"{reason}; {remedy}") from error
 
 
 @contextmanager

@@ -61,9 +61,11 @@ class Terminal:
 
     def validation(self, line: dict[str, Any]) -> None:
         """Print a validation, as for `Metrics.validation`."""
+        unreadable = line.get("unreadable", 0)
+        counted = f"; {unreadable} of {line['samples']:,} could not be read; counted as wrong" if unreadable else ""
         self.print(
             f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
-            f"top-5 error {line['top5_error']:.1f} % (centre view)"
+            f"top-5 error {line['top5_error']:.1f} % (centre view){counted}"
         )
 
     def print(self, text: str) -> None:
@@ -74,8 +76,10 @@ class Terminal:
             else:
                 click.echo(text)
         except BrokenPipeError:  # the reader has gone (`| head`): the run goes on, and metrics.jsonl has it all
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
+            nowhere, output, errors = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno(), sys.stderr.fileno()
+            if os.path.sameopenfile(output, errors):  # `2>&1 | head`
+                os.dup2(nowhere, errors)
+            os.dup2(nowhere, output)
             os.close(nowhere)
 
     def _estimate(self, done: int) -> str:

@@ -21,15 +21,16 @@ from trainer import dropout, nonfinite
 from trainer import recipe as recipes
 from trainer import run as runs
 from trainer.devices import choose_devices
-from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
-from trainer.evaluate import error_rates, labelled
+from trainer.distributed import PATIENCE, SINGLE, Replicas, World, join
+from trainer.evaluate import labelled
 from trainer.figures import draw_page
 from trainer.metrics import LogInterval
 from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
 from trainer.options import DATA, DEVICES, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
-from trainer.stop import Stopped, StopRequest, remedies
+from trainer.stop import BadData, Stopped, StopRequest, ended_by_data, remedies
+from trainer.validation import error_rates, judge
 
 
 def draw_masks(network: TwoColumnNet, seed: int, batch: Batch) -> list[Masks]:
@@ -86,8 +87,10 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         UserError: the directory holds a run that is not resumed; data, recipe and checkpoint do not fit together, or
             are not those of the other processes; a number is not finite; a disk is full; another process is gone.
         Stopped: a signal asked for the end. The run is saved.
+        BadData: data cannot be read. The run is saved.
     """
     recipe, devices, resumed = settings.recipe, settings.devices, settings.resumed
+    taken: runs.Taken = {}
 
     # ---------------- Data. What can be refused is refused here, before anything is written. ----------------
     with world.raise_together():
@@ -118,14 +121,15 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             network.load(resumed.weights)
             optimiser.velocity = network.scatter(resumed.velocity)
         elif world.is_main:
-            network.load(runs.first_weights(settings, classes))
+            weights, taken = runs.first_weights(settings, classes)
+            network.load(weights)
     replicas = Replicas(network, world)  # broadcasts the main process's weights
     world.broadcast([v for part in optimiser.velocity for v in part.values()])
 
     with ExitStack() as stack:
         # ---------------- Outputs and loader, which end with the run ----------------
-        stop, any_rank = stack.enter_context(StopRequest()), AnyRank(world)
-        start = runs.history_entry(settings, dataset, world.size)
+        stop = stack.enter_context(StopRequest())
+        start = runs.history_entry(settings, dataset, world.size, taken)
         history = (*(resumed.history if resumed else ()), start)
         with world.raise_together():
             writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
@@ -134,36 +138,87 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
                 other_state = {**loader.state_dict(), "step": settings.start}
                 loader.load_state_dict(other_state if settings.other_data else resumed.loader)
         watch = nonfinite.Watch(network, world)
-        interval = LogInterval(devices[0], loader.meter, world, resumed.progress["window"] if resumed else None)
+        window, stalled = resumed.progress["window"] if resumed else None, loaders.stall_remedies(recipe)
+        interval = LogInterval(devices[0], loader.meter, world, window, stalled)
         if writers:
             for text in runs.introduction(recipe, len(classes), validated, history):
                 writers.console.print(text)
 
-        def save(step: int, best: bool = False, over: bool = False) -> None:
+        def save(step: int, best: bool = False, over: bool = False, pending: bool = False) -> None:
             """Check the weights of all processes, and hand a checkpoint to its writer.
 
             `best`: no validation had a lower error. `over`: a run that ended on its last plateau, and cannot go on.
+            `pending`: the validation of this step is due.
             """
-            watch.check()
-            replicas.require_equal(step, [w for part in (*network.parts(), *optimiser.velocity) for w in part.values()])
-            bad = sorted({sample for samples in world.all_gather(loader.bad) for sample in samples})
-            progress = {"schedule": schedule.state(), "window": interval.state(), "steps": steps, "over": over}
+            with interval.paused():
+                watch.check()
+                state = [w for part in (*network.parts(), *optimiser.velocity) for w in part.values()]
+                replicas.require_equal(step, state)
+                bad = sorted({sample for samples in world.all_gather(loader.bad) for sample in samples})
+                allowed = bad[: recipe.data.max_bad]  # with more the run ends, and the others may be mended
+                progress = {"schedule": schedule.state(), "window": interval.state(), "steps": steps}
+                progress |= {"over": over, "pending": pending}
+                with world.raise_together():
+                    if writers:
+                        weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
+                        nonfinite.require_finite(step, weights)
+                        described = {**loader.state_dict(), "step": step, "bad": allowed}, progress, history
+                        saved = step, recipe, classes, dataset.identity, weights, velocity, *described
+                        writers.checkpoints.save(checkpoints.Checkpoint(*saved), best, pending)
+            with ended_by_data(step, recipe), world.raise_together():
+                loaders.require_few_bad(len(bad), dataset, "train", recipe)
+
+        def finish(step: int) -> None:
+            """Wait for the last checkpoint, and name it."""
+            if writers:
+                writers.checkpoints.close()
+                writers.console.print(f"checkpoint: {checkpoints.step_file(settings.run, step)}")
+
+        def validate(step: int) -> bool:
+            """Validate, and save the outcome over the checkpoint of this step; return True if the run is over.
+
+            Raises:
+                Stopped, BadData: a signal or the data ended the validation, which --resume repeats.
+            """
+            try:
+                with interval.paused():
+                    errors, unreadable = error_rates(network, dataset, recipe, step, stop, world)
+            except (Stopped, BadData):
+                finish(step)
+                raise
+            except nonfinite.Diverged:
+                if writers:  # the newest checkpoint that stays is from before
+                    writers.checkpoints.close()
+                    checkpoints.step_file(settings.run, step).unlink(missing_ok=True)
+                raise
             with world.raise_together():
-                loaders.require_few_bad(bad, recipe, step)
-                if writers:
-                    weights, velocity = network.gathered(), network.gathered(optimiser.velocity)
-                    nonfinite.require_finite(step, weights)
-                    state = {**loader.state_dict(), "bad": bad}, progress, history
-                    saved = checkpoints.Checkpoint(step, recipe, classes, dataset.identity, weights, velocity, *state)
-                    writers.checkpoints.save(saved, best)
+                best, over = judge(errors, unreadable, step, (step - 1) // epoch, schedule, writers)
+            save(step, best, over)
+            return over
 
         if not resumed or start["changed"] or settings.other_data:  # a --resume finds the start, and keeps the changes
-            save(settings.start)
+            save(settings.start, pending=settings.pending)
 
         # ---------------- The loop. Log lines, validations, checkpoints and checks wait for devices. ----------------
-        epoch = loaders.steps_per_epoch(dataset, recipe)
+        done, epoch = settings.start, loaders.steps_per_epoch(dataset, recipe)  # in steps
         validate_every, save_every = recipe.train.validate_every or epoch, recipe.train.checkpoint_every or epoch
-        for batch in loader:
+        saved, over = done, validated and settings.pending and validate(done)
+        while done < steps and not over:
+            # end early; all processes do before one begins a step that another cannot take
+            try:
+                batch, failure = next(loader), None
+            except (UserError, OSError) as error:
+                failure = error
+            if world.any(failure is not None or stop.number is not None):
+                if saved < done:
+                    save(done)
+                with world.raise_together():
+                    finish(done)
+                with ended_by_data(done, recipe), world.raise_together():
+                    if failure:
+                        raise failure
+                raise Stopped(done, stop.number)
+
             rates = schedule.rates(batch.step)
             masks = draw_masks(network, recipe.train.seed, batch)
             with world.collective():  # gradients are summed within
@@ -190,35 +245,14 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
                         writers.metrics.train(line)
                         writers.console.train(line, stall)
 
-            # validate
-            best, plateau = False, None
-            if validating:
-                with interval.paused():
-                    errors = error_rates(network, dataset, recipe, "val", "centre", world)
-                best, plateau = schedule.is_best(errors.top1_error), schedule.validated(errors.top1_error)
-                ending = ending or plateau == "end"
-                with world.raise_together():
-                    if writers:
-                        line = {"step": done, "epoch": batch.epoch, **asdict(errors)}
-                        writers.metrics.validation(line)
-                        writers.console.validation(line)
-                        if plateau == "drop":
-                            writers.console.print(f"a plateau: the learning rate falls to {schedule.lr(done):.2g}")
-
-            # save
-            stopping = any_rank(stop.number is not None)  # after the validation, which takes long
-            if best or ending or stopping or done % save_every == 0:
-                with interval.paused():
-                    save(done, best, over=plateau == "end")
-            if ending or stopping:
-                break
+            # save, then validate: a validation may end at any time
+            if validating or ending or done % save_every == 0:
+                save(done, pending=validating)
+                saved = done
+            over = validating and validate(done)
 
         with world.raise_together():
-            if writers:
-                writers.checkpoints.close()  # waits for the last checkpoint
-                writers.console.print(f"checkpoint: {checkpoints.step_file(settings.run, done)}")
-        if stopping and not ending:
-            raise Stopped(done, stop.number)
+            finish(done)
 
 
 @click.command(cls=Command)
@@ -280,10 +314,16 @@ def train(
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
         if devices is None and own_devices[0].type == "cpu" and torch.version.cuda and world.is_main:
             click.echo(f"training on the CPU: {missing_device(0)}", err=True)
-        with remedies(run, world):
-            main(runs.Settings(data, run, chosen, own_devices, resumed, other_data, initial, layers), world)
+        ended: BadData | None = None
+        try:
+            with remedies(run, world):
+                main(runs.Settings(data, run, chosen, own_devices, resumed, other_data, initial, layers), world)
+        except BadData as error:
+            ended = error
     if world.is_main and not no_page:
-        draw_page(data, run, own_devices)
+        draw_page(data, run, own_devices, "the run is saved" if ended else "the run is complete and saved")
+    if ended:
+        raise ended
 
 
 def _require_consistent(

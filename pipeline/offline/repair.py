@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from pipeline import UserError, storage
 from pipeline.decode import ImageError
 from pipeline.files import write_bytes_aside
 from pipeline.image import codec_versions, rescaled
-from pipeline.manifest import FILE_NAME, STATISTICS_FILE, FileRecord, Manifest, Split, parse
+from pipeline.manifest import FILE_NAME, STATISTICS_FILE, BuildRecipe, FileRecord, Manifest, Split, parse
 from pipeline.offline import build, executors
 from pipeline.offline.parquet import temporary_copy
 from pipeline.offline.plan import Plan, Slot, differences, slots
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE, Record, load_record, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
-from pipeline.typed import from_values
+from pipeline.storage import Location
+from pipeline.typed import from_json, from_values
 
 
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
@@ -30,7 +32,7 @@ def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int
     promises, else nothing is changed. No other file is touched. Raises UserError where RAW, or the codecs here, give
     other bytes.
     """
-    aside = _local(dataset, "--repair") / REPAIR_FOLDER
+    aside = _local(dataset.root, "--repair") / REPAIR_FOLDER
     try:
         if plan.classes != dataset.classes or plan.splits.keys() != dataset.splits.keys():
             hint = "" if "train" in dataset.splits else " (built with --classes-of DATASET: name that again)"
@@ -41,6 +43,32 @@ def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int
         if wrong := sorted(name for name in failing if rebuilt.get(name) != dataset.files[name]):
             raise _refusal(dataset, f"{wrong[0]}: RAW gives other bytes than the manifest promises")
         _put_into_place(aside, dataset.root, sorted(failing))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore(root: Location, plan_of: Callable[[BuildRecipe], Plan], workers: int) -> None:
+    """Write a damaged dataset.json anew: from RAW, all of which is built aside, and the build recipe that it holds.
+
+    `plan_of`: returns the plan of RAW for a build recipe. Raises UserError where that recipe cannot be read, or the new
+    file has neither the identity nor the checksum that stand in the damaged one; nothing is changed then.
+    """
+    path, aside = _local(root, "--repair") / FILE_NAME, root / REPAIR_FOLDER
+    damaged = storage.read_bytes(path)
+    text = re.search(rb'"recipe": (\{[^{}]*\})', damaged)
+    remedy = "nothing was changed; delete the directory, and build it again"
+    try:
+        recipe = from_json(text[1] if text else b"", BuildRecipe)
+    except UserError as error:
+        raise UserError(f"{path}: so damaged that its build recipe cannot be read ({error}); {remedy}") from error
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a repair that was killed
+        built = build.build(plan_of(recipe), aside, workers, skip_limit=build.SkipLimit(0, 100))
+        assert built is not None  # no part of a build
+        if not any(json.loads(built.to_json())[key].encode() in damaged for key in ("identity", "checksum")):
+            codecs = "the same codecs, RAW and options of the build"
+            raise UserError(f"{path}: its build recipe is damaged, or these are not {codecs}; {remedy}")
+        os.replace(aside / FILE_NAME, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -80,7 +108,7 @@ def retry(dataset: Manifest, plan: Plan, workers: int) -> tuple[Manifest, int]:
     Returns the manifest as it is now, and the number of images that were skipped and are samples now. Raises UserError
     where the raw images, the recipe or the codecs are not those of the build.
     """
-    aside, gained = _local(dataset, "--retry-skipped of a finished dataset") / RETRY_FOLDER, set[str]()
+    aside, gained = _local(dataset.root, "--retry-skipped of a finished dataset") / RETRY_FOLDER, set[str]()
     if not (aside / FILE_NAME).exists():
         try:
             _require_same(dataset, plan)
@@ -173,9 +201,9 @@ def _rebuild_with(dataset: Manifest, plan: Plan, gained: set[str], sums: Sums, a
     build.write_manifest(plan, aside, merged)
 
 
-def _local(dataset: Manifest, option: str) -> Path:
+def _local(root: Location, option: str) -> Path:
     """Return the folder of a data set. Raises UserError: of a store, whose files cannot be renamed into place."""
-    if storage.is_remote(root := dataset.root):
+    if storage.is_remote(root):
         raise UserError(f"{root}: {option} works on a local folder; copy DATASET, mend the copy, and copy it back")
     return root
 

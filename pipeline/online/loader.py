@@ -58,7 +58,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         readers: int = 1,  # samples read at a time
         depth: int = 2,  # batches made ready ahead of use
         hardware_share: float = 0.9,  # of the pictures, to a GPU's hardware decoder
-        max_bad: int = 0,  # samples that may fail in training, and are replaced (`samples.BadSamples`)
+        max_bad: int = 0,  # samples that may fail, and are replaced (`samples.BadSamples`)
         cache: "str | os.PathLike[str] | None" = None,  # of a remote data set: the folder for its shards
         cache_bytes: int = 200 * 10**9,  # how much they may take there
         **options: Any,
@@ -80,8 +80,6 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self.recipe = recipe_of(self.manifest, recipe, seed, options)
         if not self.recipe.training:
             order, last = "fixed", "short"
-            if max_bad:
-                raise UserError(f"max_bad={max_bad}: is for training; evaluation is of every image, and none stands in")
         self.order = Order(samples, batch_size, seed, order, last, tuple(shard.samples for shard in shards), window)
         self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
         size = self.manifest.recipe.size if self.manifest.recipe.crop == "centre" else None
@@ -105,7 +103,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
     def _begin(self, step: int, bad: Iterable[int]) -> None:
         self._next = step
-        self._bad = BadSamples(self._reader, self._max_bad, bad)
+        self._bad = BadSamples(self._reader, self._max_bad, bad, self.recipe.training)
         self._prefetch = Prefetch(
             self._sampler,
             self._reader,

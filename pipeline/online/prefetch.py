@@ -154,7 +154,10 @@ class Prefetch:
             batch, views = self._views()
             assert batch.step == step
             batch.decoded_at = time.perf_counter()
-            batch.labels = torch.from_numpy(self._reader.labels(batch.ids)).to(views[0].device)
+            labels = self._reader.labels(batch.ids)
+            if not self._bad.training:
+                labels[batch.ids != batch.requested_ids] = -1
+            batch.labels = torch.from_numpy(labels).to(views[0].device)
             batch.tensors = self._prepare(batch, views)
         if batch.labels.device.type == "cpu":
             batch.decoded_at = time.perf_counter()  # nothing is transferred: preparing counts as decoding

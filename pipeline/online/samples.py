@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pipeline.cli import printable
-from pipeline.manifest import DatasetError, Manifest
+from pipeline.manifest import DatasetError, Manifest, mending
 from pipeline.volumes import naming
 
 MAX_OPEN = 128  # shards kept open at a time; descriptors are a bounded resource
@@ -24,6 +24,10 @@ DAMAGED, UNDECODABLE = "its CRC-32 differs", "it does not decode"
 # Takes shards by number; yields number → file descriptor, valid inside the context.
 Lease: TypeAlias = Callable[[Collection[int]], AbstractContextManager[dict[int, int]]]
 _log = logging.getLogger("penstock")
+
+
+class BadSample(DatasetError):
+    """A stored picture that is damaged or does not decode, and one too many of these."""
 
 
 def shard_numbers(data: Manifest, split: str) -> dict[int, str]:
@@ -34,11 +38,11 @@ def shard_numbers(data: Manifest, split: str) -> dict[int, str]:
 class _OpenShard:
     """An open local shard. Its descriptor is closed with the last reference to it, so that no lease loses it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remedy: str) -> None:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # waits for no pipe's writer
         except OSError as error:
-            raise DatasetError(f"{path}: {error.strerror}; let it be readable, or build it again") from error
+            raise DatasetError(f"{path}: {error.strerror}; let it be readable, or {remedy}") from error
         weakref.finalize(self, os.close, self.descriptor)
 
 
@@ -51,9 +55,10 @@ class SampleReader(AbstractContextManager["SampleReader"]):
     def __init__(self, data: Manifest, split: str, lease: Lease | None = None, readers: int = 1) -> None:
         self.records = data.samples(split)  # (n,) of manifest.SAMPLE
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
-        self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number]))
+        self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number], self.remedy))
         self._lease = lease or self._lease_local
         self._readers = readers
+        self.remedy = mending(data.root)
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="penstock-reader")
 
@@ -86,7 +91,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         elif wrong:
             sample = int(ids[min(wrong)])
             where = f"{self.shard(sample)}: damaged at sample {sample} (key {self.key(sample)})"
-            raise DatasetError(f"{where}; build it again")
+            raise BadSample(f"{where}; {self.remedy}")
         return jpegs
 
     def _fill(
@@ -105,7 +110,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
                 except OSError as error:
                     raise DatasetError(f"{self._paths[shard]}: {error.strerror}, at sample {ids[i]}") from error
                 if not count:
-                    raise DatasetError(f"{self._paths[shard]}: cut short at sample {ids[i]}; build it again")
+                    raise DatasetError(f"{self._paths[shard]}: cut short at sample {ids[i]}; {self.remedy}")
                 done += count
             if zlib.crc32(jpeg) != crc:
                 wrong.append(i)
@@ -141,35 +146,35 @@ class SampleReader(AbstractContextManager["SampleReader"]):
 
 
 class BadSamples:
-    """Samples that cannot be used in training. The next whole sample in the order of the ids replaces each.
+    """Samples that cannot be used. The next whole sample in the order of the ids replaces each.
 
-    So a batch keeps its size on every rank, and the replacement is a function of the data alone. Each rank counts those
-    that it has met, at most `limit`; with more it ends, and the others' next exchange with it fails. `ids` are those
-    that it had met before a run was resumed.
+    So a batch keeps its size on every rank, and the replacement is a function of the data alone; in evaluation it has
+    no label (−1), which nobody predicts. Each rank counts those that it has met, at most `limit`; with more it ends.
+    `ids` are those that it had met before a run was resumed.
     """
 
-    def __init__(self, reader: SampleReader, limit: int, ids: Iterable[int] = ()) -> None:
-        self._reader, self.limit, self.ids = reader, limit, frozenset(ids)
+    def __init__(self, reader: SampleReader, limit: int, ids: Iterable[int], training: bool) -> None:
+        self._reader, self.limit, self.ids, self.training = reader, limit, frozenset(ids), training
         self._lock = threading.Lock()  # the reading and the decoding thread both find bad samples
 
     def replacement(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
         """Return the id and the JPEG of the sample that replaces a bad one.
 
-        Raises DatasetError where more samples have failed than may; it names this one and its shard.
+        Raises BadSample where more samples have failed than may; it names this one and its shard.
         """
         reader = self._reader
         while True:
             where = f"{reader.shard(sample)}: sample {sample} (key {reader.key(sample)}): {reason}"
             with self._lock:
-                new = sample not in self.ids
-                self.ids = bad = self.ids | {sample}
-            if len(bad) > self.limit or len(bad) == len(reader):
-                count = f"samples that failed: {len(bad)}, allowed: max_bad={self.limit}"
-                raise DatasetError(f"{where}; {count}; look at the data with tools/verify_shards.py")
+                new, bad = sample not in self.ids, self.ids | {sample}
+                if len(bad) > self.limit or len(bad) == len(reader):  # this one is not counted: it may be mended
+                    count = f"samples that failed: {len(bad)}, allowed: max_bad={self.limit}"
+                    raise BadSample(f"{where}; {count}; {reader.remedy}")
+                self.ids = bad
             while sample in bad:
                 sample = (sample + 1) % len(reader)
             if new:
-                _log.warning("%s; sample %d stands in", where, sample)
+                _log.warning("%s; %s", where, f"sample {sample} stands in" if self.training else "its label is −1 now")
             damaged: list[int] = []
             (jpeg,) = reader.read(np.array([sample]), damaged)
             if not damaged:

@@ -1,14 +1,15 @@
 """The stall meter: the time that the consumer waited for batches, by cause."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
-KNOBS = {  # cause → options to change
-    "reading": "more readers=, order='shards', or a faster disk",
-    "decoding": "more threads=, or on a GPU another hardware_share=",
-    "transfer": "a larger depth=",
+KNOBS = {  # cause → options of `Loader` to change
+    "reading": "readers=4, order='shards', or a faster disk",
+    "decoding": "more CPU cores, or on a GPU hardware_share=0.7",
+    "transfer": "depth=4",
 }
 LIMIT = 0.01  # share of the time; a larger stall is reported with its cause
 
@@ -47,11 +48,11 @@ class Wait:
             return {cause: stall * (cause == "transfer") for cause in KNOBS}
         return {cause: stall * getattr(self, cause) / host for cause in KNOBS}
 
-    def text(self, wall: float) -> str:
-        """Return `stall 12.3 % (decoding: options to change)`; the cause only above `LIMIT`."""
+    def text(self, wall: float, remedies: Mapping[str, str] = KNOBS) -> str:
+        """Return `stall 12.3 % (decoding: remedy)`; the cause only above `LIMIT`. `remedies`: by cause."""
         shares = self.shares(wall)
         stall, worst = sum(shares.values()), max(shares, key=lambda cause: shares[cause])
-        return f"stall {100 * stall:4.1f} %" + (f" ({worst}: {KNOBS[worst]})" if stall > LIMIT else "")
+        return f"stall {100 * stall:4.1f} %" + (f" ({worst}: {remedies[worst]})" if stall > LIMIT else "")
 
 
 def waited(asked: float, read: float, decoded: float, got: float) -> Wait:

@@ -160,7 +160,7 @@ def _write_features(
             done += len(rows)
             show("features", done, meta.n)
         seconds = time.perf_counter() - began
-        stall = loader.meter.total.text(seconds)
+        stall = loader.meter.total.text(seconds, loaders.STALLED)
     return f"{meta.n:,} images, {meta.units:,} features of {meta.layer} each: {meta.n / seconds:,.0f} images/s  {stall}"
 
 
