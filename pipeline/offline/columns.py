@@ -120,7 +120,7 @@ class File:
         return f"the column {self.label.path}{beside}{f' (not {others})' if others else ''}"
 
     def require_label(self, value: Any) -> Any:
-        """Return a row's label. Raises SourceError where it can be none, such as 0.5 or infinity; what is no number means none."""
+        """Return a row's label; NaN means none. Raises SourceError where it can be none, such as 0.5 or infinity."""
         fraction = isinstance(value, float) and not value.is_integer()
         if (fraction and not math.isnan(value)) or not isinstance(value, (bool, int, float, str, bytes, NoneType)):
             problem = f"{printable(str(value), 60)} is no label; write whole numbers or text"
