@@ -20,7 +20,7 @@ import numpy as np
 from damaged import EVIL, canonical, damaged_npy, damaged_npz, damaged_tar, joined, mutate, npy, parts, zipped
 
 STEP = "run/checkpoints/step-00000004.safetensors"
-META, CHECKSUM = "penstock", "checksum"  # keys of a checkpoint's metadata
+META, CHECKSUM = "penstock", "checksum"  # key of a checkpoint's metadata, and one of the JSON that is its value
 TABLES = tuple(f"data/{split}/samples.npy" for split in ("train", "val", "test"))
 SHARDS = ("data/val/val-000000.tar", "data/train/train-000001.tar")
 INDEX = "run/index/index.json"
@@ -78,12 +78,12 @@ def seal_index(case: Path, body: Any) -> None:
 
 def checkpoint(values: Any, header: JsonObject, data: bytes, case: Path) -> bytes:
     """Return a checkpoint's file, with a right checksum if those of this version have one: over JSON and tensors."""
-    texts = header["__metadata__"]
-    texts[META] = canonical(values, case).decode()
-    if CHECKSUM in texts:
+    if isinstance(values, dict) and CHECKSUM in values:
+        body = {key: value for key, value in values.items() if key != CHECKSUM}
         names = sorted(header.keys() - {"__metadata__"})
         tensors = b"".join(data[slice(*header[name]["data_offsets"])] for name in names)
-        texts[CHECKSUM] = sha256(texts[META].encode() + tensors)
+        values = body | {CHECKSUM: sha256(canonical(body, case) + tensors)}
+    header["__metadata__"][META] = canonical(values, case).decode()
     return joined(header, data)
 
 

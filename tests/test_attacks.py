@@ -144,6 +144,7 @@ class Server:
         for name in COMMANDS:
             if not (quick and name in SLOW):
                 self._lay_out()
+                attacks.seal(self.case, attacks.manifest_of(self.case))  # as every mutation does
                 self.results[name] = self._result(name, self._run(COMMANDS[name][0], right=True))
 
     def _make(self) -> None:
