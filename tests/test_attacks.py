@@ -92,10 +92,10 @@ OTHER_RIGHT = {  # mutation → changes that make another right input, whose res
     "of_checkpoint": "tensor: |recipe|values: classes: ",
     "of_kinds": f"{STEP}: gone",  # then the checkpoint before it is the newest
     "of_probabilities": "(labels|probabilities) = |(dataset|split|views|from)",
-    "of_manifest": r"nudge recipe\.[a-z_]+ = \d|delete splits\.",
+    "of_manifest": r"nudge recipe\.[a-z_]+ = \d|delete splits\.|words = '",
     "of_shard": "content, with its CRC-32",
 }
-BESIDE = ("warning: ", "note: ", "no page: ", "training on the CPU", "left out: ", "Usage: ", "Try ")  # other lines
+BESIDE = ("warning: ", "note: ", "no page: ", "training on the CPU", "left out: ", "Usage: ", "Try ", "the run is ")
 
 
 class Ended(NamedTuple):
@@ -204,11 +204,7 @@ class Server:
             faulthandler.dump_traceback_later(SECONDS - 1)
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-            if words[0] == "train" and not self.drawn:
-                from trainer.figures import page
-
-                page.draw = lambda *_: [Path("not drawn")]
-            self.mains[main](args=[*words], prog_name=main)
+            self.mains[main](args=[*words, *(["--no-page"] if words[0] == "train" and not self.drawn else [])])
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -297,7 +293,7 @@ class Server:
         return f"differs: {result[i : i + 1]} for {right[i : i + 1]}"
 
 
-def iterate(args: list[str], prog_name: str) -> None:
+def iterate(args: list[str]) -> None:
     """Print the batches of a split; end as a command does."""
     from pipeline import UserError
     from pipeline.online import Loader
