@@ -19,7 +19,7 @@ from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.offline.build import build
 from pipeline.offline.plan import make_plan
 from pipeline.offline.sources import find_sources
-from runs import trainer
+from runs import beginning, trainer
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
         weights[name] = torch.randn(shape, generator=generator) * 1.5 / math.sqrt(math.prod(shape[1:]))
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
     classes = tuple(record.wnid for record in dataset.classes)
-    plain: tuple = ({}, {"steps": RECIPE.train.steps}, ())
+    plain = beginning(STEP, RECIPE.train.steps)
     checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
     lines: list[dict] = [{"kind": "train", **line} for line in TRAIN]
     for i, line in enumerate(lines):

@@ -17,6 +17,7 @@ def draw_page(
 
     Raises UserError with the exit code of a signal that comes meanwhile.
     """
+    stopped: UserError | None = None
     later = shlex.join(["python", "-m", "trainer", "figures", str(run), "--data", str(data)])
     try:
         from trainer.figures import gather, page  # imports plotly
@@ -29,9 +30,10 @@ def draw_page(
         number = signal.Signals(*error.args or (signal.SIGINT,))
         stopped = UserError(f"{number.name}: {state}; draw its page by: {later}")
         stopped.exit_code = 128 + number
-        raise stopped from error
-    except (UserError, OSError) as error:
-        reason = volumes.explained(error) if isinstance(error, OSError) else error
+    except (UserError, OSError, MemoryError, ImportError) as error:
+        reason = volumes.explained(error) if isinstance(error, OSError) else str(error) or "not enough memory"
         click.echo(f"no page: {reason}; draw it by: {later}", err=True)
     else:
         click.echo(f"page: {written}")
+    if stopped:  # not above, where the interruption would be its context, of which commands have words of their own
+        raise stopped

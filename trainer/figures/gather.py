@@ -7,14 +7,16 @@ from dataclasses import dataclass, fields
 from itertools import chain, islice
 from math import gcd, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from pipeline import UserError, storage
 from pipeline.manifest import BuildRecipe, DatasetError, Manifest
 from pipeline.online.samples import SampleReader
+from pipeline.typed import Count, from_values
 from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
@@ -30,6 +32,34 @@ SEARCHED = 20_000  # training images that pass through the network for a figure 
 INDEX, EVALUATION = "index", "evaluation.json"  # in the run directory
 AT_ONCE = 16  # pictures of a batch that are searched for errors
 DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+
+
+class Rates(TypedDict):
+    """The errors of a view, in percent and in nats per image."""
+
+    samples: Count
+    top1_error: Annotated[float, Meta(ge=0, le=100)]
+    top5_error: Annotated[float, Meta(ge=0, le=100)]
+    nll: Annotated[float, Meta(ge=0, le=1e300)]
+
+
+class Pair(TypedDict):
+    """A label whose images are taken for another."""
+
+    true: Count
+    predicted: Count
+    images: Count
+
+
+class Evaluation(TypedDict):
+    """The part of evaluation.json that is drawn."""
+
+    step: Count
+    split: str
+    dataset: str
+    centre: Rates
+    ten: Rates
+    confused: NotRequired[list[Pair]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +93,7 @@ class FigureData:
     dataset: Manifest
     checkpoint: Checkpoint
     lines: list[dict[str, Any]]  # of metrics.jsonl
-    evaluation: dict[str, Any] | None  # of evaluation.json
+    evaluation: Evaluation | None  # of evaluation.json
     kernels: np.ndarray | None  # (n, 3, k, k) float32 of the first layer, in the grouped layout, if it has any
     split: str
     only_errors: bool
@@ -168,7 +198,7 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
+def read_evaluation(run: Path, classes: int) -> Evaluation | None:
     """Return the content of evaluation.json, of a network of so many classes; None if there is no such file.
 
     Raises:
@@ -178,17 +208,13 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = {"confused": []} | json.loads(storage.read_bytes(path))
-        _require_numbers(content, "step")
-        for view in (content["centre"], content["ten"]):
-            _require_numbers(view, "samples", "top1_error", "top5_error", "nll")
-        for pair in content["confused"]:
-            _require_numbers(pair, "images")
-            if not all(type(label) is int and 0 <= label < classes for label in (pair["true"], pair["predicted"])):
-                raise ValueError(f"a label of confused pairs is none of {classes} classes")
-        return content | {key: str(content[key]) for key in ("split", "dataset")}
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
+        content = from_values(json.loads(storage.read_bytes(path)), Evaluation)
+        pairs = content.setdefault("confused", [])
+        if any(max(pair["true"], pair["predicted"]) >= classes for pair in pairs):
+            raise UserError(f"a label of confused pairs is none of {classes} classes")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); write it again: python -m trainer evaluate") from error
 
 
 def _require_numbers(record: dict[str, Any], *keys: str) -> None:
@@ -266,7 +292,7 @@ def _training_features(
         return np.concatenate(parts)
     try:
         index = Index(run / INDEX)
-        index.require(digest(checkpoint.weights), dataset.identity, run)
+        index.require(digest(checkpoint.weights), dataset, run)
     except BadIndex as error:
         message = f"More than {SEARCHED:,} training images are looked for in an index alone ({error})."
         raise BadIndex(message) from error
