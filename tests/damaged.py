@@ -65,7 +65,7 @@ def mutate(draw: Random, value: Any, junk: tuple[Any, ...] = JUNK) -> tuple[Any,
     value = deepcopy(value)
     path = drawn_path(draw, value)
     holder, key, label = at(value, path[:-1]), path[-1], ".".join(map(str, path))
-    action = draw.choices(("replace", "delete", "nudge", "swap", "add"), (12, 2, 3, 2, 1))[0]
+    action = draw.choices(("replace", "delete", "nudge", "swap", "add"), (8, 2, 6, 3, 1))[0]
     if action == "delete":
         del holder[key]
         return value, f"delete {label}"
