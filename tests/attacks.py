@@ -198,8 +198,7 @@ def of_other_files(draw: Random, case: Path) -> str:
         data = data.replace(b"\n", b" ") + b"\n" if name == "skipped.jsonl" else data
     else:
         changes = {"empty": b"", "twice": data * 2, "NUL": bytes(99), "cut": data[: len(data) // 2]}
-        label = draw.choice(list(changes))
-        data = changes[label]
+        label, data = draw.choice([*changes.items()])
     put_data(case, name, data)
     return f"{name}: {label}"
 
@@ -238,8 +237,7 @@ def of_checkpoint(draw: Random, case: Path) -> str:
         files = {f"a header of {lie} bytes": lie.to_bytes(8, "little") + raw[8:] for lie in lies}
         files |= {"cut": raw[: draw.randrange(len(raw))], "longer": raw + b"\0", "a pickle": EVIL, "empty": b""}
         files["no metadata"] = joined({**header, "__metadata__": {}}, data)
-        label = draw.choice(list(files))
-        raw = files[label]
+        label, raw = draw.choice([*files.items()])
     put(case / STEP, raw)
     return f"checkpoint, {action}: {label}"
 
@@ -252,8 +250,7 @@ def of_records(draw: Random, case: Path) -> str:
         cut = draw.randrange(len(data))
         files = {"empty": b"", "NUL": bytes(99), "cut": data[:cut], "not UTF-8": data[:cut] + b"\xff" + data[cut:]}
         files |= {"twice": data * 2, "deep": b"[" * 10**6 + b"\n", "null": b"null\n", "a number": b"9" * 5000 + b"\n"}
-        label = draw.choice(list(files))
-        data = files[label]
+        label, data = draw.choice([*files.items()])
     else:
         i = draw.randrange(len(lines))
         value, label = mutate(draw, json.loads(lines[i]))

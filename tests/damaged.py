@@ -157,8 +157,8 @@ def damaged_npz(draw: Random, data: bytes) -> tuple[bytes, str, dict[str, np.nda
     files = {f"{key}.npy": npy(value) for key, value in arrays.items()}
     action = draw.choice(("value", "value", "type", "npy", "npy", "zip"))
     if action == "value":
-        whole = array.dtype.kind in "iu"
-        values = [number for number in NUMBERS if -(2**63) <= number < 2**63] if whole else FLOATS
+        integers = [number for number in NUMBERS if -(2**63) <= number < 2**63]
+        values = integers if array.dtype.kind in "iu" else FLOATS
         value = draw.choice(WORDS[:8] if array.dtype.kind == "U" else values)
         every = draw.random() < 0.3 or array.ndim == 0
         array[... if every else tuple(map(draw.randrange, array.shape))] = value

@@ -1,6 +1,6 @@
 """Mutated files under right checksums: every command gives right results, or one line and 2, and touches nothing else.
 
-One case alone, whose files stay: PYTHONPATH=. python tests/test_attacks.py NUMBER
+One case alone, whose files stay in TMPDIR/attack*: PYTHONPATH=. python tests/test_attacks.py NUMBER
 """
 
 import faulthandler
@@ -31,7 +31,7 @@ from attacks import STEP
 from conftest import ROOT, build, picture
 from damaged import outside
 
-SEED, CASES, FLIPS, QUICK = 18, 3000, 300, 60
+SEED, SEALED, FLIPPED, QUICK = 18, range(3000), range(3000, 3300), range(3300, 3360)  # numbers of cases
 SECONDS = int(os.environ.get("ATTACK_SECONDS", "60"))  # after which a case hangs
 MEMORY = 4 * 2**30  # bytes of a case, beyond those of the server
 SERVERS = 2
@@ -104,11 +104,12 @@ class Ended(NamedTuple):
     err: str
 
 
-def plan(number: int, quick: bool) -> tuple[Random, str, str]:
-    """Return the generator, the mutation and the command of a case; those past CASES are flipped bits."""
+def plan(number: int) -> tuple[Random, str, str]:
+    """Return the generator, the mutation and the command of a case."""
     draw = Random(f"{SEED} {number}")
-    if number >= CASES:
+    if number in FLIPPED:
         return draw, "of_bits", draw.choice([name for name in COMMANDS if name != "repair"])
+    quick = number in QUICK
     kind = FAST[number % len(FAST)] if quick else PLAN[number * 37 % len(PLAN)]
     return draw, kind, draw.choice([name for name in KINDS[kind][1].split() if not (quick and name in SLOW)])
 
@@ -178,7 +179,7 @@ class Server:
         """Run a command line in a child process; `right`: its exit code must be 0."""
         main, *words = line.split()
         words = [str(self.case / word.lower()) if word in PATHS or "/" in word else word for word in words]
-        outputs = self.base / "out", self.base / "err"
+        outputs = self.base.with_suffix(".out"), self.base.with_suffix(".err")
         child = os.fork()
         if not child:
             self._child(main, words, *outputs)
@@ -188,9 +189,8 @@ class Server:
         if not ready:
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        ended = Ended(code if ready else None, *(path.read_text(errors="replace") for path in outputs))
-        assert ended.code == 0 or not right, (line, ended)
-        return ended
+        assert code == 0 or not right, (line, outputs[1].read_text())
+        return Ended(code if ready else None, *(path.read_text(errors="replace") for path in outputs))
 
     def _child(self, main: str, words: Sequence[str], out: Path, err: Path) -> None:
         """Run `main`, and end as a Python process does."""
@@ -229,30 +229,28 @@ class Server:
         return re.sub(r"[\d,.]+ +(s|bytes|files)\b|\d\.\de-\d\d", "TIME", text)
 
     def _listing(self) -> dict[str, tuple[int, ...]]:
-        """Return all that lies in the server's folder by its path from that of the case, but for the output."""
+        """Return all that lies in the server's folder, by its path from that of the case."""
         entries = {}
         for folder, folders, files in os.walk(self.base):
             for entry in (*folders, *files):
                 status = os.lstat(path := os.path.join(folder, entry))
                 changes = (status.st_mtime_ns, status.st_size) if entry in files else ()
                 entries[os.path.relpath(path, self.case)] = (status.st_ino, *changes)
-        return {path: entry for path, entry in entries.items() if path not in ("../../out", "../../err")}
+        return entries
 
     def attack(self, number: int) -> str | None:
         """Run a case; return in words what is wrong."""
-        draw, kind, name = plan(number, self.quick)
+        draw, kind, name = plan(number)
         self._lay_out()
         change = getattr(attacks, kind)(draw, self.case)
         before, self.drawn = self._listing(), kind == "of_records"
         ended = self._run(COMMANDS[name][0])
         after = self._listing()
-        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
         may_write = ended.code == 0 or name in ("train", "init", "resume") or "repaired: " in ended.out
         allowed = COMMANDS[name][1].split() if may_write else []
-        written = [
-            path for path in changed if path.endswith(".tmp") or not any(fnmatch(path, glob) for glob in allowed)
-        ]
-        wrong = self._wrong(ended) or (f"writes {written[:5]}" if written and ended.code is not None else None)
+        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        changed = [path for path in changed if path.endswith(".tmp") or not any(fnmatch(path, one) for one in allowed)]
+        wrong = self._wrong(ended) or (f"writes {changed[:5]}" if changed else None)
         if not wrong and ended.code == 0:
             wrong = self._difference(kind, change, name, ended)
         return wrong and f"{number} {kind} [{change}] {name}: {wrong}"
@@ -280,6 +278,8 @@ class Server:
 
     def _difference(self, kind: str, change: str, name: str, ended: Ended) -> str | None:
         """Return how a result differs from that of the undamaged files, where it should not."""
+        if kind == "of_bits" and change.startswith("data/") and name in ("verify", "quick"):
+            return "all holds"
         result, right = self._result(name, ended).splitlines(), self.results[name].splitlines()
         if result == right or (name == "repair" and "repaired: " in ended.out):
             return None
@@ -312,44 +312,39 @@ def iterate(args: list[str]) -> None:
         sys.exit(2)
 
 
-def attacked(cases: range, servers: int = SERVERS, quick: bool = False) -> list[str]:
-    """Run cases in several servers; return in words what is wrong."""
+def attack(cases: range, servers: int = SERVERS) -> None:
+    """Run cases in several servers."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as base:
         running = []
         for i in range(servers):
             share = cases[i::servers]
-            words = [f"{base}/{i}", share.start, share.stop, share.step, int(quick)]
-            line = [sys.executable, __file__, *map(str, words)]
+            line = [sys.executable, __file__, f"{base}/{i}", *map(str, (share.start, share.stop, share.step))]
             running.append(subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True))
         outputs = [server.communicate()[0] for server in running]
     assert [server.returncode for server in running] == [0] * servers, outputs
-    return [line for output in outputs for line in output.splitlines()]
+    assert not any(outputs), "".join(outputs)
 
 
 def test_mutated_files_are_refused_in_one_line_or_harmless():
-    wrong = attacked(range(QUICK), servers=1, quick=True)
-    assert not wrong, "\n".join(wrong)
+    attack(QUICK, servers=1)
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("cases", [range(CASES), range(CASES, CASES + FLIPS)], ids=["sealed", "flipped bits"])
+@pytest.mark.parametrize("cases", [SEALED, FLIPPED], ids=["sealed", "flipped bits"])
 def test_every_command_and_every_file(cases: range):
-    wrong = attacked(cases)
-    assert not wrong, "\n".join(wrong)
+    attack(cases)
 
 
-def serve(base: str, start: str, stop: str, step: str, quick: str) -> None:
-    """Print a line for each case of a range that goes wrong."""
-    server = Server(Path(base), quick == "1")
-    for number in range(int(start), int(stop), int(step)):
+def serve(base: Path, cases: range) -> None:
+    """Print a line for each case that goes wrong."""
+    server = Server(base, cases[0] in QUICK)
+    for number in cases:
         if wrong := server.attack(number):
             print(" ".join(ascii(wrong).split())[:1500], flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        serve(*sys.argv[1:])
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="attack"))
-        print(Server(folder, quick=False).attack(int(sys.argv[1])), "in", folder)
+    if len(sys.argv) == 2:
+        sys.argv[1:] = [tempfile.mkdtemp(prefix="attack") + "/0", sys.argv[1], str(int(sys.argv[1]) + 1), "1"]
+    serve(Path(sys.argv[1]), range(*map(int, sys.argv[2:])))
