@@ -1,5 +1,10 @@
 """Check every promise of a dataset directory, name the raw images that it holds twice, and repair what fails."""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import signals
+
+    signals.begin()
+
 import itertools
 import time
 from collections import defaultdict

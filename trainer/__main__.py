@@ -1,5 +1,10 @@
 """python -m trainer COMMAND"""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import signals
+
+    signals.begin()
+
 import io
 import os
 import sys
@@ -8,6 +13,8 @@ from importlib import import_module
 from typing import Any
 
 import click
+
+from pipeline.cli import end
 
 MODULES = {  # command → its module, and one line of help
     "train": ("train", "Train on DATA's training split."),
@@ -42,7 +49,10 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):  # prints `?` for characters that the terminal's encoding lacks
             sys.stdout.reconfigure(errors="replace")
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except (ImportError, MemoryError, OSError, RuntimeError) as error:  # of the import of a command
+            end(error)
 
 
 def load(name: str) -> click.Command:

@@ -17,10 +17,9 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline import UserError
+from pipeline import UserError, signals
 from pipeline.storage import Location, exists
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RETRIES = 5  # of one Ray task, whose worker or node died
 CONNECT = 5.0  # seconds after which an address counts as wrong
 WAKES = 0.5  # seconds between two looks at signals and at the cluster, if no Ray task ends
@@ -40,12 +39,13 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
         return
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
+    with _signals_held(), _shared_memory():  # both would strike a worker that is half begun
+        pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
     waiting, running = iter(tasks), set[Future[Result]]()
     try:
         while True:
             for task in islice(waiting, 2 * workers - len(running)):
-                with _signals_held():  # both would strike a worker that is half begun
+                with _signals_held(), _shared_memory():
                     running.add(pool.submit(function, task))
             if not running:
                 return
@@ -65,11 +65,11 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C, which a terminal sends to all processes, and SIGTERM until the block ends."""
+    """Hold back the signals that end a program, which a terminal sends to all processes, until the block ends."""
     received: list[int] = []
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a worker inherits, until `begin_worker`
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in SIGNALS if main}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)  # which a worker inherits, until `begin_worker`
+    numbers = signals.NUMBERS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in numbers}
     try:
         yield
     finally:
@@ -80,11 +80,22 @@ def _signals_held() -> Iterator[None]:
             signal.raise_signal(late)
 
 
+@contextmanager
+def _shared_memory() -> Iterator[None]:
+    """Name /dev/shm in errors of starting workers, whose locks lie there."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room there (docker run --shm-size 64m), mount it writable, or take --workers 1"
+        raise UserError(f"/dev/shm: {error.strerror}, for the locks of worker processes; {remedy}") from error
+
+
 def begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it: an orphan would write where the next run writes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave a terminal's signals to the parent, and die with it: an orphan would write where the next run writes."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     parent = multiprocessing.parent_process()
