@@ -1,9 +1,9 @@
 """penstock COMMAND: every tool and every command of the trainer, each imported when it is called."""
 
 if __name__ == "__main__":  # before the imports that take long
-    from pipeline import signals
+    from pipeline import process
 
-    signals.begin()
+    process.begin()
 
 import click
 

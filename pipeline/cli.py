@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipeline import UserError, signals, volumes
+from pipeline import UserError, process, volumes
 
 SHORT_OF_MEMORY = (  # words of errors that have no type of their own: of oneDNN, torch, threads, loaders of libraries
     *("could not create a primitive", "allocate memory", "out of memory", "bad_alloc", "start new thread"),
@@ -43,13 +43,13 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        before = signals.handlers()
+        before = process.handlers()
         try:
             try:  # a signal amid the last lines of this block is caught, too
-                signals.interrupt(before)
+                process.interrupt(before)
                 return super().invoke(ctx)
             finally:
-                signals.restore(before)
+                process.restore(before)
         except (EOFError, click.Abort) as error:  # of which click says "Aborted!"
             raise AssertionError("a defect of ours") from error
         except (KeyboardInterrupt, UserError, OSError, MemoryError, ImportError, RuntimeError) as error:
@@ -62,15 +62,15 @@ def end(error: BaseException, interrupted: str = "") -> NoReturn:
     while cause and not isinstance(cause, KeyboardInterrupt):  # whose handling may fail, as on a lost terminal
         cause = cause.__context__
     if cause:
-        number = signal.Signals(cause.args[0] if cause.args else signal.SIGINT)
-        message, code = "; ".join(filter(None, [signals.WORDS[number], interrupted])), 128 + number
+        number = signal.Signals(getattr(cause, "number", signal.SIGINT))
+        message, code = "; ".join(filter(None, [process.WORDS[number], interrupted])), 128 + number
     elif isinstance(error, BrokenPipeError):  # `| head`
         _drop_output()
         raise SystemExit(128 + signal.SIGPIPE) from None
     elif isinstance(error, UserError):
         message, code = "; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code
     elif _short_of_memory(error):
-        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         remedy = "raise the limit (ulimit -v, a container's), or take fewer --workers or a smaller batch"
         message, code = f"not enough memory ({reason}); {remedy}", UserError.exit_code
     elif isinstance(error, OSError) and error.strerror is not None:

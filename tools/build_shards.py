@@ -1,9 +1,9 @@
 """Raw images → a dataset directory: shards, their indexes, exact statistics, and dataset.json last."""
 
 if __name__ == "__main__":  # before the imports that take long
-    from pipeline import signals
+    from pipeline import process
 
-    signals.begin()
+    process.begin()
 
 import json
 import os

@@ -1,9 +1,9 @@
 """`make demo`: raw pictures → shards → training → evaluation → a page, by the very commands of the README."""
 
 if __name__ == "__main__":  # before the imports that take long
-    from pipeline import signals
+    from pipeline import process
 
-    signals.begin()
+    process.begin()
 
 import hashlib
 import json

@@ -1,9 +1,9 @@
 """Draw a small ILSVRC2012 in the official layout: tars and devkit as published, pictures from a seed."""
 
 if __name__ == "__main__":  # before the imports that take long
-    from pipeline import signals
+    from pipeline import process
 
-    signals.begin()
+    process.begin()
 
 import gzip
 import io

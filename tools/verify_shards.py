@@ -1,9 +1,9 @@
 """Check every promise of a dataset directory, name the raw images that it holds twice, and repair what fails."""
 
 if __name__ == "__main__":  # before the imports that take long
-    from pipeline import signals
+    from pipeline import process
 
-    signals.begin()
+    process.begin()
 
 import itertools
 import time

@@ -1,9 +1,9 @@
 """python -m trainer COMMAND"""
 
 if __name__ == "__main__":  # before the imports that take long
-    from pipeline import signals
+    from pipeline import process
 
-    signals.begin()
+    process.begin()
 
 import io
 import os
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from pipeline import process
 from pipeline.cli import end
 
 MODULES = {  # command → its module, and one line of help
@@ -26,6 +27,7 @@ MODULES = {  # command → its module, and one line of help
     "similar": ("retrieval.similar", "Find the images of an index nearest to each PICTURE."),
     "export": ("export", "Write a run's network for other programs."),
 }
+LEAST = 2**30  # bytes of address space that torch needs at the least
 COMMANDS = {name: line for name, (_, line) in MODULES.items()}
 
 
@@ -62,6 +64,7 @@ def load(name: str) -> click.Command:
     # variable when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    process.require_memory(LEAST)
     from trainer.parallel import reference_precision
 
     reference_precision()

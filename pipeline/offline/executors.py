@@ -17,7 +17,7 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline import UserError, signals
+from pipeline import UserError, process
 from pipeline.storage import Location, exists
 
 RETRIES = 5  # of one Ray task, whose worker or node died
@@ -67,8 +67,8 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
 def _signals_held() -> Iterator[None]:
     """Hold back the signals that end a program, which a terminal sends to all processes, until the block ends."""
     received: list[int] = []
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)  # which a worker inherits, until `begin_worker`
-    numbers = signals.NUMBERS if threading.current_thread() is threading.main_thread() else ()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, process.NUMBERS)  # which a worker inherits, until `begin_worker`
+    numbers = process.NUMBERS if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in numbers}
     try:
         yield
@@ -95,7 +95,7 @@ def begin_worker() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, process.NUMBERS)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     parent = multiprocessing.parent_process()

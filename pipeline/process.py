@@ -1,14 +1,24 @@
-"""Signals that end a program with one line and an exit code, from its first line on: 130, 143, 129."""
+"""This process, from the first line of a program on: signals and lack of memory end it with one line; its streams."""
 
 import os
+import resource
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 NUMBERS = tuple(WORDS)
 AGAIN = 0.01  # seconds after which an interruption is raised once more
+LEAST = 2**28  # bytes of address space that the imports of a tool need; else libraries in C end the process, or crash
+
+
+class Interruption(KeyboardInterrupt):
+    """A signal, whose `number` it has. (Where KeyboardInterrupt itself has passed an exec, Python dies of SIGINT.)"""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def begin() -> None:
@@ -24,9 +34,16 @@ def begin() -> None:
             os.set_inheritable(number, True)
             setattr(sys, name, os.fdopen(number, mode))
     sys.unraisablehook = _interrupt_again
-    for number in NUMBERS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _end)
+    for number in handlers():
+        signal.signal(number, _end)
+    require_memory(LEAST)
+
+
+def require_memory(least: int) -> None:
+    """End the process if `ulimit -v` lets it have less than so many bytes."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < least:
+        _leave(f"not enough memory: ulimit -v is {limit >> 10}; raise it to {least >> 10} or more", 2)
 
 
 def handlers() -> dict[int, Any]:
@@ -36,7 +53,7 @@ def handlers() -> dict[int, Any]:
 
 
 def interrupt(numbers: dict[int, Any]) -> None:
-    """Let each of these signals raise KeyboardInterrupt(number), the first one alone."""
+    """Let each of these signals raise Interruption, the first one alone."""
     for number in numbers:
         signal.signal(number, _interrupt)
 
@@ -49,23 +66,27 @@ def restore(before: dict[int, Any]) -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """End the process. No exception: one that is raised in an import may be swallowed."""
+    _leave(WORDS[signal.Signals(number)], 128 + number)
+
+
+def _leave(message: str, code: int) -> NoReturn:
     try:
-        os.write(2, f"Error: {WORDS[signal.Signals(number)]}\n".encode())
+        os.write(2, f"Error: {message}\n".encode())
     finally:
-        os._exit(128 + number)
+        os._exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, once: a second signal must not interrupt the deletion of temporary files."""
+    """Raise Interruption, once: a second signal must not interrupt the deletion of temporary files."""
     for ignored in NUMBERS:
         signal.signal(ignored, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+    raise Interruption(number)
 
 
 def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Interrupt a moment later, where a destructor or the import of a Cython module has swallowed KeyboardInterrupt."""
-    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+    """Interrupt a moment later, where a destructor or the import of a Cython module has swallowed Interruption."""
+    if not isinstance(unraisable.exc_value, Interruption):
         return sys.__unraisablehook__(unraisable)
-    number = unraisable.exc_value.args[0]
+    number = unraisable.exc_value.number
     signal.signal(signal.SIGALRM, lambda alarm, frame: _interrupt(number, frame))
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
