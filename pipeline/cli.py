@@ -1,13 +1,14 @@
 """click command that turns user errors, OS errors and signals into one line and an exit code; what commands print."""
 
+import errno
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -15,11 +16,21 @@ from pipeline import UserError, process, volumes
 
 SHORT_OF_MEMORY = (  # words of errors that have no type of their own: of oneDNN, torch, threads, loaders of libraries
     *("could not create a primitive", "allocate memory", "out of memory", "bad_alloc", "start new thread"),
-    *("cannot map", "failed to map"),
+    "failed to map",
 )
 
 
-class Command(click.Command):
+class OneLine(click.Command):
+    """A click command that ends with one line also where its help cannot be printed, or its module not be imported."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except (OSError, MemoryError, ImportError, RuntimeError) as error:
+            end(error)
+
+
+class Command(OneLine):
     """A click command with one-line errors; its exit code is then 2, and after a signal 128 and its number.
 
     An empty argument, or an empty value of an option, is refused: as a path it would be the current folder.
@@ -37,9 +48,7 @@ class Command(click.Command):
             for text in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(text, str) and not text.strip():
                     name = param.get_error_hint(ctx).replace("'", "")
-                    refused = click.ClickException(f"{name} is empty (an unset shell variable?)")
-                    refused.exit_code = UserError.exit_code
-                    raise refused
+                    end(UserError(f"{name} is empty (an unset shell variable?)"))
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -65,7 +74,7 @@ def end(error: BaseException, interrupted: str = "") -> NoReturn:
         number = signal.Signals(getattr(cause, "number", signal.SIGINT))
         message, code = "; ".join(filter(None, [process.WORDS[number], interrupted])), 128 + number
     elif isinstance(error, BrokenPipeError):  # `| head`
-        _drop_output()
+        _drop(sys.stdout)
         raise SystemExit(128 + signal.SIGPIPE) from None
     elif isinstance(error, UserError):
         message, code = "; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code
@@ -74,29 +83,27 @@ def end(error: BaseException, interrupted: str = "") -> NoReturn:
         remedy = "raise the limit (ulimit -v, a container's), or take fewer --workers or a smaller batch"
         message, code = f"not enough memory ({reason}); {remedy}", UserError.exit_code
     elif isinstance(error, OSError) and error.strerror is not None:
-        if error.filename is None and _drop_output():
-            error.filename = "standard output"
+        if error.filename == process.OUTPUT:
+            _drop(sys.stdout)
         message, code = volumes.explained(error), UserError.exit_code
     else:
         raise error
-    with suppress(OSError):  # the terminal may be lost
+    try:
         click.echo(f"Error: {printable(message)}", err=True)
+    except OSError:  # the terminal is lost, or a disk full
+        _drop(sys.stderr)
     raise SystemExit(code)
 
 
 def _short_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in SHORT_OF_MEMORY)
+    if isinstance(error, OSError):  # whose text may hold the name of a file
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in SHORT_OF_MEMORY)
 
 
-def _drop_output() -> bool:
-    """Let what Python still flushes at its end go nowhere, and return True, if standard output takes no more."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _drop(stream: TextIO) -> None:
+    """Let what Python still flushes at its end go nowhere, since the stream takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str, limit: int = 0) -> str:

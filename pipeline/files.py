@@ -73,7 +73,8 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
         if remote and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"{folder}: {error.strerror}, for a file on its way to {path}"
             raise UserError(f"{full}; make room, or set TMPDIR") from error
-        error.filename = error.filename or str(path)  # the error of a full disk names no file
+        if error.filename is None or error.errno == errno.EISDIR:  # a full disk; a directory of the file's name
+            error.filename = str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """This process, from the first line of a program on: signals and lack of memory end it with one line; its streams."""
 
+import io
 import os
 import resource
 import signal
@@ -9,8 +10,20 @@ from typing import Any, NoReturn
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 NUMBERS = tuple(WORDS)
+OUTPUT = "standard output"
 AGAIN = 0.01  # seconds after which an interruption is raised once more
 LEAST = 2**28  # bytes of address space that the imports of a tool need; else libraries in C end the process, or crash
+
+
+class _Output(io.FileIO):
+    """Standard output, which its errors name: that its disk is full."""
+
+    def write(self, data: Any) -> Any:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = OUTPUT
+            raise
 
 
 class Interruption(KeyboardInterrupt):
@@ -32,7 +45,10 @@ def begin() -> None:
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
             os.set_inheritable(number, True)
-            setattr(sys, name, os.fdopen(number, mode))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    options = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+    output: Any = _Output(1, "wb", closefd=False)
+    sys.stdout = io.TextIOWrapper(output if options["write_through"] else io.BufferedWriter(output), **options)
     sys.unraisablehook = _interrupt_again
     for number in handlers():
         signal.signal(number, _end)

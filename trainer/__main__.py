@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pipeline import process
-from pipeline.cli import end
+from pipeline.cli import OneLine
 
 MODULES = {  # command → its module, and one line of help
     "train": ("train", "Train on DATA's training split."),
@@ -31,7 +31,7 @@ LEAST = 2**30  # bytes of address space that torch needs at the least
 COMMANDS = {name: line for name, (_, line) in MODULES.items()}
 
 
-class LazyGroup(click.Group):
+class LazyGroup(OneLine, click.Group):
     """List commands by `lines` (name → help) without importing them; `load` imports the one that runs."""
 
     def __init__(self, *, lines: Mapping[str, str], load: Callable[[str], click.Command], **attributes: Any) -> None:
@@ -51,10 +51,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):  # prints `?` for characters that the terminal's encoding lacks
             sys.stdout.reconfigure(errors="replace")
-        try:
-            return super().invoke(ctx)
-        except (ImportError, MemoryError, OSError, RuntimeError) as error:  # of the import of a command
-            end(error)
+        return super().invoke(ctx)
 
 
 def load(name: str) -> click.Command:

@@ -1,6 +1,7 @@
 """Run the tasks of a build: in this process, in a pool of processes, or on a Ray cluster."""
 
 import ctypes
+import errno
 import logging
 import multiprocessing
 import os
@@ -39,13 +40,13 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
         return
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
     before = set(multiprocessing.active_children())
-    with _signals_held(), _shared_memory():  # both would strike a worker that is half begun
+    with _workers_begin():
         pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
     waiting, running = iter(tasks), set[Future[Result]]()
     try:
         while True:
             for task in islice(waiting, 2 * workers - len(running)):
-                with _signals_held(), _shared_memory():
+                with _workers_begin():
                     running.add(pool.submit(function, task))
             if not running:
                 return
@@ -81,13 +82,16 @@ def _signals_held() -> Iterator[None]:
 
 
 @contextmanager
-def _shared_memory() -> Iterator[None]:
-    """Name /dev/shm in errors of starting workers, whose locks lie there."""
+def _workers_begin() -> Iterator[None]:
+    """Hold back signals, which would strike a worker that is half begun; explain why it cannot begin."""
     try:
-        yield
+        with _signals_held():
+            yield
     except OSError as error:
-        remedy = "make room there (docker run --shm-size 64m), mount it writable, or take --workers 1"
-        raise UserError(f"/dev/shm: {error.strerror}, for the locks of worker processes; {remedy}") from error
+        problem, remedy = "/dev/shm, for locks of workers", "make room there (docker run --shm-size 64m)"
+        if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            problem, remedy = "a worker cannot begin", "raise the limit (ulimit -a)"
+        raise UserError(f"{problem}: {error.strerror}; {remedy}, or take --workers 1") from error
 
 
 def begin_worker() -> None:
