@@ -9,6 +9,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.cli import Command, progress_bars
 from pipeline.doubts import Duplicates, doubts, duplicates
-from pipeline.files import TAR_BLOCK
+from pipeline.files import TAR_BLOCK, require_writable
 from pipeline.manifest import Manifest
 from pipeline.offline.plan import make_plan
 from pipeline.offline.repair import repair
@@ -55,6 +56,8 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
     failures = _check(manifest, quick, workers)
     failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
+        if isinstance(manifest.root, Path):
+            require_writable(manifest.root)
         repair(manifest, failing, make_plan(chosen_sources(location(raw), source), manifest.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(manifest, quick, workers)
