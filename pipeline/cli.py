@@ -47,7 +47,7 @@ class Command(OneLine):
             value = values.get(str(param.name))
             for text in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(text, str) and not text.strip():
-                    name = param.get_error_hint(ctx).replace("'", "")
+                    name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
                     end(UserError(f"{name} is empty (an unset shell variable?)"))
         return super().parse_args(ctx, args)
 
