@@ -3,16 +3,24 @@
 import errno
 import fcntl
 import os
+import random
+import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from conftest import CLASSES, build, digests, until
+from conftest import CLASSES, begun, build, digests, gone, until
 from runs import WIDTHS, one_line, options, resume, start, train, trainer
 from stored import damage
 from trainer import checkpoint as checkpoints
+from trainer.__main__ import COMMANDS
 from trainer.metrics import read
 
 
@@ -97,6 +105,55 @@ def test_files_of_a_run_that_are_deleted_end_it(victim: str, dataset: Path, tmp_
     output = process.communicate(timeout=60)[0]
     line = f"Error: {run}/metrics.jsonl: deleted while the run writes it; what is left of the run goes on by --resume"
     assert (process.returncode, output.splitlines()[-1]) == (2, line)
+
+
+ENDED = {  # every command; those that write, write to {out}
+    "tools/make_raw.py": "{out} --classes 3 --train 10",
+    "tools/build_shards.py": "{raw} {out} --workers 2",
+    "tools/verify_shards.py": "{data} --workers 2",
+    "train": "--data {data} --out {out} --recipe tiny --devices cpu,cpu",
+    "evaluate": "--data {data} --checkpoint {run}",
+    "ensemble": "{run} --data {data} --save-probabilities {out}/all.npz",
+    "predict": "{data} --data {data} --checkpoint {run}",
+    "figures": "{run} --data {data}",
+    "index": "{run} {data} --out {out}",
+    "similar": "{raw}/val/blobs/0000.jpg --data {data} --checkpoint {run}",
+    "export": "{run} --data {data} --out {out}",
+}
+
+
+def caught(process: subprocess.Popen[str], number: int) -> bool:
+    """Return True once the process has a handler of a signal."""
+    masks = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return masks is not None and bool(int(masks[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ENDED)
+def test_a_signal_at_any_moment_is_one_line(name: str, run: Path, raw: Path, dataset: Path, tmp_path: Path):
+    """From the first line of our own on: Python's start before it takes 0.02 s."""
+    assert [*ENDED][3:] == [*COMMANDS]
+    own, moments = Path(shutil.copytree(run, tmp_path / "run")), random.Random(name)
+    if name == "similar":
+        assert trainer("index", own, dataset).exit_code == 0
+    for i in range(9):
+        out, number = tmp_path / f"out{i}", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
+        words = ENDED[name].format(raw=raw, data=dataset, run=own, out=out).split()
+        process = begun([sys.executable, *([] if "/" in name else ["-m", "trainer"]), name, *words])
+        until(process, partial(caught, process, signal.SIGHUP))
+        time.sleep(moments.uniform(0, 1.5))
+        send = moments.choice((os.kill, os.killpg))
+        with suppress(ProcessLookupError):
+            send(process.pid, number)
+            if moments.random() < 0.5:
+                time.sleep(moments.uniform(0, 0.05))
+                send(process.pid, number)
+        errors = process.communicate(timeout=60)[1]
+        assert gone(process.pid)
+        if process.returncode:  # else it had ended before its moment
+            assert process.returncode == 128 + number, errors
+            assert re.fullmatch(r"Error: [^\n]*\n", errors), errors
+        assert not [*tmp_path.rglob("*.tmp")]
 
 
 def test_without_validation_images_a_run_ends_and_says_so(raw: Path, tmp_path: Path):
