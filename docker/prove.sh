@@ -59,6 +59,9 @@ folder = pathlib.Path(sys.argv[1])
 if "cert" in values:  # at a place of its own: the package ca-certificates writes the usual one
     shutil.copy(values["cert"], folder / "ca.crt")
     values["cert"] = "/etc/host-ca.crt"
+if "constraint" in values:
+    (folder / "constraints.txt").write_text("".join(pathlib.Path(name).read_text() for name in values["constraint"].split()))
+    values["constraint"] = "/etc/host-constraints.txt"
 (folder / "pip.conf").write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in values.items()))
 local = {name: value for name, value in values.items() if name in ("find-links", "index-url", "extra-index-url")}
 parts = {part.removeprefix("file://") for value in local.values() for part in value.split()}
@@ -70,7 +73,9 @@ PY
 sed -E 's#^[a-z]+://([^/:]+).*#\1#' <<<"$mirror" >>"$work/host/hosts"
 mounts=(--volume "$work/host/sources.list:/etc/apt/sources.list:ro" --volume "$work/host/apt.conf:/etc/apt/apt.conf:ro"
   --volume "$work/host/pip.conf:/etc/pip.conf:ro")
-[ -f "$work/host/ca.crt" ] && mounts+=(--volume "$work/host/ca.crt:/etc/host-ca.crt:ro")
+for name in ca.crt constraints.txt; do
+  [ -f "$work/host/$name" ] && mounts+=(--volume "$work/host/$name:/etc/host-$name:ro")
+done
 while read -r path; do mounts+=(--volume "$path:$path:ro"); done <"$work/host/paths"
 
 # 3. the base image and both targets

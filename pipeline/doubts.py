@@ -51,7 +51,7 @@ def doubts(dataset: Manifest, samples: Mapping[str, np.ndarray] | None = None) -
 def _per_class(records: np.ndarray, classes: int) -> np.ndarray:
     """Return the number of samples by label, (classes,) int64."""
     labels = records["label"]
-    return np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)  # verify finds others
+    return np.bincount(labels[labels >= 0], minlength=classes)
 
 
 def _of_validation(dataset: Manifest, counts: Mapping[str, np.ndarray]) -> Iterator[str]:

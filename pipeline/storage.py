@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import sys
 import time
 from collections import deque
@@ -19,11 +20,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline import UserError
-from pipeline.volumes import is_junk, naming
+from pipeline.volumes import is_junk, mode_and_size, naming, open_regular
 
 # For mypy a Path, as it knows the methods of both. At run time a remote UPath is no Path, but a local UPath is one.
 Location: TypeAlias = Path
@@ -148,7 +149,8 @@ def scan(folder: Location) -> list[Entry]:
     """Return a folder's entries in the order of their names' bytes. Raises FileNotFoundError, NotADirectoryError."""
     if isinstance(folder, Path):
         with os.scandir(folder) as inside:
-            entries = [Entry(e.name, e.is_file(), e.is_dir(), e.stat().st_size if e.is_file() else 0) for e in inside]
+            kinds = [(entry.name, *mode_and_size(entry)) for entry in inside]
+        entries = [Entry(name, stat.S_ISREG(mode), stat.S_ISDIR(mode), size) for name, mode, size in kinds]
     else:
         entries, own = [], folder.path.strip("/")
         for info in retried(folder, "list", lambda fs, path: fs.ls(path, detail=True)):
@@ -184,7 +186,7 @@ def sizes(root: Location, names: Iterable[str]) -> dict[str, int]:
 def opened(path: Location) -> Iterator[tuple[Read, int]]:
     """Yield positioned reads of a file, for one thread, and its bytes. Remote reads fetch `BLOCK` bytes ahead."""
     if isinstance(path, Path):
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             yield lambda size, at: _pread(file, size, at), os.fstat(file.fileno()).st_size
     else:
         from fsspec.caching import ReadAheadCache
@@ -205,11 +207,11 @@ def read_range(file: str, offset: int, size: int) -> bytes:
 
     if _protocol(file):
         return retried(file, "read", ranged) if size > 0 else b""
-    with open(file, "rb") as local:
+    with open_regular(file) as local:
         return _pread(local, size, offset)
 
 
-def _pread(file: IO[bytes], size: int, offset: int) -> bytes:
+def _pread(file: BinaryIO, size: int, offset: int) -> bytes:
     with naming(file.name):
         return os.pread(file.fileno(), size, offset)
 
@@ -217,8 +219,8 @@ def _pread(file: IO[bytes], size: int, offset: int) -> bytes:
 def read_bytes(path: Location) -> bytes:
     """Return a whole file. Raises FileNotFoundError."""
     if isinstance(path, Path):
-        with naming(path):
-            return path.read_bytes()
+        with naming(path), open_regular(path) as file:
+            return file.read()
     total, _ = stamp(path)
     pieces = read_ahead(range(0, total, PIECE), lambda at: read_range(str(path), at, min(PIECE, total - at)), 4)
     return b"".join(piece for _, piece in pieces)

@@ -1,16 +1,19 @@
-"""Errors of local volumes in one line: not mounted, empty, read-only, or another user's, each with the remedy."""
+"""Local files as they may be: links to nothing, pipes; on volumes not mounted, empty, read-only, or another user's."""
 
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from pipeline import UserError
 
 CONTAINER = "PENSTOCK_CONTAINER"  # set in the images of docker/Dockerfile, where what lies in no volume is soon lost
 MOUNTS = Path("/proc/self/mountinfo")
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # errors of links
 # What file systems, network storage and desktops put into a folder without being asked
 JUNK = {"lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", "@Recycle", "#recycle", ".thumbnails"}
 JUNK |= {"#snapshot", "@Recently-Snapshot", "@tmp"}
@@ -38,6 +41,33 @@ def naming(path: object) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a local file to read. Raises OSError, also for a pipe, whose writer nobody waits for, and for a device."""
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        if stat.S_ISREG(mode := os.fstat(descriptor).st_mode) or stat.S_ISDIR(mode):  # open() refuses folders itself
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.ESPIPE, "not a regular file", str(path))
+
+    return open(path, "rb", opener=opener)
+
+
+def mode_and_size(entry: "os.DirEntry[str]") -> tuple[int, int]:
+    """Return the mode of what an entry of a folder is or leads to, 0 for a link to nothing or to itself; and its bytes.
+
+    The bytes of all but a regular file are 0.
+    """
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in NOWHERE:
+            raise
+        return 0, 0
+    return status.st_mode, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def is_junk(name: str) -> bool:

@@ -6,9 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
+
+if TYPE_CHECKING:
+    from pipeline.online.batch import Batch
 
 ADDRESS, ROOT = "127.0.0.1", Path(__file__).parent.parent
 
@@ -27,12 +32,15 @@ class Crew:
         line, pipe = [sys.executable, __file__], subprocess.PIPE
         self._workers = [subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) for _ in range(size)]
 
-    def run(self, *commands: Sequence[object]) -> list[Ended]:
-        """Run each command line in a process of its own, all of one job; at most as many as there are processes."""
+    def run(self, *commands: Sequence[object], double: bool = False) -> list[Ended]:
+        """Run each command line in a process of its own, all of one job; at most as many as there are processes.
+
+        `double`: weights, images and masks of training are float64; so are its checkpoints, which no command reads.
+        """
         workers = self._workers[: len(commands)]
         for worker, command, variables in zip(workers, commands, environments(len(commands))):
             assert worker.stdin
-            worker.stdin.write(json.dumps([variables, [str(word) for word in command]]) + "\n")
+            worker.stdin.write(json.dumps([variables, [str(word) for word in command], double]) + "\n")
             worker.stdin.flush()
         return [Ended(*json.loads(worker.stdout.readline())) for worker in workers if worker.stdout]
 
@@ -88,6 +96,23 @@ def until(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Make networks and images double; masks have the type of what they multiply."""
+    from pipeline.online import Loader
+    from trainer.parallel import TwoColumnNet
+
+    def images(loader: Loader) -> "Batch":
+        batch = prepared(loader)
+        batch.replicas = tuple(images.double() for images in batch.replicas)
+        return batch
+
+    prepared = Loader.__next__
+    network = mock.patch("trainer.train.TwoColumnNet", lambda *arguments: TwoColumnNet(*arguments).double())
+    with network, mock.patch.object(Loader, "__next__", images):
+        yield
+
+
 def main() -> None:
     import torch
     from click.testing import CliRunner
@@ -100,9 +125,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else a library prints goes to stderr
     for line in sys.stdin:
-        variables, words = json.loads(line)
+        variables, words, double = json.loads(line)
         os.environ |= variables
-        result = CliRunner().invoke(trainer, words)
+        with in_float64() if double else nullcontext():
+            result = CliRunner().invoke(trainer, words)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         print(json.dumps([result.exit_code, result.output]), file=answers, flush=True)

@@ -26,7 +26,7 @@ from pipeline.offline.build import build
 from pipeline.offline.plan import make_plan
 from pipeline.offline.sources import find_sources
 from reference import view_places
-from runs import trainer
+from runs import beginning, trainer
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint
 from trainer.model import Grouped
@@ -109,7 +109,7 @@ def weights(data: Path, seed: int = 0) -> dict[str, torch.Tensor]:
 def save_run(run: Path, data: Path, values: dict[str, torch.Tensor], classes: tuple[str, ...] = CLASSES) -> None:
     dataset = manifest.load(data)
     velocity = {name: torch.zeros_like(value) for name, value in values.items()}
-    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, values, velocity, {}, {}, ()))
+    checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, values, velocity, *beginning(STEP)))
 
 
 def stored(data: Path, split: str) -> tuple[np.ndarray, list[int | None], list[str]]:

@@ -1,4 +1,4 @@
-"""A data set and a run made here, and the page that `python -m trainer figures` writes of them, as a tree."""
+"""Data sets and runs made here, and the page that `python -m trainer figures` writes of them, as a tree."""
 
 import base64
 import io
@@ -13,11 +13,13 @@ import torch
 from click.testing import Result
 from PIL import Image
 
+from conftest import build as build_command
+from conftest import picture
 from pipeline.manifest import BuildRecipe, Manifest
 from pipeline.offline.build import build
 from pipeline.offline.plan import make_plan
 from pipeline.offline.sources import find_sources
-from runs import trainer
+from runs import beginning, trainer
 from trainer import checkpoint as checkpoints
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint
@@ -37,6 +39,34 @@ RATIOS = {"conv1": (0.004, 0.002, 0.001), "fc8": (0.5, 0.0, 0.125)}  # by layer;
 VALIDATION = {"step": 40, "epoch": 9, "samples": 9, "top1_error": 62.5, "top5_error": 12.25, "nll": 1.0625}
 CENTRE = {"samples": 9, "top1_error": 61.24, "top5_error": 13.37, "nll": 1.5151}
 TEN = {"samples": 9, "top1_error": 59.91, "top5_error": 11.13, "nll": 1.4142}
+
+NETWORK = """
+[model]
+size = 24
+order = ["conv1", "fc2"]
+layers.conv1 = { kind = "conv", width = 4, kernel = 5, stride = 3, then = ["relu"] }
+layers.fc2 = { kind = "linear", sees = "both" }
+"""
+LINEAR = """
+[model]
+size = 24
+columns = 1
+order = ["fc2"]
+layers.fc2 = { kind = "linear", sees = "both" }
+"""
+
+
+def short_run(folder: Path, counts: dict[str, int], *settings: str, network: str = NETWORK) -> list[object]:
+    """Build a data set of so many pictures of SPLIT/CLASS; return the words that train a network of a few weights."""
+    for name, count in counts.items():
+        (folder / "raw" / name).mkdir(parents=True)
+        for i in range(count):
+            picture(f"{name}{i}", 40, 40).save(folder / "raw" / name / f"{name[-1]}{i}.png")
+    assert build_command(folder / "raw", folder / "data", "--workers", 1, "--size", 32).exit_code == 0
+    (folder / "recipe.toml").write_text(network)
+    words = [word for setting in ("train.batch_size=2", *settings) for word in ("--set", setting)]
+    words += ["--recipe", folder / "recipe.toml", "--devices", "cpu" if network == LINEAR else "cpu,cpu"]
+    return ["train", "--data", folder / "data", "--out", folder / "run", *words]
 
 
 @dataclass
@@ -123,7 +153,7 @@ def save_run(run: Path, dataset: Manifest) -> dict[str, torch.Tensor]:
         weights[name] = torch.randn(shape, generator=generator) * 1.5 / math.sqrt(math.prod(shape[1:]))
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
     classes = tuple(record.wnid for record in dataset.classes)
-    plain: tuple = ({}, {"steps": RECIPE.train.steps}, ())
+    plain = beginning(STEP, RECIPE.train.steps)
     checkpoints.save(run, Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *plain))
     lines: list[dict] = [{"kind": "train", **line} for line in TRAIN]
     for i, line in enumerate(lines):

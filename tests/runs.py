@@ -90,6 +90,13 @@ def of_november_2026(checkpoint: Checkpoint, recipe: dict[str, Any] | None = Non
     return len(text).to_bytes(8, "little") + text + data
 
 
+def beginning(step: int, steps: int | None = None) -> tuple[dict[str, Any], dict[str, Any], tuple[()]]:
+    """Return loader, progress and history of a checkpoint that no training wrote."""
+    schedule, window = {"best": None, "since": 0, "fallen": 0}, {"losses": 0.0, "images": 0}
+    progress = {"schedule": schedule, "window": window, "steps": step if steps is None else steps, "over": False}
+    return {"step": step, "bad": []}, progress, ()
+
+
 def assert_same_end(one: Path, other: Path) -> None:
     """Check that two runs ended with the same bytes of weights and velocities, and the same metrics but for times."""
     first, second = checkpoints.load(one), checkpoints.load(other)

@@ -59,7 +59,7 @@ def remake(root: Path, change: Callable[[dict], object] = lambda body: None) -> 
         shard["bytes"] = body["files"][shard["name"]]["bytes"]
     del body["checksum"], body["identity"]
     change(body)
-    signed = {key: body[key] for key in manifest.IDENTITY_KEYS}
+    signed = {key: body.get(key) for key in manifest.IDENTITY_KEYS}
     body.setdefault("identity", manifest.sha256(manifest.canonical_json(signed)))
     checksum = manifest.sha256(manifest.canonical_json(body))
     (root / "dataset.json").write_bytes(manifest.canonical_json(body | {"checksum": checksum}))

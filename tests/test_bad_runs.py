@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -242,6 +243,37 @@ def test_what_cannot_change_on_resume(run: Path, raw: Path, dataset: Path, tmp_p
     other = resume(tmp_path / "two", run, "train.steps=5", more=("--other-data",))
     one_line(other, "has learned 3 classes", "has 2", "--init")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data DATA --out RUN --resume",
+        "train --data DATA --out OUT --recipe tiny --init RUN",
+        "evaluate --data DATA --checkpoint RUN",
+        "export RUN --data DATA --out OUT",
+        "predict --data DATA --checkpoint RUN PICTURE",
+        "index RUN DATA",
+        "similar --data DATA --checkpoint RUN PICTURE",
+        "figures RUN --data DATA",
+        "ensemble RUN RUN --data DATA",
+    ],
+)
+def test_no_command_takes_tensors_of_other_shapes_than_the_recipes(
+    run: Path, raw: Path, dataset: Path, tmp_path: Path, command: str
+):
+    """As one number for all classes a bias would fit, and be wrong; under a right checksum."""
+    file = checkpoints.step_file(tmp_path / "run", 4)
+    saved = checkpoints.load(run)
+    values = saved.weights | {"fc8.bias": saved.weights["fc8.bias"][:1]}
+    checkpoints.save(tmp_path / "run", replace(saved, weights=values))
+    paths = {"RUN": tmp_path / "run", "DATA": dataset, "OUT": tmp_path / "out"}
+    paths["PICTURE"] = next((raw / "val").rglob("*.jpg"))
+    result = trainer(*(paths.get(word, word) for word in command.split()))
+    one_line(
+        result, f"Error: {file}: damaged (weights.fc8.bias is (1,), its recipe says (3,)); name another checkpoint"
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_the_page_of_a_network_without_kernels(dataset: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from pipeline.manifest import DatasetError
 from pipeline.offline.build import ShardSlice
 from pipeline.offline.build import build as write
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
-from stored import evaluation_plan, remake
+from stored import evaluation_plan
 from tars import tar_bytes, tree
 
 LITTLE = ("--workers", 1, "--samples-per-shard", 16)
@@ -305,12 +305,6 @@ def test_a_set_for_evaluation_without_a_picture_is_refused(small: Path, tmp_path
     assert not (tmp_path / "data" / "dataset.json").exists()
     with pytest.raises(UserError, match=r"^no picture to evaluate is left: "):
         evaluation_plan(tmp_path / "raw", small, ["no such class"])
-
-
-def test_an_unknown_key_with_a_right_checksum_is_an_error(root: Path):
-    remake(root, lambda body: body["recipe"].update(colour="grey"))
-    with pytest.raises(DatasetError, match="colour"):
-        manifest.load(root)
 
 
 def test_a_damaged_dataset_is_an_error_that_names_the_file(dataset: Path, tmp_path: Path):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,26 +19,33 @@ from safetensors import safe_open
 
 from conftest import ROOT
 from pipeline import UserError
-from runs import of_november_2026
+from runs import beginning, of_november_2026
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import META, Checkpoint, CheckpointError, CheckpointWriter, best_file, files, load, save
-from trainer.recipe import Recipe, override
+from trainer.layers import shapes
+from trainer.recipe import Recipe, from_dict, override
 
 FLOATS = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e22, 2.0**-1074 * 3]
 
 
-def checkpoint(step: int, elements: int = 12) -> Checkpoint:
-    """Of random tensors, a scalar and one that is not contiguous among them."""
+def checkpoint(step: int, elements: int = 12, recipe: Recipe | None = None) -> Checkpoint:
+    """Of random tensors, none of which is contiguous where it has two dimensions, in a recipe of two small layers."""
     random = torch.Generator().manual_seed(step)
+    layers = f"fc6={{kind='linear', width={elements // 3}, then=['relu']}}, fc8={{kind='linear'}}"
+    model = f"model={{size=1, columns=1, order=['fc6', 'fc8'], layers={{{layers}}}}}"
+    recipe = recipe or from_dict(tomllib.loads(model), override(Recipe(), ["optim.lr=0.3", "train.seed=7"]), "")
 
     def drawn() -> dict[str, torch.Tensor]:
-        big = torch.randn(3, elements // 3, generator=random).t()
-        return {"fc6.weight": big, "conv1.bias": torch.randn(5, generator=random), "scale": torch.tensor(step / 7)}
+        sizes = shapes(recipe.model, 2)
+        return {
+            name: torch.randn(size[::-1], generator=random).permute(*range(len(size))[::-1])
+            for name, size in sizes.items()
+        }
 
-    recipe = override(Recipe(), ["optim.lr=0.3", "train.seed=7"])
+    _, progress, _ = beginning(step)
     loader = {"version": 1, "order": "uniform", "step": step, "bad": [3, 2**40], "window": None}
-    progress = {"loss": FLOATS, "best": {"step": 3, "top1_error": 42.123456789012345}, "on": True, "ünit": "µs"}
-    history = ({"step": 0, "devices": "cpu,cpu"}, {"step": 2, "torch": "2"})
+    progress |= {"loss": FLOATS, "best": {"step": 3, "top1_error": 42.123456789012345}, "on": True, "ünit": "µs"}
+    history = ({"step": 0, "devices": ["cpu", "cpu"]}, {"step": 2, "torch": "2"})
     return Checkpoint(step, recipe, ("a", "b"), "f" * 64, drawn(), drawn(), loader, progress, history)
 
 
@@ -86,14 +95,16 @@ def test_values_that_would_not_come_back_are_refused_before_writing(tmp_path: Pa
 
 
 def test_a_checkpoint_of_the_earlier_code_loads(tmp_path: Path):
-    """Its recipe has every key of that time; test_train resumes a run from one."""
+    """Without a checksum. Its recipe has every key of that time; test_train resumes a run from one."""
     recipe = json.loads((Path(__file__).parent / "recipe-2026-11.json").read_text())
-    path = checkpoints.step_file(tmp_path, 3)
+    for layer in list(recipe["model"]["layers"].values())[:-1]:
+        layer["width"] = 2
+    path, saved = checkpoints.step_file(tmp_path, 3), checkpoint(3, recipe=from_dict(recipe, Recipe(), ""))
     path.parent.mkdir()
-    path.write_bytes(of_november_2026(checkpoint(3), recipe))
+    path.write_bytes(of_november_2026(saved, recipe))
     old = load(tmp_path)
     assert json.loads(json.dumps(asdict(old.recipe))) == recipe
-    assert_same(old, replace(checkpoint(3), recipe=old.recipe))
+    assert_same(old, saved)
 
 
 @dataclass
@@ -106,33 +117,72 @@ class Payload:
         return os.mkdir, (self.folder,)
 
 
-def altered(without: str = "", **values: object) -> Callable[[Path], object]:
-    """Return a function that writes a checkpoint anew, with other values in its metadata, or a tensor less."""
+def altered(key: str = "step", value: object = 3, tensors: Callable[[dict], object] = dict) -> Callable[[Path], object]:
+    """Return a function that writes a checkpoint anew, under a right checksum, with a value or the tensors changed."""
 
     def alter(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()[META]) | values
-        tensors = {name: value for name, value in safetensors.torch.load_file(path).items() if name != without}
-        safetensors.torch.save_file(tensors, path, {META: json.dumps(plain)})
+            plain = json.loads(file.metadata()[META])
+        *sections, last = key.split(".")
+        holder = plain
+        for section in sections:
+            holder = holder[int(section) if isinstance(holder, list) else section]
+        holder[last] = value
+        stored = safetensors.torch.load_file(path)
+        tensors(stored)
+        safetensors.torch.save_file(stored, path, {META: checkpoints.sealed(stored, json.dumps(plain))})
 
     return alter
+
+
+def written(tensors: dict[str, torch.Tensor], **texts: str) -> Callable[[Path], object]:
+    return lambda path: safetensors.torch.save_file(tensors, path, texts)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: os.truncate(path, 0), "damaged"),
     "a byte short": (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
     "torch.save": (lambda path: torch.save(Payload(f"{path}.unpickled"), path), "damaged"),
-    "of others": (lambda path: safetensors.torch.save_file({"a": torch.zeros(2)}, path), "something else"),
-    "not JSON": (lambda path: safetensors.torch.save_file({}, path, {META: "{"}), "damaged"),
-    "no object": (lambda path: safetensors.torch.save_file({}, path, {META: "[1]"}), "not a JSON object"),
-    "deep JSON": (lambda path: safetensors.torch.save_file({}, path, {META: "[" * 10**5}), "damaged"),
-    "NaN": (altered(progress={"a": float("nan")}), "NaN is not a finite number"),
-    "negative step": (altered(step=-1), "(step: missing"),
-    "newer format": (altered(format=3), "of format 3, and this version of the program reads format 2; read it with"),
-    "no format": (lambda path: safetensors.torch.save_file({}, path, {META: "{}"}), "of format 1, and this version"),
-    "types": (altered(step="3", history=None), "damaged (step, history: missing, or of another type)"),
-    "recipe": (altered(recipe={"nonsense": 1}), "another version of this program (its recipe: unknown key nonsense"),
-    "no velocity": (altered(without="velocity.scale"), "weights and velocity differ"),
+    "of others": (written({"a": torch.zeros(2)}), "something else"),
+    "not JSON": (written({}, penstock="{"), "damaged (input data was truncated)"),
+    "no object": (written({}, penstock="[1]"), "damaged (expected object, got array)"),
+    "deep JSON": (written({}, penstock='{"a":' * 10**5), "damaged"),
+    "NaN": (written({}, penstock='{"a": NaN}'), "is malformed: invalid character (byte 6))"),
+    "negative step": (altered("step", -1), "damaged (step: expected int >= 0)"),
+    "newer format": (altered("format", 3), "of format 3, and this version of the program reads format 2; read it with"),
+    "no format": (written({}, penstock="{}"), "of format 1, and this version"),
+    "type": (altered("step", "3"), "damaged (step: expected int, got str)"),
+    "no history": (altered("history", None), "damaged (history: expected array, got null)"),
+    "a start": (altered("history.0.devices", "cpu"), "damaged (history[0].devices: expected array, got str)"),
+    "a change": (altered("history.0.changed", {"a": [1]}), "expected array of length 2, got 1"),
+    "a label": (altered("classes", ["a", 1]), "damaged (classes[1]: expected str, got int)"),
+    "no classes": (altered("classes", []), "damaged (classes: expected array of length >= 1)"),
+    "data set": (altered("dataset", "f"), "damaged (dataset: expected str matching regex"),
+    "recipe": (altered("recipe", {"nonsense": 1}), "version of this program (its recipe: unknown key nonsense"),
+    "no recipe": (altered("recipe", {}), "model.order = (): must be one layer at least"),
+    "no loader": (altered("loader", {}), "damaged (loader: object missing required field step)"),
+    "another step": (altered("loader.step", 4), "damaged (it is of step 3, and its loader's state of step 4)"),
+    "bad": (altered("loader.bad", [-1]), "damaged (loader.bad[0]: expected int >= 0)"),
+    "no progress": (altered("progress", {}), "damaged (progress: object missing required field schedule)"),
+    "plateaus": (altered("progress.schedule.best", "x"), "damaged (progress.schedule.best: expected float | null, got"),
+    "window": (altered("progress.window", None), "damaged (progress.window: expected object, got null)"),
+    "pending": (altered("progress.pending", 1), "damaged (progress.pending: expected bool, got int)"),
+    "no velocity": (
+        altered(tensors=lambda t: t.pop("velocity.fc6.bias")),
+        "(velocity.fc6.bias is missing, its recipe says (4,))",
+    ),
+    "one too many": (altered(tensors=lambda t: t.update(a=torch.zeros(1))), "a is (1,), its recipe says none"),
+    "a number for all": (
+        altered(tensors=lambda t: t.update({"weights.fc8.bias": torch.zeros(1)})),
+        "weights.fc8.bias is (1,), its recipe says (2,)",
+    ),
+    "float64": (
+        altered(tensors=lambda t: t.update({"velocity.fc6.weight": torch.zeros(4, 3).double()})),
+        "damaged (velocity.fc6.weight is not float32)",
+    ),
+    "unknown": (altered("checksun", "0" * 64), "damaged (unknown key checksun)"),
+    "a fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
 }
 
 
@@ -148,6 +198,20 @@ def test_every_damage_is_one_line(tmp_path: Path, damage: str):
     older = save(tmp_path, checkpoint(1))
     assert refusal(lambda: load(tmp_path)).endswith(f"; delete it to use {older.name}")
     assert names(tmp_path) == [older.name, path.name]  # nothing was unpickled
+
+
+def test_every_flipped_bit_is_in_the_way(tmp_path: Path):
+    """Of the header's length, its JSON, its padding, the tensors."""
+    path = save(tmp_path, checkpoint(3))
+    good, chance = path.read_bytes(), random.Random(3)
+    for i in [*range(8), *chance.sample(range(8, len(good)), 300)]:
+        data = bytearray(good)
+        data[i] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        message = refusal(lambda: load(tmp_path))
+        assert message.startswith(f"{path}: ")
+        if i >= len(good) - 8 * sum(value.numel() for value in checkpoint(3).weights.values()):
+            assert "damaged (its checksum is not that of its bytes)" in message
 
 
 def test_what_is_there_and_what_is_not(tmp_path: Path):
@@ -185,13 +249,13 @@ def test_a_save_returns_at_once_and_waits_for_the_one_before(tmp_path: Path, mon
 
     monkeypatch.setattr(checkpoints, "write", slow)
     with CheckpointWriter(tmp_path, keep=3) as writer:
-        progress = {"loss": 1.0}
+        progress = checkpoint(1).progress | {"loss": 1.0}
         path = writer.save(replace(checkpoint(1), progress=progress))
         progress["loss"] = 2.0  # what the loop goes on to do
         assert not path.exists()
         threading.Timer(0.1, gate.set).start()
         writer.save(checkpoint(2))
-        assert load(path).progress == {"loss": 1.0}
+        assert load(path).progress["loss"] == 1.0
     assert load(tmp_path).step == 2
 
 
@@ -253,7 +317,7 @@ print(leftovers)
 
 def test_a_write_that_fails_leaves_the_older_ones(tmp_path: Path):
     """Beyond a limit of the size of files: some of it is written, then EFBIG."""
-    writer, small, large = CheckpointWriter(tmp_path, keep=1), checkpoint(1, 3000), checkpoint(2, 60_000)
+    writer, small, large = CheckpointWriter(tmp_path, keep=1), checkpoint(1, 1500), checkpoint(2, 60_000)
     path = writer.save(small, best=True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import runs
 from conftest import ROOT
@@ -21,11 +23,12 @@ from evaluated import Made, shared_made  # noqa: F401  # a fixture
 from stored import damage
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
+from trainer.recipe import flat
 
 pytestmark = pytest.mark.proof  # processes of torchrun
 
 Pair = tuple[Path, list[Ended]]  # a run of two processes, and how each ended
-STEPS, SAVED = 20, 8
+STEPS, SAVED, FEW = 20, 8, 4
 # first weights and rates that move the loss, and not so far that rounding grows; conv1 is frozen half-way; of 41
 # samples the last batch of an epoch has one, for the first process; SAVED is between two log lines
 SETTINGS = (
@@ -82,24 +85,45 @@ def exit_codes(ended: list[Ended]) -> list[int]:
     return [process.exit_code for process in ended]
 
 
-def assert_the_same_training(run: Path, other: Path) -> None:
-    """But for rounding: plain averaging of gradients over unequal parts would be off by 1 % and more.
+def assert_equal_at_first(run: Path, other: Path, start: int = 0) -> None:
+    """Check the same steps, and FEW of them from `start` on to 1e-5.
 
-    Of seeds 1, 2, 7, 11 and 2012 rounding was up to 1.3e-5 of the change of a layer's weights.
+    From then on float32's rounding may grow, on some data a thousandfold in five steps, as it does with another number
+    of threads. Plain averaging of gradients over unequal parts would be off by 1 % at once.
     """
     lines, expected_lines = read(run), read(other)
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected_lines]
-    for kind, key in (("train", "loss"), ("validation", "top1_error"), ("validation", "nll")):
-        values, expected = ([line[key] for line in own if line["kind"] == kind] for own in (lines, expected_lines))
-        assert values == pytest.approx(expected, rel=1e-5)
-    first = checkpoints.load(checkpoints.step_file(other, 0)).weights
+    near = [pair for pair in zip(lines, expected_lines) if start < pair[0]["step"] <= start + FEW]
+    assert near
+    for line, expected in near:
+        for key in {"loss", "top1_error", "nll"} & line.keys():
+            assert line[key] == pytest.approx(expected[key], rel=1e-5)
     for step in (SAVED, STEPS):
         saved, expected = (checkpoints.load(checkpoints.step_file(folder, step)) for folder in (run, other))
-        assert saved.progress["schedule"] == expected.progress["schedule"]
+        assert saved.progress["schedule"].keys() == expected.progress["schedule"].keys()
         assert saved.loader == expected.loader
-        for name, value in expected.weights.items():
-            change = float((value - first[name]).norm())
-            assert float((saved.weights[name] - value).norm()) < 1e-3 * change, (step, name)
+
+
+@pytest.mark.parametrize("name", ["data", "plain"])
+def test_several_processes_train_as_one_in_float64(
+    request: pytest.FixtureRequest, crew: Crew, tmp_path: Path, name: str
+):
+    """Losses, errors and weights, over all steps: with dropout, uneven and empty parts, a frozen layer."""
+    root, run = request.getfixturevalue(name), [tmp_path / str(count) for count in range(4)]
+    for count in (1, 2, 3):
+        ended = crew.run(*[training(root, run[count])] * count, double=True)
+        assert exit_codes(ended) == [0] * count, ended
+    first = load_file(checkpoints.step_file(run[1], 0))
+    for count in (2, 3):
+        for line, expected in zip(read(run[count]), read(run[1]), strict=True):
+            one, other = (flat({**values, "time": 0, "kind": len(values["kind"])}) for values in (line, expected))
+            assert one == pytest.approx(other, rel=1e-14, abs=0)
+        for step in (SAVED, STEPS):
+            values, expected = (load_file(checkpoints.step_file(folder, step)) for folder in (run[count], run[1]))
+            for key, value in expected.items():
+                assert value.dtype == torch.float64
+                assert float((values[key] - value).norm()) <= 1e-14 * float(value.norm()), (count, step, key)
+                assert step < STEPS or not torch.equal(value, first[key])
 
 
 def test_two_processes_train_as_one(alone: Path, pair: Pair):
@@ -108,7 +132,7 @@ def test_two_processes_train_as_one(alone: Path, pair: Pair):
     assert all(line.endswith("stands in") for line in second.output.splitlines())  # of what it met itself
     assert all(f": sample {sample} (key " in first.output + second.output for sample in BAD)
     assert "two columns on cpu and cpu, in each of 2 processes" in first.output
-    assert_the_same_training(run, alone)
+    assert_equal_at_first(run, alone)
     spread = [line["loss"] for line in read(alone) if line["kind"] == "train"]
     assert max(spread) - min(spread) > 0.01  # else it would prove little
     assert checkpoints.load(run).loader["bad"] == list(BAD)
@@ -117,7 +141,7 @@ def test_two_processes_train_as_one(alone: Path, pair: Pair):
 def test_three_processes_train_as_one(data: Path, alone: Path, crew: Crew, tmp_path: Path):
     ended = crew.run(*[training(data, tmp_path / "run")] * 3)
     assert exit_codes(ended) == [0, 0, 0], ended
-    assert_the_same_training(tmp_path / "run", alone)
+    assert_equal_at_first(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -131,7 +155,7 @@ def test_a_run_saved_with_two_processes_goes_on(
     first, *others = ended = crew.run(*[resumed(data, run)] * count)
     assert exit_codes(ended) == [0] * count, ended
     assert all(line.endswith("stands in") for other in others for line in other.output.splitlines())  # read ahead
-    assert_the_same_training(run, alone)
+    assert_equal_at_first(run, alone, SAVED)
     assert (f"from step {SAVED}: processes 2 → {count}" in first.output) == (count != 2)
     assert [entry["processes"] for entry in checkpoints.load(run).history] == [2, count]
     if count == 2:
@@ -273,7 +297,7 @@ def test_two_machines_train_as_one(data: Path, alone: Path, tmp_path: Path):
     ended = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], ended
     assert "step" not in ended[1][0]
-    assert_the_same_training(tmp_path / "run", alone)
+    assert_equal_at_first(tmp_path / "run", alone)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from pipeline import manifest
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
 from reference import jpeg_pixels
-from runs import one_line, trainer
+from runs import beginning, one_line, trainer
 from stored import jpegs
 from trainer import checkpoint as checkpoints
 from trainer import export
@@ -72,7 +72,7 @@ def exported(data: Path, run: Path) -> Exported:
     dataset, weights = manifest.load(data), drawn(RECIPE.model, 3, torch.float32)
     classes = tuple(record.wnid for record in dataset.classes)
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
-    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, {}, {"steps": STEP}, ())
+    checkpoint = Checkpoint(STEP, RECIPE, classes, dataset.identity, weights, velocity, *beginning(STEP))
     checkpoints.save(run, checkpoint)
     result = trainer("export", run, "--data", data)
     assert result.exit_code == 0, result.output

@@ -1,11 +1,12 @@
 """Faults of the machine in a build: kills and signals, a full disk, unreadable files, decodes without end.
 
-The build ends with one line; the same command goes on to the same bytes.
+The build ends with one line; the same command goes on to the same bytes. A run that has ended loses only its page.
 """
 
 import contextlib
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import LITTLE, ROOT, begun, build, command, digests, finish, gone, members, patched, until
+from reported import short_run
 
 MERGED = ("train/samples.npy*", "val/samples.npy*", "statistics.npz*", "mean.png*", "skipped.jsonl*", "dataset.json*")
 SLOW = """
@@ -27,6 +29,11 @@ def slow(*picture):
     return rescaled(*picture)
 shards.rescaled = slow
 shards.SECONDS = float(os.environ.get("SECONDS", shards.SECONDS))
+"""
+SLOW_PAGE = """
+import time
+from trainer.figures import gather
+gather.features = lambda *network: iter([time.sleep(60)])
 """
 FULL = """
 import builtins, contextlib, os
@@ -314,3 +321,26 @@ def test_a_build_stopped_for_longer_than_a_decode_may_take_goes_on(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert digests(root) == little_dataset
+
+
+# The page at the end of training
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
+def test_a_run_that_has_ended_loses_only_its_page(number: signal.Signals | None, disk: Path, tmp_path: Path):
+    """By a signal, or for a disk of 3 MB, which has no room for a page. The command that is named draws it later."""
+    words = [str(word) for word in short_run(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1}, "train.steps=2")]
+    words[words.index("--out") + 1] = run = str((tmp_path if number else disk) / "run")
+    process = begun([sys.executable, "-m", "trainer", *words], env=patched(tmp_path, SLOW_PAGE) if number else None)
+    assert any("the run is complete and saved; drawing its page" in line for line in process.stderr or ())
+    if number:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    line, _, later = errors.partition("draw its page by: " if number else "draw it by: ")
+    full = f"no page: {run}/report.html: No space left on device; "
+    assert line == (f"Error: {number.name}: the run is complete and saved; " if number else full)
+    assert process.returncode == (128 + number if number else 0)
+    assert not list(Path(run).rglob("*.tmp"))
+    drawn = subprocess.run([sys.executable, *shlex.split(later)[1:]], cwd=ROOT, check=False)
+    assert (drawn.returncode, Path(run, "report.html").exists()) == ((0, True) if number else (2, False))

@@ -22,7 +22,7 @@ from conftest import ROOT, digests
 from networks import drawn, narrow
 from pipeline import manifest
 from pipeline.online.samples import SampleReader
-from runs import one_line, trainer
+from runs import beginning, one_line, trainer
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders
 from trainer.checkpoint import Checkpoint, load_network
@@ -44,7 +44,7 @@ def save_run(run: Path, data: Path, factor: float = 1.0, step: int = 3) -> dict[
     weights = {name: value * (factor if name.startswith("fc7") else 1) for name, value in weights.items()}
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
     classes = tuple(record.wnid for record in dataset.classes)
-    state = Checkpoint(step, RECIPE, classes, dataset.identity, weights, velocity, {}, {}, ())
+    state = Checkpoint(step, RECIPE, classes, dataset.identity, weights, velocity, *beginning(step))
     checkpoints.save(run, state)
     return weights
 
@@ -307,6 +307,7 @@ def test_a_damaged_index_is_refused(name: str, picture: Path, dataset: Path, run
             ('"bits": 128', '"bits": 64', "its checksum does not fit"),
             ('"units"', '"unit"', "another version"),
             ("{", "[" * 10_000, "damaged"),
+            ('"units": ', '"more": Infinity, "units": ', "damaged"),
         ):
             assert old.encode() in intact
             changes.append((intact.replace(old.encode(), new.encode(), 1), words))

@@ -133,3 +133,13 @@ def test_every_kernel_is_in_its_position(n: int, side: int, columns: int, zoom: 
     assert [column for column, _ in starts] == list(range(columns))
     rows = -(-(n // columns) // across)
     assert all(below - above > rows * pitch for (_, above), (_, below) in pairwise(starts))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 3e38])
+def test_one_wide_kernel_of_one_value_fits_the_sheet(value: float) -> None:
+    sheet = np.asarray(kernels.sheet(np.full((1, 3, 620, 620), value, np.float32), 1))
+    assert sheet.shape[1] == 640
+    assert (sheet[:, :16] == 255).all()
+    assert (sheet[:, 624:] == 255).all()
+    grey = 255 if value else 128
+    assert (sheet[200:600, 16:624] == grey).all()

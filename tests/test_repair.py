@@ -18,7 +18,7 @@ from pipeline.offline import repair
 from pipeline.offline.build import build as write
 from pipeline.offline.verify import load
 from s3 import Store, empty_bucket, running_server  # noqa: F401 – two are fixtures
-from stored import SHARD, evaluation_plan
+from stored import SHARD, evaluation_plan, remake
 
 OPTIONS = ("--workers", 1, "--samples-per-shard", 4, "--size", 32, "--holdout", 0)
 
@@ -214,6 +214,22 @@ def test_another_recipe_or_other_samples_are_refused(cut_short: Path, tmp_path: 
     result = build(cut_short, root, *OPTIONS, "--retry-skipped")
     assert result.exit_code == 2
     assert "RAW gives other samples" in result.output or "nothing was changed" in result.output
+    assert digests(root) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]\n", b"[" * 10**5, b'{"key": "a"}\n', b'{"key": 1, "split": "val"}\n', b"\xff"]
+)
+def test_a_list_of_skipped_images_that_lies_is_named(cut_short: Path, tmp_path: Path, content: bytes):
+    root = tmp_path / "dataset"
+    assert build(cut_short, root, *OPTIONS).exit_code == 0
+    (root / "skipped.jsonl").write_bytes(content)
+    remake(root)
+    before = digests(root)
+    result = build(cut_short, root, *OPTIONS, "--retry-skipped")
+    assert result.exit_code == 2
+    problem = rf"Error: {root}/skipped.jsonl: no list of skipped images \(.*\); build the data set again\n$"
+    assert re.search(problem, result.output)
     assert digests(root) == before
 
 

@@ -1,6 +1,5 @@
 """The page of `python -m trainer figures`: whole in one file, true to its sources, whatever of the run is missing."""
 
-import errno
 import io
 import json
 import re
@@ -31,7 +30,7 @@ from reported import (
     sheet,
     source,
 )
-from runs import one_line, train, trainer
+from runs import one_line, trainer
 from stored import jpegs as jpegs_of
 from trainer import checkpoint as checkpoints
 from trainer import recipe
@@ -163,23 +162,40 @@ def test_curves_are_the_recorded_numbers(written: Written) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "change", "drawn"),
+    ("kinds", "change", "drawn", "still"),
     [
-        (("train", "validation"), {"layers": {"fc8": {"ratio": 0.0}}}, ["losses", "errors"]),  # lr = 0
-        (("validation",), {"nll": 0.0, "top1_error": 0.0}, ["losses", "errors"]),
-        (("train",), {"loss": 1e308, "layers": {"a": {"ratio": 1e-308}, "b": {"ratio": 0.0}}}, ["losses", "updates"]),
-        (("train",), {"layers": None}, ["losses"]),
-        ((), {}, []),
+        (("train", "validation"), {"layers": {"fc8": {"ratio": 0.0}}}, ["losses", "errors"], ["fc8"]),  # lr = 0
+        (("validation",), {"nll": 0.0, "top1_error": 0.0}, ["losses", "errors"], []),
+        (
+            ("train",),
+            {"loss": 1e308, "layers": {"a": {"ratio": 1e-308}, "b": {"ratio": 0}}},
+            ["losses", "updates"],
+            ["b"],
+        ),
+        (("train",), {"layers": None}, ["losses"], []),
+        ((), {}, [], []),
     ],
 )
 def test_any_curves_are_drawn_and_those_without_points_left_out(
-    kinds: tuple[str, ...], change: dict, drawn: list[str], written: Written
+    kinds: tuple[str, ...], change: dict, drawn: list[str], still: list[str], written: Written
 ) -> None:
     text = (written.run / "metrics.jsonl").read_text()
     lines = [line | change for line in map(json.loads, text.splitlines()) if line["kind"] in kinds]
     lines = [{key: value for key, value in line.items() if value is not None} for line in lines]
     html = "".join(chart.html for chart in page.charts(lines))
     assert [div.attributes["id"] for div in Page(html).root.all("div", "plotly-graph-div")] == drawn
+    assert page.still(lines) == still
+
+
+@pytest.mark.parametrize(
+    ("least", "axis"),
+    [(0.5, "1 [-1.1,1.1]"), (3.0, "1 [-0.1,1.1]"), (1e-7, "1 [-7.1,1.1]"), (1e-300, "34 [-300.1,1.1]")],
+)
+def test_a_logarithmic_axis_has_some_ticks_and_not_many(least: float, axis: str) -> None:
+    ratios = {"a": {"ratio": 2.0}, "b": {"ratio": least}}
+    *_, updates = page.charts([{"kind": "train", "step": 7, "loss": 0.0, "layers": ratios}])
+    assert " ".join(re.findall(r'"(?:range|dtick)":(\[.*?\]|\d+),', updates.html)) == axis
+    assert updates.label == f"Updates, mean |update| / mean |weight|: a 2 at step 7; b {least:.4g} at step 7"
 
 
 def outputs(written: Written, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,15 +246,19 @@ def test_many_training_images_are_looked_for_in_the_index(
     run = Path(shutil.copytree(written.run, tmp_path / "run"))
     checkpoint = checkpoints.load(run)
     network = load_network(checkpoint, written.dataset, (torch.device("cpu"),) * 2, run)
+    shown: list[tuple[object, ...]] = []
 
     def neighbours() -> str | list[list[int]]:
-        data = gather.gather(run, written.dataset, network, checkpoint)
+        shown.clear()
+        data = gather.gather(run, written.dataset, network, checkpoint, show=lambda *row: shown.append(row))
         return data.lacking.get("neighbours") or [[image.id for image in near] for _query, near in data.similar]
 
     expected = neighbours()
     assert len(expected) == 5
+    assert shown == [("training pictures through the network", 27, 27)]
     monkeypatch.setattr(gather, "SEARCHED", 3)
     assert "no index there" in neighbours()
+    assert shown == []
     monkeypatch.setattr(codes, "STEPS", 20)
     made = trainer("index", run, written.data, "--devices", "cpu,cpu", "--float32")
     assert made.exit_code == 0, made.output
@@ -328,16 +348,3 @@ def test_mistakes_are_one_line(written: Written, tmp_path: Path) -> None:
     checkpoints.save(run, replace(checkpoints.load(written.run), dataset="0" * 64))
     one_line(invoke(written.data, run), "trained on the data set 000000000000")
     assert not (run / "report.html").exists()
-
-
-def test_a_page_that_cannot_be_written_fails_no_training(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(page, "write_bytes_aside", full)
-    result = train(dataset, tmp_path / "run", 1, page=True)
-    assert result.exit_code == 0, result.output
-    assert f"no page: {tmp_path / 'run'}/figures/kernels.png: No space left on device" in result.output
-    one_line(trainer("figures", tmp_path / "run", "--data", dataset, "--devices", "cpu,cpu"), "No space left on device")

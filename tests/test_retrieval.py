@@ -1,15 +1,33 @@
 """Nearest rows against float64 over all of them, codes against numpy, and what the auto-encoder's codes find."""
 
+import os
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from trainer.retrieval import codes, search
 from trainer.retrieval.codes import learn
 from trainer.retrieval.index import write_codes, write_meta
-from trainer.retrieval.search import CODES, FEATURES, Index, Meta, binary_index, nearest, recall, similar
+from trainer.retrieval.search import (
+    CODES,
+    ENCODER,
+    FEATURES,
+    FILES,
+    META,
+    BadIndex,
+    Index,
+    Meta,
+    binary_index,
+    nearest,
+    recall,
+    similar,
+)  # fmt: skip
 
 Answer = tuple[np.ndarray, np.ndarray]
 
@@ -165,16 +183,78 @@ def test_any_rows_have_codes(n: int, units: int, bits: int):
 
 
 def test_features_stay_on_disk(tmp_path: Path):
-    """Of an index of 82 GB of holes, rows are looked up."""
-    index, shape = made(tmp_path / "index", np.zeros((2, 4096), np.float16)), (10**7, 4096)
+    """Of an index of 8 GB of holes, rows are looked up."""
+    index, shape = made(tmp_path / "index", np.zeros((2, 4096), np.float16)), (10**6, 4096)
+    np.save(index.folder / CODES, np.zeros((10**6, 8), np.uint8))
     with open(index.folder / FEATURES, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         start = file.tell()
-        file.truncate(start + 2 * 4096 * 10**7)
-        file.seek(start + 2 * 4096 * 9_999_999)
+        file.truncate(start + 2 * 4096 * 10**6)
+        file.seek(start + 2 * 4096 * 999_999)
         file.write(np.full(4096, 999, np.float16).tobytes())
     write_meta(index.folder, Meta(7, "weights", "data", "train", "fc7", *shape, 64, "float16"))
     rows = Index(index.folder).rows
     assert type(rows) is np.memmap
     assert not rows.flags.writeable
-    assert rows[[9_999_999, 3]][:, 5].tolist() == [999, 0]
+    assert rows[[999_999, 3]][:, 5].tolist() == [999, 0]
+
+
+LAYERS = {"up": torch.zeros(16, 32), "bias": torch.zeros(32), "down": torch.zeros(32, 16), "offset": torch.zeros(16)}
+
+
+@pytest.mark.parametrize(
+    ("meta", "file", "content", "words"),
+    [
+        ({"n": 2**40}, "", None, "features.npy: damaged (not float32 of shape (1099511627776, 16)"),
+        ({"n": 0}, "", None, "index.json: damaged, or of another version (n: expected int >= 1)"),
+        ({"n": 6}, "", None, "features.npy: damaged (not float32 of shape (6, 16)"),
+        ({"units": 8, "n": 24}, "", None, "features.npy: damaged (not float32 of shape (24, 8)"),
+        ({"units": "x"}, "", None, "(units: expected int, got str)"),
+        ({"dtype": "object"}, "", None, "(dtype: invalid enum value 'object')"),
+        ({"bits": 33}, "", None, "(bits: expected int that's a multiple of 8)"),
+        ({"bits": 64}, "", None, "not |u1 of shape (12, 8) in 96"),
+        ({"step": -1}, "", None, "(step: expected int >= 0)"),
+        ({}, CODES, np.zeros((12, 4), np.int8), "|i1 of shape (12, 4) in 48 bytes, not |u1 of shape (12, 4) in 48"),
+        ({}, CODES, np.zeros((12, 4), object), "damaged ("),
+        ({}, CODES, b"", "damaged ("),
+        ({}, FEATURES, np.zeros((16, 12), np.float32), "features.npy: damaged (not float32 of shape (12, 16)"),
+        (
+            {},
+            FEATURES,
+            np.zeros((12, 16), np.float32).T.copy().T,
+            "features.npy: damaged (not float32 of shape (12, 16)",
+        ),
+        (
+            {},
+            ENCODER,
+            save(LAYERS | {"up": torch.zeros(32, 16)}),
+            "not the layers of an auto-encoder of 16 units and 32 bits",
+        ),
+        ({}, ENCODER, save(LAYERS | {"up": torch.zeros(16, 32).double()}), "not the layers of"),
+        ({}, ENCODER, save(LAYERS | {"more": torch.zeros(1)}), "not the layers of"),
+        ({}, ENCODER, b"x" * 100, "damaged ("),
+    ],
+)
+def test_an_index_that_lies_under_right_digests(
+    tmp_path: Path, meta: dict[str, Any], file: str, content: np.ndarray | bytes | None, words: str
+):
+    rows = clusters(12, 16)
+    index = made(tmp_path / "index", rows, 32)
+    if isinstance(content, np.ndarray):
+        np.save(index.folder / file, content, allow_pickle=True)
+    elif content is not None:
+        (index.folder / file).write_bytes(content)
+    write_meta(index.folder, replace(index.meta, **meta))
+    with pytest.raises(BadIndex) as refusal:
+        Index(index.folder)
+    assert words in str(refusal.value)
+    assert re.fullmatch(rf"{index.folder}\b.*; make it again: python -m trainer index --force", str(refusal.value))
+
+
+@pytest.mark.parametrize("name", [META, *FILES])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str):
+    index = made(tmp_path / "index", clusters(12, 16), 32)
+    (index.folder / name).unlink()
+    os.mkfifo(index.folder / name)
+    with pytest.raises((BadIndex, OSError), match="not a regular file"):
+        Index(index.folder)

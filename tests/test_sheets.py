@@ -1,19 +1,29 @@
-"""The sheets of a run: text that is not boxes and does not overflow; pictures, bars and views in their positions."""
+"""The sheets of a run: text that is not boxes and does not overflow; pictures, bars and views in their positions.
 
-import io
+And the pages of runs that have little to show, or cannot be shown.
+"""
+
+import errno
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageColor, ImageFont
 
 from conftest import saved
-from pipeline import UserError, manifest
-from pipeline.online import Loader, augment
-from pipeline.online.samples import SampleReader
+from pipeline import UserError
+from pipeline.manifest import DatasetError
+from reported import LINEAR, NETWORK, Written, invoke, read_page, short_run
+from runs import one_line, trainer
+from stored import damage
+from trainer.figures import gather, page
 from trainer.figures.gather import Example, Neighbour
 from trainer.figures.sheets import (
-    COLOURS,
     GAP,
     MARGIN,
     NEAR,
@@ -21,10 +31,8 @@ from trainer.figures.sheets import (
     RED,
     SIDE,
     WIDTH,
-    augmentation,
     blank,
     drawable,
-    first_views,
     fitted,
     font,
     neighbours,
@@ -33,11 +41,11 @@ from trainer.figures.sheets import (
     predictions,
     tick,
 )
+from trainer.pictures import pixels
 
 FONT = ImageFont.load_default(size=19)
 WHALE = "grey whale, gray whale, devilfish, Eschrichtius gibbosus, Eschrichtius robustus"
 CLASSES = ("tench", "goldfish", "猫", WHALE, "hen")
-SEED, SAMPLE, VIEW = 7, 5, 24
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -113,10 +121,6 @@ def test_small_pictures_are_magnified_exactly_and_large_ones_fit() -> None:
 # Predictions and neighbours
 
 
-def png(pixels: np.ndarray) -> bytes:
-    return saved(Image.fromarray(pixels), "PNG")
-
-
 def position_of(tile: np.ndarray, sheet: np.ndarray) -> tuple[int, int]:
     """Left and top of the only position where a sheet holds a tile in its first 400 rows."""
     height, width = tile.shape[:2]
@@ -138,7 +142,7 @@ def ends(card: np.ndarray, colour: str) -> list[int]:
 
 def test_predictions_are_drawn_to_scale_and_the_true_label_is_red_and_ticked() -> None:
     probabilities = np.array([0.5, 0.25, 0.125, 0.0625, 0.0])
-    examples = [Example(i, png(noise(32, 32, i)), label, probabilities) for i, label in enumerate((1, -1))]
+    examples = [Example(i, noise(32, 32, i), label, probabilities) for i, label in enumerate((1, -1))]
     sheet = np.asarray(predictions(examples, words_of))
     assert sheet.shape[1] == WIDTH
     (left, top), (_, below) = (position_of(noise(32, 32, i).repeat(5, 0).repeat(5, 1), sheet) for i in (0, 1))
@@ -160,7 +164,7 @@ def test_predictions_are_drawn_to_scale_and_the_true_label_is_red_and_ticked() -
 
 def test_five_bars_are_drawn_and_a_true_label_beyond_them_is_named() -> None:
     probabilities = np.array([0.01, 0.3, 0.04, 0.25, 0.2, 0.05, 0.15])
-    missed, hit = (np.asarray(predictions([Example(0, png(noise(32, 32)), i, probabilities)], str)) for i in (0, 1))
+    missed, hit = (np.asarray(predictions([Example(0, noise(32, 32), i, probabilities)], str)) for i in (0, 1))
     full = WIDTH - MARGIN - (MARGIN + SIDE + GAP)
     assert ends(missed, "#bcd3e3") == [round(full * probability) for probability in (0.3, 0.25, 0.2, 0.15, 0.05)]
     assert ends(missed, "#f3c5c1") == []
@@ -171,8 +175,8 @@ def test_five_bars_are_drawn_and_a_true_label_beyond_them_is_named() -> None:
 def test_neighbours_stand_apart_from_the_query() -> None:
     pictures = [noise(41, 41, seed) for seed in range(7)]
     distances = (0.0, 1e-30, 1.5, float("inf"), 6.0, 7.5)
-    near = [Neighbour(i, png(pictures[i + 1]), 2 if i == 2 else 3, distances[i]) for i in range(6)]
-    query = Example(0, png(pictures[0]), 2, np.zeros(5))
+    near = [Neighbour(i, pictures[i + 1], 2 if i == 2 else 3, distances[i]) for i in range(6)]
+    query = Example(0, pictures[0], 2, np.zeros(5))
     sheet = np.asarray(neighbours(((query, tuple(near)),), words_of))
     assert position_of(pictures[0].repeat(4, 0).repeat(4, 1), sheet)[0] == MARGIN + (SIDE - 164) // 2
     positions = [position_of(pixels.repeat(3, 0).repeat(3, 1), sheet) for pixels in pictures[1:]]
@@ -188,64 +192,159 @@ def test_neighbours_stand_apart_from_the_query() -> None:
     assert tops[0] + 123 < rows.min() < rows.max() < tops[3]
 
 
-# The views of a sample
+# The pages of odd runs
+
+ONE, TWO = {"train/a": 1}, {"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1}
+FROZEN, BOTH = "optim.layers.conv1.frozen_from=0.001", ("conv1", "fc2")
+STILL = [f"optim.layers.{layer}.{key}=0" for layer in BOTH for key in ("lr", "bias_lr", "decay")]
+ZEROS = [*STILL, *(f"model.layers.{layer}.sd=0" for layer in BOTH), "train.log_every=1"]
+NO_VAL, ALL = "The data set has no images in val.", ["augmentation", "kernels", "neighbours", "predictions"]
 
 
-def stored(dataset: manifest.Manifest) -> np.ndarray:
-    with SampleReader(dataset, "train") as reader:
-        return np.asarray(Image.open(io.BytesIO(reader.read(np.array([SAMPLE]))[0].tobytes())))
+@pytest.mark.parametrize(
+    ("counts", "settings", "network", "sheets", "charts", "words"),
+    [
+        pytest.param(
+            *(ONE, ["train.steps=1"], NETWORK, ["augmentation", "kernels"]),
+            {"losses": "training 0 at step 1", "updates": "; fc2 "},
+            {"result": NO_VAL, "validation-images": NO_VAL, "similar-training-images": NO_VAL, "curves": NO_VAL},
+            id="one picture",
+        ),
+        pytest.param(
+            *(TWO, ["train.steps=5", FROZEN], NETWORK, ALL),
+            {"losses": "validation ", "errors": "top-5 from 0 at step 2 to 0 at", "updates": ": fc2 "},
+            {"curves": "no update in the log changed them: conv1.", "result": "Not evaluated yet"},
+            id="a frozen layer",
+        ),
+        pytest.param(
+            *(TWO, ["train.steps=2", *ZEROS], NETWORK, ALL),
+            {
+                "losses": "training from 0.6931 at step 1 to 0.6931 at step 2; validation 0.6931",
+                "errors": "top-1 50 at ",
+            },
+            {
+                "curves": "no update in the log changed them: conv1, fc2.",
+                "validation-images": "val sample 0 (a) is taken for a 50.0 %, b 50.0 %; val",
+                "similar-training-images": " at 0.000, 3 (a) at 0.000; nearest",
+                "first-layer-kernels": "; column 0: colour 0.00, orientation 0.00; column 1: colour 0.00",
+            },
+            id="zeros",
+        ),
+        pytest.param(
+            *(TWO, ["train.steps=2", "data.lighting_until=0"], LINEAR, ["augmentation", "neighbours", "predictions"]),
+            {"losses": "training ", "errors": "top-1 ", "updates": "fc2 "},
+            {
+                "first-layer-kernels": "The first layer, fc2, has no kernels",
+                "similar-training-images": "nearest to val",
+            },
+            id="no kernels",
+        ),
+    ],
+)
+def test_the_page_of_a_run_with_little_to_show(
+    counts: dict[str, int],
+    settings: list[str],
+    network: str,
+    sheets: list[str],
+    charts: dict[str, str],
+    words: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    result = trainer(*short_run(tmp_path, counts, *settings, network=network))
+    assert (result.exit_code, "no page" in result.output) == (0, False), result.output
+    shown = read_page(tmp_path / "run")
+    assert sorted(path.stem for path in (tmp_path / "run" / "figures").iterdir()) == sheets
+    labels = {div.all("div", "plotly-graph-div")[0].attributes["id"]: div for div in shown.root.all("div", "chart")}
+    assert list(labels) == list(charts)
+    for name, text in charts.items():
+        assert text in labels[name].attributes["aria-label"]
+    for name, text in words.items():
+        section = shown.section(name)
+        assert text in section.text + "".join(image.attributes["alt"] for image in section.all("img"))
+    assert ("Layers without a curve" in shown.section("curves").text) == ("changed them" in words.get("curves", ""))
 
 
-@pytest.mark.parametrize("lighting", ["code", "paper", "off"])
-def test_views_are_what_the_loader_gives(small: Path, lighting: str) -> None:
-    dataset = manifest.load(small)
-    mean = dataset.statistics().mean_image[4:28, 4:28]
-    options = augment.ViewOptions(view=VIEW, lighting=lighting)
-    expected = first_views(stored(dataset), options, dataset.statistics(), SEED, SAMPLE)
-    images: list[np.ndarray] = []
-    with Loader(dataset, "train", batch_size=16, seed=SEED, device="cpu", view=VIEW, lighting=lighting) as loader:
-        while len(images) < len(expected):
-            batch = next(loader)
-            images += [batch.images[i].numpy() for i in (np.asarray(batch.ids) == SAMPLE).nonzero()[0]]
-    divisor = 1.1 if lighting == "code" else 1.0
-    for image, view in zip(images, expected):
-        x = (view.pixels - mean + view.shift) / divisor
-        assert np.abs(image - x.transpose(2, 0, 1)).max() < 1e-3
-    assert any(view.shift.any() for view in expected) == (lighting != "off")
-    assert len({(view.top, view.left, view.mirrored) for view in expected}) > 3
+@pytest.mark.parametrize(
+    ("split", "lost", "sections"),
+    [
+        ("val", ["neighbours", "predictions"], ["validation-images", "similar-training-images"]),
+        ("train", ["augmentation", "neighbours"], ["similar-training-images", "training-samples", "augmentation"]),
+    ],
+)
+def test_damaged_pictures_cost_the_figures_that_need_them(
+    split: str, lost: list[str], sections: list[str], written: Written, tmp_path: Path
+) -> None:
+    data, run = shutil.copytree(written.data, tmp_path / "data"), shutil.copytree(written.run, tmp_path / "run")
+    damage(data, *range(written.dataset.splits[split].samples), split=split)
+    result = invoke(data, run)
+    assert result.exit_code == 0, result.output
+    problem = rf"{data}/{split}/{split}-00000\d\.tar: .*damaged at sample \d+ |its CRC-32 differs"
+    for name in ALL:
+        assert (run / "figures" / f"{name}.png").exists() == (name not in lost)
+        assert bool(re.search(f"^no {name}\\.png: ({problem})", result.output, re.M)) == (name in lost)
+    for section in read_page(run).root.all("section"):
+        assert bool(re.search(problem, section.text)) == (section.attributes["id"] in sections)
 
 
-def test_the_sheet_of_a_sample_shows_its_views_and_crop_boxes(small: Path) -> None:
-    dataset, options = manifest.load(small), augment.ViewOptions(view=VIEW)
-    pixels, statistics = stored(dataset), dataset.statistics()
-    sheet = np.asarray(augmentation(pixels, options, statistics, SEED, SAMPLE))
-    views = first_views(pixels, options, statistics, SEED, SAMPLE)
-    zoom, tops = 192 // VIEW, set()
-    for i, view in enumerate(views):
-        left = 16 + i % 3 * (192 + 16) + (192 - zoom * VIEW) // 2
-        lit = np.clip(np.rint(pixels[4:28, 4:28].astype(float) + view.shift), 0, 255).astype(np.uint8)
-        for kind, shown in (("cut", view.pixels), ("lit", lit)):
-            tile = shown.repeat(zoom, 0).repeat(zoom, 1)
-            strip = sheet[:, left : left + len(tile)]
-            (top,) = [y for y in range(len(strip) - len(tile)) if (strip[y : y + len(tile)] == tile).all()]
-            tops.add((kind, i // 3, top))
-    assert [kind for kind, _, _ in sorted(tops, key=lambda row: row[2])] == ["cut", "cut", "lit", "lit"]
-
-    zoom = 512 // len(pixels)
-    tile = pixels.repeat(zoom, 0).repeat(zoom, 1)[-zoom:, -zoom:]  # of the corner: no box of these views covers it
-    strip = sheet[:900, 16 + 512 - zoom : 16 + 512]
-    (corner,) = [y for y in range(len(strip) - zoom) if (strip[y : y + zoom] == tile).all()]
-    boxes, colour = sheet[corner + zoom - 512 : corner + zoom, 16 : 16 + 512], ImageColor.getrgb(COLOURS[5])
-    left, top, side = views[-1].left * zoom, views[-1].top * zoom, VIEW * zoom  # drawn above the others
-    assert (boxes[top + side - 1, left + 3 : left + side - 3] == colour).all()
-    assert (boxes[top + 3 : top + side - 3, left] == colour).all()
+GREY, NOISE = (saved(Image.fromarray(array), "JPEG") for array in (np.full((32, 32), 7, np.uint8), noise(32, 32)))
 
 
-def test_runs_without_lighting_and_views_that_do_not_fit(small: Path) -> None:
-    dataset = manifest.load(small)
-    pixels, statistics = stored(dataset), dataset.statistics()
-    off = augment.ViewOptions(view=VIEW, lighting="off", crop_chunk=32)
-    lit, dark = (augmentation(pixels, kind, statistics, SEED, SAMPLE) for kind in (augment.ViewOptions(view=VIEW), off))
-    assert lit.height - dark.height > 150
-    with pytest.raises(UserError, match="images of 32 pixels"):
-        augmentation(pixels, augment.ViewOptions(), statistics, SEED, SAMPLE)
+@pytest.mark.parametrize("stored", [b"", saved(Image.new("L", (32, 32)), "PNG"), NOISE[:-200], GREY], ids=len)
+def test_a_stored_picture_that_is_none_is_named(stored: bytes) -> None:
+    size = 16 if stored == GREY else 32
+    with pytest.raises(DatasetError, match=rf"does not decode to {size} × {size} pixels \(.*verify_shards\.py$"):
+        pixels(stored, size)
+    assert pixels(GREY, 32).tolist() == [[[7, 7, 7]] * 32] * 32
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+FULL = failing(OSError(errno.ENOSPC, "No space left on device", "RUN/report.html"))
+MORE = failing(torch.OutOfMemoryError("CUDA out of memory.\nmore"))
+NESTED = "[" * 10**5 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run, data, patch: patch(page, "write_bytes_aside", FULL), "RUN/report.html: No space left on device"),
+        (lambda run, data, patch: patch(gather, "features", MORE), "CUDA out of memory. Name other --devices"),
+        (lambda run, data, patch: patch(gather, "features", failing(MemoryError())), "not enough memory"),
+        (lambda run, data, patch: (run / "report.html").mkdir(), "/report.html"),
+        (lambda run, data, patch: (run / "figures").write_text(""), "/figures"),
+        (lambda run, data, patch: (run / "metrics.jsonl").write_text(NESTED), "metrics.jsonl: line 1 is damaged"),
+        (lambda run, data, patch: shutil.rmtree(run / "checkpoints"), "run: no checkpoint"),
+        (lambda run, data, patch: shutil.rmtree(data), "data: no such directory"),
+        (lambda run, data, patch: (data / "statistics.npz").write_bytes(b""), "statistics.npz: has 0 bytes"),
+    ],
+)
+def test_what_keeps_a_page_from_being_drawn_fails_no_training(
+    change: Callable[..., object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data, draw = tmp_path / "run", tmp_path / "data", page.draw
+
+    def draw_after(*arguments: Any) -> list[str]:
+        change(run, data, monkeypatch.setattr)
+        return draw(*arguments)
+
+    monkeypatch.setattr(page, "draw", draw_after)
+    result = trainer(*short_run(tmp_path, TWO, "train.steps=1"))
+    assert result.exit_code == 0, result.output
+    *_, announced, reason = result.output.splitlines()
+    assert announced.startswith("the run is complete and saved; drawing its page, 4 training pictures through the ")
+    later = f"python -m trainer figures {run} --data {data}"
+    assert re.fullmatch(f"no page: .*{re.escape(message)}.*; draw it by: {later}", reason)
+    monkeypatch.setattr(page, "draw", draw)
+    if message != "not enough memory":
+        one_line(trainer("figures", run, "--data", data, "--devices", "cpu,cpu"), message)
+
+
+def test_no_page_is_drawn_where_none_is_wanted(tmp_path: Path) -> None:
+    result = trainer(*short_run(tmp_path, TWO, "train.steps=1"), "--no-page")
+    assert (result.exit_code, (tmp_path / "run" / "report.html").exists()) == (0, False), result.output
+    assert not re.search("page: |drawing", result.output)

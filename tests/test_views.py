@@ -1,4 +1,7 @@
-"""Views of any size, 24 of 32 × 32 pixels as of CIFAR-10 or 224 of 256: each against Pillow's decoder and numpy."""
+"""Views of any size, 24 of 32 × 32 pixels as of CIFAR-10 or 224 of 256: each against Pillow's decoder and numpy.
+
+And the sheet that shows them.
+"""
 
 from itertools import islice
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 
 from conftest import one_line
 from pipeline import UserError, manifest
@@ -13,8 +17,10 @@ from pipeline.manifest import Manifest
 from pipeline.online import Loader, augment
 from reference import jpeg_pixels, view_places
 from stored import jpegs
+from trainer.figures.sheets import COLOURS, augmentation, first_views
 
 SIZE, VIEW = 32, 24
+SEED, SAMPLE = 7, 5  # of the sheet
 CPUS = ("cpu:0", "cpu:1")  # by name two devices
 PLACES = view_places(SIZE - VIEW)
 OPTIONS = [
@@ -142,3 +148,61 @@ def test_pictures_smaller_than_a_view(small: Path):
         with pytest.raises(UserError) as caught:
             Loader(small, **options)  # type: ignore[arg-type]
         one_line(caught, *words)
+
+
+# A run's sheet of one sample's views
+
+
+@pytest.mark.parametrize("lighting", ["code", "paper", "off"])
+def test_views_are_what_the_loader_gives(small: Path, lighting: str) -> None:
+    dataset = manifest.load(small)
+    mean = dataset.statistics().mean_image[4:28, 4:28]
+    options = augment.ViewOptions(view=VIEW, lighting=lighting)
+    expected = first_views(pictures(dataset, "train")[SAMPLE], options, dataset.statistics(), SEED, SAMPLE)
+    images: list[np.ndarray] = []
+    with Loader(dataset, "train", batch_size=16, seed=SEED, device="cpu", view=VIEW, lighting=lighting) as loader:
+        while len(images) < len(expected):
+            batch = next(loader)
+            images += [batch.images[i].numpy() for i in (np.asarray(batch.ids) == SAMPLE).nonzero()[0]]
+    divisor = 1.1 if lighting == "code" else 1.0
+    for image, view in zip(images, expected):
+        x = (view.pixels - mean + view.shift) / divisor
+        assert np.abs(image - x.transpose(2, 0, 1)).max() < 1e-3
+    assert any(view.shift.any() for view in expected) == (lighting != "off")
+    assert len({(view.top, view.left, view.mirrored) for view in expected}) > 3
+
+
+def test_the_sheet_of_a_sample_shows_its_views_and_crop_boxes(small: Path) -> None:
+    dataset, options = manifest.load(small), augment.ViewOptions(view=VIEW)
+    pixels, statistics = pictures(dataset, "train")[SAMPLE], dataset.statistics()
+    sheet = np.asarray(augmentation(pixels, options, statistics, SEED, SAMPLE))
+    views = first_views(pixels, options, statistics, SEED, SAMPLE)
+    zoom, tops = 192 // VIEW, set()
+    for i, view in enumerate(views):
+        left = 16 + i % 3 * (192 + 16) + (192 - zoom * VIEW) // 2
+        lit = np.clip(np.rint(pixels[4:28, 4:28].astype(float) + view.shift), 0, 255).astype(np.uint8)
+        for kind, shown in (("cut", view.pixels), ("lit", lit)):
+            tile = shown.repeat(zoom, 0).repeat(zoom, 1)
+            strip = sheet[:, left : left + len(tile)]
+            (top,) = [y for y in range(len(strip) - len(tile)) if (strip[y : y + len(tile)] == tile).all()]
+            tops.add((kind, i // 3, top))
+    assert [kind for kind, _, _ in sorted(tops, key=lambda row: row[2])] == ["cut", "cut", "lit", "lit"]
+
+    zoom = 512 // len(pixels)
+    tile = pixels.repeat(zoom, 0).repeat(zoom, 1)[-zoom:, -zoom:]  # of the corner: no box of these views covers it
+    strip = sheet[:900, 16 + 512 - zoom : 16 + 512]
+    (corner,) = [y for y in range(len(strip) - zoom) if (strip[y : y + zoom] == tile).all()]
+    boxes, colour = sheet[corner + zoom - 512 : corner + zoom, 16 : 16 + 512], ImageColor.getrgb(COLOURS[5])
+    left, top, side = views[-1].left * zoom, views[-1].top * zoom, VIEW * zoom  # drawn above the others
+    assert (boxes[top + side - 1, left + 3 : left + side - 3] == colour).all()
+    assert (boxes[top + 3 : top + side - 3, left] == colour).all()
+
+
+def test_runs_without_lighting_and_views_that_do_not_fit(small: Path) -> None:
+    dataset = manifest.load(small)
+    pixels, statistics = pictures(dataset, "train")[SAMPLE], dataset.statistics()
+    off = augment.ViewOptions(view=VIEW, lighting="off", crop_chunk=32)
+    lit, dark = (augmentation(pixels, kind, statistics, SEED, SAMPLE) for kind in (augment.ViewOptions(view=VIEW), off))
+    assert lit.height - dark.height > 150
+    with pytest.raises(UserError, match="images of 32 pixels"):
+        augmentation(pixels, augment.ViewOptions(), statistics, SEED, SAMPLE)

@@ -153,6 +153,65 @@ def test_kept_labels_are_numbers_from_0(tmp_path: Path, label: str):
 
 
 LABELLED = tar_bytes({"1.jpg": b"1", "1.cls": b"0"})
+
+
+def ours(*classes: tuple[object, object]) -> bytes:
+    """Return a dataset.json of labels and wnids."""
+    records = [{"label": label, "wnid": wnid, "words": "", "devkit_id": None} for label, wnid in classes]
+    return json.dumps({"classes": records}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (ours((0, "cat"), (1, "cat")), "the class cat has the labels 0 and 1; correct that list or remove it"),
+        (ours((0, "e\u0301"), (3, "é")), "the class é has the labels 0 and 3; correct that list or remove it"),
+        (ours((0, "cat"), (0, "dog")), "the label 0 is of cat and of dog; correct that list or remove it"),
+        (ours((0, "cat"), (10**5, "dog")), "--keep-labels: the label 100000 is no number from 0 to 99,999"),
+        *(
+            (data, f"has no list of classes as ours have ({reason}); remove it")
+            for data, reason in [
+                (ours((0, "cat")).replace(b"0", b"1e400"), "[0].label: expected int, got float"),
+                (ours((float("nan"), "cat")), "[0].label: expected int, got float"),
+                (ours((2**64, "cat")), "[0].label: expected int <= 9223372036854775807"),
+                (ours((True, "cat")), "[0].label: expected int, got bool"),
+                (ours((0, None)), "[0].wnid: expected str, got null"),
+                (b"[]", "list indices must be integers or slices, not str"),
+                (b"{}", "'classes'"),
+                (b'{"classes": {}}', "expected array, got object"),
+            ]
+        ),
+    ],
+)
+def test_a_list_of_classes_that_contradicts_itself_is_refused(tmp_path: Path, content: bytes, problem: str):
+    tree(tmp_path, {"a-0.tar": LABELLED, "dataset.json": content})
+    with pytest.raises(UserError) as refusal:
+        find_sources(tmp_path, keep_labels=True)
+    assert problem in str(refusal.value)
+
+
+@pytest.mark.parametrize("label", [b"1e400", b"-Infinity", b"NaN", b"[1]", b"0.5", b"9" * 5000])
+def test_a_label_that_can_be_none_leaves_its_picture_out(tmp_path: Path, label: bytes):
+    members = {"1.jpg": b"1", "1.cls": b"0", "2.jpg": b"2", "2.json": b'{"label": %s}' % label}
+    tree(tmp_path, {"a-0.tar": tar_bytes(members)})
+    sources = find_sources(tmp_path)
+    assert [image.name for image in sources.images] == ["1.jpg"]
+    assert sources.ignored == {"picture without a label in .cls or .json": 1}
+
+
+@pytest.mark.parametrize("target", ["loop.tar", "a-0.tar/x", "x" * 300, "nothing"])
+def test_a_link_to_itself_or_to_nothing_is_left_out(tmp_path: Path, target: str):
+    tree(tmp_path, {"a-0.tar": LABELLED, "images/cat/1.jpg": b"1"})
+    for link in ("loop.tar", "images/loop.tar", "images/cat/loop.tar"):
+        (tmp_path / link).symlink_to(target)
+    sources = find_sources(tmp_path, "webdataset")
+    assert [image.name for image in sources.images] == ["1.jpg"]
+    assert sources.ignored["link to nothing, pipe or device"] == 1
+    folders = find_sources(tmp_path / "images", "class-folders")
+    assert [image.wnid for image in folders.images] == ["cat"]
+    assert folders.ignored == {"link to nothing, pipe or device": 2}
+
+
 PLAIN = tar_bytes({f"{name}/{i}.jpg": b"" for name in ("cat", "dog") for i in range(3)})
 
 

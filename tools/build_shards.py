@@ -62,7 +62,7 @@ def recipe_option(field: Field[Any]) -> click.Option:
     if "choices" in field.metadata:
         kind: click.ParamType = click.Choice(field.metadata["choices"])
     else:
-        kind = (click.FloatRange if field.type is float else click.IntRange)(*field.metadata["bounds"])
+        kind = (click.FloatRange if type(field.default) is float else click.IntRange)(*field.metadata["bounds"])
     name, text = f"--{field.name.replace('_', '-')}", RECIPE_HELP[field.name]
     return click.Option([name], type=kind, default=field.default, show_default=True, help=text)
 

@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from pipeline import storage
-from pipeline.cli import Command, progress_bars
+from pipeline.cli import Command, printable, progress_bars
 from pipeline.doubts import Duplicates, doubts, duplicates
 from pipeline.files import TAR_BLOCK, require_writable
 from pipeline.manifest import Manifest
@@ -80,7 +80,9 @@ def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
     with progress_bars() as show:
         failures = check(manifest, quick=quick, workers=workers, progress=lambda: show("shards", next(done), total))
     for failure in failures:
-        click.echo(f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {failure.reason}")
+        click.echo(
+            f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {printable(failure.reason)}"
+        )
     return failures
 
 
@@ -118,7 +120,7 @@ def _name(manifest: Manifest, split: str, number: int, record: np.void, failing:
     shard, label, key = f"{split}/{split}-{record['shard']:06d}.tar", record["label"], f"sample {number}"
     if shard not in failing:
         header = storage.read_range(str(manifest.root / shard), int(record["offset"]) - TAR_BLOCK, 100)
-        key = header.decode("ascii", "replace").partition(".")[0]
+        key = printable(header.decode("ascii", "replace").partition(".")[0])
     return f"{split}/{label if label >= 0 else 'none'} {key}"
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file each, written in the background, whole or not at all; and read without pickle."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -18,18 +19,19 @@ from torch import Tensor
 
 from pipeline import UserError, volumes
 from pipeline.files import ASIDE, sweep, sync_folder
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, canonical_json
 from pipeline.volumes import naming
 from trainer import layers
 from trainer.distributed import World
+from trainer.metadata import FORMAT, plain_values
 from trainer.parallel import TwoColumnNet
 from trainer.recipe import Recipe, from_dict
 
 FOLDER = "checkpoints"
+KINDS = ("weights", "velocity")  # of tensors
 META = "penstock"  # key of the file's metadata; its value is JSON
-FORMAT = 2  # of that value and of the tensors' names
-TYPES = {"step": int, "recipe": dict, "classes": list, "dataset": str}
-TYPES |= {"loader": dict, "progress": dict, "history": list}
+CHECKSUM = "checksum"  # key in that JSON
+PLAIN = ("step", "classes", "dataset", "loader", "progress", "history")  # values in that JSON as they are here
 STEP_FILE = re.compile(r"step-(\d{8,})\.safetensors")
 REMEDIES = {
     errno.ENOSPC: "make room",
@@ -55,8 +57,8 @@ class Checkpoint:
     weights: dict[str, Tensor]  # float32
     velocity: dict[str, Tensor]  # float32, of the names and shapes of the weights
     loader: dict[str, Any]  # pipeline.online.Loader.state_dict()
-    progress: dict[str, Any]  # state of the training loop: plain JSON values
-    history: tuple[dict[str, Any], ...]  # one entry for each start of the run: plain JSON values
+    progress: dict[str, Any]  # state of the training loop: metadata.Progress
+    history: tuple[dict[str, Any], ...]  # an entry for each start of the run: metadata.Start
 
 
 def step_file(run: Path, step: int) -> Path:
@@ -86,7 +88,8 @@ def newest_step(run: Path) -> int | None:
 def save(run: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint's file, and return its path. Raises as `contents` and `write`."""
     path = step_file(run, checkpoint.step)
-    write(path, *contents(checkpoint))
+    tensors, metadata = contents(checkpoint)
+    write(path, tensors, sealed(tensors, metadata))
     return path
 
 
@@ -95,11 +98,22 @@ def contents(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
 
     Raises ValueError, TypeError: a value is not plain JSON or not finite.
     """
-    tensors = {f"weights.{name}": w for name, w in checkpoint.weights.items()}
-    tensors |= {f"velocity.{name}": v for name, v in checkpoint.velocity.items()}
-    values = {"format": FORMAT} | {key: getattr(checkpoint, key) for key in TYPES}
+    tensors = {f"{kind}.{name}": value for kind in KINDS for name, value in getattr(checkpoint, kind).items()}
+    values = {"format": FORMAT} | {key: getattr(checkpoint, key) for key in PLAIN}
     values |= {"recipe": asdict(checkpoint.recipe), "tensors": sorted(checkpoint.weights)}  # older versions read it
     return {name: w.detach().contiguous() for name, w in tensors.items()}, json.dumps(values, allow_nan=False)
+
+
+def sealed(tensors: dict[str, Tensor], metadata: str) -> str:
+    """Return the metadata as canonical JSON with a checksum: the SHA-256 of all else in that, and of the tensors.
+
+    The bytes of the tensors follow in the order of their names. They are not copied.
+    """
+    values = {key: value for key, value in json.loads(metadata).items() if key != CHECKSUM}
+    digest = hashlib.sha256(canonical_json(values))
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).numpy().data)
+    return canonical_json(values | {CHECKSUM: digest.hexdigest()}).decode()
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
@@ -188,6 +202,7 @@ class CheckpointWriter:
         # this one is the best again.
         targets = [best_file(self._run), path] if best else [path]
         try:
+            metadata = sealed(tensors, metadata)  # here, for it takes long
             for target in targets:
                 write(target, tensors, metadata)
             others = [file for file in files(self._run) if file != path]  # the new one stays, even with a lower step
@@ -212,10 +227,11 @@ def load(path: Path) -> Checkpoint:
         OSError: it cannot be read.
     """
     file = path if path.is_file() else _newest(path)
-    with open(file, "rb"):  # to raise the operating system's own error
-        pass
     try:
-        return _read(file)
+        if not file.is_file():  # a fifo would be waited for
+            raise UserError("not a regular file")
+        with open(file, "rb"):  # to raise the operating system's own error
+            return _read(file)
     except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError
         reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file
@@ -226,6 +242,8 @@ def load(path: Path) -> Checkpoint:
 def _newest(run: Path) -> Path:
     if checkpoints := files(run):
         return checkpoints[-1]
+    if run.exists() and not run.is_dir():
+        return run
     if run.suffix == ".safetensors":
         raise CheckpointError(f"{run}: no such file; name a run directory, or one of its {FOLDER}{volumes.hint(run)}")
     if (run / FOLDER).is_dir():
@@ -237,49 +255,42 @@ def _newest(run: Path) -> Path:
 def _read(path: Path) -> Checkpoint:
     """Read a file. Raises UserError without the name of the file, and what safetensors and json raise."""
     with safe_open(path, framework="pt") as file:
-        checkpoint, names = _without_tensors((file.metadata() or {}).get(META)), file.keys()
-        weights, velocity = (
-            {name.removeprefix(kind): file.get_tensor(name) for name in names if name.startswith(kind)}
-            for kind in ("weights.", "velocity.")
-        )
-    shapes, others = ({name: (w.shape, w.dtype) for name, w in part.items()} for part in (weights, velocity))
-    if shapes != others or {dtype for _, dtype in shapes.values()} != {torch.float32}:
-        raise UserError("damaged (weights and velocity differ in names or shapes, or are not float32)")
+        metadata, names = (file.metadata() or {}).get(META), sorted(file.keys())
+        if metadata is None:
+            raise UserError("not a checkpoint of ours: a safetensors file of something else")
+        if others := [name for name in names if file.get_slice(name).get_dtype() != "F32"]:
+            raise UserError(f"damaged ({others[0]} is not float32)")
+        tensors = {name: file.get_tensor(name) for name in names}
+    values = plain_values(metadata)
+    if CHECKSUM in values and metadata != sealed(tensors, metadata):  # earlier versions wrote none
+        raise UserError("damaged (its checksum is not that of its bytes)")
+    checkpoint = _without_tensors(values)
+    shapes = layers.shapes(checkpoint.recipe.model, len(checkpoint.classes))
+    expected = {f"{kind}.{name}": shape for kind in KINDS for name, shape in shapes.items()}
+    stored = {name: tuple(value.shape) for name, value in tensors.items()}
+    if different := dict(expected.items() ^ stored.items()):  # some shapes would fit all the same, by broadcasting
+        name = min(different)
+        reason = f"{stored.get(name, 'missing')}, its recipe says {expected.get(name, 'none')}"
+        raise UserError(f"damaged ({name} is {reason})")
+    weights, velocity = ({name: tensors[f"{kind}.{name}"] for name in shapes} for kind in KINDS)
     return replace(checkpoint, weights=weights, velocity=velocity)
 
 
-def _without_tensors(metadata: str | None) -> Checkpoint:
+def _without_tensors(values: dict[str, Any]) -> Checkpoint:
     """Return the checkpoint of a file's metadata. Raises as `_read`."""
-    if metadata is None:
-        raise UserError("not a checkpoint of ours: a safetensors file of something else")
-    values = json.loads(metadata, parse_constant=_refuse)
-    if type(values) is not dict:
-        raise UserError("damaged (its values are not a JSON object)")
-    if (version := values.get("format", 1)) != FORMAT:
-        raise UserError(
-            f"of format {version!r}, and this version of the program reads format {FORMAT}; read it with the version "
-            "that wrote it"
-        )
-    wrong = [key for key, kind in TYPES.items() if type(values.get(key)) is not kind]
-    if wrong or values["step"] < 0:
-        raise UserError(f"damaged ({', '.join(wrong) or 'step'}: missing, or of another type)")
     try:
         recipe = from_dict(values["recipe"], Recipe(), "its recipe")
     except UserError as error:
         raise UserError(f"a checkpoint of another version of this program ({error})") from error
-    fields = {key: values[key] for key in TYPES}
+    fields = {key: values[key] for key in PLAIN}
     fields |= {"recipe": recipe, "classes": tuple(values["classes"]), "history": tuple(values["history"])}
     return Checkpoint(**fields, weights={}, velocity={})
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a finite number")
 
 
 def shared(world: World, checkpoint: Checkpoint | None) -> Checkpoint | None:
     """Return the main process's checkpoint in every process; its tensors are in the main process alone."""
     text = world.all_gather(contents(checkpoint)[1] if world.size > 1 and checkpoint else None)[0]
-    return checkpoint if world.is_main or text is None else _without_tensors(text)
+    return checkpoint if world.is_main or text is None else _without_tensors(plain_values(text))
 
 
 # ---- Use. ----
@@ -290,19 +301,10 @@ def load_network(
 ) -> TwoColumnNet:
     """Return the network of a checkpoint, which was read from `path`, on `devices`.
 
-    Raises CheckpointError: its classes are not the data set's, or its weights are not those of its recipe.
+    Raises CheckpointError: its classes are not the data set's.
     """
     require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), path, dataset.root)
-    model, classes = checkpoint.recipe.model, len(checkpoint.classes)
-    expected = layers.shapes(model, classes)
-    stored = {name: tuple(value.shape) for name, value in checkpoint.weights.items()}
-    if different := dict(expected.items() ^ stored.items()):  # some shapes would fit all the same, by broadcasting
-        name = min(different)
-        raise CheckpointError(
-            f"{path}: damaged ({name} is {stored.get(name, 'missing')}, its recipe says {expected.get(name, 'none')}); "
-            "name another checkpoint, or train again"
-        )
-    network = TwoColumnNet(model, classes, devices)
+    network = TwoColumnNet(checkpoint.recipe.model, len(checkpoint.classes), devices)
     network.load(checkpoint.weights)
     return network
 

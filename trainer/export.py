@@ -199,7 +199,7 @@ def export(run: Path, data: Path, out: Path | None) -> None:
             raise Diverged(f"{run}: {name} is not finite: its training has diverged; name an older checkpoint")
     split, jpegs = _samples(dataset)
     views = Pictures(dataset, recipe).views(jpegs)  # (n, 3, size, size) float32, less the mean
-    raw = np.stack([_centre(pixels(jpeg), recipe.model.size) for jpeg in jpegs])
+    raw = np.stack([_centre(pixels(jpeg, dataset.recipe.size), recipe.model.size) for jpeg in jpegs])
     text = {META: json.dumps(metadata(checkpoint, dataset), allow_nan=False)}
     weights = safetensors.save(checkpoint.weights | {"mean": torch.from_numpy(mean_view(dataset, recipe))}, text)
     plain = PlainNetwork(recipe.model, classes, safetensors.load(weights))

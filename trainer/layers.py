@@ -4,11 +4,19 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta
 
 from pipeline import UserError
 
 MAX_PARAMETERS = 2**31
-KINDS = ("conv", "local", "linear")
+MAX_COUNT = 2**20  # maps, images of a batch, epochs, steps between two log lines: beyond any sense
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Pixels: TypeAlias = Annotated[int, Meta(ge=1, le=4096)]
+Probability: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Words: TypeAlias = Annotated[tuple[str, ...], Meta(max_length=256)]
 MAPS = ("lrn", "rnorm", "pool", "mean-pool", "relu", "tanh")  # what may follow "conv" and "local"
 UNITS = ("relu", "tanh", "dropout")  # what may follow "linear"
 
@@ -32,44 +40,38 @@ class LayerRecipe:
         sd, bias: the first weights are drawn from N(0, sd²), the biases are constant.
     """
 
-    kind: str = "conv"
-    width: int = 0
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    overhang: int = 0
-    sees: str = "own"
-    then: tuple[str, ...] = ()
-    sd: float = 0.01
-    bias: float = 0.0
+    kind: Literal["conv", "local", "linear"] = "conv"
+    width: Count = 0
+    kernel: Pixels = 1
+    stride: Pixels = 1
+    padding: Count = 0
+    overhang: Count = 0
+    sees: Literal["own", "both"] = "own"
+    then: Words = ()
+    sd: Annotated[float, Meta(ge=0, le=10**6)] = 0.01
+    bias: Annotated[float, Meta(ge=-(10**6), le=10**6)] = 0.0
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
     """The layers in the order in which an image visits them, and their common constants."""
 
-    size: int = 224  # pixels of a side of the input
-    columns: int = 2
-    classes: int = 0  # that the network is meant for; 0: as many as the data set has
-    order: tuple[str, ...] = ()
+    size: Pixels = 224  # of a side of the input
+    columns: Literal[1, 2] = 2
+    classes: Annotated[int, Meta(ge=0, le=2**31)] = 0  # that it is meant for; 0: as many as the data set has
+    order: Words = ()
     layers: Mapping[str, LayerRecipe] = field(default_factory=dict)
-    dropout: float = 0.5  # probability of dropping a unit
-    pool_size: int = 3
-    pool_stride: int = 2
-    lrn_size: int = 5  # maps
-    lrn_alpha: float = 1e-4
+    dropout: Probability = 0.5  # of dropping a unit
+    pool_size: Pixels = 3
+    pool_stride: Pixels = 2
+    lrn_size: Annotated[int, Meta(ge=1, le=1023)] = 5  # maps
+    lrn_alpha: Annotated[float, Meta(ge=0, le=10**6)] = 1e-4
     lrn_divided: bool = True  # α by the number of maps: as the 2012 code does, and the paper's formula does not
-    lrn_k: float = 2.0
+    lrn_k: Annotated[float, Meta(ge=1e-6, le=10**6)] = 2.0
 
     def __post_init__(self) -> None:
-        require(1 <= self.size <= 4096, "model.size", self.size, "1 to 4096 pixels")
-        require(self.columns in (1, 2), "model.columns", self.columns, "1 or 2")
-        require(self.classes >= 0, "model.classes", self.classes, "at least 0 (0: as the data set has)")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and below 1")
-        require(self.pool_size >= self.pool_stride >= 1, "model.pool_stride", self.pool_stride, "1 to model.pool_size")
-        require(self.lrn_size >= 1 and self.lrn_size % 2 == 1, "model.lrn_size", self.lrn_size, "an odd number of maps")
-        require_least(0, "model", self, "lrn_alpha")
-        require(self.lrn_k > 0, "model.lrn_k", self.lrn_k, "above 0")
+        require(self.pool_size >= self.pool_stride, "model.pool_stride", self.pool_stride, "1 to model.pool_size")
+        require(self.lrn_size % 2 == 1, "model.lrn_size", self.lrn_size, "an odd number of maps")
         require(len(set(self.order)) == len(self.order), "model.order", self.order, "names, each once")
         for name in dict.fromkeys((*self.layers, *self.order)):
             key = f"model.layers.{name}"
@@ -82,7 +84,6 @@ class ModelRecipe:
 
 
 def _check(key: str, layer: LayerRecipe) -> None:
-    require_one_of(key, layer, kind=KINDS, sees=("own", "both"))
     possible = UNITS if layer.kind == "linear" else MAPS
     allowed = f"of {', '.join(possible)}: what may follow {layer.kind!r}"
     for word in layer.then:
@@ -91,8 +92,6 @@ def _check(key: str, layer: LayerRecipe) -> None:
     for name in ("padding", "overhang"):
         value, allowed = getattr(layer, name), f"less than the kernel, {layer.kernel} pixels"
         require(value == 0 or value < layer.kernel, f"{key}.{name}", value, allowed)
-    require_least(0, key, layer, "width", "padding", "overhang", "sd")
-    require_least(1, key, layer, "kernel", "stride")
 
 
 @dataclass(frozen=True)
@@ -192,17 +191,3 @@ def require(holds: bool, key: str, value: object, allowed: str) -> None:
     """Raise RecipeError, which says what is allowed, unless a key's value `holds`."""
     if not holds:
         raise RecipeError(f"{key} = {value}: must be {allowed}")
-
-
-def require_least(least: int, section: str, options: object, *names: str) -> None:
-    """Raise RecipeError if one of these options is less than `least`."""
-    for name in names:
-        value = getattr(options, name)
-        require(value >= least, f"{section}.{name}", value, f"at least {least}")
-
-
-def require_one_of(section: str, options: object, **known: tuple[str, ...]) -> None:
-    """Raise RecipeError if an option is not one of its known values."""
-    for name, values in known.items():
-        value = getattr(options, name)
-        require(value in values, f"{section}.{name}", repr(value), f"one of {', '.join(values)}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,11 +19,17 @@ from torch import Tensor
 from pipeline import UserError, storage
 from pipeline.files import write_bytes_aside
 from pipeline.online.stall import Meter
+from pipeline.typed import Count, from_json, from_values
 from pipeline.volumes import naming
 from trainer.distributed import World
 from trainer.recipe import flat
 
 FILE_NAME, FOLDER_NAME = "metrics.jsonl", "tensorboard"
+
+
+class Line(TypedDict):
+    step: Count
+    kind: Literal["train", "validation"]  # each kind has more keys
 
 
 class LogInterval:
@@ -152,10 +158,9 @@ def read(run: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(storage.read_bytes(path).split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
-            line = json.loads(text)
-            if not isinstance(line["step"], int) or line["kind"] not in ("train", "validation"):
-                raise ValueError("not a line of ours")
-        except (ValueError, KeyError, TypeError) as error:
+            line = from_json(text, dict[str, Any])
+            from_values(line, Line)
+        except UserError as error:
             raise UserError(f"{path}: line {number} is damaged ({error}); delete that line") from error
         lines.append(line)
     return lines

@@ -1,15 +1,14 @@
 """Prepare single pictures, stored or raw, for a network as builder and loader do; on the CPU, without DALI."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
+import simplejpeg
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.image import encode, rescaled
-from pipeline.manifest import Manifest
+from pipeline.manifest import DatasetError, Manifest
 from pipeline.online import augment
 from trainer.data import require_pictures
 from trainer.recipe import Recipe
@@ -35,10 +34,15 @@ class Pictures:
         """Return the views of stored JPEGs, one at least: float32, RGB grey levels less the mean.
 
         (n, 3, view, view) of `centre`, (n, 10, 3, view, view) of `ten`, (n, 9, 3, view, view) of `nine`.
+        Raises DatasetError as `pixels`.
         """
+        return self.seen([pixels(jpeg, self.rules.size) for jpeg in jpegs], views)
+
+    def seen(self, pictures: Sequence[np.ndarray], views: str = "centre") -> Tensor:
+        """Return `views` of stored pictures, (size, size, 3) uint8 each."""
         options = augment.ViewOptions(views=views, view=self._view, mean=self._mean)
         recipe = augment.AlexNet(options, self._statistics, self.rules.size, seed=0)
-        return torch.from_numpy(np.stack([self._seen(pixels(jpeg), recipe) for jpeg in jpegs]))
+        return torch.from_numpy(np.stack([self._seen(picture, recipe) for picture in pictures]))
 
     def _seen(self, picture: np.ndarray, recipe: augment.AlexNet) -> np.ndarray:
         crops = recipe.crops(0, 0, np.zeros(1, np.int64), None, np.array([picture.shape[:2]]))
@@ -55,6 +59,13 @@ class Pictures:
         return np.stack(views)
 
 
-def pixels(jpeg: bytes) -> np.ndarray:
-    """Return the (size, size, 3) uint8 RGB pixels of a stored JPEG."""
-    return np.asarray(Image.open(io.BytesIO(jpeg)))
+def pixels(jpeg: bytes, size: int) -> np.ndarray:
+    """Return the (size, size, 3) uint8 RGB pixels of a stored JPEG. Raises DatasetError if it has no such pixels."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        if (height, width) != (size, size):  # before memory is taken for what a header may claim
+            raise ValueError(f"{width} × {height} pixels")
+        return np.asarray(simplejpeg.decode_jpeg(jpeg, "RGB"))
+    except ValueError as error:
+        damage = f"a stored picture does not decode to {size} × {size} pixels ({error})"
+        raise DatasetError(f"{damage}; look at the data with tools/verify_shards.py") from error

@@ -1,24 +1,27 @@
 """Save and load the probabilities of a network, or of several, for every image of a split: one .npz file."""
 
-import errno
 import io
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
+from typing import TypedDict
 
 import numpy as np
 
 from pipeline import UserError
 from pipeline.files import write_aside
-from pipeline.volumes import naming
+from pipeline.typed import Array, from_npz, from_values
+from pipeline.volumes import naming, open_regular
 
 FORMAT = 1
-ABOUT = {"format": int, "dataset": str, "split": str, "views": str, "from": list}
-ARRAYS = ("about", "classes", "labels", "probabilities")
+About = TypedDict("About", {"format": int, "dataset": str, "split": str, "views": str, "from": tuple[str, ...]})
+ARRAYS: dict[str, Array] = {
+    "about": ("<U", ()),
+    "classes": ("<U", (None,)),
+    "labels": ("<i8", (None,)),
+    "probabilities": ("<f8", (None, None)),
+}
 SLACK = 1e-6  # by which the sum of an image's probabilities may differ from 1
-DAMAGE = (zipfile.BadZipFile, TokenError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -71,41 +74,27 @@ def save(path: Path, saved: Probabilities) -> None:
 
 def load(path: Path) -> Probabilities:
     """Read what `save` wrote. Raises UserError where the file is something else or damaged, or OSError."""
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open_regular(path) as file:
         try:
-            with zipfile.ZipFile(file) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise ValueError("a member is compressed")  # it could fill the memory
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return _checked(*(np.asarray(arrays[name]) for name in ARRAYS))
-        except DAMAGE as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a seek to a negative offset
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{path}: not saved probabilities, or damaged ({reason}); write it again with --save-probabilities"
-            ) from error
+            return _checked(**from_npz(file, ARRAYS))
+        except (ValueError, RecursionError) as error:
+            remedy = "write it again with --save-probabilities"
+            raise UserError(f"{path}: not saved probabilities, or damaged ({error}); {remedy}") from error
 
 
-def _checked(about: np.ndarray, classes: np.ndarray, labels: np.ndarray, values: np.ndarray) -> Probabilities:
-    """Raise ValueError, KeyError or TypeError where something is not as `save` writes it."""
-    facts = json.loads(str(about))
-    for key, kind in ABOUT.items():
-        if type(facts[key]) is not kind:
-            raise ValueError(f"{key} is {facts[key]!r}")
+def _checked(about: np.ndarray, classes: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> Probabilities:
+    """Raise ValueError where something is not as `save` writes it."""
+    facts, values = from_values(json.loads(str(about)), About), probabilities
     if facts["format"] != FORMAT:
         raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
     n, width = labels.size, classes.size
-    if (labels.shape, classes.shape, values.shape) != ((n,), (width,), (n, width)) or n == 0:
+    if values.shape != (n, width) or n == 0:
         raise ValueError(f"shapes {labels.shape}, {classes.shape}, {values.shape}")
-    if (labels.dtype, values.dtype, classes.dtype.kind) != (np.int64, np.float64, "U"):
-        raise ValueError(f"types {labels.dtype}, {values.dtype}, {classes.dtype}")
     if labels.min() < -1 or labels.max() >= width:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, of {width} classes")
     if not (values >= 0).all() or not (np.abs(values.sum(1) - 1) <= SLACK).all():
         raise ValueError("values that are no probabilities: below 0, or not 1 in sum")
-    origin = Origin(facts["dataset"], facts["split"], facts["views"], tuple(facts["from"]), tuple(classes.tolist()))
+    origin = Origin(facts["dataset"], facts["split"], facts["views"], facts["from"], tuple(classes.tolist()))
     return Probabilities(origin, labels, values)
 
 

@@ -4,24 +4,42 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from trainer.layers import LayerRecipe, ModelRecipe, RecipeError, require, require_least, require_one_of
+from msgspec import Meta
+
+from pipeline import UserError, typed
+from trainer.layers import (
+    MAX_COUNT,
+    Count,
+    LayerRecipe,
+    ModelRecipe,
+    Positive,
+    Probability,
+    RecipeError,
+    require,
+)
 
 FOLDER = Path(__file__).parent / "recipes"
-MAX_FLOAT = 3.4e38  # about the greatest float32
-MAX_COUNT = 2**20  # images of a batch, epochs, steps between two log lines: beyond any sense
+MAX_FLOAT = 3.4e38  # about the greatest float32, in which the rates are applied
+MAX_DROPS = 32  # so that no power of a drop's factor overflows
+Rate: TypeAlias = Annotated[float, Meta(ge=1e-38, le=MAX_FLOAT)]
+Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
+Divisor: TypeAlias = Annotated[float, Meta(ge=1, le=10**6)]
+Time: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_COUNT)]  # epochs
+Times: TypeAlias = Annotated[tuple[Time, ...], Meta(max_length=MAX_DROPS)]
+Steps: TypeAlias = Annotated[int, Meta(ge=0, le=10**9)]
 
 
 @dataclass(frozen=True)
 class LayerRates:
     """Factors of one layer's rates, and its own drops. Times are epochs of `train.epochs`."""
 
-    lr: float = 1.0  # × the rate of the weights
-    bias_lr: float = 1.0  # × the rate of the biases
-    decay: float = 1.0  # × optim.decay
-    drops: tuple[float, ...] = ()  # when its weights' rate is divided by optim.drop_factor once more
-    frozen_from: float = 0.0  # when it stops learning: its gradient is no longer computed; 0: never
+    lr: Factor = 1.0  # × the rate of the weights
+    bias_lr: Factor = 1.0  # × the rate of the biases
+    decay: Factor = 1.0  # × optim.decay
+    drops: Times = ()  # when its weights' rate is divided by optim.drop_factor once more
+    frozen_from: Time = 0.0  # when it stops learning: its gradient is no longer computed; 0: never
 
 
 @dataclass(frozen=True)
@@ -36,51 +54,35 @@ class OptimRecipe:
             run.
     """
 
-    batch_size: int = 128
-    schedule: str = "stretches"
-    lr: float = 0.01
-    bias_lr: float = 0.02
-    momentum: float = 0.9
-    decay: float = 0.0005  # of weights; biases have none
-    lr_factor: float = 250.0
-    lr_steps: int = 4  # stretches
-    bias_lr_factor: float = 10.0
-    bias_lr_steps: int = 2
-    drops: tuple[float, ...] = ()
-    bias_drops: tuple[float, ...] = ()
-    drop_factor: float = 10.0
-    patience: int = 5
-    most_drops: int = 3
+    batch_size: Positive = 128
+    schedule: Literal["stretches", "drops", "plateau"] = "stretches"
+    lr: Rate = 0.01
+    bias_lr: Rate = 0.02
+    momentum: Probability = 0.9
+    decay: Annotated[float, Meta(ge=0, le=1000)] = 0.0005  # of weights; biases have none
+    lr_factor: Divisor = 250.0
+    lr_steps: Positive = 4  # stretches
+    bias_lr_factor: Divisor = 10.0
+    bias_lr_steps: Positive = 2
+    drops: Times = ()
+    bias_drops: Times = ()
+    drop_factor: Divisor = 10.0
+    patience: Positive = 5
+    most_drops: Annotated[int, Meta(ge=0, le=MAX_DROPS)] = 3
     layers: Mapping[str, LayerRates] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "bias_lr", "lr_factor", "bias_lr_factor", "drop_factor"):
-            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "a number above 0")
-        require_least(1, "optim", self, "batch_size", "lr_steps", "bias_lr_steps", "patience")
-        require_least(0, "optim", self, "decay", "most_drops")
-        require_one_of("optim", self, schedule=("stretches", "drops", "plateau"))
-        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "at least 0 and below 1")
-        for layer, rates in self.layers.items():
-            require_least(0, f"optim.layers.{layer}", rates, "lr", "bias_lr", "decay", "frozen_from")
 
 
 @dataclass(frozen=True)
 class DataRecipe:
     """Options of the loader, which pipeline/online/augment.py and order.py describe."""
 
-    order: str = "uniform"
-    mean: str = "centre"
-    lighting: str = "code"
-    lighting_until: float = 68.0  # epochs of train.epochs, after which lighting and the factor 1/1.1 are off
-    positions: str = "code"
-    crop_chunk: int = 1
-    max_bad: int = 0
-
-    def __post_init__(self) -> None:
-        require_one_of("data", self, order=("uniform", "fixed", "shards"), mean=("centre", "aligned", "colour"))
-        require_one_of("data", self, lighting=("code", "paper", "off"), positions=("code", "paper"))
-        require_least(0, "data", self, "lighting_until", "max_bad")
-        require_least(1, "data", self, "crop_chunk")
+    order: Literal["uniform", "fixed", "shards"] = "uniform"
+    mean: Literal["centre", "aligned", "colour"] = "centre"
+    lighting: Literal["code", "paper", "off"] = "code"
+    lighting_until: Time = 68.0  # of train.epochs, after which lighting and the factor 1/1.1 are off
+    positions: Literal["code", "paper"] = "code"
+    crop_chunk: Positive = 1
+    max_bad: Count = 0
 
 
 @dataclass(frozen=True)
@@ -88,28 +90,21 @@ class TrainRecipe:
     """Length, batches, checkpoints and arithmetic of a run."""
 
     seed: int = 2012
-    batch_size: int = 128
-    epochs: float = 90.0
-    steps: int = 0  # 0: as many as the epochs take; else so many, to which all times in epochs stretch
-    log_every: int = 20  # steps
-    validate_every: int = 0  # steps; 0: at the end of every epoch
-    checkpoint_every: int = 0  # steps; 0: at the end of every epoch
-    keep: int = 3  # of the newest checkpoints; the best stays as well
-    precision: str = "fp32"  # "tf32": products have 10 bits of mantissa; "bf16": bfloat16, but for LRN sums and loss
-    compile: str = "no"  # "segments": torch.compile of each column between exchanges; "graphs": CUDA graphs of them too
+    batch_size: Positive = 128
+    epochs: Annotated[float, Meta(ge=1e-6, le=MAX_COUNT)] = 90.0
+    steps: Steps = 0  # 0: as many as the epochs take; else so many, to which all times in epochs stretch
+    log_every: Positive = 20  # steps
+    validate_every: Steps = 0  # 0: at the end of every epoch
+    checkpoint_every: Steps = 0  # 0: at the end of every epoch
+    keep: Positive = 3  # of the newest checkpoints; the best stays as well
+    # "tf32": products have 10 bits of mantissa; "bf16": bfloat16, but for LRN sums and loss
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    # "segments": torch.compile of each column between exchanges; "graphs": CUDA graphs of them too
+    compile: Literal["no", "segments", "graphs"] = "no"
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "keep"):
-            value = getattr(self, name)
-            require(1 <= value <= MAX_COUNT, f"train.{name}", value, f"between 1 and {MAX_COUNT:,}")
-        require(0 < self.epochs <= MAX_COUNT, "train.epochs", self.epochs, f"above 0, and at most {MAX_COUNT:,}")
-        require(self.steps >= 0, "train.steps", self.steps, "at least 0 (0: as many as the epochs take)")
-        for name in ("validate_every", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name}", value, "at least 0 (0: at the end of every epoch)")
-        require(0 <= self.seed < 2**64, "train.seed", self.seed, "between 0 and 2⁶⁴ − 1")
-        require_one_of("train", self, precision=("fp32", "tf32", "bf16"), compile=("no", "segments", "graphs"))
+        require(0 <= self.seed < 2**64, "train.seed", self.seed, "between 0 and 2⁶⁴ − 1")  # beyond msgspec's bounds
 
 
 @dataclass(frozen=True)
@@ -123,6 +118,13 @@ class Recipe:
         for name in self.optim.layers:
             known = ", ".join(self.model.order)
             require(name in self.model.layers, f"optim.layers.{name}", name, f"a layer of the model: {known}")
+        optim, scale = self.optim, self.train.batch_size / self.optim.batch_size
+        for name in self.model.order:
+            own = optim.layers.get(name, LayerRates())
+            weights, biases = optim.lr * own.lr * max(1, optim.decay * own.decay), optim.bias_lr * own.bias_lr
+            for key, rate in (("lr", weights * scale), ("bias_lr", biases * scale)):
+                allowed = f"at most {MAX_FLOAT}, times the factors of {name}, its decay, and train.batch_size"
+                require(rate <= MAX_FLOAT, f"optim.{key}", getattr(optim, key), allowed)
 
 
 def load(name: str, settings: Sequence[str] = ()) -> Recipe:
@@ -133,18 +135,23 @@ def load(name: str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such recipe, or an impossible one.
     """
-    return override(_read(name, ()), settings)
+    recipe = override(_read(name, ()), settings)
+    if not recipe.model.order:
+        raise RecipeError(f'{name}: has no layers (model.order); begin it with base = "original", or name another')
+    return recipe
 
 
 def _read(name: str, above: tuple[str, ...]) -> Recipe:
     """Read a recipe and its bases; `above` are the recipes that have it as their base."""
     path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
+    if path.exists() and not path.is_file():  # a fifo would be waited for
+        raise RecipeError(f"{path}: not a regular file; name a .toml file, or one of {', '.join(names())}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
         raise RecipeError(f"{name}: no such recipe; there are {', '.join(names())}, or give a .toml file") from error
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not TOML ({error})") from error
+        raise RecipeError(f"{path}: not TOML in UTF-8 ({error})") from error
     base = values.pop("base", None)
     if base is None:
         return from_dict(values, Recipe(), str(path))
@@ -162,17 +169,18 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """Apply settings such as `train.steps=4` or `model.layers.conv3.sd=0.01`; values are TOML."""
     for setting in settings:
         key, equals, text = setting.partition("=")
+        source = f"--set {setting:.200}"
         section, *path = key.strip().split(".")
         if not equals or not path or "\n" in setting:
-            raise RecipeError(f"--set {setting}: not of the form section.key=value, such as train.steps=4")
+            raise RecipeError(f"{source}: not of the form section.key=value, such as train.steps=4")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError) as error:  # tomllib's own is a ValueError, as is a number of 5,000 digits
             hint = "; a text stands in quotes" if text.strip().isidentifier() else ""
-            raise RecipeError(f"--set {setting}: the value is not TOML ({error}{hint})") from error
+            raise RecipeError(f"{source}: the value is not TOML ({error}{hint})") from error
         for name in reversed(path):
             value = {name: value}
-        recipe = from_dict({section: value}, recipe, f"--set {setting}")
+        recipe = from_dict({section: value}, recipe, source)
     return recipe
 
 
@@ -218,22 +226,39 @@ def _typed(value: Any, kind: Any, key: str, source: str) -> Any:
     """Convert a value of TOML or JSON to type `kind`, and a section to a dict of such values. Raises RecipeError."""
     if is_dataclass(kind) or get_origin(kind) is Mapping:
         if not isinstance(value, Mapping):
-            raise RecipeError(f"{source}: {key} = {value!r}: a section, not a value")
+            raise RecipeError(f"{source}: {key} = {_shown(value)}: a section, not a value")
         prefix = f"{key}." if key else ""
-        types = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
+        hints = get_type_hints(kind, include_extras=True) if is_dataclass(kind) else {}
+        types = hints or dict.fromkeys(value, get_args(kind)[1])
         if unknown := [name for name in value if name not in types]:
             known = ", ".join(prefix + name for name in types)
-            raise RecipeError(f"{source}: unknown key {prefix}{unknown[0]}; known: {known}")
+            raise RecipeError(f"{source}: unknown key {prefix}{unknown[0]:.100}; known: {known}")
         return {name: _typed(inner, types[name], prefix + name, source) for name, inner in value.items()}
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(element, get_args(kind)[0], key, source) for element in value)
-    if kind is float and type(value) in (int, float) and abs(value) <= MAX_FLOAT:
-        return float(value)
-    if kind is not float and type(value) is kind:
-        return value
-    names = {float: f"a number up to {MAX_FLOAT:.2g}", int: "a whole number", bool: "true or false", str: "a text"}
-    expected = names[kind] if kind in names else f"a list, each {names[get_args(kind)[0]]}"
-    raise RecipeError(f"{source}: {key} = {value!r}: must be {expected}")
+    try:
+        return typed.from_values(value, kind)
+    except UserError as error:
+        raise RecipeError(f"{source}: {key} = {_shown(value)}: must be {_expected(kind)}") from error
+
+
+def _shown(value: Any) -> str:
+    """Return a value as Python writes it, cut off where it is long."""
+    try:
+        return f"{value!r:.100}"
+    except ValueError:  # Python does not write whole numbers of more than 4,300 digits, which TOML has in hexadecimal
+        return "a number of thousands of digits"
+
+
+def _expected(kind: Any) -> str:
+    """Return in words what a value of this type must be."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    base, *bounds = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    if get_origin(base) is tuple:
+        return f"a list of at most {bounds[0].max_length}, each {_expected(get_args(base)[0])}"
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[base]
+    for bound in bounds:
+        words += f" from {bound.ge:,} to " + (f"{bound.le:,}" if bound.lt is None else f"below {bound.lt}")
+    return words
 
 
 def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,8 +112,6 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
             f"{run}: has learned {len(resumed.classes):,} classes, {dataset.root} has {len(dataset.classes):,}, and "
             "not the same; start a new run from its layers: --init"
         )
-    if missing := {"schedule", "window", "steps", "over"} - resumed.progress.keys():
-        raise UserError(f"{run}: its newest checkpoint lacks {', '.join(sorted(missing))}; delete it, and try again")
     for key, (old, new) in difference(resumed.recipe, recipe).items():
         if key.startswith(FIXED) and not key.startswith(FREE):
             raise UserError(f"{run}: --set {key}: cannot change on resume ({old} → {new}); start a new run")

@@ -23,6 +23,7 @@ from trainer import run as runs
 from trainer.devices import choose_devices
 from trainer.distributed import PATIENCE, SINGLE, AnyRank, Replicas, World, join
 from trainer.evaluate import error_rates, labelled
+from trainer.figures import draw_page
 from trainer.metrics import LogInterval
 from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
@@ -232,6 +233,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
+@click.option("--no-page", is_flag=True, help="Draw no page, RUN/report.html, at the end.")
 @click.option(
     "--patience",
     type=click.FloatRange(min=1),
@@ -249,6 +251,7 @@ def train(
     init: Path | None,
     init_layers: str | None,
     devices: str | None,
+    no_page: bool,
     patience: float,
 ) -> None:
     """Train on DATA's training split.
@@ -279,13 +282,8 @@ def train(
             click.echo(f"training on the CPU: {missing_device(0)}", err=True)
         with remedies(run, world):
             main(runs.Settings(data, run, chosen, own_devices, resumed, other_data, initial, layers), world)
-    if world.is_main:
-        from trainer.figures import page  # imports plotly
-
-        try:
-            click.echo(f"page: {page.draw(data, run, own_devices)[-1]}")
-        except (UserError, OSError) as error:  # the run is complete, and saved, whatever happens to its page
-            click.echo(f"no page: {error}", err=True)
+    if world.is_main and not no_page:
+        draw_page(data, run, own_devices)
 
 
 def _require_consistent(

@@ -15,6 +15,7 @@ from pipeline.offline.choice import chosen_classes
 from pipeline.offline.names import are_numbers, in_order, lines_of, listed, look_alike, normal, spelled
 from pipeline.offline.raw import Options, RawTable, Sources
 from pipeline.storage import Location
+from pipeline.typed import from_values
 
 NAMED = 5  # classes in a message; the rest is counted
 MAX_TEXT = 16 * 2**20  # bytes
@@ -190,7 +191,7 @@ def name_classes(sources: Sources, named: Mapping[int, ClassRecord], file: str, 
     words = {record.wnid: record.words for record in known}
     ids = {record.wnid: record.devkit_id for record in known if record.devkit_id is not None}
     if options.keep_labels:
-        _require_kept(names)
+        _require_kept([*names, *map(str, named)])
     if not are_numbers(names):
         sources.classes = ranked(names, words, {})
         return
@@ -248,11 +249,11 @@ def read_class_list(file: Location) -> dict[int, ClassRecord]:
     """
     if file.name == FILE_NAME:
         try:
-            records = json.loads(read_text(file))["classes"]
-            classes = [ClassRecord(int(r["label"]), str(r["wnid"]), str(r["words"]), r["devkit_id"]) for r in records]
-            return {record.label: record for record in classes}
+            classes = from_values(json.loads(read_text(file))["classes"], list[ClassRecord])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise SourceError(f"{file}: has no list of classes as ours have; remove it") from error
+            raise SourceError(f"{file}: has no list of classes as ours have ({error}); remove it") from error
+        _require_one_to_one(file, classes)
+        return {record.label: record for record in classes}
     lines = [normal(line.strip()) for line in lines_of(read_text(file).rstrip())]
     if "" in lines:
         raise SourceError(f"{file}: line {lines.index('') + 1} is blank; line i must name class i − 1")
@@ -264,6 +265,18 @@ def read_class_list(file: Location) -> dict[int, ClassRecord]:
     if len({record.wnid for record in named.values()}) != len(named):
         raise SourceError(f"{file}: names one wnid twice; each line must name a class of its own")
     return named
+
+
+def _require_one_to_one(file: Location, classes: Iterable[ClassRecord]) -> None:
+    """Raise SourceError where one class has two labels, or one label two classes."""
+    labels, names = dict[str, int](), dict[int, str]()
+    for record in classes:
+        label, name = labels.setdefault(normal(record.wnid), record.label), names.setdefault(record.label, record.wnid)
+        problem = f"the class {printable(record.wnid, 60)} has the labels {label} and {record.label}"
+        if label == record.label:
+            problem = f"the label {label} is of {printable(name, 60)} and of {printable(record.wnid, 60)}"
+        if (label, name) != (record.label, record.wnid):
+            raise SourceError(f"{file}: {problem}; correct that list or remove it")
 
 
 # ---- small text files

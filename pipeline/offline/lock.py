@@ -123,7 +123,7 @@ def _require_equal(before: bytes, now: bytes, root: Location) -> None:
     """Raise UserError, which names the difference, where two fingerprints of plans are not of one build."""
     try:
         old, new = _by_words(before), _by_words(now)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{root / BUILD_FOLDER / PLAN_FILE}: damaged ({error}); delete {root}; build again") from error
     if before == now:
         return

@@ -20,6 +20,7 @@ from pipeline.offline.plan import Plan, Slot, differences, slots
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE, Record, load_record, write_shard
 from pipeline.offline.statistics import Sums, finish
 from pipeline.offline.verify import REPAIR_FOLDER, RETRY_FOLDER
+from pipeline.typed import from_values
 
 
 def repair(dataset: Manifest, failing: Collection[str], plan: Plan, workers: int) -> None:
@@ -128,7 +129,16 @@ def _decode_skipped(dataset: Manifest, plan: Plan) -> tuple[set[str], Sums]:
 
 
 def _skipped(dataset: Manifest) -> list[dict[str, str]]:
-    return [json.loads(line) for line in dataset.read(SKIPPED_FILE).splitlines()]
+    """Return the lines of skipped.jsonl, whose paths may not be UTF-8. Raises UserError if they are something else."""
+    lines = dataset.read(SKIPPED_FILE).splitlines()
+    try:
+        skipped = [from_values(json.loads(line), dict[str, str]) for line in lines]
+        if all(line.keys() >= {"key", "split"} for line in skipped):
+            return skipped
+        raise ValueError("a line lacks its key or split")
+    except (ValueError, RecursionError) as error:
+        path = dataset.root / SKIPPED_FILE
+        raise UserError(f"{path}: no list of skipped images ({error}); build the data set again") from error
 
 
 def _rebuild_with(dataset: Manifest, plan: Plan, gained: set[str], sums: Sums, aside: Path, workers: int) -> None:

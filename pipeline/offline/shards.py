@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Generator, Mapping
@@ -25,6 +24,7 @@ from pipeline.manifest import SAMPLE, BuildRecipe, FileRecord, ShardRecord, cano
 from pipeline.offline.plan import PlannedImage, differences
 from pipeline.offline.statistics import Sums
 from pipeline.storage import Location
+from pipeline.typed import PARSER_ERRORS
 
 BUILD_FOLDER, SKIPPED_FILE = ".build", "skipped.jsonl"
 SECONDS = 60.0  # that one image may take
@@ -239,5 +239,5 @@ def load_record(root: Location, name: str) -> Record | None:
             files = {file: FileRecord(**written) for file, written in meta.pop("files").items()}
             sums = Sums(int(arrays["n"]), arrays["sum_image"].astype(np.int64), arrays["second_moments"])
             return Record(**meta, files=files, samples=arrays["samples"], sums=sums)
-    except (FileNotFoundError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, RuntimeError):
+    except (FileNotFoundError, AttributeError, *PARSER_ERRORS):
         return None

@@ -3,10 +3,7 @@
 import hashlib
 import io
 import json
-import struct
 import tarfile
-import tokenize
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +16,14 @@ import numpy as np
 from pipeline import manifest, storage
 from pipeline.decode import ImageError, decode
 from pipeline.image import pixels_of
-from pipeline.manifest import FILE_NAME, SAMPLE, STATISTICS_FILE, BuildRecipe, Manifest, ShardRecord
+from pipeline.manifest import FILE_NAME, SAMPLE, STATISTICS_FILE, BuildRecipe, DatasetError, Manifest, ShardRecord
 from pipeline.offline import executors
 from pipeline.offline.names import in_order
 from pipeline.offline.shards import BUILD_FOLDER, SKIPPED_FILE
 from pipeline.offline.statistics import Sums, finish
 from pipeline.storage import Location, StorageError
-from pipeline.volumes import is_junk
-
-PARSER_ERRORS = (  # of tarfile, and of numpy and zipfile, which parse a header as Python's source
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, EOFError,
-    ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError, Warning,
-)  # fmt: skip
+from pipeline.typed import PARSER_ERRORS
+from pipeline.volumes import is_junk, open_regular
 
 REPAIR_FOLDER, RETRY_FOLDER = ".repair", ".retry"  # see `repair`
 LEFT_OVER = {
@@ -62,7 +55,9 @@ class Failures(list[Failure]):
         except (Violation, OSError) as error:
             missing = isinstance(error, FileNotFoundError)
             self.append(Failure(file, "missing" if missing else getattr(error, "strerror", "") or str(error)))
-        except PARSER_ERRORS as error:
+        except DatasetError as error:
+            self.append(Failure(file, str(error).rpartition(f"{file}: ")[2].removesuffix("; build it again")))
+        except (tarfile.TarError, *PARSER_ERRORS) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self.append(Failure(file, f"does not load ({reason})"))
 
@@ -93,8 +88,9 @@ def check(
     Returns all failures, of each listed file the first, in an order that does not depend on `workers`. Raises UserError
     where a worker process was killed.
     """
-    failures = Failures(Failure(FILE_NAME, reason) for reason in _manifest_violations(dataset))
-    failures += _unlisted(dataset)
+    failures, wnids = Failures(_unlisted(dataset)), [record.wnid for record in dataset.classes]
+    if wnids not in (in_order(wnids), sorted(wnids)):  # the second: earlier versions ordered numbers as texts, too
+        failures.insert(0, Failure(FILE_NAME, "the labels are not the ranks of the sorted wnids"))
     tasks = []
     for shard in (shard for split in dataset.splits.values() for shard in split.shards):
         own = {name: dataset.files[name] for name in (shard.name, _index_of(shard.name)) if name in dataset.files}
@@ -143,18 +139,6 @@ def _unlisted(dataset: Manifest) -> Iterator[Failure]:
                 yield Failure(path, f"not listed in {FILE_NAME}")
 
 
-def _manifest_violations(dataset: Manifest) -> Iterator[str]:
-    if storage.read_bytes(dataset.root / FILE_NAME) != dataset.to_json():
-        yield f"its identity is not that of its content ({dataset.identity})"
-    wnids = [record.wnid for record in dataset.classes]
-    orders = (in_order(wnids), sorted(set(wnids)))  # the second: earlier versions ordered numbers as texts, too
-    if [record.label for record in dataset.classes] != list(range(len(wnids))) or wnids not in orders:
-        yield "the labels are not the ranks of the sorted wnids"
-    for name, split in dataset.splits.items():
-        if split.samples != sum(shard.samples for shard in split.shards):
-            yield f"the shards of {name} do not add up to its {split.samples} samples"
-
-
 def check_shard(task: tuple[Manifest, ShardRecord, bool]) -> CheckedShard:
     """Check a shard's tar and its index: each alone, and the index against the tar."""
     dataset, shard, quick = task
@@ -176,7 +160,7 @@ def opened(dataset: Manifest, name: str) -> Iterator[BinaryIO]:
     path, promised = dataset.root / name, dataset.files.get(name)
     if promised is None:
         raise Violation(f"not listed in {FILE_NAME}")
-    with io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else open(path, "rb") as file:
+    with io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else open_regular(path) as file:
         if (size := file.seek(0, io.SEEK_END)) != promised.bytes:
             raise Violation(f"has {size} bytes, the manifest promises {promised.bytes}")
         file.seek(0)
@@ -240,8 +224,6 @@ def _check_samples(dataset: Manifest, split: str, checked: Mapping[str, CheckedS
             here, there = samples[name][start:end], stored[name]
             for i in np.flatnonzero(here != there)[:1]:
                 raise Violation(f"sample {start + i}: {name} {here[i]}, but {there[i]} in {shard.name}")
-    if split != "test" and samples["label"].min(initial=0) < 0:
-        raise Violation(f"sample {samples['label'].argmin()} has no label")
 
 
 def _check_skipped(dataset: Manifest) -> None:

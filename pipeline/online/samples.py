@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from pipeline.cli import printable
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.volumes import naming
 
@@ -35,7 +36,7 @@ class _OpenShard:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # waits for no pipe's writer
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}; let it be readable, or build it again") from error
         weakref.finalize(self, os.close, self.descriptor)
@@ -124,7 +125,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         shard, offset = int(self.records["shard"][number]), int(self.records["offset"][number])
         with self._lease([shard]) as descriptors, naming(self._paths[shard]):
             header = os.pread(descriptors[shard], 100, offset - 512)
-        return header.partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg")
+        return printable(header.partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg"))
 
     def stop(self) -> None:
         """Let reads under way, and later ones, end with RuntimeError."""

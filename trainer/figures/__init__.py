@@ -1,1 +1,39 @@
-"""Draw a run: PNG sheets and a page."""
+"""Draw a run: PNG sheets and a page; at the end of training, whose exit code does not depend on it."""
+
+import shlex
+import signal
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline import UserError, manifest, volumes
+
+
+def draw_page(
+    data: Path, run: Path, devices: tuple[torch.device, ...], state: str = "the run is complete and saved"
+) -> None:
+    """Draw the page of a run, whose `state` the messages name; if that fails, a line on stderr says why.
+
+    Raises UserError with the exit code of a signal that comes meanwhile.
+    """
+    stopped: UserError | None = None
+    later = shlex.join(["python", "-m", "trainer", "figures", str(run), "--data", str(data)])
+    try:
+        from trainer.figures import gather, page  # imports plotly
+
+        count = gather.searched(manifest.load(data))
+        work = f", {count:,} training pictures through the network" if count else ""
+        click.echo(f"{state}; drawing its page{work} (--no-page leaves it out)", err=True)
+        written = page.draw(data, run, devices)[-1]
+    except KeyboardInterrupt as error:
+        number = signal.Signals(*error.args or (signal.SIGINT,))
+        stopped = UserError(f"{number.name}: {state}; draw its page by: {later}")
+        stopped.exit_code = 128 + number
+    except (UserError, OSError, MemoryError, ImportError) as error:
+        reason = volumes.explained(error) if isinstance(error, OSError) else str(error) or "not enough memory"
+        click.echo(f"no page: {reason}; draw it by: {later}", err=True)
+    else:
+        click.echo(f"page: {written}")
+    if stopped:  # not above, where the interruption would be its context, of which commands have words of their own
+        raise stopped

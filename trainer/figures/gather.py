@@ -1,34 +1,65 @@
 """Gather what the figures of a run show: records, pictures with probabilities, their neighbours, its commands."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from math import gcd, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from pipeline import UserError, storage
-from pipeline.manifest import BuildRecipe, Manifest
+from pipeline.manifest import BuildRecipe, DatasetError, Manifest
 from pipeline.online.samples import SampleReader
+from pipeline.typed import Count, from_values
 from trainer import metrics
 from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoint, require_same_data
 from trainer.evaluate import view_probabilities
 from trainer.nonfinite import require_finite, require_finite_outputs
 from trainer.parallel import TwoColumnNet
-from trainer.pictures import Pictures
-from trainer.retrieval.index import features, hidden
+from trainer.pictures import Pictures, pixels
+from trainer.retrieval.index import Show, features, hidden
 from trainer.retrieval.search import BadIndex, Index, digest, nearest
 
 SHOWN, QUERIES, NEAREST = 8, 5, 6  # pictures with predictions; with neighbours; neighbours of each (Figure 4)
-SEARCHED = 20_000  # training images that are searched for a figure at most; more need an index
+SEARCHED = 20_000  # training images that pass through the network for a figure at most; more need an index
 INDEX, EVALUATION = "index", "evaluation.json"  # in the run directory
 AT_ONCE = 16  # pictures of a batch that are searched for errors
 DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+
+
+class Rates(TypedDict):
+    """The errors of a view, in percent and in nats per image."""
+
+    samples: Count
+    top1_error: Annotated[float, Meta(ge=0, le=100)]
+    top5_error: Annotated[float, Meta(ge=0, le=100)]
+    nll: Annotated[float, Meta(ge=0, le=1e300)]
+
+
+class Pair(TypedDict):
+    """A label whose images are taken for another."""
+
+    true: Count
+    predicted: Count
+    images: Count
+
+
+class Evaluation(TypedDict):
+    """The part of evaluation.json that is drawn."""
+
+    step: Count
+    split: str
+    dataset: str
+    centre: Rates
+    ten: Rates
+    confused: NotRequired[list[Pair]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +67,7 @@ class Example:
     """A stored picture; `probabilities` (classes,) float64 are the network's for its centre view."""
 
     id: int
-    jpeg: bytes
+    pixels: np.ndarray  # (size, size, 3) uint8
     label: int  # −1: none
     probabilities: np.ndarray
 
@@ -46,7 +77,7 @@ class Neighbour:
     """A training picture; `distance` is that of its features in the last hidden layer from the query's."""
 
     id: int
-    jpeg: bytes
+    pixels: np.ndarray
     label: int
     distance: float
 
@@ -62,13 +93,13 @@ class FigureData:
     dataset: Manifest
     checkpoint: Checkpoint
     lines: list[dict[str, Any]]  # of metrics.jsonl
-    evaluation: dict[str, Any] | None  # of evaluation.json
+    evaluation: Evaluation | None  # of evaluation.json
     kernels: np.ndarray | None  # (n, 3, k, k) float32 of the first layer, in the grouped layout, if it has any
     split: str
     only_errors: bool
     examples: tuple[Example, ...]  # of `split`, spread over it; with `only_errors` those that the network gets wrong
     similar: Similar  # pictures of `split`, and the training pictures that are nearest to each
-    lacking: dict[str, str]  # figures that cannot be drawn, and why: "kernels", "predictions", "neighbours"
+    lacking: dict[str, str]  # figures that cannot be drawn, and why: "kernels", "predictions", "neighbours", …
 
     def words(self, label: int) -> str:
         """Return the words of a label; −1 is none."""
@@ -80,6 +111,21 @@ def has_images(dataset: Manifest, split: str) -> bool:
     return split in dataset.splits and dataset.splits[split].samples > 0
 
 
+def searched(dataset: Manifest, split: str = "val") -> int:
+    """Return the number of training images that pass through the network for the neighbours of pictures of `split`."""
+    samples = dataset.split("train").samples
+    return samples if samples <= SEARCHED and has_images(dataset, split) else 0
+
+
+@contextmanager
+def noting(lacking: dict[str, str], *figures: str) -> Iterator[None]:
+    """Note in `lacking` why figures cannot be drawn: one of their pictures is damaged, or they need an index."""
+    try:
+        yield
+    except (DatasetError, BadIndex) as error:
+        lacking |= dict.fromkeys(figures, str(error))
+
+
 def gather(
     run: Path,
     dataset: Manifest,
@@ -87,8 +133,11 @@ def gather(
     checkpoint: Checkpoint,
     split: str = "val",
     only_errors: bool = False,
+    show: Show = lambda *_: None,
 ) -> FigureData:
     """Return what the figures of `run` show; `network` holds the weights of `checkpoint`, its newest.
+
+    A damaged picture costs those figures alone that need it. `show` takes what is done.
 
     Raises:
         UserError: `run` is not a directory; `dataset` is not what it was trained on; a file of either is damaged.
@@ -110,18 +159,18 @@ def gather(
         lacking["predictions"] = lacking["neighbours"] = f"The data set has no images in {split}."
     else:
         samples = _with_probabilities(dataset, network, checkpoint.recipe, split)
-        examples = spread = tuple(islice(samples, SHOWN))
+        with noting(lacking, "predictions", "neighbours"):
+            examples = spread = tuple(islice(samples, SHOWN))
+            with noting(lacking, "neighbours"):
+                similar = _similar(run, dataset, network, checkpoint, split, spread[:QUERIES], show)
         if only_errors and (dataset.samples(split)["label"] < 0).all():
             examples, lacking["predictions"] = (), f"No image in {split} has a label, so none is known to be an error."
-        elif only_errors:
-            errors = (one for one in chain(spread, samples) if one.label not in (-1, int(one.probabilities.argmax())))
-            examples = tuple(islice(errors, SHOWN))
+        elif only_errors and examples:
+            errors = _errors(chain(spread, samples), dataset.split(split).samples, show)
+            with noting(lacking, "predictions"):
+                examples = tuple(islice(errors, SHOWN))
             if not examples:
                 lacking["predictions"] = f"The network makes no error in {split}."
-        try:
-            similar = _similar(run, dataset, network, checkpoint, split, spread[:QUERIES])
-        except BadIndex as error:
-            lacking["neighbours"] = str(error)
     recorded = (run, dataset, checkpoint, lines, evaluation, kernels)
     return FigureData(*recorded, split, only_errors, examples, similar, lacking)
 
@@ -149,7 +198,7 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
+def read_evaluation(run: Path, classes: int) -> Evaluation | None:
     """Return the content of evaluation.json, of a network of so many classes; None if there is no such file.
 
     Raises:
@@ -159,17 +208,13 @@ def read_evaluation(run: Path, classes: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = {"confused": []} | json.loads(storage.read_bytes(path))
-        _require_numbers(content, "step")
-        for view in (content["centre"], content["ten"]):
-            _require_numbers(view, "samples", "top1_error", "top5_error", "nll")
-        for pair in content["confused"]:
-            _require_numbers(pair, "images")
-            if not all(type(label) is int and 0 <= label < classes for label in (pair["true"], pair["predicted"])):
-                raise ValueError(f"a label of confused pairs is none of {classes} classes")
-        return content | {key: str(content[key]) for key in ("split", "dataset")}
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged ({error}); mend or delete it") from error
+        content = from_values(json.loads(storage.read_bytes(path)), Evaluation)
+        pairs = content.setdefault("confused", [])
+        if any(max(pair["true"], pair["predicted"]) >= classes for pair in pairs):
+            raise UserError(f"a label of confused pairs is none of {classes} classes")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); write it again: python -m trainer evaluate") from error
 
 
 def _require_numbers(record: dict[str, Any], *keys: str) -> None:
@@ -192,11 +237,19 @@ def _with_probabilities(
     with SampleReader(dataset, split) as reader:
         for start in range(0, samples, AT_ONCE):
             ids = order[start : start + AT_ONCE]
-            jpegs = [jpeg.tobytes() for jpeg in reader.read(ids)]
-            rows = view_probabilities(network, pictures.views(jpegs)).mean(1).cpu().numpy()
+            stored = [pixels(jpeg.tobytes(), dataset.recipe.size) for jpeg in reader.read(ids)]
+            rows = view_probabilities(network, pictures.seen(stored)).mean(1).cpu().numpy()
             require_finite_outputs(rows)
-            for fields in zip(ids.tolist(), jpegs, reader.labels(ids).tolist(), rows):
+            for fields in zip(ids.tolist(), stored, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
+
+
+def _errors(samples: Iterable[Example], total: int, show: Show) -> Iterator[Example]:
+    """Yield the samples that the network gets wrong."""
+    for done, sample in enumerate(samples, start=1):
+        show("pictures searched for errors", done, total)
+        if sample.label not in (-1, int(sample.probabilities.argmax())):
+            yield sample
 
 
 @torch.inference_mode()
@@ -207,31 +260,39 @@ def _similar(
     checkpoint: Checkpoint,
     split: str,
     queries: tuple[Example, ...],
+    show: Show,
 ) -> Similar:
     """Return each query with its nearest training images, itself left out. Raises BadIndex, if one is needed."""
-    rows = _training_features(run, dataset, network, checkpoint)
-    query_features = hidden(network, Pictures(dataset, checkpoint.recipe).views([query.jpeg for query in queries]))
+    rows = _training_features(run, dataset, network, checkpoint, show)
+    query_features = hidden(network, Pictures(dataset, checkpoint.recipe).seen([query.pixels for query in queries]))
     similar = []
     with SampleReader(dataset, "train") as reader:
         for query, ids, distances in zip(queries, *nearest(rows, query_features, NEAREST + 1)):
             others = np.flatnonzero((ids != query.id) | (split != "train"))[:NEAREST]
-            jpegs, labels = [jpeg.tobytes() for jpeg in reader.read(ids[others])], reader.labels(ids[others])
-            fields = zip(ids[others].tolist(), jpegs, labels.tolist(), distances[others].tolist())
+            stored = [pixels(jpeg.tobytes(), dataset.recipe.size) for jpeg in reader.read(ids[others])]
+            labels = reader.labels(ids[others]).tolist()
+            fields = zip(ids[others].tolist(), stored, labels, distances[others].tolist())
             similar.append((query, tuple(Neighbour(*row) for row in fields)))
     return tuple(similar)
 
 
-def _training_features(run: Path, dataset: Manifest, network: TwoColumnNet, checkpoint: Checkpoint) -> np.ndarray:
+def _training_features(
+    run: Path, dataset: Manifest, network: TwoColumnNet, checkpoint: Checkpoint, show: Show
+) -> np.ndarray:
     """Return the features (n, units) of the training images; if they are many, those of the run's index.
 
     Raises:
         BadIndex: there is no index of them.
     """
-    if dataset.split("train").samples <= SEARCHED:
-        return np.concatenate([rows for _, rows in features(network, dataset, checkpoint.recipe, "train")])
+    if (total := dataset.split("train").samples) <= SEARCHED:
+        parts = []
+        for ids, rows in features(network, dataset, checkpoint.recipe, "train"):
+            parts.append(rows)
+            show("training pictures through the network", int(ids[-1]) + 1, total)
+        return np.concatenate(parts)
     try:
         index = Index(run / INDEX)
-        index.require(digest(checkpoint.weights), dataset.identity, run)
+        index.require(digest(checkpoint.weights), dataset, run)
     except BadIndex as error:
         message = f"More than {SEARCHED:,} training images are looked for in an index alone ({error})."
         raise BadIndex(message) from error

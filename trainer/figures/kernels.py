@@ -3,24 +3,24 @@
 import numpy as np
 from PIL import Image
 
-from trainer.figures.sheets import INK, TEXT, grid, paragraph, titled
+from trainer.figures.sheets import INK, MARGIN, TEXT, WIDTH, grid, paragraph, titled
 
 PADDED = 4  # the Fourier transform is taken of a square so many times as wide, zero outside the kernel
 FLAT = 1e-12  # of a kernel's energy: what is left of a constant kernel less its mean, by rounding
 DRAWS = 9999  # random halvings
 
 SIDE, GAP = 44, 6  # pixels: of a kernel at most, between two: 12 kernels of 11 × 11 weights in a row
-NOISE = 200  # kernels of noise, to compare with
+NOISE, NUMBERS = 200, 10**6  # kernels of noise, to compare with, and weights in all of them, at most
 ZERO, LARGEST = 128, 127  # grey levels: of a weight of zero, and the distance from it of the sheet's largest
 
 
 def sheet(weights: np.ndarray, columns: int) -> Image.Image:
     """Return the sheet of a first layer's kernels, (n, 3, k, k) float in the grouped layout, of so many columns."""
-    side, parts = weights.shape[-1], []
-    shown = np.split(tiles(weights, zoom=max(1, SIDE // side)), columns)
+    side, parts, zoom = weights.shape[-1], [], max(1, SIDE // weights.shape[-1])
+    shown, box = np.split(tiles(weights, zoom), columns), min(zoom * side, WIDTH - 2 * MARGIN)
     for i, (column, column_tiles) in enumerate(zip(np.split(weights, columns), shown)):
         name = f"Column {i}" if columns > 1 else "One column"
-        parts += [paragraph(f"{name}: {measured(column)}", TEXT, INK), grid(column_tiles, column_tiles.shape[1], GAP)]
+        parts += [paragraph(f"{name}: {measured(column)}", TEXT, INK), grid(column_tiles, box, GAP)]
     return titled(
         f"First layer: {len(weights)} kernels of {side} × {side} RGB weights", parts, reading(weights, columns)
     )
@@ -35,7 +35,8 @@ def measured(weights: np.ndarray) -> str:
 
 def reading(weights: np.ndarray, columns: int) -> str:
     """Return the note on a sheet of kernels: the meaning of the numbers, and how sure they are."""
-    noise = np.random.default_rng(2012).standard_normal((NOISE, *weights.shape[1:]))
+    count = min(NOISE, NUMBERS // weights[0].size + 1)
+    noise = np.random.default_rng(2012).standard_normal((count, *weights.shape[1:]))
     text = (
         "Colour: the share of the weights' energy that is not grey. Orientation: the share of their spatial power that "
         "has one direction. Means over the kernels, by their energy, from 0 to 1; "

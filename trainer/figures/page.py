@@ -4,7 +4,7 @@ import base64
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from math import floor, log10
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from jinja2 import StrictUndefined, Template
 from markupsafe import Markup
-from nvidia import dali
 from PIL import Image
 
+from penstock import __version__
 from pipeline import UserError, manifest, volumes
-from pipeline.cli import Command
+from pipeline.cli import Command, progress_bars
 from pipeline.files import write_bytes_aside
 from pipeline.online import augment
 from pipeline.online.samples import SampleReader
@@ -27,7 +27,7 @@ from trainer import data as loaders
 from trainer.checkpoint import load_network
 from trainer.devices import choose_devices
 from trainer.figures import kernels, sheets
-from trainer.figures.gather import FigureData, commands, gather, has_images
+from trainer.figures.gather import FigureData, commands, gather, has_images, noting
 from trainer.layers import plan
 from trainer.options import DATA, DEVICES, RUN, require_writable
 from trainer.pictures import pixels
@@ -37,6 +37,7 @@ FOLDER, FILE_NAME = "figures", "report.html"
 TRAINING_SAMPLES = 16  # shown
 MID_GREY = 128  # grey levels: added to an input, whose mean is about zero, to show it
 FEW = 100  # points of a curve, up to which they are marked
+TICKS = 9  # of a logarithmic axis, about, if every power of ten would be more
 DASHES = ("solid", "dash", "dot", "dashdot")  # curves are told apart without colour, too
 AXIS = {"gridcolor": "#e3e8ec", "showgrid": True, "automargin": True, "fixedrange": True}
 LAYOUT = {
@@ -89,50 +90,64 @@ def draw(
     """Draw all figures of a run; a sheet that nothing is known for is deleted.
 
     Returns:
-        A line for each sheet that was not written, with the reason, and the files written, the page last.
+        A line for each figure that was not drawn, with the reason, and the files written, the page last.
     Raises:
-        UserError: as `gather`; a sample is damaged; a file cannot be written.
+        UserError: as `gather`; the device has too little memory; a file cannot be written.
     """
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
-    content = gather(run, dataset, load_network(checkpoint, dataset, devices, run), checkpoint, split, only_errors)
+    try:
+        with progress_bars() as show:
+            network = load_network(checkpoint, dataset, devices, run)
+            content = gather(run, dataset, network, checkpoint, split, only_errors, show)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{error.args[0].splitlines()[0]} Name other --devices") from error
     draws = {
         "kernels": lambda: kernels.sheet(np.asarray(content.kernels), checkpoint.recipe.model.columns),
         "predictions": lambda: sheets.predictions(content.examples, content.words),
         "neighbours": lambda: sheets.neighbours(content.similar, content.words),
         "augmentation": lambda: _augmentation(content),
     }
-    drawn = {name: sheets.png(draw_sheet()) for name, draw_sheet in draws.items() if name not in content.lacking}
+    drawn = {}
+    for name in (name for name in draws if name not in content.lacking):
+        with noting(content.lacking, name):
+            drawn[name] = sheets.png(draws[name]())
     files = {run / FOLDER / f"{name}.png": sheet for name, sheet in drawn.items()}
     files[run / FILE_NAME] = page(content, drawn).encode(errors="replace")
     try:
-        for name in content.lacking:
+        for name in draws.keys() - drawn.keys():
             (run / FOLDER / f"{name}.png").unlink(missing_ok=True)
         for path, file in files.items():
             write_bytes_aside(path, file)
     except OSError as error:
         raise UserError(volumes.explained(error)) from error  # such as a full disk, which ends no training run
-    return [*(f"no {name}.png: {reason}" for name, reason in content.lacking.items()), *map(str, files)]
+    lacking = [f"no {name}{'.png' * (name in draws)}: {reason}" for name, reason in content.lacking.items()]
+    return [*lacking, *map(str, files)]
 
 
 def page(data: FigureData, drawn: Mapping[str, bytes]) -> str:
     """Return the page; `drawn` has the PNG sheets by name."""
     statistics, model = data.dataset.statistics(), data.checkpoint.recipe.model
     columns = [] if data.kernels is None else np.split(data.kernels, model.columns)
-    versions = f"penstock {metadata.version('penstock-imagenet')}, torch {torch.__version__}"
+    samples: list[tuple[int, str, bytes, bytes]] = []
+    with noting(data.lacking, "training samples"):
+        samples = _training_samples(data)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return Template(template, autoescape=True, trim_blocks=True, undefined=StrictUndefined).render(
         data=data,
         drawn=drawn,
         commands={name: shlex.join(words) for name, words in commands(data).items()},
         layers=plan(model, len(data.checkpoint.classes)),
+        steps=loaders.steps_of(data.dataset, data.checkpoint.recipe),
         times=[line["time"] for line in data.lines if line["kind"] == "train"],
         validated=has_images(data.dataset, "val"),
         charts=charts(data.lines),
+        still=still(data.lines),
         statistics=statistics,
         components=list(zip(np.sqrt(np.maximum(statistics.eigenvalues, 0.0)), statistics.eigenvectors.T)),
-        samples=_training_samples(data),
+        mean=sheets.png(Image.fromarray(np.rint(statistics.mean_image).astype(np.uint8))),
+        samples=samples,
         mid_grey=MID_GREY,
-        versions=f"{versions}, DALI {dali.__version__}, pillow-simd {Image.__version__}",
+        versions=f"penstock {__version__}, torch {torch.__version__}, pillow-simd {Image.__version__}",
         picture=_picture,
         top=top,
         distance=sheets.distance,
@@ -166,18 +181,31 @@ def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return drawn
 
 
+def still(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the layers that metrics.jsonl knows, but for those that `charts` has a curve of updates for."""
+    layers = [layer for line in lines for layer in line.get("layers", {}).items()]
+    moving = {name for name, layer in layers if layer["ratio"] > 0}
+    return [name for name in dict.fromkeys(name for name, _ in layers) if name not in moving]
+
+
 def _chart(name: str, title: str, unit: str, curves: dict[str, Points], with_library: bool) -> Chart:
     """Return a chart of curves, each (step, value) by name; `with_library` puts plotly.js (5 MB) before it."""
     import plotly.graph_objects as go  # here, because it takes long to import
 
-    axis = {"type": "log", "dtick": 1, "exponentformat": "power"} if name == "updates" else {"rangemode": "tozero"}
+    axis: dict[str, Any] = {"rangemode": "tozero"}
+    if name == "updates":
+        decades = [floor(log10(value)) for points in curves.values() for _, value in points]
+        low, high = min(decades), max(decades) + 1  # a range without a power of ten would have no ticks
+        axis = {"type": "log", "range": [low - 0.1, high + 0.1], "dtick": 1 + (high - low) // TICKS}
+        axis["exponentformat"] = "power"
     traces, courses = [], []
     for i, (curve, points) in enumerate(curves.items()):
         steps, values = zip(*points)
         mode = "lines+markers" if len(points) <= FEW else "lines"
         style = {"line_dash": DASHES[i % len(DASHES)], "marker_symbol": i, "marker_size": 7}
         traces.append(go.Scatter(x=steps, y=values, name=curve, mode=mode, **style))
-        courses.append(f"{curve} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}")
+        first, last = (f"{value:.4g} at step {step}" for step, value in (points[0], points[-1]))
+        courses.append(f"{curve} from {first} to {last}" if len(points) > 1 else f"{curve} {first}")
     html = go.Figure(traces, LAYOUT | {"yaxis": AXIS | {"title": unit, "hoverformat": ".4g"} | axis}).to_html(
         config={"responsive": True, "displayModeBar": False},
         include_plotlyjs=with_library,
@@ -207,7 +235,7 @@ def _augmentation(data: FigureData) -> Image.Image:
         view=recipe.model.size, mean=keys.mean, lighting=lighting, positions=keys.positions, crop_chunk=keys.crop_chunk
     )
     with SampleReader(data.dataset, "train") as reader:
-        stored = pixels(reader.read(np.zeros(1, np.int64))[0].tobytes())
+        stored = pixels(reader.read(np.zeros(1, np.int64))[0].tobytes(), data.dataset.recipe.size)
     return sheets.augmentation(stored, options, data.dataset.statistics(), recipe.train.seed, sample=0)
 
 

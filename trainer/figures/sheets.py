@@ -14,7 +14,6 @@ from pipeline import UserError
 from pipeline.manifest import Statistics
 from pipeline.online import augment
 from trainer.figures.gather import Example, Neighbour, Similar
-from trainer.pictures import pixels
 from trainer.probabilities import top
 
 INK, SOFT, PALE, RED = "#1c2733", "#55626d", "#eef1f4", "#b3261e"
@@ -70,7 +69,7 @@ def _prediction(example: Example, words: Words) -> Image.Image:
     """Return a part with an example at the left, its true label and its bars at the right."""
     best = top(example.probabilities).tolist()
     left, part = MARGIN + SIDE + GAP, blank(max(SIDE, LABEL + ROW * len(best)))
-    put(part, (MARGIN, 0), pixels(example.jpeg), SIDE)
+    put(part, (MARGIN, 0), example.pixels, SIDE)
     labelled = example.label >= 0
     missed = " (missed)" if labelled and example.label not in best else ""
     name = fitted(words(example.label), WIDTH - MARGIN - left - length(missed, SMALL), TEXT, labelled)
@@ -98,12 +97,12 @@ def _similar(query: Example, near: Sequence[Neighbour], words: Words) -> Image.I
     """Return a part with a query at the left, and at the right its neighbours, three in a row."""
     pitch = NEAR + 52
     part = blank(max(SIDE + 28, -(-len(near) // ACROSS) * pitch))
-    put(part, (MARGIN, 0), pixels(query.jpeg), SIDE)
+    put(part, (MARGIN, 0), query.pixels, SIDE)
     colour = INK if query.label >= 0 else SOFT
     write(part, (MARGIN, SIDE + 14), words(query.label), TEXT, colour, "lm", query.label >= 0, SIDE)
     for i, neighbour in enumerate(near):
         left, top = MARGIN + SIDE + GAP + i % ACROSS * (NEAR + NEAR_GAP), i // ACROSS * pitch
-        put(part, (left, top), pixels(neighbour.jpeg), NEAR)
+        put(part, (left, top), neighbour.pixels, NEAR)
         same, middle = neighbour.label == query.label, top + NEAR + 13
         start = left + (tick(part, left, middle) if same else 0)
         colour = RED if same else INK if neighbour.label >= 0 else SOFT

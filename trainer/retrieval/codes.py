@@ -6,12 +6,14 @@ code's units to their ends (Salakhutdinov and Hinton, Semantic hashing, 2009; fo
 very deep autoencoders for content-based image retrieval, 2011). docs/retrieval.md has what other codes find.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline import UserError
 
 SEED = 2012
 SAMPLE = 20_000  # rows that it learns from, at most
@@ -32,6 +34,15 @@ class AutoEncoder:
     bias: Tensor
     down: Tensor
     offset: Tensor
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Tensor], units: int, bits: int) -> "AutoEncoder":
+        """Return the one of these layers. Raises UserError where they have other names, shapes or types."""
+        shapes = {"up": (units, bits), "bias": (bits,), "down": (bits, units), "offset": (units,)}
+        promised = {name: (shape, torch.float32) for name, shape in shapes.items()}
+        if {name: (tuple(layer.shape), layer.dtype) for name, layer in layers.items()} != promised:
+            raise UserError(f"not the layers of an auto-encoder of {units} units and {bits} bits")
+        return cls(**layers)
 
     @torch.no_grad()
     def codes(self, features: np.ndarray) -> np.ndarray:

@@ -139,12 +139,11 @@ def _write_features(
     By plain writes, not through a map, which learns of a full disk by a signal that ends the process.
     """
     began, done, dtype = time.perf_counter(), 0, np.dtype(meta.dtype)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (meta.n, meta.units)}
     with (
         loaders.evaluation(dataset, recipe, meta.split, "centre", network.devices) as loader,
         open(folder / search.FEATURES, "xb") as file,
     ):
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(meta.features_header())
         for batch in loader:
             rows = hidden(network, batch.replicas)
             greatest, limit = float(np.abs(rows).max()), float(np.finfo(dtype).max)

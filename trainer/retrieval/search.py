@@ -8,24 +8,30 @@ index.json               what it is an index of, and the digests of its files; w
 """
 
 import hashlib
+import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from pipeline import UserError, storage
-from pipeline.manifest import canonical_json, sha256
+from pipeline.manifest import Manifest, canonical_json, sha256
+from pipeline.typed import Count, from_npy, from_values
+from pipeline.volumes import open_regular
 from trainer.retrieval.codes import AutoEncoder
 
 FORMAT = 1
@@ -46,15 +52,22 @@ class BadIndex(UserError):
 class Meta:
     """The content of index.json. `weights` and `dataset` are the digests of the network's weights and the data set."""
 
-    step: int
+    step: Count
     weights: str
     dataset: str
     split: str
     layer: str
-    n: int
-    units: int
-    bits: int
-    dtype: str
+    n: Annotated[int, msgspec.Meta(ge=1)]
+    units: Annotated[int, msgspec.Meta(ge=1)]
+    bits: Annotated[int, msgspec.Meta(ge=8, multiple_of=8)]
+    dtype: Literal["float16", "float32"]
+
+    def features_header(self) -> bytes:
+        """Return the beginning of features.npy, before (n, units) numbers."""
+        header, descr = io.BytesIO(), np.lib.format.dtype_to_descr(np.dtype(self.dtype))
+        facts = {"descr": descr, "fortran_order": False, "shape": (self.n, self.units)}
+        np.lib.format.write_array_header_1_0(header, facts)
+        return header.getvalue()
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -70,47 +83,46 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 class Index:
     """A loaded index: `meta`, `rows` (n, units), mapped, `codes` (n, bits / 8) uint8, and `encoder`, which makes codes.
 
-    Raises BadIndex if it is missing or damaged. The length of the features' file is checked, their content is not.
+    Raises BadIndex if it is missing or damaged. The length and header of the features' file are checked, not the rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, path = folder, folder / META
         try:
             body = json.loads(storage.read_bytes(path))
-            version, checksum, files = body["format"], body.pop("checksum"), body["files"]
-            self.meta = Meta(**{name: body[name] for name in Meta.__dataclass_fields__})
+            version, checksum = body["format"], body.pop("checksum")
+            whole = checksum == sha256(canonical_json(body))
+            self.meta, files = from_values(body, Meta), from_values(body["files"], dict[str, dict[str, int | str]])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BadIndex(f"{folder}: no index there; make one: python -m trainer index RUN DATASET") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadIndex(f"{path}: damaged, or of another version; {REMAKE}") from error
+            raise BadIndex(f"{path}: damaged, or of another version ({error}); {REMAKE}") from error
         if version != FORMAT:
-            raise BadIndex(f"{path}: format {version!r}, this version of Penstock reads format {FORMAT}; {REMAKE}")
-        if checksum != sha256(canonical_json(body)):
+            raise BadIndex(f"{path}: format {version!r:.80}, this version of Penstock reads format {FORMAT}; {REMAKE}")
+        if not whole:
             raise BadIndex(f"{path}: damaged (its checksum does not fit its content); {REMAKE}")
-        for name, promised in files.items():
-            path = folder / name
-            if not path.exists():
-                raise BadIndex(f"{path}: missing; {REMAKE}")
-            if path.stat().st_size != promised["bytes"]:
-                raise BadIndex(f"{path}: damaged (not {promised['bytes']:,} bytes long); {REMAKE}")
-            if "sha256" in promised and sha256(storage.read_bytes(path)) != promised["sha256"]:
-                raise BadIndex(f"{path}: damaged (its SHA-256 is not that in {META}); {REMAKE}")
         shape, dtype = (self.meta.n, self.meta.units), np.dtype(self.meta.dtype)
-        header = files[FEATURES]["bytes"] - shape[0] * shape[1] * dtype.itemsize
-        self.rows = np.memmap(folder / FEATURES, dtype, "r", header, shape)
-        self.codes: np.ndarray = np.load(folder / CODES)
-        self.encoder = AutoEncoder(**load_file(folder / ENCODER))
+        with _damage(path := folder / FEATURES), open_regular(path) as file:
+            header = self.meta.features_header()
+            start, size = file.read(len(header)), file.seek(0, os.SEEK_END)
+            if start != header or size != len(header) + shape[0] * shape[1] * dtype.itemsize:
+                raise UserError(f"not {dtype} of shape {shape}")
+            self.rows = np.memmap(path, dtype, "r", len(header), shape)
+        with _damage(path := folder / CODES):
+            self.codes = from_npy(_read(path, files), np.dtype("u1"), (self.meta.n, self.meta.bits // 8))
+        with _damage(path := folder / ENCODER):
+            self.encoder = AutoEncoder.of(load(_read(path, files)), self.meta.units, self.meta.bits)
 
     @cached_property
     def binary(self) -> Any:
         """The codes, to be searched: see `binary_index`."""
         return binary_index(self.codes)
 
-    def require(self, weights: str, dataset: str, network: object) -> None:
+    def require(self, weights: str, dataset: Manifest, network: object) -> None:
         """Raise BadIndex if the index is not of these weights and this data set; `network` names the weights' file."""
-        if self.meta.dataset != dataset:
+        if self.meta.dataset != (identity := dataset.identity):
             raise BadIndex(
-                f"{self.folder}: of the data set {self.meta.dataset[:12]}…, this one is {dataset[:12]}…; "
+                f"{self.folder}: of the data set {self.meta.dataset[:12]}…, this one is {identity[:12]}…; "
                 "name the DATASET that it was made of, or make another: python -m trainer index"
             )
         if self.meta.weights != weights:
@@ -118,6 +130,26 @@ class Index:
                 f"{self.folder}: of another network than that of {network} (it was made at step {self.meta.step:,}); "
                 f"{REMAKE}"
             )
+        if (samples := dataset.split(self.meta.split).samples) != self.meta.n:
+            raise BadIndex(f"{self.folder}: of {self.meta.n:,} images, {self.meta.split} has {samples:,}; {REMAKE}")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Raise BadIndex where a file of an index is missing, or not what it should be."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadIndex(f"{path}: missing; {REMAKE}") from error
+    except (UserError, SafetensorError) as error:
+        raise BadIndex(f"{path}: damaged ({error}); {REMAKE}") from error
+
+
+def _read(path: Path, files: Mapping[str, Mapping[str, int | str]]) -> bytes:
+    data = storage.read_bytes(path)
+    if sha256(data) != files.get(path.name, {}).get("sha256"):
+        raise UserError(f"its SHA-256 is not that in {META}")
+    return data
 
 
 def require_faiss(purpose: str) -> ModuleType:

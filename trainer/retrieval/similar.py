@@ -12,6 +12,7 @@ from pipeline.cli import Command, json_text, printable
 from pipeline.decode import ImageError
 from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
+from pipeline.volumes import open_regular
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import load_network, note_other_data
 from trainer.devices import choose_devices
@@ -51,7 +52,7 @@ def similar(
     if folder is None and run.is_file():
         raise UserError(f"{run}: is a file; name the index directory: --index")
     dataset, checkpoint, index = manifest.load(data), checkpoints.load(run), Index(folder or run / "index")
-    index.require(digest(checkpoint.weights), dataset.identity, run)
+    index.require(digest(checkpoint.weights), dataset, run)
     note_other_data(checkpoint, dataset)
     network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # which reports bad pictures, as this command does
@@ -60,7 +61,7 @@ def similar(
     answers: dict[Path, dict[str, Any]] = {}
     for path in pictures:
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 raw = file.read(kind.rules.max_bytes + 1)  # one more is refused
             vectors[path] = hidden(network, kind.views([kind.stored(raw)]))[0]
         except ImageError as error:
