@@ -33,6 +33,9 @@ def main() -> None:
     except ImportError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    from pipeline import process
+
+    process.begin()
     from penstock.__main__ import main as command
 
     command(prog_name="penstock")

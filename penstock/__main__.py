@@ -1,5 +1,10 @@
 """penstock COMMAND: every tool and every command of the trainer, each imported when it is called."""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import process
+
+    process.begin()
+
 import click
 
 from penstock import __version__

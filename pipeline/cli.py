@@ -1,5 +1,6 @@
 """click command that turns user errors, OS errors and signals into one line and an exit code; what commands print."""
 
+import errno
 import json
 import os
 import re
@@ -7,56 +8,102 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import click
 
-from pipeline import UserError, volumes
+from pipeline import UserError, process, volumes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHORT_OF_MEMORY = (  # words of errors that have no type of their own: of oneDNN, torch, threads, loaders of libraries
+    *("could not create a primitive", "allocate memory", "out of memory", "bad_alloc", "start new thread"),
+    "failed to map",
+)
 
 
-class Command(click.Command):
-    """A click command with one-line errors; its exit code is then 2, after Ctrl-C 130, and after SIGTERM 143."""
+class OneLine(click.Command):
+    """A click command that ends with one line also where its help cannot be printed, or its module not be imported."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except (OSError, MemoryError, ImportError, RuntimeError) as error:
+            end(error)
+
+
+class Command(OneLine):
+    """A click command with one-line errors; its exit code is then 2, and after a signal 128 and its number.
+
+    An empty argument, or an empty value of an option, is refused: as a path it would be the current folder.
+    """
 
     def __init__(self, *args: Any, interrupted: str = "", **options: Any) -> None:
         """`interrupted` tells the user what an interruption leaves."""
         super().__init__(*args, **options)
-        self._interrupted = f"; {interrupted}" if interrupted else ""
+        self._interrupted = interrupted
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        values, _, _ = self.make_parser(ctx).parse_args(list(args))
+        for param in self.params:
+            value = values.get(str(param.name))
+            for text in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(text, str) and not text.strip():
+                    name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+                    end(UserError(f"{name} is empty (an unset shell variable?)"))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        for number, handler in handlers.items():
-            if handler != signal.SIG_IGN:  # as nohup and a shell's `&` have it
-                signal.signal(number, _interrupt)
+        before = process.handlers()
         try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # `| head`: what Python still flushes at its end goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
-        except UserError as error:
-            message, code = "; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code
-        except OSError as error:
-            if error.strerror is None:
-                raise
-            message, code = volumes.explained(error), UserError.exit_code
-        except KeyboardInterrupt as error:
-            number = error.args[0] if error.args else signal.SIGINT
-            ending = "terminated" if number == signal.SIGTERM else "interrupted"
-            message, code = ending + self._interrupted, 128 + number
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            try:  # a signal amid the last lines of this block is caught, too
+                process.interrupt(before)
+                return super().invoke(ctx)
+            finally:
+                process.restore(before)
+        except (EOFError, click.Abort) as error:  # of which click says "Aborted!"
+            raise AssertionError("a defect of ours") from error
+        except (KeyboardInterrupt, UserError, OSError, MemoryError, ImportError, RuntimeError) as error:
+            end(error, self._interrupted)
+
+
+def end(error: BaseException, interrupted: str = "") -> NoReturn:
+    """Print an error's one line, and exit with its code; `interrupted` is added after a signal. Raises other errors."""
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, KeyboardInterrupt):  # whose handling may fail, as on a lost terminal
+        cause = cause.__context__
+    if cause:
+        number = signal.Signals(getattr(cause, "number", signal.SIGINT))
+        message, code = "; ".join(filter(None, [process.WORDS[number], interrupted])), 128 + number
+    elif isinstance(error, BrokenPipeError):  # `| head`
+        _drop(sys.stdout)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    elif isinstance(error, UserError):
+        message, code = "; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code
+    elif _short_of_memory(error):
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        remedy = "raise the limit (ulimit -v, a container's), or take fewer --workers or a smaller batch"
+        message, code = f"not enough memory ({reason}); {remedy}", UserError.exit_code
+    elif isinstance(error, OSError) and error.strerror is not None:
+        if error.filename == process.OUTPUT:
+            _drop(sys.stdout)
+        message, code = volumes.explained(error), UserError.exit_code
+    else:
+        raise error
+    try:
         click.echo(f"Error: {printable(message)}", err=True)
-        ctx.exit(code)
+    except OSError:  # the terminal is lost, or a disk full
+        _drop(sys.stderr)
+    raise SystemExit(code)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, once: a second signal must not interrupt the deletion of temporary files."""
-    for ignored in SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+def _short_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):  # whose text may hold the name of a file
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in SHORT_OF_MEMORY)
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what Python still flushes at its end go nowhere, since the stream takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str, limit: int = 0) -> str:

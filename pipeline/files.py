@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -73,7 +74,8 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
         if remote and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"{folder}: {error.strerror}, for a file on its way to {path}"
             raise UserError(f"{full}; make room, or set TMPDIR") from error
-        error.filename = error.filename or str(path)  # the error of a full disk names no file
+        if error.filename is None or error.errno == errno.EISDIR:  # a full disk; a directory of the file's name
+            error.filename = str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)
@@ -85,13 +87,16 @@ def write_bytes_aside(path: Location, data: bytes) -> dict[str, Any]:
     return write_aside(path, lambda file: file.write(data))
 
 
-def require_writable(folder: Path) -> None:
-    """Raise what would keep files from being written to `folder`, which need not exist yet: UserError or OSError."""
+def require_writable(folder: Path, size: int = 1) -> None:
+    """Raise UserError or OSError if files of `size` bytes cannot be written to `folder`, which need not exist yet."""
     volumes.require_kept(folder)
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if above.is_dir():
-        with tempfile.TemporaryFile(dir=above):
-            pass
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file, not a directory; name another path")
+    with naming(above), tempfile.TemporaryFile(dir=above, buffering=0) as file:
+        file.write(b"-")  # a full disk, or a quota, still lets a file be made
+    if (free := shutil.disk_usage(above).free) < size:
+        raise UserError(f"{folder}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make room")
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,6 +27,8 @@ def explained(error: OSError) -> str:
     path, plain = Path(os.fsdecode(error.filename)), f"{os.fsdecode(error.filename)}: {error.strerror}"
     if error.errno in (errno.EACCES, errno.EPERM):
         return _unmounted(path) or _denied(path) or plain
+    if error.errno == errno.EISDIR:
+        return f"{path}: is a directory, where a file should be; move it away, or name another path"
     read_only = f"{_nearest(path)}: is read-only; mount the volume without :ro, or name another place"
     return _unmounted(path) or read_only if error.errno == errno.EROFS else plain
 

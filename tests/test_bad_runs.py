@@ -3,16 +3,26 @@
 import errno
 import fcntl
 import os
+import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from conftest import CLASSES, build
-from runs import WIDTHS, one_line, options, resume, train, trainer
+from conftest import CLASSES, begun, build, digests, gone, until
+from runs import WIDTHS, one_line, options, resume, start, train, trainer
 from stored import damage
 from trainer import checkpoint as checkpoints
+from trainer.__main__ import COMMANDS
+from trainer.metrics import read
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +46,115 @@ def test_data_that_lacks_something(raw: Path, dataset: Path, tmp_path: Path):
     one_line(train(tmp_path / "small", new, 1), "images of 64 pixels", "224")
     one_line(train(dataset, new, 1, "model.classes=10184"), f"has {len(CLASSES)} classes", "10,184", "model.classes")
     assert not new.exists()
+
+
+WRITERS = {  # a file that a command writes in RUN, and the command
+    "recipe.json": "train --resume --set train.steps=5 --data {data} --out {run} --devices cpu,cpu",
+    "evaluation.json": "evaluate --data {data} --checkpoint {run} --devices cpu,cpu",
+    "report.html": "figures {run} --data {data} --devices cpu,cpu",
+    "figures/kernels.png": "figures {run} --data {data} --devices cpu,cpu",
+    "index/codes.npy": "index {run} {data} --devices cpu,cpu",
+    "export/model.onnx": "export {run} --data {data}",
+    "all.npz": "ensemble {run} --data {data} --save-probabilities {run}/all.npz --devices cpu,cpu",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_directory_where_a_file_should_be(name: str, run: Path, dataset: Path, tmp_path: Path):
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    (own / name).unlink(missing_ok=True)
+    (own / name).mkdir(parents=True)
+    before = digests(own)
+    result = trainer(*WRITERS[name].format(data=dataset, run=own).split())
+    one_line(result, f"Error: {own / name}: is a directory, where a file should be; move it away")
+    assert digests(own) == before
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("lack", ["bytes", "room", "inodes", "read-only"])
+@pytest.mark.parametrize("name", [name for name in WRITERS if not name.startswith(("recipe", "figures"))])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    name: str, lack: str, run: Path, dataset: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it was begun")
+
+    own = Path(shutil.copytree(run, disk / "run"))
+    files = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(files - (4096 if lack == "room" else 0)) if lack in ("bytes", "room") else b"")
+    if lack not in ("bytes", "room"):
+        change = "ro" if lack == "read-only" else f"nr_inodes={os.statvfs(disk).f_files - os.statvfs(disk).f_ffree}"
+        subprocess.run(["mount", "-o", f"remount,{change}", disk], check=True)
+    for module in ("evaluate.predictions", "ensemble.predictions", "export.load_network", "figures.page.draw"):
+        monkeypatch.setattr(f"trainer.{module}", work)
+    monkeypatch.setattr("trainer.retrieval.index._write_features", work)
+    result = trainer(*WRITERS[name].format(data=dataset, run=own).split())
+    if lack == "room" and name in ("evaluation.json", "report.html", "all.npz"):  # small, or of an unknown size
+        assert isinstance(result.exception, AssertionError)
+    else:
+        reason = {"read-only": "is read-only", "room": "MB are free; make room"}.get(lack, "No space left on device")
+        one_line(result, f"Error: {disk}", reason)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("victim", ["metrics.jsonl", ""])
+def test_files_of_a_run_that_are_deleted_end_it(victim: str, dataset: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    process = start(*options(dataset, run, "train.steps=1000", "train.validate_every=1000"))
+    until(process, lambda: (run / "metrics.jsonl").exists() and len(read(run)) > 2)
+    shutil.rmtree(run) if not victim else (run / victim).unlink()
+    output = process.communicate(timeout=60)[0]
+    line = f"Error: {run}/metrics.jsonl: deleted while the run writes it; what is left of the run goes on by --resume"
+    assert (process.returncode, output.splitlines()[-1]) == (2, line)
+
+
+ENDED = {  # every command; those that write, write to {out}
+    "tools/make_raw.py": "{out} --classes 3 --train 10",
+    "tools/build_shards.py": "{raw} {out} --workers 2",
+    "tools/verify_shards.py": "{data} --workers 2",
+    "train": "--data {data} --out {out} --recipe tiny --devices cpu,cpu",
+    "evaluate": "--data {data} --checkpoint {run}",
+    "ensemble": "{run} --data {data} --save-probabilities {out}/all.npz",
+    "predict": "{data} --data {data} --checkpoint {run}",
+    "figures": "{run} --data {data}",
+    "index": "{run} {data} --out {out}",
+    "similar": "{raw}/val/blobs/0000.jpg --data {data} --checkpoint {run}",
+    "export": "{run} --data {data} --out {out}",
+}
+
+
+def caught(process: subprocess.Popen[str], number: int) -> bool:
+    """Return True once the process has a handler of a signal."""
+    masks = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return masks is not None and bool(int(masks[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ENDED)
+def test_a_signal_at_any_moment_is_one_line(name: str, run: Path, raw: Path, dataset: Path, tmp_path: Path):
+    """From the first line of our own on: Python's start before it takes 0.02 s."""
+    assert [*ENDED][3:] == [*COMMANDS]
+    own, moments = Path(shutil.copytree(run, tmp_path / "run")), random.Random(name)
+    if name == "similar":
+        assert trainer("index", own, dataset).exit_code == 0
+    for i in range(9):
+        out, number = tmp_path / f"out{i}", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
+        words = ENDED[name].format(raw=raw, data=dataset, run=own, out=out).split()
+        process = begun([sys.executable, *([] if "/" in name else ["-m", "trainer"]), name, *words])
+        until(process, partial(caught, process, signal.SIGHUP))
+        time.sleep(moments.uniform(0, 1.5))
+        send = moments.choice((os.kill, os.killpg))
+        with suppress(ProcessLookupError):
+            send(process.pid, number)
+            if moments.random() < 0.5:
+                time.sleep(moments.uniform(0, 0.05))
+                send(process.pid, number)
+        errors = process.communicate(timeout=60)[1]
+        assert gone(process.pid)
+        if process.returncode:  # else it had ended before its moment
+            assert process.returncode == 128 + number, errors
+            assert re.fullmatch(r"Error: [^\n]*\n", errors), errors
+        assert not [*tmp_path.rglob("*.tmp")]
 
 
 def test_without_validation_images_a_run_ends_and_says_so(raw: Path, tmp_path: Path):

@@ -3,29 +3,41 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
-from conftest import ROOT, build
+from conftest import ROOT, build, command, digests
+from penstock.__main__ import TOOLS, load
 from pipeline import volumes
 from pipeline.cli import json_text, printable
 from pipeline.online import devices
+from tools.demo import main as demo
 from tools.make_raw import main as make_raw
+from trainer.__main__ import COMMANDS
 from trainer.__main__ import main as trainer
 
 IS_ROOT = os.geteuid() == 0
 WITHOUT = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # root, whom permissions bind like any user
 OTHER = 4242
+MEMORY = "raise the limit (ulimit -v, a container's), or take fewer --workers or a smaller batch"
 PROGRAM = """
-import os, signal, sys, click
+import os, signal, sys, time
+from pipeline import process
+process.begin()
+if sys.argv[1] == "before":
+    os.kill(os.getpid(), signal.SIGHUP)
+import click
 from pipeline import UserError
 from pipeline.cli import Command, progress_bars
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
 @click.command(cls=Command, interrupted="the same command goes on")
 @click.argument("way")
 def main(way):
@@ -36,8 +48,27 @@ def main(way):
         raise UserError("size=0: \\x1b too small")
     if way == "system":
         open("/nowhere/at all")
-    if way == "signal":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if way in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, way)
+        try:
+            exec("os.kill(os.getpid(), number)")
+        finally:  # as on a lost terminal; the user is impatient
+            os.kill(os.getpid(), number)
+            raise OSError(5, "Input/output error")
+    if way == "ignored":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        main.main(["hup"], standalone_mode=False)
+    if way == "hup":
+        os.kill(os.getpid(), signal.SIGHUP)
+    if way == "swallowed":
+        Dropped()
+        time.sleep(9)
+    if way == "memory":
+        bytearray(2**62)
+    if way == "primitive":
+        raise RuntimeError("could not create a primitive")
+    if way == "end of file":
+        raise EOFError("No data left in file")
 main()
 """
 
@@ -53,13 +84,80 @@ def run(way: str) -> subprocess.CompletedProcess[str]:
     [
         ("user", 2, "Error: size=0: \\x1b too small\n"),
         ("system", 2, "Error: /nowhere/at all: No such file or directory\n"),
-        ("signal", 128 + signal.SIGTERM, "Error: terminated; the same command goes on\n"),
+        ("before", 129, "Error: hung up\n"),
+        ("SIGINT", 130, "Error: interrupted; the same command goes on\n"),
+        ("SIGTERM", 143, "Error: terminated; the same command goes on\n"),
+        ("SIGHUP", 129, "Error: hung up; the same command goes on\n"),
+        ("swallowed", 143, "Error: terminated; the same command goes on\n"),
+        ("ignored", 0, ""),
+        ("memory", 2, f"Error: not enough memory (MemoryError); {MEMORY}\n"),
+        ("primitive", 2, f"Error: not enough memory (could not create a primitive); {MEMORY}\n"),
+        ("", 2, "Error: WAY is empty (an unset shell variable?)\n"),
         ("none", 0, ""),
     ],
 )
 def test_every_end_is_one_line_and_an_exit_code(way: str, code: int, line: str):
     done = run(way)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
+
+
+def test_an_end_of_file_that_nobody_foresaw_is_a_defect():
+    """Else click takes it for the user's."""
+    done = run("end of file")
+    assert done.returncode == 1
+    assert "EOFError: No data left in file" in done.stderr
+    assert "Aborted" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [*TOOLS, *COMMANDS, "demo"])
+def test_empty_texts_are_refused(name: str):
+    """As an unset shell variable leaves them: for a path, the current folder."""
+    command = demo if name == "demo" else load(name)
+    kinds = click.Path | click.types.StringParamType | click.types.FuncParamType
+    texts = [param for param in command.params if isinstance(param.type, kinds)]
+    assert texts
+    for param in texts:
+        for empty in ("", " \t"):
+            words = [empty if other is param else "x" for other in command.params if isinstance(other, click.Argument)]
+            words += [param.opts[0], empty] if isinstance(param, click.Option) else []
+            hint = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+            done = CliRunner().invoke(command, words)
+            assert (done.exit_code, done.output) == (2, f"Error: {hint} is empty (an unset shell variable?)\n")
+
+
+# Standard streams and limits
+
+
+def limited(*words: object, shell: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a tool as a shell does, with redirections or after a command of the shell."""
+    line = ["sh", "-c", f'{shell.partition("|")[0]} exec "$@" {shell.partition("|")[2]}', "sh", sys.executable]
+    env = {**os.environ, "PYTHONUNBUFFERED": "", **variables}
+    return subprocess.run([*line, *map(str, words)], cwd=ROOT, text=True, check=False, capture_output=True, env=env)
+
+
+DRAW = ("--classes", 2, "--train", 1, "--val", 1)
+
+
+def test_closed_streams_change_nothing(little: Path, little_dataset: dict[str, str], tmp_path: Path):
+    done = limited(*command(little, tmp_path / "set", "--workers", 2)[1:], shell="|<&- >&- 2>&-")
+    assert done.returncode == 0
+    assert digests(tmp_path / "set") == little_dataset
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["tools/make_raw.py", "{out}", *DRAW], ["-m", "trainer", "--help"]])
+def test_a_full_standard_output_is_named(words: list[object], unbuffered: str, tmp_path: Path):
+    line = [str(word).format(out=tmp_path / "out") for word in words]
+    done = limited(*line, shell="|>/dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (2, "Error: standard output: No space left on device\n")
+    assert limited("tools/make_raw.py", "", shell="|2>/dev/full", PYTHONUNBUFFERED=unbuffered).returncode == 2
+
+
+def test_too_little_memory_for_the_libraries_is_one_line(tmp_path: Path):
+    done = limited("tools/make_raw.py", tmp_path / "out", *DRAW, shell="ulimit -v 100000;|")
+    line = "Error: not enough memory: ulimit -v is 100000; raise it to 262144 or more\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_is_printable_and_short():

@@ -154,7 +154,7 @@ def test_what_will_be_refused_is_refused_before_anything_is_computed(
     refused(one, "--devices", "cpu", expected=("two columns",))
     (tmp_path / "file").write_bytes(b"")
     for option, name in (("--submission", "out.txt"), ("--save-probabilities", "out.npz")):
-        refused(one, option, tmp_path / "file" / name, expected=("file is a file, not a directory",))
+        refused(one, option, tmp_path / "file" / name, expected=("file: is a file, not a directory",))
     refused(one, tmp_path, expected=("no checkpoint",))
     for text in ("1", "1,x", "-1,2", "0,0", "nan,1"):
         refused(runs[:2], "--weights", text, expected=(f"--weights {text}",))

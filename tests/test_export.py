@@ -192,7 +192,9 @@ def test_what_is_not_there_is_refused(trained: Exported, tmp_path: Path, monkeyp
     refused(trained.data, tmp_path, out, "no checkpoint in", "train first")
     (file,) = checkpoints.files(trained.run)
     one_line(trainer("export", file, "--data", trained.data), "is a checkpoint file", "--out")
-    one_line(trainer("export", trained.run, "--data", trained.data, "--out", file), "is a file", "name a folder")
+    one_line(
+        trainer("export", trained.run, "--data", trained.data, "--out", file), f"{file}: is a file, not a directory"
+    )
     monkeypatch.setitem(sys.modules, "onnx", None)
     words = "needs the package onnx:", "pip install 'penstock-imagenet[export]'"
     refused(trained.data, trained.run, out, *words)

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -211,20 +210,21 @@ def test_a_signal_ends_a_build_at_once(little: Path, tmp_path: Path, workers: in
     assert not list(root.rglob("*.tar"))
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("change", ["size=4k,nr_inodes=1", "ro"])
+def test_shared_memory_that_takes_no_locks_is_named(little: Path, tmp_path: Path, change: str):
+    line = command(little, tmp_path / "dataset", "--workers", 2)
+    mounted = f'mount -t tmpfs -o {change} penstock /dev/shm && exec "$@"'
+    before = ("unshare", "--mount", "sh", "-c", mounted, "sh")
+    if subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    done = subprocess.run([*before, *line], capture_output=True, text=True, check=False)
+    reason = "Read-only file system" if change == "ro" else "No space left on device"
+    remedy = "make room there (docker run --shm-size 64m), or take --workers 1"
+    assert (done.returncode, done.stderr) == (2, f"Error: /dev/shm, for locks of workers: {reason}; {remedy}\n")
+
+
 # Full disks and files that cannot be read
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=3m", "penstock", str(folder)]
-    mounted = subprocess.run(line, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.proof

@@ -185,7 +185,8 @@ def test_the_text_says_what_the_json_says(made: Made, tmp_path: Path):
             expected.append(f"{100 * label['probability']:6.1f} %  {label['words']}{wnid}")
     assert text.stdout.splitlines() == expected
     assert f"great white shark, white shark ({CLASSES[2]})" in text.stdout
-    first, last = text.stderr.splitlines()
+    note, first, last = text.stderr.splitlines()
+    assert note.startswith(f"note: {own.data}: another data set than the run's")
     assert first == f"{tmp_path}/some/\\udcff\\udcfe.jpg: unrecognised: no picture format that we read"
     assert "1 could not be predicted" in last
 

@@ -1,5 +1,10 @@
 """Raw images → a dataset directory: shards, their indexes, exact statistics, and dataset.json last."""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import process
+
+    process.begin()
+
 import json
 import os
 from collections import Counter

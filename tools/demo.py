@@ -1,5 +1,10 @@
 """`make demo`: raw pictures → shards → training → evaluation → a page, by the very commands of the README."""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import process
+
+    process.begin()
+
 import hashlib
 import json
 import os

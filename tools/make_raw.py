@@ -1,5 +1,10 @@
 """Draw a small ILSVRC2012 in the official layout: tars and devkit as published, pictures from a seed."""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import process
+
+    process.begin()
+
 import gzip
 import io
 import tarfile
@@ -14,7 +19,7 @@ from scipy.io import savemat
 
 from pipeline import UserError
 from pipeline.cli import Command
-from pipeline.files import write_bytes_aside
+from pipeline.files import require_writable, write_bytes_aside
 from tools.patterns import CLASSES, generator, pixels
 
 
@@ -112,6 +117,7 @@ def main(out: Path, classes: int, train: int, val: int, seed: int) -> None:
     """Write a small ILSVRC2012 of drawn pictures into OUT, a new or empty directory."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory: give a new or empty one")
+    require_writable(out)
     devkit, validation = devkit_tar(seed, classes, train, val), val_tar(seed, classes, val)
     training = train_tar(seed, classes, train)  # all are drawn before one is written: an interruption leaves OUT empty
     write_bytes_aside(out / "ILSVRC2012_devkit_t12.tar.gz", devkit)

@@ -1,9 +1,15 @@
 """Check every promise of a dataset directory, name the raw images that it holds twice, and repair what fails."""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import process
+
+    process.begin()
+
 import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +18,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.cli import Command, printable, progress_bars
 from pipeline.doubts import Duplicates, doubts, duplicates
-from pipeline.files import TAR_BLOCK
+from pipeline.files import TAR_BLOCK, require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, DatasetError, Manifest
 from pipeline.offline.plan import Plan, make_plan
 from pipeline.offline.repair import repair, restore
@@ -64,6 +70,8 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
     failures = _check(manifest, quick, workers)
     failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
+        if isinstance(manifest.root, Path):
+            require_writable(manifest.root)
         repair(manifest, failing, plan_of(manifest.recipe), workers)
         click.echo("repaired: " + ", ".join(sorted(failing)))
         failures = _check(manifest, quick, workers)

@@ -1,5 +1,10 @@
 """python -m trainer COMMAND"""
 
+if __name__ == "__main__":  # before the imports that take long
+    from pipeline import process
+
+    process.begin()
+
 import io
 import os
 import sys
@@ -8,6 +13,9 @@ from importlib import import_module
 from typing import Any
 
 import click
+
+from pipeline import process
+from pipeline.cli import OneLine
 
 MODULES = {  # command → its module, and one line of help
     "train": ("train", "Train on DATA's training split."),
@@ -19,10 +27,11 @@ MODULES = {  # command → its module, and one line of help
     "similar": ("retrieval.similar", "Find the images of an index nearest to each PICTURE."),
     "export": ("export", "Write a run's network for other programs."),
 }
+LEAST = 2**30  # bytes of address space that torch needs at the least
 COMMANDS = {name: line for name, (_, line) in MODULES.items()}
 
 
-class LazyGroup(click.Group):
+class LazyGroup(OneLine, click.Group):
     """List commands by `lines` (name → help) without importing them; `load` imports the one that runs."""
 
     def __init__(self, *, lines: Mapping[str, str], load: Callable[[str], click.Command], **attributes: Any) -> None:
@@ -52,6 +61,7 @@ def load(name: str) -> click.Command:
     # variable when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    process.require_memory(LEAST)
     from trainer.parallel import reference_precision
 
     reference_precision()

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import click
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -318,6 +319,13 @@ def require_same_data(checkpoint: Checkpoint, identity: str, path: Path, alterna
             f"{path}: trained on the data set {checkpoint.dataset[:12]}…, this one is {identity[:12]}…; "
             f"name the DATASET that it was trained on{alternative}"
         )
+
+
+def note_other_data(checkpoint: Checkpoint, dataset: Manifest) -> None:
+    """Print a line if the data set is not the one that the checkpoint was trained on."""
+    if checkpoint.dataset != dataset.identity:
+        names = f"{dataset.identity[:12]}…, not {checkpoint.dataset[:12]}…"
+        click.echo(f"note: {dataset.root}: another data set than the run's ({names}); its own mean is used", err=True)
 
 
 def require_classes(classes: tuple[str, ...], others: tuple[str, ...], path: object, other_path: object) -> None:

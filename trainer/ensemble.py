@@ -15,7 +15,7 @@ from pipeline.files import write_bytes_aside
 from pipeline.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
-from trainer.checkpoint import Checkpoint, load_network, require_classes
+from trainer.checkpoint import Checkpoint, load_network, note_other_data, require_classes
 from trainer.data import evaluation, require_pictures
 from trainer.devices import choose_devices
 from trainer.evaluate import LEAST, VIEWS, Evaluation, Tally, labelled, predictions
@@ -52,6 +52,7 @@ class Ensemble:
                     raise UserError(f"{path}: name the data set that it is to see, too: --data DATASET")
                 require_pictures(self.dataset, source.recipe)
                 choose_devices(self.devices, source.recipe.model.columns)
+                note_other_data(source, self.dataset)
                 continue
             origin, unlabelled = source.origin, unlabelled or source.labels.min() < 0
             identity = identity or origin.dataset
@@ -196,9 +197,10 @@ def ensemble(
             raise UserError(f"--submission {submission}: name the data set, whose devkit ids it needs: --data DATASET")
         devkit_ids(dataset, split)  # raises before anything is computed
     require_writable(submission)
-    require_npz(saved)
     weights = np.full(len(members), 1 / len(members)) if numbers is None else parse_weights(numbers, len(members))
     sources = [probabilities.load(path) if path.suffix == ".npz" else checkpoints.load(path) for path in members]
+    size = dataset.split(split).samples * (len(dataset.classes) + 1) * 8 if dataset else 1
+    require_npz(saved, size)
     with progress_bars() as progress:
         networks = Ensemble(list(zip(members, sources)), dataset, views, devices, progress)
         for name in dict.fromkeys([split, fit or split]):

@@ -19,12 +19,12 @@ from pipeline.manifest import ClassRecord, DatasetError, Manifest
 from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
 from trainer import probabilities
-from trainer.checkpoint import load_network
+from trainer.checkpoint import Checkpoint, load_network, note_other_data
 from trainer.data import STALLED, evaluation
 from trainer.devices import choose_devices
 from trainer.distributed import SINGLE, World, join
 from trainer.nonfinite import require_finite_outputs
-from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, require_npz
+from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, require_npz, require_writable
 from trainer.parallel import TwoColumnNet
 from trainer.probabilities import Origin, Probabilities
 
@@ -210,9 +210,13 @@ def evaluate(
             samples = dataset.split(split).samples
             if samples == 0:
                 raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
-            if world.is_main:
-                require_npz(saved)
             has_labels = labelled(dataset, split)
+            recorded = has_labels and run.is_dir() and names == ["centre", "ten"]
+            file = _file(run, checkpoint, dataset, split, among_present) if recorded else None
+            if world.is_main:
+                require_npz(saved, samples * (len(checkpoint.classes) + 1) * 8)
+                require_writable(file)
+                note_other_data(checkpoint, dataset)
             if not saved or among_present:
                 require_labels(dataset, split)
             among = present(dataset, split) if among_present else None
@@ -260,13 +264,16 @@ def evaluate(
         else:
             _print(result, names, per_class, confused)
             click.echo(f"{samples:,} images in {seconds:.1f} s, {samples / seconds:,.0f} images/s, {stall}")
-    finally:  # write the evaluation even if stdout is closed (`| head`), and print it even if the run is read-only
-        if run.is_dir() and names == ["centre", "ten"]:
-            other = "" if dataset.identity == checkpoint.dataset else f"-{dataset.identity[:12]}"
-            name = (
-                f"evaluation{'' if split == 'val' else f'-{split}'}{other}{'-among-present' if among_present else ''}"
-            )
-            write_bytes_aside(run / f"{name}.json", text.encode())
+    finally:  # write the evaluation even if stdout is closed (`| head`), and print it even if the disk is full by now
+        if file:
+            write_bytes_aside(file, text.encode())
+
+
+def _file(run: Path, checkpoint: Checkpoint, dataset: Manifest, split: str, among_present: bool) -> Path:
+    """Return the path of the evaluation in a run directory, by what it is of."""
+    name = "evaluation" if split == "val" else f"evaluation-{split}"
+    name += "" if dataset.identity == checkpoint.dataset else f"-{dataset.identity[:12]}"
+    return run / f"{name}{'-among-present' if among_present else ''}.json"
 
 
 def _parse_views(text: str) -> list[str]:

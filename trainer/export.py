@@ -26,7 +26,7 @@ from trainer.layers import ModelRecipe, parameter_count
 from trainer.lrn import BETA, SAME_MAP_ALPHA, SAME_MAP_SIZE
 from trainer.model import Grouped, Weights
 from trainer.nonfinite import Diverged, require_finite_outputs
-from trainer.options import DATA, PATH, RUN
+from trainer.options import DATA, PATH, RUN, require_writable
 from trainer.pictures import Pictures, pixels
 from trainer.recipe import Recipe
 
@@ -183,13 +183,15 @@ def export(run: Path, data: Path, out: Path | None) -> None:
     """
     if out is None and run.is_file():
         raise UserError(f"{run}: is a checkpoint file; name a folder for what is exported, too: --out FOLDER")
-    if out is not None and out.is_file():
-        raise UserError(f"--out {out}: is a file; name a folder for the two files")
     for package in ("onnx", "onnxruntime"):
         if find_spec(package) is None:
             raise UserError(f"trainer export needs the package {package}: pip install 'penstock-imagenet[export]'")
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
     recipe, classes = checkpoint.recipe, len(checkpoint.classes)
+    folder = run / "export" if out is None else out
+    paths = folder / WEIGHTS_FILE, folder / GRAPH_FILE
+    for path in paths:
+        require_writable(path, 2 * 4 * parameter_count(recipe.model, classes))  # of both, float32
     network = load_network(checkpoint, dataset, (torch.device("cpu"),) * recipe.model.columns, run)
     require_same_data(checkpoint, dataset.identity, run)  # its mean image is exported, too
     for name, value in checkpoint.weights.items():
@@ -206,8 +208,6 @@ def export(run: Path, data: Path, out: Path | None) -> None:
         ours = network(views).double().softmax(1)
         of_weights = _difference(WEIGHTS_FILE, ours, plain(torch.from_numpy(raw))[0])
         of_graph = _difference(GRAPH_FILE, ours, _onnx_probabilities(graph, raw))
-    folder = run / "export" if out is None else out
-    paths = folder / WEIGHTS_FILE, folder / GRAPH_FILE
     for path, content in zip(paths, (weights, graph)):
         write_bytes_aside(path, content)
     parameters = parameter_count(recipe.model, classes)

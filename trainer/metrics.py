@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import socket
 import struct
 import time
@@ -190,6 +191,8 @@ def _room(path: Path | str) -> Iterator[None]:
 
 def _append(file: FileIO, data: bytes) -> None:
     """Write all of `data`. A FileIO has no buffer, which would be written again when the file is closed."""
+    if not os.path.exists(str(file.name)):
+        raise UserError(f"{file.name}: deleted while the run writes it; what is left of the run goes on by --resume")
     with _room(str(file.name)):
         while data:  # before a disk is full, it takes a part
             data = data[file.write(data) :]

@@ -36,20 +36,17 @@ DEVICES = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON, for programs, instead of text for people.")
 
 
-def require_writable(path: Path | None) -> None:
-    """Raise UserError or OSError if a file cannot be written; to be called before its content is computed."""
+def require_writable(path: Path | None, size: int = 1) -> None:
+    """Raise UserError or OSError if a file of `size` bytes cannot be written; before its content is computed."""
     if path is None:
         return
     if path.is_dir():
-        raise UserError(f"{path}: is a directory; name a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise UserError(f"{path}: {above} is a file, not a directory; name another path")
-    files.require_writable(path.parent)
+        raise UserError(f"{path}: is a directory, where a file should be; move it away, or name another path")
+    files.require_writable(path.parent, size)
 
 
-def require_npz(path: Path | None) -> None:
+def require_npz(path: Path | None, size: int = 1) -> None:
     """Raise UserError or OSError if probabilities cannot be saved; to be called before they are computed."""
     if path is not None and path.suffix != ".npz":
         raise UserError(f"--save-probabilities {path}: give a name that ends in .npz")
-    require_writable(path)
+    require_writable(path, size)

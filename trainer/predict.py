@@ -20,7 +20,7 @@ from pipeline.decode import REASONS, ImageError, decode
 from pipeline.manifest import BuildRecipe, ClassRecord
 from pipeline.storage import Location, read_ahead
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import load_network
+from trainer.checkpoint import load_network, note_other_data
 from trainer.devices import choose_devices
 from trainer.evaluate import view_probabilities
 from trainer.nonfinite import require_finite_outputs
@@ -249,6 +249,7 @@ def predict(words: tuple[str, ...], data: Path, run: Path, views: str, as_json: 
         if not exists:
             raise UserError(f"{printable(str(location))}: no such file or folder")
     dataset, checkpoint = manifest.load(data), checkpoints.load(run)
+    note_other_data(checkpoint, dataset)
     network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     raws, pictures = RawPictures(locations, dataset.recipe), Pictures(dataset, checkpoint.recipe)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # which reports bad pictures, as this command does

@@ -1,6 +1,7 @@
 """Run the tasks of a build: in this process, in a pool of processes, or on a Ray cluster."""
 
 import ctypes
+import errno
 import logging
 import multiprocessing
 import os
@@ -17,10 +18,9 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline import UserError
+from pipeline import UserError, process
 from pipeline.storage import Location, exists
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RETRIES = 5  # of one Ray task, whose worker or node died
 CONNECT = 5.0  # seconds after which an address counts as wrong
 WAKES = 0.5  # seconds between two looks at signals and at the cluster, if no Ray task ends
@@ -40,12 +40,13 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
         return
     context = multiprocessing.get_context("spawn")  # no lock of ours or of a library is copied into the children
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
+    with _workers_begin():
+        pool = ProcessPoolExecutor(workers, context, initializer=begin_worker)
     waiting, running = iter(tasks), set[Future[Result]]()
     try:
         while True:
             for task in islice(waiting, 2 * workers - len(running)):
-                with _signals_held():  # both would strike a worker that is half begun
+                with _workers_begin():
                     running.add(pool.submit(function, task))
             if not running:
                 return
@@ -65,11 +66,11 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C, which a terminal sends to all processes, and SIGTERM until the block ends."""
+    """Hold back the signals that end a program, which a terminal sends to all processes, until the block ends."""
     received: list[int] = []
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which a worker inherits, until `begin_worker`
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in SIGNALS if main}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, process.NUMBERS)  # which a worker inherits, until `begin_worker`
+    numbers = process.NUMBERS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in numbers}
     try:
         yield
     finally:
@@ -80,11 +81,25 @@ def _signals_held() -> Iterator[None]:
             signal.raise_signal(late)
 
 
+@contextmanager
+def _workers_begin() -> Iterator[None]:
+    """Hold back signals, which would strike a worker that is half begun; explain why it cannot begin."""
+    try:
+        with _signals_held():
+            yield
+    except OSError as error:
+        problem, remedy = "/dev/shm, for locks of workers", "make room there (docker run --shm-size 64m)"
+        if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            problem, remedy = "a worker cannot begin", "raise the limit (ulimit -a)"
+        raise UserError(f"{problem}: {error.strerror}; {remedy}, or take --workers 1") from error
+
+
 def begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it: an orphan would write where the next run writes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave a terminal's signals to the parent, and die with it: an orphan would write where the next run writes."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, process.NUMBERS)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     parent = multiprocessing.parent_process()

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from pipeline.cli import Command
+from pipeline.files import require_writable
 from tools.bench import common
 from tools.bench.common import Figures, Row
-from trainer.retrieval.index import require_room, write_codes, write_meta
+from trainer.retrieval.index import write_codes, write_meta
 from trainer.retrieval.search import FEATURES, Index, Meta, nearest, similar
 
 UNITS, BITS = 4096, 128  # of the original's last hidden layer; of a code
@@ -66,7 +67,7 @@ def retrieval(count: int, folder: Path | None, only: tuple[str, ...], **report: 
 
 def make_index(folder: Path, count: int, queries: int) -> np.ndarray:
     """Write made-up features and an index of them; return queries (n, UNITS) float32, each near a row."""
-    require_room(folder, count * (2 * UNITS + BITS // 8) + 2**26)
+    require_writable(folder, count * (2 * UNITS + BITS // 8) + 2**26)
     generator = np.random.default_rng(0)
     base = generator.standard_normal((min(count, BLOCK), UNITS), np.float32)
     rows = np.lib.format.open_memmap(folder / FEATURES, "w+", np.float16, (count, UNITS))

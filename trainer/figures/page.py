@@ -29,7 +29,7 @@ from trainer.devices import choose_devices
 from trainer.figures import kernels, sheets
 from trainer.figures.gather import FigureData, commands, gather, has_images, noting
 from trainer.layers import plan
-from trainer.options import DATA, DEVICES, RUN
+from trainer.options import DATA, DEVICES, RUN, require_writable
 from trainer.pictures import pixels
 from trainer.probabilities import top
 
@@ -77,6 +77,8 @@ def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices
     """
     if split is not None:
         manifest.load(data).split(split)
+    for name in (FILE_NAME, f"{FOLDER}/kernels.png"):
+        require_writable(run / name)
     placement = choose_devices(devices, checkpoints.load(run).recipe.model.columns)
     for line in draw(data, run, placement, split or "val", only_errors):
         click.echo(line)

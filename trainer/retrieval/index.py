@@ -16,12 +16,12 @@ from safetensors.torch import save
 
 from pipeline import UserError, manifest
 from pipeline.cli import Command, progress_bars
-from pipeline.files import ASIDE, content, locked, sync_folder
+from pipeline.files import ASIDE, content, locked, require_writable, sync_folder
 from pipeline.manifest import Manifest, canonical_json, sha256
 from pipeline.online.samples import SampleReader
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders
-from trainer.checkpoint import load_network
+from trainer.checkpoint import load_network, note_other_data
 from trainer.devices import choose_devices
 from trainer.nonfinite import Diverged
 from trainer.options import DEVICES, PATH, RUN
@@ -69,12 +69,13 @@ def index(
     if n == 0:
         raise UserError(f"{dataset.root}: the split {split!r} is empty; there is nothing to index")
     _require_free(out, force)
+    note_other_data(checkpoint, dataset)
     network = load_network(checkpoint, dataset, choose_devices(devices, recipe.model.columns), run)
     units = hidden(network, torch.zeros(1, 3, recipe.model.size, recipe.model.size)).shape[1]
     layer = recipe.model.order[-2] if len(recipe.model.order) > 1 else "the pictures"
     origin = (checkpoint.step, search.digest(checkpoint.weights), dataset.identity, split)
     meta = Meta(*origin, layer, n, units, bits, "float32" if float32 else "float16")
-    require_room(out, n * (units * np.dtype(meta.dtype).itemsize + bits // 8) + 8 * units * (bits + 1) + 2**20)
+    require_writable(out, n * (units * np.dtype(meta.dtype).itemsize + bits // 8) + 8 * units * (bits + 1) + 2**20)
     with _appearing(out) as folder, progress_bars() as show:
         summary = _write_features(network, recipe, dataset, meta, folder, show)
         write_codes(folder, meta, show)
@@ -92,21 +93,13 @@ def _require_free(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a directory as --out")
+    if directories := [name for name in (search.META, *search.FILES) if (out / name).is_dir()]:
+        raise UserError(f"{out / directories[0]}: is a directory, where a file should be; move it away")
     names = content(out)
     if others := names - {search.META, *search.FILES, UNFINISHED}:
         raise UserError(f"{out}: exists and is not an index (it has {min(others)}); name another --out")
     if search.META in names and not force:
         raise UserError(f"{out}: exists already; replace it by --force, or name another --out")
-
-
-def require_room(folder: Path, size: int) -> None:
-    """Raise UserError if the disk of `folder` has no room for `size` bytes."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise UserError(
-            f"{folder}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make room, or name another --out"
-        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pipeline.manifest import Manifest
 from pipeline.online.samples import SampleReader
 from pipeline.volumes import open_regular
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import load_network
+from trainer.checkpoint import load_network, note_other_data
 from trainer.devices import choose_devices
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH
 from trainer.pictures import Pictures
@@ -53,6 +53,7 @@ def similar(
         raise UserError(f"{run}: is a file; name the index directory: --index")
     dataset, checkpoint, index = manifest.load(data), checkpoints.load(run), Index(folder or run / "index")
     index.require(digest(checkpoint.weights), dataset, run)
+    note_other_data(checkpoint, dataset)
     network = load_network(checkpoint, dataset, choose_devices(devices, checkpoint.recipe.model.columns), run)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # which reports bad pictures, as this command does
     kind = Pictures(dataset, checkpoint.recipe)

@@ -1,0 +1,108 @@
+"""This process, from the first line of a program on: signals and lack of memory end it with one line; its streams."""
+
+import io
+import os
+import resource
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+NUMBERS = tuple(WORDS)
+OUTPUT = "standard output"
+AGAIN = 0.01  # seconds after which an interruption is raised once more
+LEAST = 2**28  # bytes of address space that the imports of a tool need; else libraries in C end the process, or crash
+
+
+class _Output(io.FileIO):
+    """Standard output, which its errors name: that its disk is full."""
+
+    def write(self, data: Any) -> Any:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = OUTPUT
+            raise
+
+
+class Interruption(KeyboardInterrupt):
+    """A signal, whose `number` it has. (Where KeyboardInterrupt itself has passed an exec, Python dies of SIGINT.)"""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def begin() -> None:
+    """Prepare the process for a command: the first call of a program, before the imports that take long.
+
+    Until a command runs, a signal ends the process at once, since nothing is begun. A signal that nohup or a shell's
+    `&` ignores stays ignored. Closed standard streams are opened on /dev/null: else the next files, of this process
+    and of its children, would have their numbers, and get what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    options = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+    output: Any = _Output(1, "wb", closefd=False)
+    sys.stdout = io.TextIOWrapper(output if options["write_through"] else io.BufferedWriter(output), **options)
+    sys.unraisablehook = _interrupt_again
+    for number in handlers():
+        signal.signal(number, _end)
+    require_memory(LEAST)
+
+
+def require_memory(least: int) -> None:
+    """End the process if `ulimit -v` lets it have less than so many bytes."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < least:
+        _leave(f"not enough memory: ulimit -v is {limit >> 10}; raise it to {least >> 10} or more", 2)
+
+
+def handlers() -> dict[int, Any]:
+    """Return the present handlers of NUMBERS, but for signals that are ignored."""
+    present = {number: signal.getsignal(number) for number in NUMBERS}
+    return {number: handler for number, handler in present.items() if handler != signal.SIG_IGN}
+
+
+def interrupt(numbers: dict[int, Any]) -> None:
+    """Let each of these signals raise Interruption, the first one alone."""
+    for number in numbers:
+        signal.signal(number, _interrupt)
+
+
+def restore(before: dict[int, Any]) -> None:
+    """Set the handlers again; after `begin` the signals are ignored from now on, since the program is ending."""
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler is _end else handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End the process. No exception: one that is raised in an import may be swallowed."""
+    _leave(WORDS[signal.Signals(number)], 128 + number)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    try:
+        os.write(2, f"Error: {message}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise Interruption, once: a second signal must not interrupt the deletion of temporary files."""
+    for ignored in NUMBERS:
+        signal.signal(ignored, signal.SIG_IGN)
+    raise Interruption(number)
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Interrupt a moment later, where a destructor or the import of a Cython module has swallowed Interruption."""
+    if not isinstance(unraisable.exc_value, Interruption):
+        return sys.__unraisablehook__(unraisable)
+    number = unraisable.exc_value.number
+    signal.signal(signal.SIGALRM, lambda alarm, frame: _interrupt(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
