@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline import UserError, volumes
+from pipeline import UserError, signals, volumes
 from pipeline.manifest import DatasetError
 from pipeline.online.samples import BadSample
 from pipeline.storage import StorageError
@@ -18,8 +18,6 @@ from trainer.distributed import RankLost, World
 from trainer.nonfinite import Diverged
 from trainer.recipe import Recipe
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal is lost
-
 
 class StopRequest:
     """Notes SIGTERM, SIGINT and SIGHUP within its context; a second signal acts as without this context."""
@@ -27,9 +25,7 @@ class StopRequest:
     number: int | None = None  # of the signal
 
     def __enter__(self) -> "StopRequest":
-        # signals that nohup and a shell's `&` ignore stay ignored
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in signals.handlers()}
         return self
 
     def __exit__(self, *error: object) -> None:
