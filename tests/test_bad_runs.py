@@ -174,6 +174,8 @@ def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, t
     run.mkdir()
     (run / "thesis.txt").write_text("a text")
     one_line(train(dataset, run, 1), "is not a run directory (it has thesis.txt)")
+    one_line(train(dataset, dataset / "new" / "run", 1), f"run: lies inside DATASET, {dataset}", "name another --out")
+    assert not (dataset / "new").exists()
     (run / "thesis.txt").unlink()
     (run / "recipe.json.0a1b.tmp").write_text("{")  # as a kill in the first second leaves it
     (run / "tensorboard").mkdir()

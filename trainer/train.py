@@ -102,7 +102,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         if resumed:
             runs.require_resumable(settings, resumed, dataset, steps)
         elif world.is_main:
-            runs.require_fresh(settings.run)
+            runs.require_fresh(settings.run, settings.data)
         loaders.require_pictures(dataset, recipe)
     placement = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
     versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
