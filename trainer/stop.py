@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline import UserError, signals, volumes
+from pipeline import UserError, process, volumes
 from pipeline.manifest import DatasetError
 from pipeline.online.samples import BadSample
 from pipeline.storage import StorageError
@@ -25,7 +25,7 @@ class StopRequest:
     number: int | None = None  # of the signal
 
     def __enter__(self) -> "StopRequest":
-        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in signals.handlers()}
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in process.handlers()}
         return self
 
     def __exit__(self, *error: object) -> None:
