@@ -35,9 +35,9 @@ PIECE = 16 * 2**20  # bytes of one request for a whole file, and of one part of 
 BLOCK = 2 * 2**20  # bytes that `opened` fetches beyond those asked for: 19 headers in a tar of ImageNet's images
 THREADS = 16  # at some 20 ms a request, 800 requests a second; s3fs needs 1 ms of one core's time for each
 AHEAD_BYTES = 64 * 2**20
-TRIES, PATIENCE = 5, 60.0  # after so many tries, or seconds, no other begins
-FIRST_WAIT = 0.2  # seconds between tries: doubled with each, and cut by up to half at random
+TRIES, PATIENCE, FIRST_WAIT = 5, 60.0, 0.2  # none begins after 5, or 60 s; the wait doubles, less up to half at random
 S3 = ("s3", "s3a")  # protocols
+STORES = (*S3, "abfs", "abfss", "az", "gcs", "gs", "hf", "http", "https", "memory", "oci", "oss")  # whose URLs say all
 # botocore tries a request 3 times, so that one bad answer does not cost a whole upload; what lasts longer, or breaks
 # amid an answer, `retried` tries again. s3fs's own 5 tries would multiply with both.
 S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
@@ -75,7 +75,7 @@ def location(text: "str | os.PathLike[str] | Location") -> Location:
     protocol, url = _protocol(text), urlsplit(text)
     if not protocol:
         return Path(text)
-    if "::" in text or (protocol == "file" and url.netloc) or (protocol in S3 and not url.netloc):
+    if "::" in text or protocol not in ("file", *STORES) or bool(url.netloc) == (protocol == "file"):
         raise UserError(f"{text}: names no folder or file; a location is FOLDER, file:///FOLDER or s3://BUCKET/FOLDER")
     if protocol == "file":
         return Path(unquote(url.path))

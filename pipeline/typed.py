@@ -98,5 +98,5 @@ def _one_line(error: Exception) -> str:
 def _reason(error: Exception) -> str:
     """Return msgspec's message with the key in front: `files[...].bytes: expected int >= 0`."""
     text, _, key = str(error).replace("`", "").replace("key in $", "$").partition(" - at $")
-    text = text[:1].lower() + text[1:LONGEST]
+    text = text[:LONGEST] if text[:2].isupper() else text[:1].lower() + text[1:LONGEST]
     return f"{re.sub('^[.]', '', key)}: {text}" if key else text

@@ -149,7 +149,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (written({}, penstock="{"), "damaged (input data was truncated)"),
     "no object": (written({}, penstock="[1]"), "damaged (expected object, got array)"),
     "deep JSON": (written({}, penstock='{"a":' * 10**5), "damaged"),
-    "NaN": (written({}, penstock='{"a": NaN}'), "is malformed: invalid character (byte 6))"),
+    "NaN": (written({}, penstock='{"a": NaN}'), "damaged (JSON is malformed: invalid character (byte 6))"),
     "negative step": (altered("step", -1), "damaged (step: expected int >= 0)"),
     "newer format": (altered("format", 3), "of format 3, and this version of the program reads format 2; read it with"),
     "no format": (written({}, penstock="{}"), "of format 1, and this version"),
@@ -178,10 +178,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         altered(tensors=lambda t: t.update({"weights.fc8.bias": torch.zeros(1)})),
         "weights.fc8.bias is (1,), its recipe says (2,)",
     ),
-    "float64": (
-        altered(tensors=lambda t: t.update({"velocity.fc6.weight": torch.zeros(4, 3).double()})),
-        "damaged (velocity.fc6.weight is not float32)",
-    ),
+    "float64": (altered(tensors=lambda t: t.update(a=torch.zeros(1).double())), "damaged (a is not float32)"),
     "unknown": (altered("checksun", "0" * 64), "damaged (unknown key checksun)"),
     "diverged": (
         altered(tensors=lambda t: t["velocity.fc8.bias"].fill_(float("-inf"))),
@@ -191,6 +188,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a long choice": (altered("recipe.train.compile", "x" * 10**5), "must be one of no, segments, graphs"),
     "a long key": (altered("x" * 10**5), "damaged (unknown key x"),
     "a fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+    "step": (lambda path: save(path.parents[1], checkpoint(5)).replace(path), "holds step 5, and its name another"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
 }
 

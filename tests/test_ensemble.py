@@ -141,6 +141,7 @@ def test_a_full_disk_does_not_keep_the_errors_back(tmp_path: Path, monkeypatch: 
     assert result.stderr == f"Error: {tmp_path}/mean.npz: No space left on device\n"
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_what_will_be_refused_is_refused_before_anything_is_computed(
     runs: list[Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -156,7 +157,7 @@ def test_what_will_be_refused_is_refused_before_anything_is_computed(
     for option, name in (("--submission", "out.txt"), ("--save-probabilities", "out.npz")):
         refused(one, option, tmp_path / "file" / name, expected=("file: is a file, not a directory",))
     refused(one, tmp_path, expected=("no checkpoint",))
-    for text in ("1", "1,x", "-1,2", "0,0", "nan,1"):
+    for text in ("1", "1,x", "-1,2", "0,0", "nan,1", "1e308,1e308"):
         refused(runs[:2], "--weights", text, expected=(f"--weights {text}",))
     refused(one, "--weights", "1", "--fit", "val", expected=("one of the two",))
     one_line(trainer("ensemble", one[0].run), "--data")

@@ -105,7 +105,7 @@ def test_a_diverged_last_layer_is_one_line(written: Written, tmp_path: Path) -> 
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}
     weights["fc8.bias"][1] = float("nan")
     checkpoints.save(run, replace(checkpoint, weights=weights))
-    one_line(invoke(written.data, run), "fc8.bias is not a finite number: training has diverged")
+    one_line(invoke(written.data, run), "weights.fc8.bias is not finite: its training has diverged")
     assert not (run / "figures").exists()
 
 

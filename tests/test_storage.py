@@ -58,6 +58,8 @@ def test_a_location_is_a_path_or_a_url(tmp_path: Path):
     [
         ("s3:///key", "s3://BUCKET/FOLDER"),
         ("gs://x/y", "gcsfs"),
+        ("ftp://host/x", "names no folder or file"),
+        ("zip://x.zip", "names no folder or file"),
         ("file://host/x", "file:///FOLDER"),
         ("s3://x::y", "::"),
     ],

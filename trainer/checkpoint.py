@@ -232,7 +232,10 @@ def load(path: Path) -> Checkpoint:
         if not file.is_file():  # a fifo would be waited for
             raise UserError("not a regular file")
         with open(file, "rb"):  # to raise the operating system's own error
-            return _read(file)
+            checkpoint = _read(file)
+        if STEP_FILE.fullmatch(file.name) and file.name != step_file(file, checkpoint.step).name:
+            raise UserError(f"holds step {checkpoint.step}, and its name another")  # it would stay the newest
+        return checkpoint
     except (SafetensorError, ValueError, RecursionError) as error:  # a UserError is a ValueError
         reason = str(error) if isinstance(error, UserError) else f"not a checkpoint of ours, or damaged ({error})"
         older = [other.name for other in files(path) if other != file]  # none, if `path` is a file

@@ -110,8 +110,8 @@ def parse_weights(text: str, members: int) -> np.ndarray:
         raise UserError(f"--weights {text}: give numbers, such as 2,1,1") from error
     if len(weights) != members:
         raise UserError(f"--weights {text}: {len(weights)} numbers for {members} networks; give one for each")
-    if not np.isfinite(weights).all() or weights.min() < 0 or not 0 < weights.sum() < np.inf:
-        raise UserError(f"--weights {text}: give numbers of at least 0, and one above it")
+    if not np.isfinite(weights).all() or weights.min() < 0 or not 0 < sum(weights.tolist()) < np.inf:
+        raise UserError(f"--weights {text}: give numbers of at least 0, and one above it, whose sum is finite")
     return weights / weights.sum()
 
 

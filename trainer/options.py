@@ -12,7 +12,7 @@ class Local(click.Path):
     """A path on this machine. A URL is refused: as a path it would be a folder named s3:."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and storage.is_remote(value):
+        if isinstance(value, str) and (storage.is_remote(value) or value.startswith("file:")):
             self.fail(f"{value}: is a URL; name a path on this machine", param, ctx)
         return super().convert(value, param, ctx)
 
