@@ -312,6 +312,7 @@ def load_network(
     require_classes(checkpoint.classes, tuple(record.wnid for record in dataset.classes), path, dataset.root)
     network = TwoColumnNet(checkpoint.recipe.model, len(checkpoint.classes), devices)
     network.load(checkpoint.weights)
+    network.name = str(path)
     return network
 
 

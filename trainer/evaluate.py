@@ -133,7 +133,7 @@ def predictions(
                 values = values / values.sum(-1, keepdim=True)
             by_views = [values[:, CENTRE[views[-1]]] if name == "centre" else values.mean(1) for name in views]
             rows = torch.cat([batch.labels.cpu()[:, None].double(), *(values.cpu() for values in by_views)], 1)
-            require_finite_outputs(rows)
+            require_finite_outputs(rows, network.name)
         if gather:
             rows = world.gather_rows(rows)
         yield rows[:, 0].long(), dict(zip(views, rows[:, 1:].chunk(len(views), 1)))

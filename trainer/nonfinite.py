@@ -114,10 +114,11 @@ def update_ratios(
     return ratios
 
 
-def require_finite_outputs(outputs: Tensor | ndarray) -> None:
-    """Raise Diverged if outputs in evaluation are not finite numbers."""
+def require_finite_outputs(outputs: Tensor | ndarray, network: str, kind: str = "outputs") -> None:
+    """Raise Diverged if outputs in evaluation are not finite; `network` names the file of its weights, if any."""
     if not bool(torch.as_tensor(outputs).isfinite().all()):
-        raise Diverged("the network's outputs are not finite numbers: its training has diverged")
+        problem = f"the network's {kind} are not finite numbers: its training has diverged"
+        raise Diverged(f"{network}: {problem}; name an older checkpoint" if network else problem)
 
 
 def require_finite(step: int, weights: dict[str, Tensor]) -> None:

@@ -28,6 +28,7 @@ class TwoColumnNet(nn.Module):
         super().__init__()
         assert len(devices) == recipe.columns
         self.recipe, self.classes, self.devices = recipe, classes, tuple(devices)
+        self.name = ""  # the file of its weights
         self._columns = [Column(recipe, classes, i, device) for i, device in enumerate(devices)]
         self.columns = nn.ModuleList(self._columns)
         self.layers = self._columns[0].layers

@@ -194,7 +194,7 @@ def classify(
         rows: Iterator[np.ndarray] = iter(())
         if jpegs:
             probabilities = view_probabilities(network, pictures.views(jpegs, views)).mean(1).cpu().numpy()
-            require_finite_outputs(probabilities)
+            require_finite_outputs(probabilities, network.name)
             rows = iter(probabilities)
         for raw, jpeg in batch:
             if isinstance(jpeg, Failure):

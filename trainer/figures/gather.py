@@ -239,7 +239,7 @@ def _with_probabilities(
             ids = order[start : start + AT_ONCE]
             stored = [pixels(jpeg.tobytes(), dataset.recipe.size) for jpeg in reader.read(ids)]
             rows = view_probabilities(network, pictures.seen(stored)).mean(1).cpu().numpy()
-            require_finite_outputs(rows)
+            require_finite_outputs(rows, network.name)
             for fields in zip(ids.tolist(), stored, reader.labels(ids).tolist(), rows):
                 yield Example(*fields)
 

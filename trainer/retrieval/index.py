@@ -23,7 +23,7 @@ from trainer import checkpoint as checkpoints
 from trainer import data as loaders
 from trainer.checkpoint import load_network, note_other_data
 from trainer.devices import choose_devices
-from trainer.nonfinite import Diverged
+from trainer.nonfinite import require_finite_outputs
 from trainer.options import DEVICES, PATH, RUN
 from trainer.parallel import TwoColumnNet
 from trainer.pictures import Pictures
@@ -193,8 +193,7 @@ def features(
 def hidden(network: TwoColumnNet, images: torch.Tensor | tuple[torch.Tensor, ...]) -> np.ndarray:
     """(n, 3, size, size), or the same for each column → (n, units) float32. Raises Diverged if one is not finite."""
     x = network.hidden(images).float()
-    if not bool(x.isfinite().all()):
-        raise Diverged("the network's features are not finite numbers: its training has diverged")
+    require_finite_outputs(x, network.name, "features")
     return x.cpu().numpy()
 
 
