@@ -216,6 +216,7 @@ def test_options_of_a_new_run(run: Path, dataset: Path, tmp_path: Path):
     one_line(train(dataset, new, 1, more=("--other-data",)), "--resume")
     one_line(train(dataset, new, 1, more=("--init-layers", "conv1")), "--init CHECKPOINT")
     one_line(train(dataset, new, 1, more=("--init", tmp_path)), "no checkpoint")
+    assert "'nan' is not a valid integer" in train(dataset, new, 1, more=("--patience", "nan")).stderr
     init = ("--init", run, "--init-layers")
     one_line(train(dataset, new, 1, more=(*init, ",")), "names no layer")
     one_line(train(dataset, new, 1, more=(*init, "conv9")), "--init-layers conv9", "not in both")

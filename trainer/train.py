@@ -270,7 +270,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @click.option("--no-page", is_flag=True, help="Draw no page, RUN/report.html, at the end.")
 @click.option(
     "--patience",
-    type=click.FloatRange(min=1),
+    type=click.IntRange(1, 10**6),
     default=PATIENCE,
     show_default=True,
     help="Seconds that a process of torchrun waits for another before it holds it for gone.",
@@ -286,7 +286,7 @@ def train(
     init_layers: str | None,
     devices: str | None,
     no_page: bool,
-    patience: float,
+    patience: int,
 ) -> None:
     """Train on DATA's training split.
 
