@@ -69,7 +69,7 @@ class BuildRecipe:
     def __post_init__(self) -> None:
         for option in fields(self):
             value, (least, most) = getattr(self, option.name), option.metadata.get("bounds", (None, None))
-            if (least is not None and value < least) or (most is not None and value > most):
+            if not ((least is None or value >= least) and (most is None or value <= most)):  # NaN is neither
                 raise UserError(f"{option.name} is {value!s:.80}, not from {least} to {most}")
             if value not in (choices := option.metadata.get("choices", (value,))):
                 raise UserError(f"{option.name} is {value!r:.80}, none of {', '.join(choices)}")

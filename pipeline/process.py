@@ -39,14 +39,16 @@ def begin() -> None:
 
     Until a command runs, a signal ends the process at once, since nothing is begun. A signal that nohup or a shell's
     `&` ignores stays ignored. Closed standard streams are opened on /dev/null: else the next files, of this process
-    and of its children, would have their numbers, and get what libraries print.
+    and of its children, would have their numbers, and get what libraries print. Letters that the encoding of standard
+    output lacks are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
             os.set_inheritable(number, True)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
-    options = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+    options = {name: getattr(sys.stdout, name) for name in ("encoding", "line_buffering", "write_through")}
+    options["errors"] = sys.stderr.errors  # Python's own choice there, backslashreplace
     output: Any = _Output(1, "wb", closefd=False)
     sys.stdout = io.TextIOWrapper(output if options["write_through"] else io.BufferedWriter(output), **options)
     sys.unraisablehook = _interrupt_again

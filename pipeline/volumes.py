@@ -29,6 +29,8 @@ def explained(error: OSError) -> str:
         return _unmounted(path) or _denied(path) or plain
     if error.errno == errno.EISDIR:
         return f"{path}: is a directory, where a file should be; move it away, or name another path"
+    if error.errno == errno.EEXIST and path.is_symlink() and not path.exists():
+        return f"{path}: is a link to nothing; make the folder that it names, or name another place"
     read_only = f"{_nearest(path)}: is read-only; mount the volume without :ro, or name another place"
     return _unmounted(path) or read_only if error.errno == errno.EROFS else plain
 

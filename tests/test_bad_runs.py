@@ -174,6 +174,8 @@ def test_a_run_directory_is_one_processs_and_holds_nothing_else(dataset: Path, t
     run.mkdir()
     (run / "thesis.txt").write_text("a text")
     one_line(train(dataset, run, 1), "is not a run directory (it has thesis.txt)")
+    one_line(train(dataset, dataset / "new" / "run", 1), f"run: lies inside DATASET, {dataset}", "name another --out")
+    assert not (dataset / "new").exists()
     (run / "thesis.txt").unlink()
     (run / "recipe.json.0a1b.tmp").write_text("{")  # as a kill in the first second leaves it
     (run / "tensorboard").mkdir()
@@ -214,6 +216,7 @@ def test_options_of_a_new_run(run: Path, dataset: Path, tmp_path: Path):
     one_line(train(dataset, new, 1, more=("--other-data",)), "--resume")
     one_line(train(dataset, new, 1, more=("--init-layers", "conv1")), "--init CHECKPOINT")
     one_line(train(dataset, new, 1, more=("--init", tmp_path)), "no checkpoint")
+    assert "'nan' is not a valid integer" in train(dataset, new, 1, more=("--patience", "nan")).stderr
     init = ("--init", run, "--init-layers")
     one_line(train(dataset, new, 1, more=(*init, ",")), "names no layer")
     one_line(train(dataset, new, 1, more=(*init, "conv9")), "--init-layers conv9", "not in both")

@@ -251,9 +251,10 @@ def test_holdout_and_limit(raw: Path, tmp_path: Path):
     assert build(raw, tmp_path / "b", "--workers", 1, "--limit", 10).exit_code == 0
     splits = manifest.load(tmp_path / "b").splits
     assert sum(split.samples + split.skipped for split in splits.values()) == 10
-    bad = build(raw, tmp_path / "c", "--holdout", 0.9)
-    assert bad.exit_code == 2
-    assert "0.9" in bad.output
+    for share, words in (("0.9", "0.9 is not in the range"), ("nan", "Error: holdout is nan, not from 0 to 0.5\n")):
+        bad = build(raw, tmp_path / "c", "--holdout", share)
+        assert bad.exit_code == 2
+        assert words in bad.output
 
 
 # A set for evaluation alone: classes and statistics are another data set's, and all pictures are of val

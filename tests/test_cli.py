@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from conftest import ROOT, build, command, digests
+from conftest import ROOT, build, command, digests, picture, saved
 from penstock.__main__ import TOOLS, load
 from pipeline import volumes
 from pipeline.cli import json_text, printable
@@ -153,6 +153,16 @@ def test_a_full_standard_output_is_named(words: list[object], unbuffered: str, t
     assert limited("tools/make_raw.py", "", shell="|2>/dev/full", PYTHONUNBUFFERED=unbuffered).returncode == 2
 
 
+def test_letters_that_standard_output_lacks_are_escaped(tmp_path: Path):
+    for name in ("hund", "\u732b"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        (tmp_path / "raw" / name / "1.png").write_bytes(saved(picture(name, 40, 40), "PNG"))
+    words = ("tools/build_shards.py", tmp_path / "raw", tmp_path / "set", "--dry-run", "--workers", 1)
+    done = limited(*words, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n     1  \\u732b" in done.stdout
+
+
 def test_too_little_memory_for_the_libraries_is_one_line(tmp_path: Path):
     done = limited("tools/make_raw.py", tmp_path / "out", *DRAW, shell="ulimit -v 100000;|")
     line = "Error: not enough memory: ulimit -v is 100000; raise it to 262144 or more\n"
@@ -265,6 +275,15 @@ def test_an_empty_folder_may_be_a_volume_that_is_not_mounted(dataset: Path, tmp_
         assert done.exit_code == 2
         assert f"{words} is empty: is the volume mounted?\n" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_a_link_to_nothing_is_named(raw: Path, dataset: Path, tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    for done in (build(raw, link), CliRunner().invoke(trainer, train(dataset, link)[1:])):
+        assert done.exit_code == 2
+        line = f"Error: {link}: is a link to nothing; make the folder that it names, or name another place\n"
+        assert done.stderr == line
 
 
 def test_in_a_container_a_folder_on_no_volume_is_refused(

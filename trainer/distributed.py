@@ -18,7 +18,7 @@ from pipeline import UserError, volumes
 from trainer.model import Masks
 from trainer.parallel import TwoColumnNet
 
-PATIENCE = 50.0  # seconds; so that a run ends within a minute of the loss of a machine
+PATIENCE = 50  # seconds; so that a run ends within a minute of the loss of a machine
 # gloo's errors have no type of their own: they name a path of its code, or have these words once a collective was late
 GLOO_ERRORS = ("/gloo/", "Application timeout caused pair closure")
 

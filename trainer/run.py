@@ -78,8 +78,13 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
             yield Writers(metrics, writer, console)
 
 
-def require_fresh(run: Path) -> None:
-    """Raise UserError unless a new run may start here: no or an empty directory, or a run's without checkpoints."""
+def require_fresh(run: Path, data: Path) -> None:
+    """Raise UserError unless a new run may start here: no or an empty directory, or a run's without checkpoints.
+
+    The directory must not be part of the data set, whose files are all listed in its manifest.
+    """
+    if data.resolve() in run.resolve().parents:
+        raise UserError(f"{run}: lies inside DATASET, {data}, and would be a fault of that; name another --out")
     if not run.exists():
         return
     if not run.is_dir():

@@ -102,7 +102,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         if resumed:
             runs.require_resumable(settings, resumed, dataset, steps)
         elif world.is_main:
-            runs.require_fresh(settings.run)
+            runs.require_fresh(settings.run, settings.data)
         loaders.require_pictures(dataset, recipe)
     placement = f"{len(set(devices))} of type {devices[0].type}"  # gradients are summed device by device
     versions = {"the data set": dataset.identity, "devices:": placement, "torch": torch.__version__}
@@ -270,7 +270,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @click.option("--no-page", is_flag=True, help="Draw no page, RUN/report.html, at the end.")
 @click.option(
     "--patience",
-    type=click.FloatRange(min=1),
+    type=click.IntRange(1, 10**6),
     default=PATIENCE,
     show_default=True,
     help="Seconds that a process of torchrun waits for another before it holds it for gone.",
@@ -286,7 +286,7 @@ def train(
     init_layers: str | None,
     devices: str | None,
     no_page: bool,
-    patience: float,
+    patience: int,
 ) -> None:
     """Train on DATA's training split.
 
