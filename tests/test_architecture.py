@@ -102,7 +102,7 @@ def test_the_house_stays_small():
     # of issue 17, how RAW is read: names, tree, classes, choice, published, labels, columns; of issue 18, what is
     # checked where it is loaded, and how programs end: typed, metadata, process, validation
     assert len(FILES) <= 104
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 17_900  # 14,815 and 16,925 before these
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 17_950  # 14,815 and 16,925 before these
     assert len(TESTS) <= 80
 
 

@@ -17,7 +17,7 @@ import torch
 from pipeline import SourceError, UserError, archives, manifest, storage
 from pipeline.cli import Command, json_text, printable
 from pipeline.decode import REASONS, ImageError, decode
-from pipeline.manifest import BuildRecipe, ClassRecord
+from pipeline.manifest import BuildRecipe, ClassRecord, DatasetError
 from pipeline.storage import Location, read_ahead
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import load_network, note_other_data
@@ -26,7 +26,7 @@ from trainer.evaluate import view_probabilities
 from trainer.nonfinite import require_finite_outputs
 from trainer.options import CHECKPOINT, DATA, DEVICES, JSON
 from trainer.parallel import TwoColumnNet
-from trainer.pictures import Pictures
+from trainer.pictures import Pictures, pixels
 from trainer.probabilities import top
 
 BATCH_SIZE = {"centre": 32, "ten": 8}  # pictures; results come a batch at a time
@@ -188,17 +188,17 @@ def classify(
         Diverged: an output is not a finite number.
         StorageError: the object store fails.
     """
-    ready = read_ahead(raws, partial(_jpeg, pictures), THREADS, lambda raw: raw.size if isinstance(raw, Raw) else 0)
+    ready = read_ahead(raws, partial(_pixels, pictures), THREADS, lambda raw: raw.size if isinstance(raw, Raw) else 0)
     while batch := list(islice(ready, BATCH_SIZE[views])):
-        jpegs = [jpeg for _, jpeg in batch if isinstance(jpeg, bytes)]
+        stored = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
         rows: Iterator[np.ndarray] = iter(())
-        if jpegs:
-            probabilities = view_probabilities(network, pictures.views(jpegs, views)).mean(1).cpu().numpy()
+        if stored:
+            probabilities = view_probabilities(network, pictures.seen(stored, views)).mean(1).cpu().numpy()
             require_finite_outputs(probabilities, network.name)
             rows = iter(probabilities)
-        for raw, jpeg in batch:
-            if isinstance(jpeg, Failure):
-                yield jpeg
+        for raw, picture in batch:
+            if isinstance(picture, Failure):
+                yield picture
                 continue
             row, labels = next(rows), []
             for i in top(row).tolist():
@@ -207,15 +207,18 @@ def classify(
             yield Prediction(raw.picture, labels)
 
 
-def _jpeg(pictures: Pictures, raw: Raw | Failure) -> bytes | Failure:
-    """Return a picture as the builder would store it, or why that fails. Raises StorageError."""
+def _pixels(pictures: Pictures, raw: Raw | Failure) -> np.ndarray | Failure:
+    """Return the pixels of a picture as the builder would store it, or why that fails. Raises StorageError."""
     if isinstance(raw, Failure):
         return raw
     try:
         data = raw.read()
-        return data if raw.stored and fits(data, pictures.rules) else pictures.stored(data)
+        jpeg = data if raw.stored and fits(data, pictures.rules) else pictures.stored(data)
+        return pixels(jpeg, pictures.rules.size)
     except ImageError as error:
         return Failure(raw.picture, error.code, REASONS[error.code])
+    except DatasetError:  # a stored picture, whose damage Pillow bears
+        return Failure(raw.picture, "corrupt", REASONS["corrupt"])
     except OSError as error:
         return unreadable(raw.picture, error)
 

@@ -12,6 +12,7 @@ import torch
 from pipeline import UserError
 from pipeline.files import ASIDE, content, locked, sweep, write_bytes_aside
 from pipeline.manifest import Manifest
+from pipeline.online import Loader
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, CheckpointWriter
 from trainer.layers import multiply_adds, parameter_count
@@ -134,6 +135,19 @@ def require_resumable(settings: Settings, resumed: Checkpoint, dataset: Manifest
         raise UserError(f"{run}: has done {resumed.step} steps, and {steps} are asked for; {remedy}")
     if resumed.progress["over"]:
         raise UserError(f"{run}: ended on its last plateau after {resumed.step} steps; start a new run from it: --init")
+
+
+def set_loader(settings: Settings, resumed: Checkpoint, loader: Loader) -> None:
+    """Let the loader go on where the checkpoint was taken; on other data only the step is the checkpoint's.
+
+    Raises UserError: the checkpoint's loader does not fit its recipe.
+    """
+    state = {**loader.state_dict(), "step": settings.start} if settings.other_data else resumed.loader
+    try:
+        loader.load_state_dict(state)
+    except UserError as error:
+        file = checkpoints.step_file(settings.run, resumed.step)
+        raise UserError(f"{file}: damaged, or of another version ({error}); delete it to use the one before") from error
 
 
 def first_weights(settings: Settings, classes: tuple[str, ...]) -> tuple[Weights, Taken]:

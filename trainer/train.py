@@ -132,11 +132,10 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         start = runs.history_entry(settings, dataset, world.size, taken)
         history = (*(resumed.history if resumed else ()), start)
         with world.raise_together():
-            writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
             loader = stack.enter_context(loaders.training(dataset, recipe, devices, world))
-            if resumed:  # on other data only the step is the checkpoint's
-                other_state = {**loader.state_dict(), "step": settings.start}
-                loader.load_state_dict(other_state if settings.other_data else resumed.loader)
+            if resumed:
+                runs.set_loader(settings, resumed, loader)
+            writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
         watch = nonfinite.Watch(network, world)
         window, stalled = resumed.progress["window"] if resumed else None, loaders.stall_remedies(recipe)
         interval = LogInterval(devices[0], loader.meter, world, window, stalled)
