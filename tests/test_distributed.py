@@ -270,9 +270,12 @@ def test_a_signal_to_one_process_ends_and_saves(dataset: Path, tmp_path: Path):
     second.send_signal(signal.SIGTERM)
     (output, errors), others = first.communicate(timeout=60), second.communicate(timeout=60)
     assert (first.returncode, second.returncode, others) == (143, 143, ("", ""))
-    step = checkpoints.load(run).step
-    reason = f"another process was asked to end: stopped and saved after step {step}"
-    assert errors == f"Error: {reason}; go on by --resume\n"
+    saved = checkpoints.load(run)
+    reason = f"another process was asked to end: stopped and saved after step {(step := saved.step)}"
+    remedy = (
+        "its validation was not finished, --resume repeats it" if saved.progress["pending"] else "go on by --resume"
+    )
+    assert errors == f"Error: {reason}; {remedy}\n"
     assert f"checkpoint: {checkpoints.step_file(run, step)}" in output
 
 

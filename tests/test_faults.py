@@ -297,7 +297,7 @@ def test_a_decode_without_end_fails_the_build_and_skips_nothing(
     first, *more = failed.stderr.splitlines()
     assert first.startswith("Error: ")
     assert ".jpg: still decoding after 0.3 s, which fails the build (a time never skips an image)" in first
-    assert all("still decoding" in line or line.startswith("Error: a worker process ended") for line in more)
+    assert all("still decoding" in line or line.startswith("Error: a worker process ended") for line in more), more
     env |= {"BEFORE_DECODE": "re.match('(a|aa)+$', 'a' * 99 + 'b')", "SECONDS": "0.5"}  # for years
     failed = finish(raw, root, "--workers", workers, env=env)
     assert failed.returncode == (-signal.SIGPROF if workers == 1 else 2), failed.stderr
