@@ -94,7 +94,7 @@ def test_a_state_of_another_loader_is_refused(dataset: Path):
     with Loader(dataset, batch_size=8) as loader:
         with pytest.raises(UserError, match="dataset: '0f"):
             loader.load_state_dict(state | {"dataset": "0f"})
-        for step in (None, -1):
+        for step in (None, -1, 2**70):
             with pytest.raises(UserError, match=f"of another loader .step {step!r}"):
                 loader.load_state_dict(state | {"step": step})
         assert next(loader).step == 0

@@ -159,7 +159,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         """Go on where `state` was taken. Raises UserError where it is of another data set, seed or other option."""
         own, step = self._described(), state.get("step")
         differing = [f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]]
-        if differing or type(step) is not int or step < 0:
+        if differing or type(step) is not int or not 0 <= step < 2**40:  # so that places fit in 64 bits
             reason = "; ".join(differing) or f"step {step!r}"
             raise UserError(f"this state is of another loader ({reason}); make the loader as it was")
         self._prefetch.close()
