@@ -8,7 +8,7 @@ JOBS := 2
 help:
 	@echo 'make demo               raw pictures -> shards -> training -> evaluation -> a page (about 3 minutes)'
 	@echo 'make demo RAW=DIR       the same on at most 5,000 of your pictures (LIMIT=N for more)'
-	@echo 'make test               the tests        make proof  kills, clusters, servers, full disks'
+	@echo 'make test               the tests        make proof  kills, clusters, servers, full disks, damaged files'
 	@echo 'make slow               the long proofs, hours on a small machine'
 	@echo 'make gpu                the tests that need a CUDA device, and its speed (skipped without one)'
 	@echo 'make lint               ruff and mypy    make setup  only set up .venv'
