@@ -74,7 +74,8 @@ def write_aside(path: Location, write: Callable[[HashingFile], Any]) -> dict[str
         if remote and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"{folder}: {error.strerror}, for a file on its way to {path}"
             raise UserError(f"{full}; make room, or set TMPDIR") from error
-        if error.filename is None or error.errno == errno.EISDIR:  # a full disk; a directory of the file's name
+        own = not remote and str(error.filename) == str(aside) and error.errno not in (errno.EACCES, errno.EPERM)
+        if error.filename is None or own:  # a full disk; a directory of the file's name
             error.filename = str(path)
         raise
     finally:
@@ -93,8 +94,12 @@ def require_writable(folder: Path, size: int = 1) -> None:
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         raise UserError(f"{above}: is a file, not a directory; name another path")
-    with naming(above), tempfile.TemporaryFile(dir=above, buffering=0) as file:
-        file.write(b"-")  # a full disk, or a quota, still lets a file be made
+    try:
+        with tempfile.TemporaryFile(dir=above, buffering=0) as file:
+            file.write(b"-")  # a full disk, or a quota, still lets a file be made
+    except OSError as error:
+        error.filename = str(above)  # and not the temporary file
+        raise
     if (free := shutil.disk_usage(above).free) < size:
         raise UserError(f"{folder}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make room")
 

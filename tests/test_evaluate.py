@@ -171,6 +171,7 @@ def test_mistakes_are_one_clear_line(made: Made, own: Made, tmp_path: Path):
 
     for views in ("five", "ten,nine", "centre,centre"):
         one_line(told(made.run, "--views", views), f"--views {views}: give centre, ten or nine")
+    assert f"'--batch-size': {10**21} is not in the range" in told(made.run, "--batch-size", 10**21).output
     one_line(told(tmp_path), "no checkpoint", str(tmp_path))
     one_line(told(made.run, "--split", "dev"), "no split named 'dev'; there are: ")
     one_line(told(made.run, "--save-probabilities", tmp_path / "a.csv"), "a.csv: give a name that ends in .npz")

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -292,6 +293,21 @@ def test_errors_of_open_files_name_their_path(tmp_path: Path):
         with pytest.raises(OSError, match="Input/output error") as error:
             read(link)
         assert error.value.filename == str(link)
+
+
+def test_no_error_names_a_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "folder" / "file"
+    with pytest.raises(FileNotFoundError) as gone:
+        files.write_aside(path, lambda file: shutil.rmtree(path.parent))
+    assert gone.value.filename == str(path)
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "tmp7gxz4qw6"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)  # as without free inodes
+    with pytest.raises(OSError, match="No space left") as no_inode:
+        files.require_writable(path.parent)
+    assert no_inode.value.filename == str(tmp_path)
 
 
 def _first_byte(path: Path) -> bytes:

@@ -173,7 +173,9 @@ def view_probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor])
 @click.option("--split", default="val", show_default=True)
 @click.option("--views", default="centre,ten", show_default=True, help="centre, ten, nine; or centre and another.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), help="Images of all processes at a time.  [default: each 128; of views 16]"
+    "--batch-size",
+    type=click.IntRange(1, 2**20),
+    help="Images of all processes at a time.  [default: each 128; of views 16]",
 )
 @click.option("--confused", default=10, show_default=True, type=click.IntRange(0), help="Pairs of classes to show.")
 @click.option(
