@@ -59,6 +59,8 @@ class Command(OneLine):
                 return super().invoke(ctx)
             finally:
                 process.restore(before)
+                if number := process.taken():
+                    raise process.Interruption(number)
         except (EOFError, click.Abort) as error:  # of which click says "Aborted!"
             raise AssertionError("a defect of ours") from error
         except (KeyboardInterrupt, UserError, OSError, MemoryError, ImportError, RuntimeError) as error:

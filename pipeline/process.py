@@ -12,6 +12,7 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGH
 NUMBERS = tuple(WORDS)
 OUTPUT = "standard output"
 AGAIN = 0.01  # seconds after which an interruption is raised once more
+_raised: list[int] = []  # the number of the signal that has raised Interruption
 LEAST = 2**28  # bytes of address space that the imports of a tool need; else libraries in C end the process, or crash
 
 
@@ -72,8 +73,14 @@ def handlers() -> dict[int, Any]:
 
 def interrupt(numbers: dict[int, Any]) -> None:
     """Let each of these signals raise Interruption, the first one alone."""
+    _raised.clear()
     for number in numbers:
         signal.signal(number, _interrupt)
+
+
+def taken() -> int | None:
+    """Return, once, the signal that has raised Interruption, in whose place code in C may have put another error."""
+    return _raised.pop() if _raised else None
 
 
 def restore(before: dict[int, Any]) -> None:
@@ -98,6 +105,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise Interruption, once: a second signal must not interrupt the deletion of temporary files."""
     for ignored in NUMBERS:
         signal.signal(ignored, signal.SIG_IGN)
+    _raised[:] = [number]
     raise Interruption(number)
 
 

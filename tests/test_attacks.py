@@ -92,7 +92,7 @@ OTHER_RIGHT = {  # mutation → changes that make another right input, whose res
     "of_checkpoint": "tensor: |recipe|values: classes: ",
     "of_kinds": f"{STEP}: gone",  # then the checkpoint before it is the newest
     "of_probabilities": "(labels|probabilities) = |(dataset|split|views|from)",
-    "of_manifest": r"nudge recipe\.[a-z_]+ = \d|delete splits\.|words = '",
+    "of_manifest": r"nudge recipe\.[a-z_]+ = \d|delete splits\.|\.words = ",
     "of_shard": "content, with its CRC-32",
 }
 BESIDE = ("warning: ", "note: ", "no page: ", "training on the CPU", "left out: ", "Usage: ", "Try ", "the run is ")

@@ -63,6 +63,12 @@ def main(way):
     if way == "swallowed":
         Dropped()
         time.sleep(9)
+    if way == "replaced":  # as by code in C, which gives its error no context
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            pass
+        raise ValueError("could not determine the shape")
     if way == "memory":
         bytearray(2**62)
     if way == "primitive":
@@ -89,6 +95,7 @@ def run(way: str) -> subprocess.CompletedProcess[str]:
         ("SIGTERM", 143, "Error: terminated; the same command goes on\n"),
         ("SIGHUP", 129, "Error: hung up; the same command goes on\n"),
         ("swallowed", 143, "Error: terminated; the same command goes on\n"),
+        ("replaced", 143, "Error: terminated; the same command goes on\n"),
         ("ignored", 0, ""),
         ("memory", 2, f"Error: not enough memory (MemoryError); {MEMORY}\n"),
         ("primitive", 2, f"Error: not enough memory (could not create a primitive); {MEMORY}\n"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline import UserError, manifest, volumes
+from pipeline import UserError, manifest, process, volumes
 
 
 def draw_page(
@@ -17,7 +17,7 @@ def draw_page(
 
     Raises UserError with the exit code of a signal that comes meanwhile.
     """
-    stopped: UserError | None = None
+    number: int | None = None  # of a signal
     later = shlex.join(["python", "-m", "trainer", "figures", str(run), "--data", str(data)])
     try:
         from trainer.figures import gather, page  # imports plotly
@@ -26,14 +26,15 @@ def draw_page(
         work = f", {count:,} training pictures through the network" if count else ""
         click.echo(f"{state}; drawing its page{work} (--no-page leaves it out)", err=True)
         written = page.draw(data, run, devices)[-1]
-    except KeyboardInterrupt as error:
-        number = signal.Signals(*error.args or (signal.SIGINT,))
-        stopped = UserError(f"{number.name}: {state}; draw its page by: {later}")
-        stopped.exit_code = 128 + number
+    except KeyboardInterrupt:
+        number = process.taken() or signal.SIGINT
     except (UserError, OSError, MemoryError, ImportError) as error:
         reason = volumes.explained(error) if isinstance(error, OSError) else str(error) or "not enough memory"
-        click.echo(f"no page: {reason}; draw it by: {later}", err=True)
+        if not (number := process.taken()):
+            click.echo(f"no page: {reason}; draw it by: {later}", err=True)
     else:
         click.echo(f"page: {written}")
-    if stopped:  # not above, where the interruption would be its context, of which commands have words of their own
+    if number:  # not above, where the interruption would be its context, of which commands have words of their own
+        stopped = UserError(f"{signal.Signals(number).name}: {state}; draw its page by: {later}")
+        stopped.exit_code = 128 + number
         raise stopped
