@@ -47,7 +47,7 @@ def at(value: Any, path: tuple[Any, ...]) -> Any:
 def drawn_path(draw: Random, value: Any) -> tuple[Any, ...]:
     """Draw a path; those that differ in positions or in names of files alone count as one."""
     kinds: defaultdict[str, list[tuple[Any, ...]]] = defaultdict(list)
-    for path in paths(value):
+    for path in sorted(paths(value), key=str):
         kinds[re.sub(r"[a-z]*[/.][^ ]*|\d+", "*", " ".join(map(str, path)))].append(path)
     return draw.choice(kinds[draw.choice(list(kinds))])
 
