@@ -102,7 +102,8 @@ def test_files_of_a_run_that_are_deleted_end_it(victim: str, dataset: Path, tmp_
     run = tmp_path / "run"
     process = start(*options(dataset, run, "train.steps=1000", "train.validate_every=1000"))
     until(process, lambda: (run / "metrics.jsonl").exists() and len(read(run)) > 2)
-    shutil.rmtree(run) if not victim else (run / victim).unlink()
+    gone = (run / victim).rename(tmp_path / "gone")  # at one moment, with all that is in it
+    gone.unlink() if victim else shutil.rmtree(gone)
     output = process.communicate(timeout=60)[0]
     line = f"Error: {run}/metrics.jsonl: deleted while the run writes it; what is left of the run goes on by --resume"
     assert (process.returncode, output.splitlines()[-1]) == (2, line)
