@@ -105,8 +105,10 @@ def test_files_of_a_run_that_are_deleted_end_it(victim: str, dataset: Path, tmp_
     gone = (run / victim).rename(tmp_path / "gone")  # at one moment, with all that is in it
     gone.unlink() if victim else shutil.rmtree(gone)
     output = process.communicate(timeout=60)[0]
-    line = f"Error: {run}/metrics.jsonl: deleted while the run writes it; what is left of the run goes on by --resume"
-    assert (process.returncode, output.splitlines()[-1]) == (2, line)
+    name = re.escape(f"{run}/metrics.jsonl") + ("" if victim else f"|{re.escape(f'{run}/tensorboard/')}events[^:]*")
+    line = f"Error: ({name}): deleted while the run writes it; what is left of the run goes on by --resume"
+    assert process.returncode == 2, output
+    assert re.fullmatch(line, output.splitlines()[-1])
 
 
 ENDED = {  # every command; those that write, write to {out}
