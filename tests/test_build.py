@@ -123,6 +123,13 @@ def test_a_dataset_that_holds_what_a_file_system_puts_there_is_empty(dataset: Pa
     assert verify(root, "--quick").exit_code == 0
 
 
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(raw: Path, tmp_path: Path):
+    (tmp_path / ".build").mkdir()
+    os.mkfifo(pipe := tmp_path / ".build" / "lock")
+    refused = build(raw, tmp_path, *LITTLE)
+    assert (refused.exit_code, refused.output.splitlines()[-1]) == (2, f"Error: {pipe}: No such device or address")
+
+
 @pytest.mark.proof
 def test_folders_in_a_store_give_the_same_bytes_in_a_store(s3: Store, raw: Path, dataset: Path):
     s3.upload(raw, "raw")

@@ -196,6 +196,7 @@ def test_impossible_loaders(dataset: Path):
         Loader(dataset, "other")
     for options, words in (
         ({"depth": 0}, "depth=0: must be at least 1"),
+        ({"depth": 10**9}, "depth=1000000000: must be at most 1024"),
         ({"rank": 2, "ranks": 2}, "rank=2: must be between 0 and ranks − 1 = 1"),
         ({"recipe": "resnet"}, "recipe='resnet': must be one of alexnet, imagenet"),
         ({"hardware_share": 3}, "hardware_share=3: must be between 0 and 1"),

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -47,7 +48,8 @@ def locked(plan: Plan, root: Location, *, alone: bool) -> Iterator[bool]:
 def _file_lock(plan: Plan, root: Path, fingerprint: bytes, alone: bool) -> Iterator[None]:
     state = root / BUILD_FOLDER / PLAN_FILE
     state.parent.mkdir(parents=True, exist_ok=True)
-    with open(state.with_name("lock"), "w") as lock:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK  # not to wait for the reader of a pipe of that name
+    with open(os.open(state.with_name("lock"), flags, 0o666), "w") as lock:
         # whoever is alone for a moment writes the plan; a part then lets others in, which find it there
         kind = _acquire(lock, root, (fcntl.LOCK_EX,) if alone else (fcntl.LOCK_EX, fcntl.LOCK_SH))
         _require_free(root)  # again: a build that ended since then took its lock file with it

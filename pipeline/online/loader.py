@@ -66,6 +66,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         threads = len(os.sched_getaffinity(0)) if threads is None else threads
         require_at_least(1, readers=readers, depth=depth, threads=threads, ranks=ranks)
         require_at_least(0, step=step, max_bad=max_bad)
+        if depth > 1024:
+            raise UserError(f"depth={depth}: must be at most 1024, for each batch takes memory")
         require_one_of(("split", "replicate"), feed=feed)
         require_one_of(DTYPES, output=output)
         if not 0 <= hardware_share <= 1:
