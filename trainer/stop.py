@@ -11,6 +11,7 @@ import torch
 
 from pipeline import UserError, process, volumes
 from pipeline.manifest import DatasetError
+from pipeline.online.batch import NoWorkerError
 from pipeline.online.samples import BadSample
 from pipeline.storage import StorageError
 from trainer import checkpoint as checkpoints
@@ -53,7 +54,7 @@ class Stopped(UserError):
 
 
 class BadData(UserError):
-    """The end of a run whose data cannot be read, once the run is saved."""
+    """The end of a run whose data cannot be read, or that no worker decodes, once the run is saved."""
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def ended_by_data(step: int, recipe: Recipe) -> Iterator[None]:
     """Raise BadData for an error of the data in this block; the run is saved after `step`."""
     try:
         yield
-    except (DatasetError, StorageError, OSError) as error:
+    except (DatasetError, StorageError, NoWorkerError, OSError) as error:
         reason, remedy = str(error), f"the run is saved after step {step}: go on by --resume"
         if isinstance(error, OSError) and error.strerror:
             reason = volumes.explained(error)
@@ -70,6 +71,8 @@ def ended_by_data(step: int, recipe: Recipe) -> Iterator[None]:
             remedy += (
                 f", or unmended by --resume --set data.max_bad={more}, on other data than the run's identity names"
             )
+        if isinstance(error, NoWorkerError):
+            remedy += ", with --feed for other workers, or --set 'data.workers=[]' for none"
         raise BadData(f"{reason}; {remedy}") from error
 
 
