@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,11 +19,18 @@ from trainer.distributed import RankLost, World
 from trainer.nonfinite import Diverged
 from trainer.recipe import Recipe
 
+Value = TypeVar("Value")
+
+
+class _Asked(BaseException):
+    """A signal amid `StopRequest.next`."""
+
 
 class StopRequest:
     """Notes SIGTERM, SIGINT and SIGHUP within its context; a second signal acts as without this context."""
 
     number: int | None = None  # of the signal
+    _waiting = False
 
     def __enter__(self) -> "StopRequest":
         self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in process.handlers()}
@@ -35,6 +42,19 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        if self._waiting:
+            raise _Asked
+
+    def next(self, iterator: Iterator[Value]) -> Value | None:
+        """Return an iterator's next value; None if a signal came before, or amid the wait, which may be long."""
+        try:
+            try:
+                self._waiting = True  # before the look at `number`, so that no signal is missed between the two
+                return next(iterator) if self.number is None else None
+            finally:
+                self._waiting = False
+        except _Asked:
+            return None
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
