@@ -131,7 +131,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         device = self.devices[0]
         before, asked = _event(device), time.perf_counter()
         batch = self._prefetch.next()
-        wait = waited(asked, batch.read_at, batch.decoded_at, time.perf_counter())
+        moments = batch.read_at, batch.decoded_at, time.perf_counter()
+        wait = waited(asked, *moments, batch.worker, batch.workers)
         after = _event(device)
         for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
