@@ -85,48 +85,52 @@ def resize(ray: ModuleType, name: str, workers: int, settings: Settings) -> list
     a worker fails, or not all of them answer in time.
     """
     if workers and settings.token is None:
-        open_nodes = [
-            node["NodeManagerAddress"] for node in ray.nodes() if not node["NodeManagerAddress"].startswith("127.")
-        ]
-        if open_nodes:
-            raise UserError(
-                f"the node {open_nodes[0]} can be reached by other machines; name a --token-file for the workers"
-            )
-    deadline = time.monotonic() + PATIENCE
+        for ip in (node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]):
+            if not ip.startswith("127."):
+                raise UserError(f"the node {ip} can be asked by other machines; name a --token-file for the workers")
     crew = cluster.actors(ray, name)
     for number, actor in crew.items():
         if number >= workers:
             ray.kill(actor, no_restart=True)
-    while max(crew, default=-1) >= workers and time.monotonic() < deadline:
+    while max(crew, default=-1) >= workers:
         time.sleep(WAKES / 5)
         crew = cluster.actors(ray, name)
     with process.signals_held():  # Ray's threads and callbacks swallow exceptions, so none is raised in its code
-        for number in sorted({*range(workers)} - {*crew}):
-            crew[number] = _begun(ray, f"{name}-{number}", settings)
+        begun = {i: _begun(ray, f"{name}-{i}", settings) for i in range(workers) if i not in crew}
+    try:
+        return _uris(ray, name, crew | begun, settings)
+    except UserError:
+        for actor in begun.values():
+            ray.kill(actor, no_restart=True)
+        raise
+
+
+def _begun(ray: ModuleType, name: str, settings: Settings) -> Any:
+    options: dict[str, Any] = {"name": name, "namespace": cluster.NAMESPACE, "num_cpus": settings.threads}
+    options |= {"lifetime": "detached", "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
+    try:
+        return ray.remote(Actor).options(**options).remote(settings)
+    except ValueError as error:  # the name is taken
+        raise UserError(f"{name}: another command makes this crew; wait for that one's end") from error
+
+
+def _uris(ray: ModuleType, name: str, crew: dict[int, Any], settings: Settings) -> list[str]:
+    """Return the address of each actor of a crew, once all answer."""
+    deadline, uris = time.monotonic() + PATIENCE, dict[int, str]()
+    with process.signals_held():
         asked = {actor.uri.remote(settings): number for number, actor in crew.items()}
-    uris: dict[int, str] = {}
     while asked:
         with process.signals_held():
             for reference in ray.wait(list(asked), timeout=WAKES)[0]:
                 number = asked.pop(reference)
                 try:
                     uris[number] = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    raise UserError(f"{name}-{number}: {cluster.one_line(error.cause)}") from error
-                except ray.exceptions.RayError:  # it is being started again
-                    asked[crew[number].uri.remote(settings)] = number
+                except ray.exceptions.RayError as error:
+                    reason = cluster.one_line(getattr(error, "cause", error))
+                    raise UserError(f"{name}-{number}: {reason}") from error
         if time.monotonic() > deadline:
             raise UserError(
-                f"{name}: {len(uris)} of {workers} workers answer after {PATIENCE:.0f} s; Ray starts the others "
-                f"as soon as a node has {settings.threads} free CPUs for each: take fewer --workers or --threads"
+                f"{name}: {len(uris)} of {len(crew)} workers answer after {PATIENCE:.0f} s; each takes "
+                f"{settings.threads} free CPUs of a node: take fewer --workers or --threads, or a larger cluster"
             )
     return [uris[number] for number in sorted(uris)]
-
-
-def _begun(ray: ModuleType, name: str, settings: Settings) -> Any:
-    options: dict[str, Any] = {"name": name, "namespace": cluster.NAMESPACE, "num_cpus": settings.threads}
-    options |= {"lifetime": "detached", "max_restarts": -1, "scheduling_strategy": "SPREAD"}
-    try:
-        return ray.remote(Actor).options(**options).remote(settings)
-    except ValueError as error:  # the name is taken
-        raise UserError(f"{name}: another command makes this crew; wait for that one's end") from error

@@ -63,7 +63,9 @@ OPTIONS = [
 ]
 
 
-@click.command(cls=Command, params=OPTIONS, interrupted="the answers under way were finished")
+@click.command(
+    cls=Command, params=OPTIONS, interrupted="nothing is lost: a trainer asks elsewhere, and Ray keeps its actors"
+)
 @click.pass_context
 def feed(context: click.Context, root: str, executor: str, **values: Any) -> None:
     """Decode for trainers on other machines: serve the views of every data set below DIR.
@@ -133,7 +135,7 @@ def _on_ray(settings: Settings, values: dict[str, Any]) -> None:
     for uri in uris:
         click.echo(uri)
     if not workers:
-        click.echo(f"{name}: ended")
+        click.echo(f"{name}: no worker is left")
 
 
 def _address(values: dict[str, Any], token: str | None) -> tuple[str, int]:
