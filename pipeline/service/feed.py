@@ -93,11 +93,11 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     token = _token(values["token_file"]) if values["token_file"] else None
     reading = {name: values[name] for name in ("threads", "readers", "cache", "cache_bytes")}
     settings = Settings(str(source), **reading, token=token, tls=_tls(values))
+    count = len(datasets(source))
     if executor == "ray":
         return _on_ray(settings, values)
     process.require_memory(LEAST)
     host, port = _address(values, token)
-    count = len(datasets(source))
     with settings.server(host, port) as server:
         sets, uri = f"{count} data set{'s' if count > 1 else ''}", settings.uri(host, server.port)
         click.echo(f"serving {sets} below {printable(root)} at {uri} (pid {os.getpid()})")
@@ -130,7 +130,7 @@ def _on_ray(settings: Settings, values: dict[str, Any]) -> None:
     name, workers = values["name"], values["workers"]
     if not re.fullmatch(cluster.NAME, name):
         raise UserError(f"--name {name}: letters, digits, and . _ - after the first of them, for ray://NAME")
-    with cluster.connected(values["ray_address"]) as ray:
+    with cluster.connected(values["ray_address"], "feed --executor ray") as ray:
         uris = resize(ray, name, workers, settings)
     for uri in uris:
         click.echo(uri)
