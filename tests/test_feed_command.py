@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -132,21 +134,35 @@ def run(*words: object) -> Result:
     return result
 
 
-def served(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any], *words: object) -> str:
-    """Run the command with what happens while it serves, in place of waiting for a signal; return what it prints."""
+AFTER = "nothing is lost: a trainer asks elsewhere, and Ray keeps its actors"
 
-    class Signal:
-        def wait(self) -> None:
-            meanwhile()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.threading, "Event", Signal)
-        result = run(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
+def served(consumer: Callable[[], list[torch.Tensor]], *words: object) -> tuple[str, list[torch.Tensor]]:
+    """Run the command in this process, with a consumer beside it, until that one ends it by SIGINT.
+
+    Return what the command prints, and what the consumer returns.
+    """
+    ended = threading.Event()
+
+    def interrupting() -> list[torch.Tensor]:
+        try:
+            return consumer()
+        finally:
+            if not ended.wait(0.1):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(interrupting)
+        try:
+            result = run(*words)
+        finally:
+            ended.set()
+        assert (result.exit_code, result.stderr) == (130, f"Error: interrupted; {AFTER}\n")
+        return result.stdout, batches.result()
 
 
 def views(data: Path, *workers: str) -> list[torch.Tensor]:
+    """Return the views of three batches."""
     with Loader(data, batch_size=8, seed=3, threads=1, output="uint8", workers=workers, patience=20) as loader:
         return [batch.images for batch in islice(loader, 3)]
 
@@ -187,20 +203,18 @@ def test_a_trainer_gets_its_views(
         words = ["--socket", tmp_path / "s"]
         address = uri = f"grpc+unix://{tmp_path}/s"
         socket.socket(socket.AF_UNIX).bind(str(tmp_path / "s"))  # left by a worker that was killed
-    data, batches = folder / ("one" if way == "socket" else "deep/in/two"), list[torch.Tensor]()
-    output = served(monkeypatch, lambda: batches.extend(views(data, address)), "--root", folder, *words)
+    data = folder / ("one" if way == "socket" else "deep/in/two")
+    output, batches = served(lambda: views(data, address), "--root", folder, *words)
     assert output == f"serving 2 data sets below {folder} at {uri} (pid {os.getpid()})\n"
     assert all(map(torch.equal, batches, local))
     assert len(batches) == len(local) == 3
 
 
-def test_a_remote_folder_is_served_by_way_of_a_cache(
-    dataset: Path, local: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    store, port, batches = fsspec.filesystem("memory"), free_port(), list[torch.Tensor]()
+def test_a_remote_folder_is_served_by_way_of_a_cache(dataset: Path, local: list[Any], tmp_path: Path):
+    store, port = fsspec.filesystem("memory"), free_port()
     store.put(str(dataset), "/shards/dataset", recursive=True)
     words = ("--root", "memory://shards", "--cache", tmp_path / "cache", "--port", port)
-    output = served(monkeypatch, lambda: batches.extend(views(dataset, f"127.0.0.1:{port}")), *words)
+    output, batches = served(lambda: views(dataset, f"127.0.0.1:{port}"), *words)
     assert output.startswith("serving 1 data set below memory://shards at grpc://127.0.0.1:")
     assert all(map(torch.equal, batches, local))
     assert len(batches) == 3
@@ -298,7 +312,6 @@ def test_it_serves_until_a_signal(number: signal.Signals, folder: Path):
             finally:
                 process.kill()
         words = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(number)
-        after = "nothing is lost: a trainer asks elsewhere, and Ray keeps its actors"
         assert output == ""
-        assert errors == (f"Error: {words}; {after}\n" if words else "")
+        assert errors == (f"Error: {words}; {AFTER}\n" if words else "")
         assert process.returncode == (128 + number if words else -number)

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import ssl
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     with settings.server(host, port) as server:
         sets, uri = f"{count} data set{'s' if count > 1 else ''}", settings.uri(host, server.port)
         click.echo(f"serving {sets} below {printable(root)} at {uri} (pid {os.getpid()})")
-        threading.Event().wait()  # until a signal
+        while True:  # until a signal; one that comes just before a wait without an end would be heard at the next one
+            time.sleep(1)
 
 
 def datasets(root: Location) -> list[str]:
