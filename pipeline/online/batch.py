@@ -88,6 +88,10 @@ class Batch:
     read_at: float = field(default=0.0, repr=False)  # or when the last part came; by `time.perf_counter`, as decoded_at
     decoded_at: float = field(default=0.0, repr=False)
 
+    def draw(self, recipe: Transform, sizes: np.ndarray) -> None:
+        """Set the crops, of stored pictures of `sizes` (n, 2) int64: height and width in pixels."""
+        self.crops = recipe.crops(self.step, self.epoch, self.requested_ids, self.crop_owner_ids, sizes)
+
     @property
     def images(self) -> Tensor:
         """(n, 3, view, view) on the first device: RGB grey levels less the mean, or what the recipe makes of them."""
