@@ -58,7 +58,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         self.records = data.samples(split)  # (n,) of manifest.SAMPLE
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
         self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number], self.remedy))
-        self._lease = lease or self._lease_local
+        self._leased, self._lease = lease is not None, lease or self._lease_local
         self._readers = readers
         self.remedy = mending(data.root)
         self._stop = threading.Event()
@@ -66,6 +66,10 @@ class SampleReader(AbstractContextManager["SampleReader"]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def is_here(self) -> bool:
+        """Return whether the shards can be read on this machine."""
+        return self._leased or all(isinstance(path, Path) and path.is_file() for path in self._paths.values())
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """Return (n,) int64; −1: none."""
@@ -155,9 +159,14 @@ class BadSamples:
     `ids` are those that it had met before a run was resumed.
     """
 
-    def __init__(self, data: Manifest, split: str, limit: int, ids: Iterable[int], training: bool) -> None:
+    def __init__(
+        self, data: Manifest, split: str, limit: int, ids: Iterable[int], training: bool, announce: bool = True
+    ) -> None:
+        """`announce`: log each."""
         self._samples, self._remedy = data.split(split).samples, mending(data.root)
         self.limit, self.ids, self.training = limit, frozenset(ids), training
+        self.texts: dict[int, str] = {}  # of those found here: shard, key and reason
+        self._announce = announce
         self._lock = threading.Lock()  # the reading and the decoding thread both find bad samples
 
     def add(self, sample: int, where: str) -> int:
@@ -175,6 +184,8 @@ class BadSamples:
         while following in bad:
             following = (following + 1) % self._samples
         if new:
+            self.texts[sample] = where
+        if new and self._announce:
             outcome = f"sample {following} stands in" if self.training else "its label is −1 now"
             _log.warning("%s; %s", where, outcome)
         return following
