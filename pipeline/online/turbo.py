@@ -21,7 +21,9 @@ KEPT = 8  # arrays of batches that the consumer has let go, for later batches: m
 
 
 @dataclass
-class _Job:
+class Job:
+    """A batch that is being decoded."""
+
     batch: Batch
     views: np.ndarray
     scaled: tuple[np.ndarray, np.ndarray]  # `normalise.in_place`
@@ -38,38 +40,56 @@ class Decoder:
 
     under_way = 2  # batches that it has at a time: the threads never wait for the next
 
-    def __init__(self, recipe: Transform, normalised: bool, most: int, threads: int) -> None:
+    def __init__(
+        self, recipe: Transform, normalised: bool, most: int, threads: int, pool: ThreadPoolExecutor | None = None
+    ) -> None:
+        """`pool`: `threads` threads that other decoders use, too."""
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
         self._shape = (most, 3, side, side) if normalised else (most, side, side, 3)
         self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
         self._scratch = _Scratch(side)
         self._free: deque[np.ndarray] = deque(maxlen=KEPT)
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._stopped = False
-        self._pool = ThreadPoolExecutor(threads, "penstock-turbo")
+        self._pool = pool or ThreadPoolExecutor(threads, "penstock-turbo")
+        self._shared = pool is not None
 
     def submit(self, batch: Batch) -> None:
         """Begin to decode a batch; it may be empty."""
-        views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
-        job = _Job(batch, views, in_place(batch.crops), deviation)
-        self._jobs.append(job)
-        self._start(job, range(len(batch.ids)))
+        self._jobs.append(self.begin(batch))
 
     def result(self) -> tuple[Batch, list[Tensor]]:
         """Return the oldest batch and its views. Raises Undecodable: mend that batch and `retry`."""
         job = self._jobs[0]
+        views = self.finish(job)
+        self._jobs.popleft()
+        return job.batch, [torch.from_numpy(views)]
+
+    def retry(self) -> None:
+        """Decode again what failed of the oldest batch."""
+        self.again(self._jobs[0])
+
+    # The same for threads that each wait for a batch of their own
+
+    def begin(self, batch: Batch) -> Job:
+        """Begin to decode a batch."""
+        views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
+        job = Job(batch, views, in_place(batch.crops), deviation)
+        self._start(job, range(len(batch.ids)))
+        return job
+
+    def finish(self, job: Job) -> np.ndarray:
+        """Wait for the views; let go of the JPEGs. Raises Undecodable: mend the batch, then do it `again`."""
         for task in job.tasks:
             task.result()
         if job.failed:
             raise Undecodable(job.batch, sorted(job.failed))
-        self._jobs.popleft()
         job.batch.jpegs = []  # the consumer may keep the batch
-        return job.batch, [torch.from_numpy(job.views)]
+        return job.views
 
-    def retry(self) -> None:
-        """Decode again what failed of the oldest batch."""
-        job = self._jobs[0]
+    def again(self, job: Job) -> None:
+        """Decode again what failed of a batch."""
         failed, job.failed = job.failed, []
         self._start(job, failed)
 
@@ -84,7 +104,8 @@ class Decoder:
     def close(self) -> None:
         """End the threads and free the memory."""
         self.stop()
-        self._pool.shutdown()
+        if not self._shared:
+            self._pool.shutdown()
         self._jobs.clear()
 
     def _array(self, n: int) -> np.ndarray:
@@ -94,11 +115,11 @@ class Decoder:
         weakref.finalize(views, self._free.append, array)  # the tensor made of `views` keeps them
         return views
 
-    def _start(self, job: _Job, positions: Iterable[int]) -> None:
+    def _start(self, job: Job, positions: Iterable[int]) -> None:
         shared = iter(list(positions))  # each thread takes the next of them, which is atomic
         job.tasks = [self._pool.submit(self._work, job, shared) for _ in range(self._threads)]
 
-    def _work(self, job: _Job, positions: Iterator[int]) -> None:
+    def _work(self, job: Job, positions: Iterator[int]) -> None:
         for i in positions:
             if self._stopped:
                 raise RuntimeError("the loader is closed")
@@ -107,7 +128,7 @@ class Decoder:
             except ValueError:
                 job.failed.append(i)
 
-    def _decode(self, job: _Job, i: int) -> None:
+    def _decode(self, job: Job, i: int) -> None:
         jpeg, crops, scratch = job.batch.jpegs[i], job.batch.crops, self._scratch
         flip, view = bool(crops.flip[i]), scratch.view if self._normalised else job.views[i]
         if self._recipe.resize:
