@@ -82,14 +82,16 @@ class Outgoing:
     def hold(self, context: flight.ServerCallContext, size: int) -> Held:
         """Count an answer of `size` bytes, of a valid request, from now on.
 
-        Raises FlightError, kind busy, where other answers leave too little; the largest one fits when it is alone.
+        Raises FlightError: refused where it is larger than all may be, busy where the others leave too little.
         """
         self._asked.add(_client(context))
+        if size > LIMIT:
+            raise failure("refused", f"the answer would have {size:,} bytes; at most {LIMIT:,}: ask for fewer samples")
         size = max(size, LEAST)
         with self._lock:
             while self._freed:
                 self._bytes -= self._freed.popleft()
-            if self._bytes and self._bytes + size > LIMIT:
+            if self._bytes + size > LIMIT:
                 under_way = f"answers under way: {self._bytes:,} bytes, this one: {size:,}, allowed: {LIMIT:,}"
                 raise failure("busy", f"{under_way}; ask again later, or start more workers")
             self._bytes += size
