@@ -155,9 +155,14 @@ class BadSamples:
     `ids` are those that it had met before a run was resumed.
     """
 
-    def __init__(self, data: Manifest, split: str, limit: int, ids: Iterable[int], training: bool) -> None:
+    def __init__(
+        self, data: Manifest, split: str, limit: int, ids: Iterable[int], training: bool, announce: bool = True
+    ) -> None:
+        """`announce`: log each."""
         self._samples, self._remedy = data.split(split).samples, mending(data.root)
         self.limit, self.ids, self.training = limit, frozenset(ids), training
+        self.texts: dict[int, str] = {}  # of those found here: shard, key and reason
+        self._announce = announce
         self._lock = threading.Lock()  # the reading and the decoding thread both find bad samples
 
     def add(self, sample: int, where: str) -> int:
@@ -175,6 +180,8 @@ class BadSamples:
         while following in bad:
             following = (following + 1) % self._samples
         if new:
+            self.texts[sample] = where
+        if new and self._announce:
             outcome = f"sample {following} stands in" if self.training else "its label is −1 now"
             _log.warning("%s; %s", where, outcome)
         return following
