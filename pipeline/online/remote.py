@@ -27,7 +27,7 @@ from pipeline.online.connection import Connection, Failure, secrets
 from pipeline.online.devices import Streams
 from pipeline.online.endpoints import LOCAL, Address, Endpoint
 from pipeline.online.order import part
-from pipeline.online.parts import MOST, Answer, Parts, Request
+from pipeline.online.parts import KNOWN, MOST, Answer, Parts, Request
 from pipeline.online.samples import BadSample, BadSamples
 
 PULLERS = 2  # requests to a worker at a time, so that it decodes one while another's views travel
@@ -232,7 +232,7 @@ class Decoder:
     def _pull(self, source: Source) -> None:
         """Ask a source for one part after another, until the end."""
         while piece := self._take(source):
-            known = tuple(sorted(self._bad.ids)[: 4 * MOST])  # saves work; the replacements are the same without
+            known = tuple(sorted(self._bad.ids)[:KNOWN])  # saves work; the replacements are the same without
             began = time.monotonic()
             try:
                 outcome: Answer | Failure = source.ask(
