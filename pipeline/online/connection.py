@@ -106,7 +106,7 @@ def _failure(error: BaseException) -> Failure:
             pass  # another program's
     if isinstance(error, flight.FlightTimedOutError):
         return Failure("unreachable", "no answer in time")
-    text = " ".join(str(error).split()).partition(" gRPC client debug context")[0]
-    reason = re.sub(r"^.*?with message: |^.*last error: UNKNOWN: ", "", re.sub(r"\. Detail:.*", "", text))
+    text = re.sub(r"(\. Detail:| gRPC client debug context).*", "", " ".join(str(error).split()))
+    reason = re.sub(r"^.*(with message: |last error: |(ipv4|ipv6|unix):\S+: )", "", text)
     kind = "unreachable" if isinstance(error, flight.FlightUnavailableError | OSError) else "wrong"
     return Failure(kind, reason.strip(" .") or type(error).__name__)
