@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from conftest import ROOT, one_line
+from conftest import ROOT, begun, one_line, patched, until
 from pipeline import UserError
 from pipeline.online import Loader
 from pipeline.online.endpoints import PORT, Endpoint, parse
@@ -134,6 +134,7 @@ def run(*words: object) -> Result:
     return result
 
 
+OPTIONS: dict[str, Any] = {"batch_size": 8, "seed": 3, "threads": 1, "output": "uint8", "patience": 20}
 AFTER = "nothing is lost: a trainer asks elsewhere, and Ray keeps its actors"
 
 
@@ -163,7 +164,7 @@ def served(consumer: Callable[[], list[torch.Tensor]], *words: object) -> tuple[
 
 def views(data: Path, *workers: str) -> list[torch.Tensor]:
     """Return the views of three batches."""
-    with Loader(data, batch_size=8, seed=3, threads=1, output="uint8", workers=workers, patience=20) as loader:
+    with Loader(data, workers=workers, **OPTIONS) as loader:
         return [batch.images for batch in islice(loader, 3)]
 
 
@@ -242,7 +243,8 @@ def test_the_default_port_is_that_of_an_address(folder: Path):
         ("--tls-key {0}/token", "--tls-cert and --tls-key belong together; name both files"),
         ("--tls-cert {0}/token --tls-key {0}/short", "{0}/token, {0}/short: no certificate and its key, without a "
          "password, in PEM ([SSL] PEM lib (_ssl.c:"),
-        ("--socket s --tls-cert {0}/token", "--tls-cert and --tls-key belong together; name both files"),
+        ("--socket s --tls-cert {0}/token --port 1", "--socket s: is an address on this machine alone; leave out "
+         "--port, --tls-cert"),
         ("--socket {0}/no/s", "--socket {0}/no/s: No such file or directory; name another path"),
         ("--socket {0}/token", "--socket {0}/token: Address already in use; name another path"),
         ("--cache {0}", "--cache {0}: means something only for a remote DIR"),
@@ -287,6 +289,37 @@ def test_missing_packages_are_one_line(folder: Path, monkeypatch: pytest.MonkeyP
     result = run("--root", folder, "--executor", "ray")
     line = "Error: feed --executor ray needs the package ray: pip install 'penstock-imagenet[ray]'\n"
     assert (result.exit_code, result.output) == (2, line)
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+from pipeline.service.worker import Worker
+answer = Worker.answer
+def slow(worker, request):
+    if request.ids:
+        Path(os.environ["ASKED"]).touch()
+        time.sleep(1)
+    return answer(worker, request)
+Worker.answer = slow
+"""
+
+
+@pytest.mark.proof
+def test_a_signal_waits_for_the_answers_under_way(folder: Path, local: list[Any], tmp_path: Path):
+    data = shutil.copytree(folder / "one", tmp_path / "one", ignore=shutil.ignore_patterns("*.tar", "*.idx"))
+    asked, port = tmp_path / "asked", free_port()
+    line = [sys.executable, "-m", "pipeline.service", "feed", "--root", str(folder), "--port", str(port)]
+    process = begun(line, patched(tmp_path, SLOW, ASKED=asked))
+    try:
+        with Loader(data, workers=[f"127.0.0.1:{port}"], **OPTIONS) as loader:
+            until(process, asked.exists)
+            process.send_signal(signal.SIGTERM)
+            assert torch.equal(next(loader).images, local[0])
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.proof

@@ -77,11 +77,15 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
       penstock feed --root s3://shards --cache /var/cache/penstock --host 10.0.0.7 --token-file token
       penstock feed --root /data --executor ray --workers 8   (then: penstock train --feed ray://feed)
     """
+    chosen = {name for name in values if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     for other, options in EXECUTORS.items():
         for name in options if other != executor else ():
-            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            if name in chosen:
                 option = f"--{name.replace('_', '-')} {values[name]}"
                 raise UserError(f"{option}: means something only with --executor {other}")
+    if values["socket"] and (useless := chosen & {"host", "port", "tls_cert", "tls_key"}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
+        raise UserError(f"--socket {values['socket']}: is an address on this machine alone; leave out {names}")
     source = location(root)
     if executor == "ray":
         source = source.absolute()  # the actors have another working directory
@@ -93,7 +97,7 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     token = _token(values["token_file"]) if values["token_file"] else None
     reading = {name: values[name] for name in ("threads", "readers", "cache", "cache_bytes")}
     settings = Settings(str(source), **reading, token=token, tls=_tls(values))
-    count = len(datasets(source))
+    count = len(datasets(source)) if values["workers"] else 0  # a crew may end that has lost its DIR
     if executor == "ray":
         return _on_ray(settings, values)
     process.require_memory(LEAST)
@@ -143,8 +147,6 @@ def _address(values: dict[str, Any], token: str | None) -> tuple[str, int]:
     """Return the IP and port to serve at, where nobody else does; or the absolute path of a Unix socket, and 0."""
     host, port, path = values["host"], values["port"], values["socket"]
     if path:
-        if values["tls_cert"]:
-            raise UserError(f"--socket {path}: takes no --tls-cert; nobody can listen there")
         return _socket(os.path.abspath(path)), 0
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
