@@ -65,8 +65,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 FEED = ("-m", "pipeline.service", "feed")
 
 
-def crew(head: Any, root: object, workers: int, *options: object) -> tuple[int, str, str]:
-    """Run the command that makes the crew `feed` one of so many workers."""
+def feed(head: Any, root: object, workers: int, *options: object) -> tuple[int, str, str]:
+    """Run the command that begins or ends workers of the name `feed`, until there are so many."""
     line = ("--root", root, "--executor", "ray", "--ray-address", head.address, "--workers", workers)
     return ended(begun(*line, *options, program=FEED, PYTHONPATH=str(ROOT)))
 
@@ -180,7 +180,7 @@ def test_a_build_may_be_interrupted_at_any_moment(pictures: Path, head: Any, tmp
         assert not list(root.rglob("*.tmp"))
 
 
-def test_a_crew_is_found_by_its_name_and_comes_back_after_a_kill(
+def test_workers_are_found_by_their_name_and_come_back_after_a_kill(
     dataset: Path, head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RAY_ADDRESS", head.address)
@@ -188,7 +188,7 @@ def test_a_crew_is_found_by_its_name_and_comes_back_after_a_kill(
     (address,) = parse([f"ray://feed/{dataset.name}"])[1]
     raylets = [node.all_processes["raylet"][0].process.pid for node in head.list_all_nodes()]
     try:
-        code, out, errors = crew(head, dataset.parent, 2)
+        code, out, errors = feed(head, dataset.parent, 2)
         assert (code, errors) == (0, "")
         uris = out.splitlines()
         assert sorted(endpoint.uri for endpoint in address.endpoints()) == sorted(uris)
@@ -211,13 +211,13 @@ def test_a_crew_is_found_by_its_name_and_comes_back_after_a_kill(
         assert all(map(torch.equal, views(dataset, address.text), expected))
 
         (tmp_path / "token").write_text("0123456789abcdef")
-        code, _, errors = crew(head, dataset.parent, 1, "--token-file", tmp_path / "token")
-        line = f"Error: feed-0: serves {dataset.parent} with other options; end this crew first: --workers 0\n"
+        code, _, errors = feed(head, dataset.parent, 1, "--token-file", tmp_path / "token")
+        line = f"Error: feed-0: serves {dataset.parent} with other options; end these workers first: --workers 0\n"
         assert (code, errors) == (2, line)
-        code, out, errors = crew(head, dataset.parent, 1)
+        code, out, errors = feed(head, dataset.parent, 1)
         assert (code, [endpoint.uri for endpoint in address.endpoints()]) == (0, out.splitlines()), errors
     finally:
-        code, out, errors = crew(head, dataset.parent, 0)
+        code, out, errors = feed(head, dataset.parent, 0)
         head.remove_node(node, allow_graceful=False)
     assert (code, out, errors) == (0, "feed: no worker is left\n", "")
     with pytest.raises(UserError) as caught:
@@ -226,7 +226,7 @@ def test_a_crew_is_found_by_its_name_and_comes_back_after_a_kill(
     assert str(caught.value) == f"ray://feed: no worker of this name answers; {remedy}"
 
 
-def test_a_crew_without_a_cluster_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+def test_workers_without_a_cluster_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"127.0.0.1:{server.getsockname()[1]}"
     code, _, errors = ended(

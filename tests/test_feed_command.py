@@ -51,8 +51,8 @@ def free_port() -> int:
     ],
 )
 def test_an_address_names_a_worker(text: str, endpoint: Endpoint):
-    for whole, locally in ((text, False), (f"local+{text}", True)):
-        local, (address,) = parse([whole])
+    for option, locally in ((text, False), (f"local+{text}", True)):
+        local, (address,) = parse([option])
         assert (local, address.endpoints()) == (locally, [endpoint])
 
 

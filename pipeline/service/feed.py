@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from pipeline import UserError, cluster, process, storage
 from pipeline.cli import Command, printable
 from pipeline.manifest import FILE_NAME
-from pipeline.service.crew import Settings, resize
+from pipeline.service.actors import Settings, resize
 from pipeline.storage import Location, is_remote, location
 from pipeline.volumes import hint, is_junk, open_regular
 
@@ -97,7 +97,7 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     token = _token(values["token_file"]) if values["token_file"] else None
     reading = {name: values[name] for name in ("threads", "readers", "cache", "cache_bytes")}
     settings = Settings(str(source), **reading, token=token, tls=_tls(values))
-    count = len(datasets(source)) if values["workers"] else 0  # a crew may end that has lost its DIR
+    count = len(datasets(source)) if values["workers"] else 0  # a group may end that has lost its DIR
     if executor == "ray":
         return _on_ray(settings, values)
     process.require_memory(LEAST)
