@@ -178,12 +178,11 @@ def test_feed(dataset: Path, tmp_path: Path):
     bench("feed", dataset, *options, "--json", file, *only)
     rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows.pop("tf-data")["failed"] == "not installed; python tools/bench peers tensorflow"
-    assert not [row["failed"] for row in rows.values() if "failed" in row]
-    runs = {name: run for name, row in rows.items() for run in row["runs"]}
-    assert list(runs) == [name for name in names if name in runs] and len(runs) == 5
+    runs = {name: run for name, row in rows.items() for run in row.get("runs", ())}
+    assert tuple(runs) == names[:-1]
     assert {(run["images"], run["gives"]) for run in runs.values()} == {(40, "uint8, 3 × 224 × 224")}
     assert all(run["workers_views"] and run["workers_cpu"] > 0 for name, run in runs.items() if name != "local")
-    assert runs["growth-1"]["seconds"] > 0.3 > runs["growth-2"]["seconds"] > 0.15
+    assert runs["growth-1"]["seconds"] > 4 * 8 * 0.01  # asleep, for four parts at least
 
 
 @pytest.mark.proof
