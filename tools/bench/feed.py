@@ -62,7 +62,8 @@ def feed(dataset: Path, batch: int, batches: int, sleep: float, only: tuple[str,
 
     The rows take random views, uint8. Processor time is counted apart: that of the workers, over the views that they
     answered, and that of the consumer. Workers of the rows growth-N sleep instead of decoding, so that more of them
-    than cores show how the rate grows. Batches of a warm-up are not counted; repetitions are interleaved.
+    than cores show how the rate grows; each of them gives --batches. A warm-up is not counted; repetitions are
+    interleaved.
 
     \b
     Examples:
@@ -83,7 +84,7 @@ def feed(dataset: Path, batch: int, batches: int, sleep: float, only: tuple[str,
             job = {"source": str(source), "out": f"{scratch}/{row.name}", **sizes}
             return common.run_job("peers_feed.py", row, job)
 
-        common.interleave(rows, run, report["repetitions"], batch * batches)
+        common.interleave(rows, run, report["repetitions"])
     facts = [
         f"{batches:,} batches of {batch:,} views, uint8, after a warm-up, from {len(stored):,} pictures of "
         f"{SIDE} × {SIDE}, {stored['size'].mean() / 1e3:.1f} kB on average; {CORES} cores for consumer and workers",

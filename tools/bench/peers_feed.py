@@ -70,28 +70,36 @@ def taken(job: Job, depth: int, batches: Iterator[Any], workers: Count, *package
     return take(job, batches, *packages, count=lambda: {"cpu": time.process_time(), **workers()})
 
 
+def options_of(job: Job) -> Figures:
+    """Return the options of our loader that the rows share; no batch is short."""
+    return {"batch_size": job.batch, "output": "uint8", "last": "drop", "depth": job.options["depth"]}
+
+
 def local(job: Job) -> Figures:
     """Decode in threads of this process; random windows and flips of a permutation of the whole split; CRC-32."""
     from pipeline.online import Loader
 
-    options: Figures = {"output": "uint8", "threads": job.workers, **job.options}
-    with Loader(job.source, "train", batch_size=job.batch, **options) as loader:
+    options = options_of(job) | {"threads": job.workers}
+    with Loader(job.source, "train", **options) as loader:
         images = (batch.images for batch in loader)
         return taken(job, job.options["depth"], images, no_views, "simplejpeg", "torch", "numpy")
 
 
 def feed(job: Job) -> Figures:
-    """Take the views of `local` from so many workers on the same cores, over TCP, or over Unix sockets."""
+    """Take the views of `local` from so many workers on the same cores, over TCP, or over Unix sockets.
+
+    Where they sleep, each worker has as many batches, so that the rows take as long.
+    """
     from pipeline.online import Loader
 
     own: Figures = {"unix": False, "sleep": 0.0, **job.options}
-    count, depth = own.pop("feeds"), own.pop("depth")
+    count, depth = own["feeds"], own["depth"]
     own["threads"] = max(1, job.workers // count)
+    job = replace(job, batches=job.batches * (count if own["sleep"] else 1))
     places = [f"grpc+unix://{job.out}-{i}" if own["unix"] else f"grpc://{LOOPBACK}:0" for i in range(count)]
-    options: Figures = {"batch_size": job.batch, "output": "uint8", "depth": depth}
     with (
         processes(job, "worker", [{**own, "location": place} for place in places]) as (workers, figures),
-        Loader(job.source, "train", workers=workers, **options) as loader,
+        Loader(job.source, "train", workers=workers, **options_of(job)) as loader,
     ):
         images = (batch.images for batch in loader)
         return taken(job, depth, images, figures, "simplejpeg", "pyarrow", "torch", "numpy")
