@@ -5,6 +5,9 @@ import os
 import resource
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -87,6 +90,23 @@ def restore(before: dict[int, Any]) -> None:
     """Set the handlers again; after `begin` the signals are ignored from now on, since the program is ending."""
     for number, handler in before.items():
         signal.signal(number, signal.SIG_IGN if handler is _end else handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back the signals that end a program, which a terminal sends to all processes, until the block ends."""
+    received: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)  # which new processes inherit
+    numbers = NUMBERS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for late in received:  # by a thread of a library, which no mask of ours reaches
+            signal.raise_signal(late)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -23,8 +23,9 @@ from trainer.metrics import Metrics, read
 from trainer.terminal import Terminal
 
 LAYERS = {"conv1": {"weight": 0.5, "update": 0.0005, "ratio": 0.001}, "fc8": {"weight": 2, "update": 1, "ratio": 0.5}}
-TIME = {"images_per_second": 250.0, "stall": 0.125, "stall_by": {"reading": 0.125, "decoding": 0.0, "transfer": 0.0}}
+TIME = {"images_per_second": 250.0, "stall": 0.125, "stall_by": {"reading": 0.125, "workers": 0.0}}
 STALLED = "stall 12.5 % (reading: --set data.readers=2, or a faster disk, or a local copy)"  # in 144 characters
+FED = "stall 33.0 % (workers: 2 more beside 4 at this rate, or a faster network; waited most for feed:8815 (10.0.0.7))"
 ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\].*?\x07)")
 
 
@@ -163,7 +164,8 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     calm = "stall  0.0 %"
     with Terminal(10_000, 1000) as console:
-        for minutes, step, stall in ((5, 1100, calm), (10, 1200, calm), (11, 1300, STALLED), (12, 1400, STALLED)):
+        stalls = (5, 1100, calm), (10, 1200, calm), (11, 1300, FED), (11, 1300, STALLED), (12, 1400, STALLED)
+        for minutes, step, stall in stalls:
             now = 1000.0 + 60 * minutes
             console.step(step)
             console.train(trained(step, loss=6.90775, epoch=7), stall)
@@ -176,6 +178,8 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert captured.out.splitlines() == [
         "step  1100/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall  0.0 %",
         "step  1200/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall  0.0 %  ETA 7:20:00",
+        "step  1300/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 33.0 % (workers)  ETA 5:19:00",
+        "stall by workers: 2 more beside 4 at this rate, or a faster network; waited most for feed:8815 (10.0.0.7)",
         "step  1300/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 12.5 % (reading)  ETA 5:19:00",
         "stall by reading: --set data.readers=2, or a faster disk, or a local copy",
         "step  1400/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 12.5 % (reading)  ETA 4:18:00",

@@ -94,11 +94,13 @@ def test_settings_reach_nested_keys():
         "optim.layers.fc8.frozen_from=3",
         "train.channels_last=true",
         'data.order="fixed"',
+        'data.workers=["10.0.0.7:8815", "ray://feed"]',
     ]
     recipe, plain = load("original", settings), load("original")
     conv3, fc8 = recipe.model.layers["conv3"], recipe.optim.layers["fc8"]
     assert (recipe.train.steps, recipe.optim.lr, recipe.train.channels_last, recipe.data.order) == (4, 1, True, "fixed")
     assert isinstance(recipe.optim.lr, float)
+    assert recipe.data.workers == ("10.0.0.7:8815", "ray://feed")
     assert (conv3.sd, conv3.bias, conv3.then, conv3.width) == (0.5, 2.0, ("tanh",), 384)
     assert (fc8.lr, fc8.drops, fc8.frozen_from, fc8.decay) == (0.5, (1.0, 2.5), 3.0, 1.0)
     assert recipe.model.layers["conv4"] == plain.model.layers["conv4"]
@@ -170,6 +172,14 @@ IMPOSSIBLE = [  # setting; words of the line
     ("train.compile=1", "train.compile = 1: must be one of no, segments, graphs"),
     ("optim.lr=inf", "optim.lr = inf: must be a number from 1e-38 to 3.4e+38"),
     ("optim.drops=3", "optim.drops = 3: must be a list of at most 32, each a number from 0 to 1,048,576"),
+    *(
+        (
+            f"data.workers={value}",
+            "data.workers = ",
+            "must be a list of at most 256, each a text of 1 to 200 characters",
+        )
+        for value in ('"feed:8815"', '["feed:8815", ""]', "[8815]", ["a" * 201], ["a"] * 257)
+    ),
     (f"{CONV3}=3", f"{CONV3} = 3: a section, not a value"),
     ("train.steps", "not of the form"),
     ("train.batch_size=0", "train.batch_size = 0: must be a whole number from 1 to 1,048,576"),
@@ -249,6 +259,8 @@ def corner(chance: random.Random, kind: Any) -> Any:
     base, *(bound,) = get_args(kind)
     if get_origin(base) is tuple:
         return [corner(chance, get_args(base)[0]) for _ in range(chance.choice((0, 1, bound.max_length)))]
+    if base is str:
+        return "a" * chance.choice((bound.min_length, bound.max_length))
     greatest = bound.le if bound.lt is None else 1 - 2**-53
     return chance.choice((bound.ge, greatest, base(min(greatest, max(bound.ge, 3)))))
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trainer import data as loaders
 from trainer import recipe as recipes
 
 CAUSES = ("reading", "decoding", "transfer")
+NEAR, FAR = "grpc://10.0.0.6:8815", "grpc://10.0.0.7:8815"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,10 @@ CAUSES = ("reading", "decoding", "transfer")
     ],
 )
 def test_waiting_is_split_by_cause(read: float, decoded: float, expected: Wait):
+    """Views of workers have come when a local loader's samples have been read."""
     assert waited(10, read, decoded, 16) == expected
+    seconds, by_workers = expected.reading, waited(10, read, decoded, 16, FAR, 3)
+    assert by_workers == replace(expected, reading=0, by_worker={FAR: seconds}, worker_seconds=3 * seconds)
 
 
 def test_sums_shares_and_words():
@@ -43,7 +48,8 @@ def test_sums_shares_and_words():
         meter.add(wait)
     assert meter.total == Wait(1, 5, 1)
     assert (meter.total - Wait(1, 2, 0)) == Wait(0, 3, 1)
-    assert meter.total.shares(70) == pytest.approx({"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70})
+    shares = {"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70, "workers": 0}
+    assert meter.total.shares(70) == pytest.approx(shares)
     assert meter.total.text(70).startswith("stall 10.0 % (decoding: more CPU cores, or on a GPU hardware_share=")
     assert meter.total.text(1000) == "stall  0.7 %"
     assert Wait().text(0) == "stall  0.0 %"
@@ -53,10 +59,36 @@ def test_on_a_gpu_the_devices_time_counts():
     """2 seconds without work for the device, while the host waited 3 for reading and 1 for decoding."""
     wait = Wait(3, 1, 0, device=2)
     assert wait.seconds == 2
-    assert wait.shares(10) == pytest.approx({"reading": 0.15, "decoding": 0.05, "transfer": 0})
-    assert Wait(0, 0, 0, device=2).shares(10) == pytest.approx({"reading": 0, "decoding": 0, "transfer": 0.2})
+    assert wait.shares(10) == pytest.approx({"reading": 0.15, "decoding": 0.05, "transfer": 0, "workers": 0})
+    assert Wait(device=2).shares(10) == pytest.approx({"reading": 0, "decoding": 0, "transfer": 0.2, "workers": 0})
     assert (wait + Wait(1, 1, 1)).device == 2
     assert (wait - Wait(0, 0, 0, device=0.5)).device == 1.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "workers", "lacking"),
+    [
+        ((10, 23), 4, "2 more beside 4"),  # in 0.67 of the time, what 4 make in all of it: by 5.97
+        ((0.5, 1), 4, "1 more beside 4"),
+        ((30, 20), 3, "3 more beside 3"),
+        ((100, 0), 2, "198 more beside 2"),
+        ((20, 30), 0, "1 more beside 0"),
+    ],
+)
+def test_the_workers_that_are_lacking_are_counted(seconds: tuple[float, float], workers: int, lacking: str):
+    """In 100 s, which follow some in which others were waited for; on a GPU, too, whose host waits longer than it."""
+    meter = Meter()
+    meter.add(waited(0, 50, 51, 52, "grpc://10.0.0.5:8815", 9))
+    before = meter.total
+    for worker, wait in zip((NEAR, FAR), seconds):
+        meter.add(waited(0, wait, wait, wait, worker, workers))
+    slowest = NEAR if seconds[0] > seconds[1] else FAR
+    text = (
+        f"stall {sum(seconds):4.1f} % (workers: {lacking} at this rate, or a faster network; waited most for {slowest})"
+    )
+    interval = meter.total - before
+    assert interval.text(100) == interval.text(100, loaders.STALLED) == text
+    assert (interval + interval + Wait(device=sum(seconds))).text(100) == text
 
 
 class Event:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,6 +17,8 @@ import pytest
 
 from conftest import ROOT
 from crew import environments
+from pipeline import manifest
+from pipeline.online.samples import SampleReader
 from runs import Runs, assert_same_end, options, resume, resumed, shared_runs, start, train  # noqa: F401 – a fixture
 from stored import damage
 from trainer import checkpoint as checkpoints
@@ -121,6 +124,32 @@ def test_a_signal_ends_a_validation_at_once_and_resume_repeats_it(
     result = resume(dataset, tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("split", "end"),
+    [
+        ("train", "after step 0; go on by --resume"),
+        ("val", "after step 5; its validation was not finished, --resume repeats it"),
+    ],
+)
+def test_a_signal_ends_a_wait_for_data(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, end: str
+):
+    """As for workers that are gone, or a disk that stands still: until the loader is closed."""
+    samples, read = manifest.load(dataset).split(split).samples, SampleReader.read
+    closed = threading.Event()
+
+    def blocked(reader: SampleReader, *arguments: Any) -> Any:
+        if len(reader) == samples and not closed.is_set():
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            assert closed.wait(20)
+        return read(reader, *arguments)
+
+    monkeypatch.setattr(SampleReader, "read", blocked)
+    monkeypatch.setattr(SampleReader, "stop", lambda reader: closed.set())
+    result = train(dataset, tmp_path / "run", 5, "train.validate_every=5")
+    assert (result.exit_code, result.stderr) == (143, f"Error: SIGTERM: stopped and saved {end}\n")
 
 
 def test_a_network_that_diverges_in_a_validation_leaves_one_from_before(

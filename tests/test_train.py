@@ -42,7 +42,7 @@ def test_a_run_leaves_recipe_metrics_and_checkpoint(run: Path, dataset: Path):
     for line in trained:
         assert np.isfinite(line["loss"])
         assert 0 <= line["time"]["stall"] <= 1
-        assert sorted(line["time"]["stall_by"]) == ["decoding", "reading", "transfer"]
+        assert sorted(line["time"]["stall_by"]) == ["decoding", "reading", "transfer", "workers"]
         assert sum(line["time"]["stall_by"].values()) == pytest.approx(line["time"]["stall"])
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
     assert (run / "report.html").stat().st_size > 10_000

@@ -18,7 +18,12 @@ from trainer.recipe import Recipe
 BATCH_SIZE = {"centre": 128, "ten": 16, "nine": 16}  # images of a batch in evaluation, of each rank
 CPU = (torch.device("cpu"),)
 # Cause of a stall → remedies of a command without options for it
-STALLED = {"reading": "a faster disk", "decoding": "more CPU cores", "transfer": "a faster device"}
+STALLED = {
+    "reading": "a faster disk",
+    "decoding": "more CPU cores",
+    "transfer": "a faster device",
+    "workers": "a faster network",
+}
 
 
 def steps_per_epoch(dataset: Manifest, recipe: Recipe) -> int:
@@ -51,7 +56,7 @@ def require_few_bad(bad: int, dataset: Manifest, split: str, recipe: Recipe) -> 
 
 
 def stall_remedies(recipe: Recipe) -> dict[str, str]:
-    """Return the remedies in a log line of a run for a stall by "reading", "decoding" and "transfer"."""
+    """Return the remedies in a log line of a run for a stall, by its cause."""
     readers, depth = (f"--set data.{key}={min(2 * getattr(recipe.data, key), 64)}" for key in ("readers", "depth"))
     return STALLED | {"reading": f"{readers}, or {STALLED['reading']}", "transfer": depth}
 

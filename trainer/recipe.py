@@ -20,6 +20,7 @@ Divisor: TypeAlias = Annotated[float, Meta(ge=1, le=10**6)]
 Time: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_COUNT)]  # epochs
 Times: TypeAlias = Annotated[tuple[Time, ...], Meta(max_length=MAX_DROPS)]
 Few: TypeAlias = Annotated[int, Meta(ge=1, le=64)]  # threads, or batches in memory
+Address: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]  # of a decoding worker
 Steps: TypeAlias = Annotated[int, Meta(ge=0, le=10**9)]
 
 
@@ -79,6 +80,9 @@ class DataRecipe:
     max_bad: Count = 0
     readers: Few = 1  # samples read at a time; neither this nor the depth changes a batch
     depth: Few = 2  # batches made ready ahead of use
+    # of decoding workers, which change no batch either, as pipeline/online/endpoints.py reads them; for the command
+    # train alone
+    workers: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,8 @@ def _expected(kind: Any) -> str:
     if get_origin(base) is tuple:
         return f"a list of at most {bounds[0].max_length}, each {_expected(get_args(base)[0])}"
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[base]
+    if base is str and bounds:
+        return f"{words} of {bounds[0].min_length} to {bounds[0].max_length} characters"
     for bound in bounds:
         words += f" from {bound.ge:,} to " + (f"{bound.le:,}" if bound.lt is None else f"below {bound.lt}")
     return words

@@ -23,7 +23,10 @@ from trainer.terminal import Terminal
 
 # Prefixes of keys that may not change on resume, for weights and batches depend on them; all other keys may, and FREE
 FIXED = ("model.", "data.", "train.seed", "train.batch_size")
-FREE = ("model.dropout", "model.lrn_", "data.lighting_until", "data.max_bad", "data.readers", "data.depth")
+FREE = (
+    *("model.dropout", "model.lrn_"),
+    *("data.lighting_until", "data.max_bad", "data.readers", "data.depth", "data.workers"),
+)
 FILES = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
 Taken = dict[str, Any]  # "taken": layers of another run; "new": each other layer, and why; empty without --init
 History = tuple[dict[str, Any], ...]  # an entry for each start of the run

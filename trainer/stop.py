@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline import UserError, process, volumes
 from pipeline.manifest import DatasetError
+from pipeline.online.batch import NoWorkerError
 from pipeline.online.samples import BadSample
 from pipeline.storage import StorageError
 from trainer import checkpoint as checkpoints
@@ -18,11 +19,18 @@ from trainer.distributed import RankLost, World
 from trainer.nonfinite import Diverged
 from trainer.recipe import Recipe
 
+Value = TypeVar("Value")
+
+
+class _Asked(BaseException):
+    """A signal amid `StopRequest.next`."""
+
 
 class StopRequest:
     """Notes SIGTERM, SIGINT and SIGHUP within its context; a second signal acts as without this context."""
 
     number: int | None = None  # of the signal
+    _waiting = False
 
     def __enter__(self) -> "StopRequest":
         self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in process.handlers()}
@@ -34,6 +42,19 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        if self._waiting:
+            raise _Asked
+
+    def next(self, iterator: Iterator[Value]) -> Value | None:
+        """Return an iterator's next value; None if a signal came before, or amid the wait, which may be long."""
+        try:
+            try:
+                self._waiting = True  # before the look at `number`, so that no signal is missed between the two
+                return next(iterator) if self.number is None else None
+            finally:
+                self._waiting = False
+        except _Asked:
+            return None
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
@@ -53,7 +74,7 @@ class Stopped(UserError):
 
 
 class BadData(UserError):
-    """The end of a run whose data cannot be read, once the run is saved."""
+    """The end of a run whose data cannot be read, or that no worker decodes, once the run is saved."""
 
 
 @contextmanager
@@ -61,7 +82,7 @@ def ended_by_data(step: int, recipe: Recipe) -> Iterator[None]:
     """Raise BadData for an error of the data in this block; the run is saved after `step`."""
     try:
         yield
-    except (DatasetError, StorageError, OSError) as error:
+    except (DatasetError, StorageError, NoWorkerError, OSError) as error:
         reason, remedy = str(error), f"the run is saved after step {step}: go on by --resume"
         if isinstance(error, OSError) and error.strerror:
             reason = volumes.explained(error)
@@ -70,6 +91,8 @@ def ended_by_data(step: int, recipe: Recipe) -> Iterator[None]:
             remedy += (
                 f", or unmended by --resume --set data.max_bad={more}, on other data than the run's identity names"
             )
+        if isinstance(error, NoWorkerError):
+            remedy += ", with --feed for other workers, or --set 'data.workers=[]' for none"
         raise BadData(f"{reason}; {remedy}") from error
 
 

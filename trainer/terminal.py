@@ -93,7 +93,7 @@ class Terminal:
     def _shortened(self, stall: str, room: int) -> tuple[str, str]:
         """Return `stall 12.3 % (cause: remedy)` and ""; if too long, it without the remedy, and that if it is new."""
         share, _, hint = stall.partition(" (")
-        cause, _, remedy = hint.rstrip(")").partition(": ")
+        cause, _, remedy = hint.removesuffix(")").partition(": ")
         if len(stall) <= room or not remedy:
             return stall, ""
         news, self._advised = cause != self._advised, cause

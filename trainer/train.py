@@ -205,10 +205,10 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         while done < steps and not over:
             # end early; all processes do before one begins a step that another cannot take
             try:
-                batch, failure = next(loader), None
+                batch, failure = stop.next(loader), None
             except (UserError, OSError) as error:
-                failure = error
-            if world.any(failure is not None or stop.number is not None):
+                batch, failure = None, error
+            if world.any(batch is None or stop.number is not None):
                 if saved < done:
                     save(done)
                 with world.raise_together():
@@ -217,6 +217,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
                     if failure:
                         raise failure
                 raise Stopped(done, stop.number)
+            assert batch is not None
 
             rates = schedule.rates(batch.step)
             masks = draw_masks(network, recipe.train.seed, batch)

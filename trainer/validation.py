@@ -40,10 +40,11 @@ def error_rates(
         batches = predictions(network, loader, [VIEWS], world, gather=False)
         for _ in range(len(loader)):
             try:
-                labels, by_views = next(batches)
-                read = labels >= 0
-                tally.add(labels[read], by_views[VIEWS][read])
-                unreadable += int((~read).sum())
+                if batch := stop.next(batches):
+                    labels, by_views = batch
+                    read = labels >= 0
+                    tally.add(labels[read], by_views[VIEWS][read])
+                    unreadable += int((~read).sum())
             except (UserError, OSError) as problem:
                 error = problem
             if ended := world.any(error is not None or stop.number is not None):

@@ -2,14 +2,10 @@
 
 import ctypes
 import errno
-import logging
 import multiprocessing
 import os
-import re
 import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,11 +14,10 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pipeline import UserError, process
+from pipeline import UserError, cluster, process
 from pipeline.storage import Location, exists
 
 RETRIES = 5  # of one Ray task, whose worker or node died
-CONNECT = 5.0  # seconds after which an address counts as wrong
 WAKES = 0.5  # seconds between two looks at signals and at the cluster, if no Ray task ends
 
 Task = TypeVar("Task")
@@ -65,27 +60,10 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back the signals that end a program, which a terminal sends to all processes, until the block ends."""
-    received: list[int] = []
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, process.NUMBERS)  # which a worker inherits, until `begin_worker`
-    numbers = process.NUMBERS if threading.current_thread() is threading.main_thread() else ()
-    handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for late in received:  # by a thread of a library, which no mask of ours reaches
-            signal.raise_signal(late)
-
-
-@contextmanager
 def _workers_begin() -> Iterator[None]:
     """Hold back signals, which would strike a worker that is half begun; explain why it cannot begin."""
     try:
-        with _signals_held():
+        with process.signals_held():
             yield
     except OSError as error:
         problem, remedy = "/dev/shm, for locks of workers", "make room there (docker run --shm-size 64m)"
@@ -128,11 +106,13 @@ def run_on_ray(
         UserError: Ray is missing or cannot be reached, a node does not see `shared`, or a task was lost too often;
             and whatever a task raises, with the name of its node. What is finished stays.
     """
-    with _connected(address) as ray:
+    with cluster.connected(address) as ray:
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_node)
         waiting, running, results = iter(tasks), dict[Any, str](), list[Result]()
         while True:
-            with _signals_held():  # Ray's threads and callbacks swallow exceptions, so none is raised in its code
+            with (
+                process.signals_held()
+            ):  # Ray's threads and callbacks swallow exceptions, so none is raised in its code
                 # two tasks for each CPU, so that none waits for us; a cluster that grows on demand must see one
                 room = at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
                 for task in islice(waiting, max(0, room - len(running))):
@@ -142,38 +122,6 @@ def run_on_ray(
             yield from results
             if not running:
                 return
-
-
-@contextmanager
-def _connected(address: str | None) -> Iterator[ModuleType]:
-    """Join the cluster, and yield the package ray."""
-    if not address or address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or "auto"
-    # Ray reads its environment when it is imported. RETRIES: how often it waits for 40 s where something else answers;
-    # DEDUP_LOGS: else it prints each retry on stdout, between the lines of --json.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "1"}
-    os.environ |= {"RAY_DEDUP_LOGS": "1", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
-    try:
-        with _signals_held():  # a Cython module swallows what is raised while it is imported
-            import ray
-    except ImportError as error:
-        raise UserError("--executor ray needs the package ray: pip install 'penstock-imagenet[ray]'") from error
-    try:
-        # `ray.init` sets a handler of SIGTERM that ends the process without a message; ours is put back afterwards
-        with _signals_held():
-            if address != "auto":  # Ray itself would try for many minutes
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(
-            f"--ray-address {address}: no Ray cluster answers there ({_line(error)}); run this command on a node of "
-            "the cluster (`ray start --head` makes one), and name the head as HOST:PORT, mostly port 6379, or auto"
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def _on_node(function: Callable[[Task], Result], shared: Sequence[Location], task: Task) -> Result:
@@ -207,11 +155,5 @@ def _result(ray: ModuleType, reference: Any, name: str) -> Any:
                 raise error.cause from error
             problem = "could not begin on its node; every node needs the same environment with penstock-imagenet[ray]"
         raise UserError(
-            f"{name}: {problem} ({_line(error)}); what is finished stays, and the same command goes on"
+            f"{name}: {problem} ({cluster.one_line(error)}); what is finished stays, and the same command goes on"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    """Return an error's message on one line of bounded length, without colours or a traceback."""
-    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).split()).partition(" traceback: ")[0]
-    return text if len(text) <= 300 else f"{text[:300]} …"

@@ -83,13 +83,23 @@ class Batch:
     jpegs: list[np.ndarray] = field(default_factory=list, repr=False)  # (bytes,) uint8 each, until they are decoded
     crops: Crops = field(init=False, repr=False)  # set when the samples are read
     tensors: list[tuple[Tensor, ...]] = field(default_factory=list, repr=False)  # what `Normaliser.images` takes
-    read_at: float = field(default=0.0, repr=False)  # by `time.perf_counter`, as is decoded_at
+    worker: str = ""  # of decoding workers, which gave the part that came last, by its name
+    workers: int = 0  # that answer now
+    read_at: float = field(default=0.0, repr=False)  # or when the last part came; by `time.perf_counter`, as decoded_at
     decoded_at: float = field(default=0.0, repr=False)
+
+    def draw(self, recipe: Transform, sizes: np.ndarray) -> None:
+        """Set the crops, of stored pictures of `sizes` (n, 2) int64: height and width in pixels."""
+        self.crops = recipe.crops(self.step, self.epoch, self.requested_ids, self.crop_owner_ids, sizes)
 
     @property
     def images(self) -> Tensor:
         """(n, 3, view, view) on the first device: RGB grey levels less the mean, or what the recipe makes of them."""
         return self.replicas[0]
+
+
+class NoWorkerError(UserError):
+    """No decoding worker has answered for as long as the consumer has patience, or all refuse to answer."""
 
 
 class Undecodable(Exception):

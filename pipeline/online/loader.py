@@ -22,7 +22,7 @@ from pipeline.online.normalise import DTYPES, Normaliser
 from pipeline.online.order import Order
 from pipeline.online.plain import ImageNet
 from pipeline.online.prefetch import Decoder, Prefetch, Sampler
-from pipeline.online.samples import BadSamples, SampleReader
+from pipeline.online.samples import BadSamples, Pictures, SampleReader
 from pipeline.online.stall import Meter, waited
 
 STATE = 1  # version of `Loader.state_dict`
@@ -85,7 +85,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self.order = Order(samples, batch_size, seed, order, last, tuple(shard.samples for shard in shards), window)
         self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
         size = self.manifest.recipe.size if self.manifest.recipe.crop == "centre" else None
-        self._sampler = Sampler(self.order, self.recipe, rank, ranks, size)
+        self._sampler, self._size = Sampler(self.order, self.recipe.chunk, rank, ranks), size
         self._cache = self._shard_cache(cache, cache_bytes) if storage.is_remote(self.manifest.root) else None
         self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
@@ -105,12 +105,11 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
     def _begin(self, step: int, bad: Iterable[int]) -> None:
         self._next = step
-        self._bad = BadSamples(self._reader, self._max_bad, bad, self.recipe.training)
+        self._bad = BadSamples(self.manifest, self.split, self._max_bad, bad, self.recipe.training)
         self._prefetch = Prefetch(
             self._sampler,
-            self._reader,
+            Pictures(self._reader, self._bad, self.recipe, self._size),
             self._decoder(),
-            self._bad,
             self._normaliser.prepare,
             step=step,
             end=None if self.recipe.training else self.order.steps_per_epoch,
@@ -132,7 +131,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         device = self.devices[0]
         before, asked = _event(device), time.perf_counter()
         batch = self._prefetch.next()
-        wait = waited(asked, batch.read_at, batch.decoded_at, time.perf_counter())
+        moments = batch.read_at, batch.decoded_at, time.perf_counter()
+        wait = waited(asked, *moments, batch.worker, batch.workers)
         after = _event(device)
         for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it

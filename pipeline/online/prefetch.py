@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,42 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Transform, Undecodable
+from pipeline.online.batch import Batch, Undecodable
 from pipeline.online.order import Order, part
-from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, SampleReader, jpeg_size
+from pipeline.online.samples import UNDECODABLE, Pictures
 
 if TYPE_CHECKING:
-    from pipeline.online import graph, turbo  # the first is slow, and a CPU has no need of it
+    from pipeline.online import graph, remote, turbo  # slow, and most programs have no need of all
 
-Decoder: TypeAlias = "turbo.Decoder | graph.Decoder"  # of a CPU, or of GPUs
+Decoder: TypeAlias = "turbo.Decoder | graph.Decoder | remote.Decoder"  # of a CPU, of GPUs, of workers
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Maps (step, rank) to sample ids and crops."""
+    """Maps (step, rank) to sample ids."""
 
     order: Order
-    recipe: Transform
+    chunk: int  # samples in a row of a global batch that share crop box and flip
     rank: int
     ranks: int
-    size: int | None  # pixels of a side of every stored picture; None: each has its own height and width
 
     def batch(self, step: int, permutation: np.ndarray) -> Batch:
         """Return the rank's part of the batch of `step` by its ids; `permutation` is that of its epoch."""
-        ids, chunk = self.order.batch(step, permutation), self.recipe.chunk
+        ids, chunk = self.order.batch(step, permutation), self.chunk
         positions = part(len(ids), self.rank, self.ranks)
         owners = ids[np.arange(len(ids)) // chunk * chunk][positions] if chunk > 1 else None
         requested, epoch = ids[positions], step // self.order.steps_per_epoch
         batch = Batch(step, epoch, positions.start, len(ids), requested.copy())
         batch.requested_ids, batch.crop_owner_ids = requested, owners
         return batch
-
-    def draw(self, batch: Batch) -> None:
-        """Set the crops of a batch whose samples are read."""
-        sizes = np.array(
-            [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs], np.int64
-        ).reshape(-1, 2)
-        batch.crops = self.recipe.crops(batch.step, batch.epoch, batch.requested_ids, batch.crop_owner_ids, sizes)
 
 
 class Prefetch:
@@ -55,9 +47,8 @@ class Prefetch:
     def __init__(
         self,
         sampler: Sampler,
-        reader: SampleReader,
+        pictures: Pictures | None,  # None: the decoder's workers read them
         decoder: Decoder,
-        bad: BadSamples,
         prepare: Callable[[Batch, list[Tensor]], list[tuple[Tensor, ...]]],  # views on each device → `Batch.tensors`
         *,
         step: int,
@@ -65,7 +56,7 @@ class Prefetch:
         depth: int,  # batches that are made ready ahead of use
         upcoming: Callable[[list[int]], None] | None,  # takes the shards of the samples that come, in order
     ) -> None:
-        self._sampler, self._reader, self._decoder, self._bad = sampler, reader, decoder, bad
+        self._sampler, self._pictures, self._decoder = sampler, pictures, decoder
         self._prepare, self._end, self._depth, self._upcoming = prepare, end, depth, upcoming
         self._next_decode = self._next_submit = self._next_read = step
         self._reading: dict[int, Future[Batch]] = {}  # by step, until they are submitted to the decoder
@@ -113,19 +104,12 @@ class Prefetch:
     def _past_end(self, step: int) -> bool:
         return self._end is not None and step >= self._end
 
-    def _replace(self, batch: Batch, positions: Iterable[int], reason: str) -> None:
-        for i in positions:
-            batch.ids[i], batch.jpegs[i] = self._bad.replacement(int(batch.ids[i]), reason)
-        self._sampler.draw(batch)
-
     # The reading thread
 
     def _read(self, step: int) -> Batch:
         batch = self._sampler.batch(step, self._permutation(step))
-        damaged: list[int] = []
-        batch.jpegs = self._reader.read(batch.ids, damaged if self._bad.limit else None)
-        known = [i for i, sample in enumerate(batch.ids.tolist()) if sample in self._bad.ids]
-        self._replace(batch, sorted({*damaged, *known}), DAMAGED)
+        if self._pictures:
+            self._pictures.read(batch)
         batch.read_at = time.perf_counter()
         return batch
 
@@ -140,10 +124,10 @@ class Prefetch:
         }
         permutation = self._permutations[epoch].result()
         known = [number for number, future in self._permutations.items() if future.done()]
-        if self._upcoming and known != self._announced:
+        if self._pictures and self._upcoming and known != self._announced:
             self._announced = known
             ids = np.concatenate([self._permutations[number].result() for number in known])
-            self._upcoming(self._reader.records["shard"][ids[batch * order.batch_size :]].tolist())
+            self._upcoming(self._pictures.reader.records["shard"][ids[batch * order.batch_size :]].tolist())
         return permutation
 
     # The decoding thread
@@ -154,10 +138,9 @@ class Prefetch:
             batch, views = self._views()
             assert batch.step == step
             batch.decoded_at = time.perf_counter()
-            labels = self._reader.labels(batch.ids)
-            if not self._bad.training:
-                labels[batch.ids != batch.requested_ids] = -1
-            batch.labels = torch.from_numpy(labels).to(views[0].device)
+            if self._pictures:
+                batch.labels = torch.from_numpy(self._pictures.labels(batch))
+            batch.labels = batch.labels.to(views[0].device)
             batch.tensors = self._prepare(batch, views)
         if batch.labels.device.type == "cpu":
             batch.decoded_at = time.perf_counter()  # nothing is transferred: preparing counts as decoding
@@ -178,5 +161,6 @@ class Prefetch:
             try:
                 return self._decoder.result()
             except Undecodable as error:
-                self._replace(error.batch, error.positions, UNDECODABLE)
+                assert self._pictures
+                self._pictures.replace(error.batch, error.positions, UNDECODABLE)
                 self._decoder.retry()

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from pipeline.cli import printable
 from pipeline.manifest import DatasetError, Manifest, mending
+from pipeline.online.batch import Batch, Transform
 from pipeline.volumes import naming
 
 MAX_OPEN = 128  # shards kept open at a time; descriptors are a bounded resource
@@ -146,37 +148,81 @@ class SampleReader(AbstractContextManager["SampleReader"]):
 
 
 class BadSamples:
-    """Samples that cannot be used. The next whole sample in the order of the ids replaces each.
+    """Ids of the samples of a split that cannot be used. The next whole sample in the order of the ids replaces each.
 
     So a batch keeps its size on every rank, and the replacement is a function of the data alone; in evaluation it has
     no label (−1), which nobody predicts. Each rank counts those that it has met, at most `limit`; with more it ends.
     `ids` are those that it had met before a run was resumed.
     """
 
-    def __init__(self, reader: SampleReader, limit: int, ids: Iterable[int], training: bool) -> None:
-        self._reader, self.limit, self.ids, self.training = reader, limit, frozenset(ids), training
+    def __init__(
+        self, data: Manifest, split: str, limit: int, ids: Iterable[int], training: bool, announce: bool = True
+    ) -> None:
+        """`announce`: log each."""
+        self._samples, self._remedy = data.split(split).samples, mending(data.root)
+        self.limit, self.ids, self.training = limit, frozenset(ids), training
+        self.texts: dict[int, str] = {}  # of those found here: shard, key and reason
+        self._announce = announce
         self._lock = threading.Lock()  # the reading and the decoding thread both find bad samples
 
-    def replacement(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
-        """Return the id and the JPEG of the sample that replaces a bad one.
+    def add(self, sample: int, where: str) -> int:
+        """Count a sample, unless it is known; return the id of the next one that is not known to be bad.
 
-        Raises BadSample where more samples have failed than may; it names this one and its shard.
+        Raises BadSample where more samples have failed than may; it begins with `where`.
         """
-        reader = self._reader
+        with self._lock:
+            new, bad = sample not in self.ids, self.ids | {sample}
+            if len(bad) > self.limit or len(bad) == self._samples:  # this one is not counted: it may be mended
+                count = f"samples that failed: {len(bad)}, allowed: max_bad={self.limit}"
+                raise BadSample(f"{where}; {count}; {self._remedy}")
+            self.ids = bad
+        following = sample
+        while following in bad:
+            following = (following + 1) % self._samples
+        if new:
+            self.texts[sample] = where
+        if new and self._announce:
+            outcome = f"sample {following} stands in" if self.training else "its label is −1 now"
+            _log.warning("%s; %s", where, outcome)
+        return following
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Reads the pictures of batches, replaces bad ones, and draws the crops."""
+
+    reader: SampleReader
+    bad: BadSamples
+    recipe: Transform
+    size: int | None  # pixels of a side of every stored picture; None: each has its own height and width
+
+    def read(self, batch: Batch) -> None:
+        """Set JPEGs, crops and, where bad samples are replaced, ids of a batch. Raises as `SampleReader.read`."""
+        damaged: list[int] = []
+        batch.jpegs = self.reader.read(batch.ids, damaged if self.bad.limit else None)
+        known = [i for i, sample in enumerate(batch.ids.tolist()) if sample in self.bad.ids]
+        self.replace(batch, sorted({*damaged, *known}), DAMAGED)
+
+    def replace(self, batch: Batch, positions: Iterable[int], reason: str) -> None:
+        """Replace the samples at these positions, which are bad. Raises BadSample: too many are."""
+        for i in positions:
+            batch.ids[i], batch.jpegs[i] = self._replacement(int(batch.ids[i]), reason)
+        pixels = [(self.size,) * 2 if self.size else jpeg_size(jpeg) for jpeg in batch.jpegs]
+        batch.draw(self.recipe, np.array(pixels, np.int64).reshape(-1, 2))
+
+    def labels(self, batch: Batch) -> np.ndarray:
+        """Return (n,) int64; −1: none."""
+        labels = self.reader.labels(batch.ids)
+        if not self.bad.training:
+            labels[batch.ids != batch.requested_ids] = -1
+        return labels
+
+    def _replacement(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
         while True:
-            where = f"{reader.shard(sample)}: sample {sample} (key {reader.key(sample)}): {reason}"
-            with self._lock:
-                new, bad = sample not in self.ids, self.ids | {sample}
-                if len(bad) > self.limit or len(bad) == len(reader):  # this one is not counted: it may be mended
-                    count = f"samples that failed: {len(bad)}, allowed: max_bad={self.limit}"
-                    raise BadSample(f"{where}; {count}; {reader.remedy}")
-                self.ids = bad
-            while sample in bad:
-                sample = (sample + 1) % len(reader)
-            if new:
-                _log.warning("%s; %s", where, f"sample {sample} stands in" if self.training else "its label is −1 now")
+            where = f"{self.reader.shard(sample)}: sample {sample} (key {self.reader.key(sample)}): {reason}"
+            sample = self.bad.add(sample, where)
             damaged: list[int] = []
-            (jpeg,) = reader.read(np.array([sample]), damaged)
+            (jpeg,) = self.reader.read(np.array([sample]), damaged)
             if not damaged:
                 return sample, jpeg
             reason = DAMAGED

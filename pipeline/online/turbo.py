@@ -2,11 +2,14 @@
 
 import threading
 import weakref
+from base64 import b85decode
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
 
 import numpy as np
 import simplejpeg
@@ -17,11 +20,24 @@ from torch import Tensor
 from pipeline.online.batch import Batch, Crops, Transform, Undecodable
 from pipeline.online.normalise import in_place, normalise_planes
 
+# 37 × 29 pixels, 4:2:0, for `fingerprint`
+JPEG = b85decode(
+    b"|JeWF01!$>Nk#wx0RR9200961|JwjV01XKW3knDg3knMk4h;_zAQcl55)&sJ9v2`kDKRiEDJ?8BI!Zn>HbyrrEkIX6ModmpQ&KWMT47pHU`k"
+    b"O^PygEhLjevB4iga*CKVMXPc<zyPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPf!2A01*fP9RMW*0U`hb5"
+    b"di}c0sq7R82|tS0RaI30000000000000051_S~F|HJ?)5C8!K0|EpE1poj500000009631Oo*TAu$pnK~V-"
+    b"2ae=WD7D8c>|HJ?o0RRI50RR91000000000000RUC0S5oX03{Is0R#d71P1^B000000000100IL95g`Q<6EPJ*LQzv<k^kBN3<CiG0ucid06"
+    b"zf1YL?h?1FCEY_D|&AD9xf9Oz-Hh%&=ye033QG&!p>Hz-"
+    b"jBMcFpMA@M79pvkRS%TJB5=o@eTCoM+WgTW_)B(q$Ts)uXR<?`ew3@VMLoIMZEJ{ldsuDb8Wo<7GM3hY)dey5&}@Qw?|6_f>y!#^D--DFX%c"
+    b"^!Y;2*g(RnIAla;D%yQkwTGKug)25On(jbI&vfGDpD&!Qd_2a~bxtqGIR2(#s@RxpcgK?Cqq~;%0N6^RO|5Nsrs7)Cd#9pIYSFlyL4Go(yi^"
+    b"4_yqa#Y!;?_8ptz8FWd>-??XdFW*;jBPHas1@Kd4wAqmQx578g8&kJfiW2&<%D1e4`ItN+;"
+)
 KEPT = 8  # arrays of batches that the consumer has let go, for later batches: more than are ever under way
 
 
 @dataclass
-class _Job:
+class Job:
+    """A batch that is being decoded."""
+
     batch: Batch
     views: np.ndarray
     scaled: tuple[np.ndarray, np.ndarray]  # `normalise.in_place`
@@ -38,38 +54,56 @@ class Decoder:
 
     under_way = 2  # batches that it has at a time: the threads never wait for the next
 
-    def __init__(self, recipe: Transform, normalised: bool, most: int, threads: int) -> None:
+    def __init__(
+        self, recipe: Transform, normalised: bool, most: int, threads: int, pool: ThreadPoolExecutor | None = None
+    ) -> None:
+        """`pool`: `threads` threads that other decoders use, too."""
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
         self._shape = (most, 3, side, side) if normalised else (most, side, side, 3)
         self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
         self._scratch = _Scratch(side)
         self._free: deque[np.ndarray] = deque(maxlen=KEPT)
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._stopped = False
-        self._pool = ThreadPoolExecutor(threads, "penstock-turbo")
+        self._pool = pool or ThreadPoolExecutor(threads, "penstock-turbo")
+        self._shared = pool is not None
 
     def submit(self, batch: Batch) -> None:
         """Begin to decode a batch; it may be empty."""
-        views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
-        job = _Job(batch, views, in_place(batch.crops), deviation)
-        self._jobs.append(job)
-        self._start(job, range(len(batch.ids)))
+        self._jobs.append(self.begin(batch))
 
     def result(self) -> tuple[Batch, list[Tensor]]:
         """Return the oldest batch and its views. Raises Undecodable: mend that batch and `retry`."""
         job = self._jobs[0]
+        views = self.finish(job)
+        self._jobs.popleft()
+        return job.batch, [torch.from_numpy(views)]
+
+    def retry(self) -> None:
+        """Decode again what failed of the oldest batch."""
+        self.again(self._jobs[0])
+
+    # The same for threads that each wait for a batch of their own
+
+    def begin(self, batch: Batch) -> Job:
+        """Begin to decode a batch."""
+        views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
+        job = Job(batch, views, in_place(batch.crops), deviation)
+        self._start(job, range(len(batch.ids)))
+        return job
+
+    def finish(self, job: Job) -> np.ndarray:
+        """Wait for the views; let go of the JPEGs. Raises Undecodable: mend the batch, then do it `again`."""
         for task in job.tasks:
             task.result()
         if job.failed:
             raise Undecodable(job.batch, sorted(job.failed))
-        self._jobs.popleft()
         job.batch.jpegs = []  # the consumer may keep the batch
-        return job.batch, [torch.from_numpy(job.views)]
+        return job.views
 
-    def retry(self) -> None:
-        """Decode again what failed of the oldest batch."""
-        job = self._jobs[0]
+    def again(self, job: Job) -> None:
+        """Decode again what failed of a batch."""
         failed, job.failed = job.failed, []
         self._start(job, failed)
 
@@ -84,21 +118,25 @@ class Decoder:
     def close(self) -> None:
         """End the threads and free the memory."""
         self.stop()
-        self._pool.shutdown()
+        if not self._shared:
+            self._pool.shutdown()
         self._jobs.clear()
 
     def _array(self, n: int) -> np.ndarray:
         """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
-        array = self._free.pop() if self._free else np.empty(self._shape, (np.uint8, np.float32)[self._normalised])
+        try:
+            array = self._free.pop()
+        except IndexError:
+            array = np.empty(self._shape, (np.uint8, np.float32)[self._normalised])
         views = array[:n]
         weakref.finalize(views, self._free.append, array)  # the tensor made of `views` keeps them
         return views
 
-    def _start(self, job: _Job, positions: Iterable[int]) -> None:
+    def _start(self, job: Job, positions: Iterable[int]) -> None:
         shared = iter(list(positions))  # each thread takes the next of them, which is atomic
         job.tasks = [self._pool.submit(self._work, job, shared) for _ in range(self._threads)]
 
-    def _work(self, job: _Job, positions: Iterator[int]) -> None:
+    def _work(self, job: Job, positions: Iterator[int]) -> None:
         for i in positions:
             if self._stopped:
                 raise RuntimeError("the loader is closed")
@@ -107,7 +145,7 @@ class Decoder:
             except ValueError:
                 job.failed.append(i)
 
-    def _decode(self, job: _Job, i: int) -> None:
+    def _decode(self, job: Job, i: int) -> None:
         jpeg, crops, scratch = job.batch.jpegs[i], job.batch.crops, self._scratch
         flip, view = bool(crops.flip[i]), scratch.view if self._normalised else job.views[i]
         if self._recipe.resize:
@@ -173,6 +211,22 @@ def resized(box: np.ndarray, side: int, flip: bool) -> np.ndarray:
     picture = Image.frombuffer("RGBX", size, np.ascontiguousarray(box), "raw", "RGBX", 0, 1)
     view = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(view.view("<u4")[:, ::-1]).view(np.uint8) if flip else view
+
+
+@cache
+def fingerprint() -> str:
+    """Return a digest of the pixels that this machine makes of a JPEG, cut, mirrored and resized: its codecs' version.
+
+    Releases that give the same pixels have the same one.
+    """
+    jpeg, scratch, side = np.frombuffer(JPEG, np.uint8), _Scratch(0), 16
+    box = np.array([[3, 5]], np.int32), np.array([[21, 27]], np.int32), np.zeros(1, np.int32)
+    crops = Crops(*box, np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32))
+    digest = sha256()
+    for layout in ("RGB", "BGR", "RGBX"):
+        pixels = scratch.crop_box(jpeg, crops, 0, layout)
+        digest.update(pixels.tobytes() if layout != "RGBX" else resized(pixels, side, True)[..., :3].tobytes())
+    return digest.hexdigest()
 
 
 def undecodable(batch: Batch) -> list[int]:

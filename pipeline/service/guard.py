@@ -1,0 +1,188 @@
+"""Guards a worker: which calls it takes, and how much memory and how many files clients may cost it.
+
+An answer counts as long as its memory lives, wherever gRPC keeps it: from before it is decoded until it is sent, or
+until its call has ended in another way. gRPC has no limit for a request that pyarrow could set, and lets a client take
+forever over reading, or over saying anything at all; so a thread looks at the connections, and ends such ones.
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import resource
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import flight
+
+LIMIT = 2**30  # bytes of all answers together
+LEAST = 2**22  # bytes that an answer counts at least, since it has a thread, too
+TAKEN_WITHIN = 30.0  # seconds from the end of decoding until a client has read an answer
+ASKS_WITHIN = 10.0  # seconds from the beginning of a connection to its first valid request
+SILENT = 3600.0  # seconds without a valid request, after which a client is taken for lost
+LARGEST = 2**24  # bytes that a client may send without a valid request among them
+PERIOD = 0.25  # seconds between two looks
+RECEIVED = 128  # offset of tcpi_bytes_received, a u64, in struct tcp_info of Linux's tcp.h
+
+
+def failure(kind: str, message: str) -> flight.FlightError:
+    """Return the error that a call raises: its kind is refused, data, bad or busy, its message one line."""
+    detail = json.dumps({"kind": kind, "message": message}).encode()
+    return flight.FlightServerError(message, extra_info=detail)
+
+
+class Admission(flight.ServerMiddlewareFactory):
+    """Refuses calls without the token, if there is one, and all but `do_get`, before a byte of their data is used."""
+
+    def __init__(self, token: str | None) -> None:
+        super().__init__()
+        self._expected = None if token is None else f"Bearer {token}".encode()
+
+    def start_call(self, info: flight.CallInfo, headers: dict[str, list[str] | list[bytes]]) -> None:
+        """Raise FlightError for a call that is refused."""
+        if self._expected is not None:
+            values = [v if isinstance(v, bytes) else v.encode() for v in headers.get("authorization", [])]
+            if not values:
+                raise failure("refused", "this worker asks for a token: set PENSTOCK_FEED_TOKEN_FILE to its file")
+            if len(values) > 1 or not hmac.compare_digest(values[0], self._expected):
+                raise failure("refused", "this worker has another token: give both sides the same file")
+        if info.method != flight.FlightMethod.DO_GET:
+            raise failure("refused", f"a worker answers do_get alone, not {info.method.name.lower()}")
+
+
+class Held:
+    """Bytes that count as an answer's until nothing refers to this object."""
+
+    def __init__(self, freed: deque[int], size: int) -> None:
+        self._freed, self._size = freed, size
+
+    def __del__(self) -> None:
+        self._freed.append(self._size)  # atomic: a lock might be held by the statement that this interrupts
+
+
+class Outgoing:
+    """Bounds the memory of a server's answers, and ends the connections of clients that do not read or ask."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit, self._bytes, self._lock = limit, 0, threading.Lock()
+        self._freed: deque[int] = deque()
+        self._sent: deque[tuple[float, str, weakref.ref[Held]]] = deque()  # by time
+        self._asked: set[str] = set()  # clients with a valid request since the last look
+        self._connections: dict[str, _Connection] = {}
+        self._closed = threading.Event()
+
+    def hold(self, context: flight.ServerCallContext, size: int) -> Held:
+        """Count an answer of `size` bytes, of a valid request, from now on.
+
+        Raises FlightError, kind busy, where other answers leave too little; the largest one fits when it is alone.
+        """
+        self._asked.add(_client(context))
+        size = max(size, LEAST)
+        with self._lock:
+            while self._freed:
+                self._bytes -= self._freed.popleft()
+            if self._bytes and self._bytes + size > self._limit:
+                under_way = f"answers under way: {self._bytes:,} bytes, this one: {size:,}, allowed: {self._limit:,}"
+                raise failure("busy", f"{under_way}; ask again later, or start more workers")
+            self._bytes += size
+        return Held(self._freed, size)
+
+    def stream(self, context: flight.ServerCallContext, batch: pa.RecordBatch, held: Held) -> flight.FlightDataStream:
+        """Return `batch` as the result of do_get. The memory of its first column, fixed-size binary, keeps `held`."""
+        views = batch.column(0)
+        memory = views.buffers()[1]
+        owned = pa.foreign_buffer(memory.address, memory.size, base=(held, memory))
+        views = pa.FixedSizeBinaryArray.from_buffers(views.type, len(views), [None, owned])
+        batch = batch.set_column(0, batch.schema.field(0), views)
+        self._sent.append((time.monotonic(), _client(context), weakref.ref(held)))
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(batch.schema, [batch]))
+
+    def watch(self, address: int | str) -> None:
+        """Watch the connections to a port, or to the path of a Unix socket, until `close`.
+
+        Let this process open as many files as the system allows it: connections are files until they are ended.
+        """
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        threading.Thread(target=self._watch, args=(address,), name="penstock-guard", daemon=True).start()
+
+    def close(self) -> None:
+        """End `watch`."""
+        self._closed.set()
+
+    def _watch(self, address: int | str) -> None:
+        while not self._closed.wait(PERIOD):
+            late = self._late()
+            asked, self._asked = self._asked, set()
+            before, self._connections = self._connections, {}
+            for client, connection in _connections(address):
+                known = self._connections[client] = before.get(client) or _Connection(time.monotonic())
+                if client in late or (client and known.overdue(_received(connection), client in asked)):
+                    with contextlib.suppress(OSError):  # the client has just ended it
+                        connection.shutdown(socket.SHUT_RDWR)
+
+    def _late(self) -> set[str]:
+        """Return the clients that have not read an answer in time."""
+        late, limit = set(), time.monotonic() - TAKEN_WITHIN
+        while self._sent and (self._sent[0][0] < limit or self._sent[0][2]() is None):
+            _, client, held = self._sent.popleft()
+            if held() is not None:
+                late.add(client)
+        return late
+
+
+@dataclass
+class _Connection:
+    since: float  # when it began, or when a look last showed a valid request
+    received: int = 0  # bytes until then
+    valid: bool = False  # one of its requests was valid
+
+    def overdue(self, received: int, asked: bool) -> bool:
+        """Return whether its client has sent too much, or nothing for too long, without a valid request."""
+        now = time.monotonic()
+        if asked:
+            self.since, self.received, self.valid = now, received, True
+        return now - self.since > (SILENT if self.valid else ASKS_WITHIN) or received - self.received > LARGEST
+
+
+def _client(context: flight.ServerCallContext) -> str:
+    """Return the address and port of a call's client; "" for each client of a Unix socket."""
+    host, _, port = urllib.parse.unquote(context.peer()).partition(":")[2].rpartition(":")
+    return _name(host.strip("[]"), port)
+
+
+def _name(host: str, port: int | str) -> str:
+    return f"{host.removeprefix('::ffff:').partition('%')[0]} {port}" if host else ""
+
+
+def _connections(address: int | str) -> Iterator[tuple[str, socket.socket]]:
+    """Yield the clients that are connected to `address`, with duplicates of the sockets, which gRPC owns."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        # closed since, no socket, a listening one, or its client is gone
+        with contextlib.suppress(OSError), _duplicate(number) as connection:
+            own, client, unix = connection.getsockname(), connection.getpeername(), connection.family == socket.AF_UNIX
+            if (own if unix else own[1]) == address:
+                yield "" if unix else _name(*client[:2]), connection
+
+
+def _duplicate(number: int) -> socket.socket:
+    duplicate = os.dup(number)
+    try:
+        return socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+
+
+def _received(connection: socket.socket) -> int:
+    return struct.unpack_from("Q", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED + 8), RECEIVED)[
+        0
+    ]
