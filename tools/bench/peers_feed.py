@@ -126,14 +126,13 @@ def worker(job: Job) -> Figures:
                 with turn:
                     time.sleep(seconds * size)
                 ids = np.array(request.ids)
-                answer = Answer(blank[:size], ids, np.zeros_like(ids))
+                answer = Answer(blank[:size], ids, np.zeros_like(ids), {})
             else:
                 answer = super().answer(request)
             sizes.append(size)
             return answer
 
-    own = Measured(Path(job.source).parent, threads=job.options["threads"])
-    with Server(own, location) as server:
+    with Measured(Path(job.source).parent, job.options["threads"]) as own, Server(own, location) as server:
         address = location if job.options["unix"] else f"{location.removesuffix('0')}{server.port}"
         return serve(address, lambda: {"workers_views": sum(sizes)})
 
