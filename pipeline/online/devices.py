@@ -2,13 +2,31 @@
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from pipeline import UserError
 
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver on Linux, and on Windows' Linux
+
+
+class Streams:
+    """A stream of its own on each GPU among some devices."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the streams current; what is computed in the block is ready when it ends."""
+        with ExitStack() as stack:
+            for stream in self._streams:
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+            for stream in self._streams:
+                stream.synchronize()
 
 
 def devices_of(names: "Sequence[str | torch.device]") -> tuple[torch.device, ...]:

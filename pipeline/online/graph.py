@@ -4,8 +4,7 @@ On a CPU the graph gives the bytes of `turbo`, the CPU's own decoder, but for re
 """
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from pipeline.online.batch import Batch, Crops, Undecodable
+from pipeline.online.devices import Streams
 from pipeline.online.order import part
 from pipeline.online.turbo import undecodable
 
@@ -80,7 +80,7 @@ class Decoder:
     def __init__(self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool) -> None:
         self._devices, self._options, self._replicate = devices, options, replicate
         self._most = most if replicate else -(-most // len(devices))
-        self._streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
+        self._streams = Streams(devices)
         self._inside: deque[Batch] = deque()
         self._graphs: list[Graph] = []
         self.retry()
@@ -93,15 +93,9 @@ class Decoder:
             positions = slice(0, n) if self._replicate else part(n, i, len(self._graphs))
             graph.submit(batch.jpegs[positions], batch.crops[positions])
 
-    @contextmanager
-    def streams(self) -> Iterator[None]:
+    def streams(self) -> AbstractContextManager[None]:
         """Make streams of the decoder current on every GPU; what is computed there is ready when the context ends."""
-        with ExitStack() as stack:
-            for stream in self._streams:
-                stack.enter_context(torch.cuda.stream(stream))
-            yield
-            for stream in self._streams:
-                stream.synchronize()
+        return self._streams.current()
 
     def result(self) -> tuple[Batch, list[Tensor]]:
         """Return the oldest batch, and its views on each device: uint8 (n, h, w, 3).

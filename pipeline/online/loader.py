@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pipeline.online.augment import AlexNet, ViewOptions
 from pipeline.online.batch import Batch, Transform, require_at_least, require_one_of
 from pipeline.online.cache import ShardCache
 from pipeline.online.devices import devices_of
+from pipeline.online.endpoints import parse
 from pipeline.online.normalise import DTYPES, Normaliser
 from pipeline.online.order import Order
 from pipeline.online.plain import ImageNet
@@ -61,6 +62,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         max_bad: int = 0,  # samples that may fail, and are replaced (`samples.BadSamples`)
         cache: "str | os.PathLike[str] | None" = None,  # of a remote data set: the folder for its shards
         cache_bytes: int = 200 * 10**9,  # how much they may take there
+        workers: Sequence[str] = (),  # addresses of decoding workers (`endpoints.parse`); "local": this process too
+        patience: float = 60.0,  # seconds without an answer of any worker, after which the loader gives up
         **options: Any,
     ) -> None:
         threads = len(os.sched_getaffinity(0)) if threads is None else threads
@@ -85,14 +88,20 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self.order = Order(samples, batch_size, seed, order, last, tuple(shard.samples for shard in shards), window)
         self.devices = devices_of(device if isinstance(device, tuple | list) else (device,))
         size = self.manifest.recipe.size if self.manifest.recipe.crop == "centre" else None
-        self._sampler, self._size = Sampler(self.order, self.recipe.chunk, rank, ranks), size
-        self._cache = self._shard_cache(cache, cache_bytes) if storage.is_remote(self.manifest.root) else None
+        self._sampler, self._size = Sampler(self.order, self.recipe, rank, ranks, size or self.recipe.decoded), size
+        distant, self._patience = storage.is_remote(self.manifest.root), patience
+        self._mixed, self._addresses = parse(workers)
+        self._cache = None
+        if distant and not (self._addresses and cache is None):
+            self._cache = self._shard_cache(cache, cache_bytes)
         self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
-        self._normaliser = Normaliser(self.recipe, self._decoding, output)
+        self._normaliser = Normaliser(self.recipe, self._decoding, output, bool(self._addresses))
         self._decoder: Callable[[], Decoder]
-        most = -(-batch_size // ranks)
-        if self.devices[0].type == "cpu":
+        most, self._threads = -(-batch_size // ranks), threads
+        if self._addresses:
+            self._decoder = self._remote_decoder
+        elif self.devices[0].type == "cpu":
             self._decoder = partial(turbo.Decoder, self.recipe, self._normaliser.in_decoder, most, threads)
         else:
             from pipeline.online import graph  # slow, and a CPU has no need of DALI
@@ -108,7 +117,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._bad = BadSamples(self.manifest, self.split, self._max_bad, bad, self.recipe.training)
         self._prefetch = Prefetch(
             self._sampler,
-            Pictures(self._reader, self._bad, self.recipe, self._size),
+            None if self._addresses else Pictures(self._reader, self._bad, self.recipe, self._size),
             self._decoder(),
             self._normaliser.prepare,
             step=step,
@@ -192,6 +201,44 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             **({"window": order.window} if order.kind == "shards" else {}),
             **self.recipe.described(),
         }
+
+    def _remote_decoder(self) -> Decoder:
+        from pipeline.online import parts, remote  # which need pyarrow
+
+        options = {"positions": "code", "view": self.recipe.view} | self.recipe.described()
+        known: dict[str, Any] = {key: options[key] for key in ("recipe", "views", "positions", "view")}
+        name = PurePosixPath(str(self.manifest.root)).name or "."
+        template = parts.Request(
+            protocol=parts.PROTOCOL,
+            codec=turbo.fingerprint(),
+            data=name,
+            identity=self.manifest.identity,
+            split=self.split,
+            seed=self.order.seed,
+            max_bad=self._max_bad,
+            **known,
+        )
+
+        def local() -> parts.Parts:
+            begin = partial(turbo.Decoder, normalised=False, most=parts.MOST, threads=self._threads)
+            return parts.Parts(self.manifest, self.split, self.recipe, self._reader, begin)
+
+        here = self._reader.is_here()
+        if self._mixed and not here:
+            raise UserError(
+                f"{self.manifest.root}: the shards are not here; leave local out of the workers, or copy them"
+            )
+        return remote.Decoder(
+            template,
+            self.recipe.decoded,
+            self._addresses,
+            local if here else None,
+            self._mixed,
+            self._bad,
+            self._decoding,
+            self._depth,
+            self._patience,
+        )
 
     def _shard_cache(self, folder: "str | os.PathLike[str] | None", limit: int) -> ShardCache:
         root, shards = self.manifest.root, self.manifest.split(self.split).shards

@@ -77,14 +77,16 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Normaliser:
     """`normalise` for the batches of a recipe, split between the decoding thread and the consumer's stream.
 
-    On a CPU the decoder has normalised each view already, unless several are cut from a picture. On a GPU the decoding
+    On a CPU the decoder has normalised each view already, unless several are cut from a picture or workers have decoded
+    it (`remote`); then the decoding thread does. On a GPU the decoding
     thread sends what is needed, and the kernel runs where the images are used. `output` is a key of `DTYPES`; "uint8"
     leaves the views as they were cut.
     """
 
-    def __init__(self, recipe: Transform, devices: tuple[torch.device, ...], output: str) -> None:
+    def __init__(self, recipe: Transform, devices: tuple[torch.device, ...], output: str, remote: bool = False) -> None:
         self._recipe, self._devices, self._output = recipe, devices, DTYPES[output]
-        self.in_decoder = devices[0].type == "cpu" and not recipe.several and output != "uint8"
+        self._on_cpu = devices[0].type == "cpu"
+        self.in_decoder = self._on_cpu and not remote and not recipe.several and output != "uint8"
         self._deviations = {
             (key, device): torch.from_numpy(array).to(device)
             for key, array in recipe.mean_deviations.items()
@@ -97,18 +99,23 @@ class Normaliser:
             return [(view.to(self._output),) for view in views]
         crops = batch.crops
         arrays = [torch.from_numpy(array) for array in (crops.offset, crops.std, crops.start, crops.flip)]
+        if self._on_cpu:
+            return [(self._normalised(batch.step, view, arrays, view.device).contiguous(),) for view in views]
         return [(view, *(array.to(device) for array in arrays)) for view, device in zip(views, self._devices)]
 
     @torch.no_grad()
     def images(self, step: int, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
         """Return, in the consumer's thread and on its stream, (n, 3, view, view) or (n, views, 3, view, view)."""
-        boxes, side, aligned = self._recipe.several, self._recipe.view, self._recipe.aligned
+        boxes, side = self._recipe.several, self._recipe.view
         pictures, *arrays = tensors
         if self._output == torch.uint8:
             views = [_cut(pictures, box, side).permute(0, 3, 1, 2) for box in boxes]
             return torch.stack(views, dim=1) if boxes else pictures.permute(0, 3, 1, 2)
-        if self.in_decoder:
-            return pictures
+        return pictures if self._on_cpu else self._normalised(step, pictures, arrays, device)
+
+    @torch.no_grad()
+    def _normalised(self, step: int, pictures: Tensor, arrays: list[Tensor], device: torch.device) -> Tensor:
+        boxes, side, aligned = self._recipe.several, self._recipe.view, self._recipe.aligned
         offset, std, start, flip = arrays
         deviation = self._deviations.get((self._recipe.divisor(step), device))
         if boxes:

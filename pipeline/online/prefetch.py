@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.online.batch import Batch, Undecodable
+from pipeline.online.batch import Batch, Transform, Undecodable
 from pipeline.online.order import Order, part
 from pipeline.online.samples import UNDECODABLE, Pictures
 
@@ -26,13 +26,14 @@ class Sampler:
     """Maps (step, rank) to sample ids."""
 
     order: Order
-    chunk: int  # samples in a row of a global batch that share crop box and flip
+    recipe: Transform
     rank: int
     ranks: int
+    side: int  # pixels that crops are drawn for, where nobody here sees the pictures
 
     def batch(self, step: int, permutation: np.ndarray) -> Batch:
         """Return the rank's part of the batch of `step` by its ids; `permutation` is that of its epoch."""
-        ids, chunk = self.order.batch(step, permutation), self.chunk
+        ids, chunk = self.order.batch(step, permutation), self.recipe.chunk
         positions = part(len(ids), self.rank, self.ranks)
         owners = ids[np.arange(len(ids)) // chunk * chunk][positions] if chunk > 1 else None
         requested, epoch = ids[positions], step // self.order.steps_per_epoch
@@ -110,6 +111,9 @@ class Prefetch:
         batch = self._sampler.batch(step, self._permutation(step))
         if self._pictures:
             self._pictures.read(batch)
+        else:  # crop boxes that depend on the pictures' sizes are a worker's business, and colours do not
+            side = self._sampler.side
+            batch.draw(self._sampler.recipe, np.full((len(batch.ids), 2), side))
         batch.read_at = time.perf_counter()
         return batch
 

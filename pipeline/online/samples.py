@@ -58,7 +58,7 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         self.records = data.samples(split)  # (n,) of manifest.SAMPLE
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
         self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number], self.remedy))
-        self._lease = lease or self._lease_local
+        self._leased, self._lease = lease is not None, lease or self._lease_local
         self._readers = readers
         self.remedy = mending(data.root)
         self._stop = threading.Event()
@@ -66,6 +66,10 @@ class SampleReader(AbstractContextManager["SampleReader"]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def is_here(self) -> bool:
+        """Return whether the shards can be read on this machine."""
+        return self._leased or all(isinstance(path, Path) and path.is_file() for path in self._paths.values())
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """Return (n,) int64; −1: none."""

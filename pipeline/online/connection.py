@@ -1,0 +1,114 @@
+"""A decoding worker as its consumer sees it: a question, and an answer or the reason for none."""
+
+import os
+import re
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+from pyarrow import flight
+
+from pipeline import UserError, typed
+from pipeline.cli import printable
+from pipeline.online.endpoints import Endpoint
+from pipeline.online.parts import Answer, Request
+from pipeline.volumes import naming
+
+TOKEN_FILE, CA_FILE = "PENSTOCK_FEED_TOKEN_FILE", "PENSTOCK_FEED_CA"  # variables of the environment
+LONGEST = 400  # characters of a worker's message
+
+
+class Failure(Exception):
+    """A worker gave no answer. `kind`: refused, data, bad or busy, as the worker says; else unreachable or wrong."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, printable(reason, LONGEST)
+
+
+class _Detail(msgspec.Struct):
+    """What a worker of ours adds to an error."""
+
+    kind: str
+    message: str
+
+
+def secrets() -> tuple[str | None, bytes | None]:
+    """Return the token, and the certificates that TLS trusts, of the files that the environment names; None: no file.
+
+    Raises OSError; UserError: a token that is no line of text.
+    """
+    token, ca = (_content(os.environ.get(name)) for name in (TOKEN_FILE, CA_FILE))
+    try:
+        text = None if token is None else token.decode("ascii").strip()
+    except UnicodeError as error:
+        raise UserError(f"{os.environ[TOKEN_FILE]}: not a token; write one line of letters and digits") from error
+    if text is not None and not re.fullmatch("[!-~]+", text):
+        raise UserError(f"{os.environ[TOKEN_FILE]}: not a token; write one line of letters and digits")
+    return text, ca
+
+
+def _content(name: str | None) -> bytes | None:
+    if not name:
+        return None
+    with naming(name):
+        return Path(name).read_bytes()
+
+
+class Connection:
+    """Asks one worker. Threads may share it; they share its connection, which is made when it is needed."""
+
+    def __init__(self, endpoint: Endpoint, token: str | None, ca: bytes | None) -> None:
+        self.name, self._endpoint, self._ca = endpoint.name, endpoint, ca
+        self._headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
+        self._client: flight.FlightClient | None = None
+
+    def ask(self, request: Request, side: int, timeout: float) -> Answer:
+        """Return the answer to a request, with views of `side` pixels. Raises Failure."""
+        if self._endpoint.data:
+            request = msgspec.structs.replace(request, data=self._endpoint.data)
+        ticket = flight.Ticket(msgspec.json.encode(request))
+        options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
+        used = self._client is not None
+        while True:
+            try:
+                batch = self._connected().do_get(ticket, options).read_chunk().data
+                return Answer.from_batch(batch, len(request.ids), side)
+            except (flight.FlightError, pa.ArrowException, OSError, StopIteration, UserError) as error:
+                self._client = None  # so that a new one connects at once, where gRPC would pause
+                failure = _failure(error)
+                if used and failure.kind == "unreachable" and isinstance(error, flight.FlightUnavailableError):
+                    used = False  # its connection may have ended while nothing was asked, or the worker begun again
+                    continue
+                raise failure from error
+
+    def _connected(self) -> flight.FlightClient:
+        client = self._client
+        if client is None:
+            tls = self._endpoint.uri.startswith("grpc+tls")
+            secure = {"tls_root_certs": self._ca, "override_hostname": self._endpoint.host} if tls else {}
+            # a connection of its own, which a new client makes anew
+            client = flight.FlightClient(
+                self._endpoint.uri, generic_options=[("grpc.use_local_subchannel_pool", 1)], **secure
+            )
+            self._client = client
+        return client
+
+
+def _failure(error: BaseException) -> Failure:
+    if isinstance(error, UserError):
+        return Failure("wrong", str(error))
+    if isinstance(error, StopIteration):
+        return Failure("wrong", "answers with nothing")
+    if detail := getattr(error, "extra_info", b""):
+        try:
+            known = typed.from_json(detail, _Detail)
+            return Failure(known.kind, known.message)
+        except UserError:
+            pass  # another program's
+    if isinstance(error, flight.FlightTimedOutError):
+        return Failure("unreachable", "no answer in time")
+    text = " ".join(str(error).split()).partition(" gRPC client debug context")[0]
+    reason = re.sub(r"^.*?with message: |^.*last error: UNKNOWN: ", "", re.sub(r"\. Detail:.*", "", text))
+    kind = "unreachable" if isinstance(error, flight.FlightUnavailableError | OSError) else "wrong"
+    return Failure(kind, reason.strip(" .") or type(error).__name__)
