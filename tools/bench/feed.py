@@ -41,7 +41,7 @@ ROWS = (
 )
 HEADER = (
     *("row", "images/s, median (min to max)", "compared", "views per core-second of the workers"),
-    *("of the local loader", "core-seconds of the consumer per 1,000 views", "largest process"),
+    *("of the local loader", "core-seconds of the consumer per 1,000 views", "memory of the consumer"),
 )
 
 
@@ -97,11 +97,9 @@ def per_core_second(row: Row) -> list[float]:
     """Return the views per core-second of each repetition: of the workers, or of the local loader; none of a sleep."""
     if row.name == LOCAL:
         return [run["images"] / run["cpu"] for run in row.runs]
-    return (
-        []
-        if "sleep" in row.options
-        else [run.get("workers_views", run["images"]) / run["workers_cpu"] for run in row.runs]
-    )
+    if "sleep" in row.options:
+        return []
+    return [run.get("workers_views", run["images"]) / run["workers_cpu"] for run in row.runs]
 
 
 def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
