@@ -33,7 +33,6 @@ class Settings:
         Raises UserError: the package pyarrow is missing, or gRPC cannot serve there.
         """
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else whoever sends garbage fills the log
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else whoever sends garbage fills the log
         try:
             from pyarrow import ArrowException, flight  # noqa: F401
         except ImportError as error:
