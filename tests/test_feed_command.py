@@ -105,7 +105,7 @@ def test_other_texts_are_refused(texts: list[str], message: str):
 def test_a_name_without_an_address_is_one_line():
     with pytest.raises(UserError) as caught:
         parse(["grpc://nowhere.invalid/a"])[1][0].endpoints()
-    words = ("grpc://nowhere.invalid/a: the name nowhere.invalid has no address (", "correct it, or start the workers")
+    words = ("the name nowhere.invalid has no address (", "correct it, or start the workers")
     one_line(caught, *words)
 
 

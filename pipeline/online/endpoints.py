@@ -41,14 +41,15 @@ class Address:
     def endpoints(self) -> list[Endpoint]:
         """Return the workers behind the address now: of a host's name each IP, of a Ray group all that answer.
 
-        A name's IPv6 addresses count only where it has no other. Raises UserError: an unknown name, no such group.
+        A name's IPv6 addresses count only where it has no other. Raises UserError, without the address itself in front:
+        an unknown name, no such group.
         """
         if self.scheme == "grpc+unix":
             return [Endpoint(self.text, "", "", self.text)]
         if self.scheme == "ray":
             uris = cluster.registry().addresses(self.host)
             return [Endpoint(uri, self.data, self.host, f"{self.text} ({uri.rpartition('/')[2]})") for uri in uris]
-        ips = _ips(self.host, self.text)
+        ips = _ips(self.host)
         names = [self.text] if len(ips) == 1 else [f"{self.text} ({ip})" for ip in ips]
         hosts = [f"[{ip}]" if ":" in ip else ip for ip in ips]
         return [
@@ -94,13 +95,11 @@ def _address(text: str) -> Address:
     return Address(text, scheme, host, port, data)
 
 
-def _ips(host: str, text: str) -> list[str]:
+def _ips(host: str) -> list[str]:
     try:
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{text}: the name {host} has no address ({reason}); correct it, or start the workers"
-        ) from error
+        raise UserError(f"the name {host} has no address ({reason}); correct it, or start the workers") from error
     ips = sorted({str(info[4][0]) for info in infos})
     return [ip for ip in ips if ":" not in ip] or ips
