@@ -1,5 +1,6 @@
 """Decoding workers on this machine, for tests: killed, stopped, and started again on the port that they had.
 
+And batches by way of them, compared with those of the local loader, to the byte.
 Most are forked from a process that has imported the worker's code once, which takes a tenth of a second each;
 `command=True` starts `python -m pipeline.service feed`, as a user does.
 """
@@ -7,17 +8,25 @@ Most are forked from a process that has imported the worker's code once, which t
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pipeline.online import Loader
+from pipeline.online.batch import Batch
+
 ROOT = Path(__file__).parent.parent
 LIFETIME = 900  # seconds
+SEED = 3
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "pipeline.service.worker"])
 
@@ -124,3 +133,33 @@ def _serve(root: str, port: int, token: str | None, options: Any, variables: dic
         with suppress(EOFError, OSError):
             pipe.recv()
         os._exit(0)
+
+
+def without_shards(data: Path, to: Path) -> Path:
+    """Copy data sets but for their shards, as a host has them that only trains: all that comes is of workers."""
+    return Path(shutil.copytree(data, to, ignore=shutil.ignore_patterns("*.tar", "*.idx"), dirs_exist_ok=True))
+
+
+def loader(data: Path, **options: Any) -> Loader:
+    """Return a loader of small batches."""
+    return Loader(data, **{"batch_size": 8, "seed": SEED, "threads": 2} | options)
+
+
+def taken(data: Path, steps: int = 14, **options: Any) -> list[Batch]:
+    """Return the batches of so many steps, of 41 samples two epochs and a bit; fewer where the loader ends."""
+    with loader(data, **options) as batches:
+        return list(islice(batches, steps))
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    """Check the bytes of all that a consumer sees, and how they lie in memory."""
+    assert len(one) == len(other) > 0
+    for local, fed in zip(one, other):
+        for name in ("step", "epoch", "position", "global_size"):
+            assert getattr(local, name) == getattr(fed, name), name
+        assert fed.ids.dtype == local.ids.dtype
+        assert fed.ids.tolist() == local.ids.tolist()
+        for own, theirs in zip((local.labels, *local.replicas), (fed.labels, *fed.replicas), strict=True):
+            assert (theirs.dtype, theirs.shape, theirs.stride()) == (own.dtype, own.shape, own.stride())
+            assert theirs.device == own.device
+            assert torch.equal(theirs, own)
