@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import flight
 
 from conftest import build, one_line
 from pipeline import UserError
@@ -250,3 +252,58 @@ def test_all_workers_start_again(served: Path, alone: Path):
                 worker.restart()
             fed += islice(batches, 8)
     assert_same(taken(served / "dataset", len(fed)), fed)
+
+
+# Answers that are none
+
+
+def spoiled(batch: pa.RecordBatch, how: str) -> pa.RecordBatch:
+    """Return an answer with one thing in it changed."""
+    columns = dict(zip(batch.schema.names, batch.columns))
+    metadata = batch.schema.metadata
+    if how == "fewer":
+        columns = {name: column[1:] for name, column in columns.items()}
+    elif how == "order":
+        columns["id"] = columns["id"][::-1]
+    elif how == "id":
+        columns["id"] = pa.array([10**6] * len(batch))
+    elif how == "label":
+        columns["label"] = pa.array([2**40] * len(batch))
+    elif how == "type":
+        columns["label"] = columns["label"].cast(pa.float64())
+    elif how == "null":
+        columns["label"] = pa.array([None] * len(batch), pa.int64())
+    elif how == "width":
+        columns["view"] = pa.array([bytes(150)] * len(batch), pa.binary(150))
+    elif how == "column":
+        del columns["view"]
+    else:
+        metadata = {b"bad": how.encode()}
+    made = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    return made.replace_schema_metadata(metadata)
+
+
+@pytest.mark.parametrize(
+    "how", ["fewer", "order", "id", "label", "type", "null", "width", "column", "nonsense", '[{"id": -1}]', "[" * 10**5]
+)
+def test_what_is_no_answer_is_not_mixed_in(served: Path, alone: Path, crew: list[Worker], how: str):
+    """A worker in between spoils it: beside another one it is left alone; by itself it is named."""
+
+    class Spoiler(flight.FlightServerBase):
+        def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.GeneratorStream:
+            with flight.FlightClient(f"grpc://{crew[0].address}") as client:
+                batch = client.do_get(ticket).read_chunk().data
+            answer = spoiled(batch, how) if len(batch) else batch
+            return flight.GeneratorStream(answer.schema, iter([answer]))
+
+    with Spoiler("grpc://127.0.0.1:0") as server:
+        address = f"127.0.0.1:{server.port}"
+        fed = taken(alone / "dataset", workers=[address, crew[1].address])
+        assert_same(taken(served / "dataset"), fed)
+        assert not any(address in batch.worker for batch in fed)
+        with (
+            pytest.raises(UserError) as caught,
+            loader(alone / "dataset", workers=[address], patience=1) as batches,
+        ):
+            next(batches)
+        one_line(caught, address)

@@ -249,9 +249,11 @@ def killing(workers: list[Worker]) -> Iterator[None]:
 
     thread = threading.Thread(target=kill)
     thread.start()
-    yield
-    over.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.proof

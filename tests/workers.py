@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 LIFETIME = 900  # seconds
 SEED = 3
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "pipeline.service.worker"])
+FORKS.set_forkserver_preload(["pytest", "pipeline.online", "pipeline.service.worker"])
 
 
 class Worker:
