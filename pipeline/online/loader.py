@@ -77,7 +77,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             raise UserError(f"hardware_share={hardware_share}: must be between 0 and 1")
         if not 0 <= rank < ranks:
             raise UserError(f"rank={rank}: must be between 0 and ranks − 1 = {ranks - 1}")
-        self.manifest = data if isinstance(data, Manifest) else manifest.load(data)
+        self.manifest = data if isinstance(data, Manifest) else manifest.load(data, shards=not workers)
         self.split = split
         shards, samples = self.manifest.split(split).shards, self.manifest.split(split).samples
         if not samples:
