@@ -1,4 +1,4 @@
-"""penstock COMMAND: every tool and every command of the trainer, each imported when it is called."""
+"""penstock COMMAND: every tool, every command of the service and of the trainer, each imported when it is called."""
 
 if __name__ == "__main__":  # before the imports that take long
     from pipeline import process
@@ -15,11 +15,12 @@ TOOLS = {
     "build": "Build the dataset directory DATASET from the raw images in RAW.",
     "verify": "Check every promise of the dataset directory DATASET.",
     "make-raw": "Write a small ILSVRC2012 of drawn pictures into OUT.",
+    "feed": "Decode for trainers on other machines.",
 }
 
 
 def load(name: str) -> click.Command:
-    """Import a command of TOOLS or of the trainer."""
+    """Import a command of TOOLS, of which one is the service's, or of the trainer."""
     if name == "build":
         from tools.build_shards import main as build
 
@@ -32,6 +33,10 @@ def load(name: str) -> click.Command:
         from tools.make_raw import main as make_raw
 
         return make_raw
+    if name == "feed":
+        from pipeline.service.feed import feed
+
+        return feed
     return load_trainer(name)
 
 

@@ -19,6 +19,7 @@ from pipeline import UserError, process
 
 CONNECT = 5.0  # seconds after which an address counts as wrong
 NAMESPACE = "penstock"  # of the actors, whose names are NAME-0, NAME-1 …
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 ANSWER = 5.0  # seconds in which an actor that lives says its address
 PATIENCE = 60.0  # seconds for a process to join a cluster, and for what it is asked there
 IDLE = 600.0  # seconds without a question, after which that process ends

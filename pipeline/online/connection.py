@@ -8,11 +8,10 @@ import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from pipeline import UserError, typed
+from pipeline import UserError, storage, typed
 from pipeline.cli import printable
 from pipeline.online.endpoints import Endpoint
 from pipeline.online.parts import Answer, Request
-from pipeline.volumes import naming
 
 TOKEN_FILE, CA_FILE = "PENSTOCK_FEED_TOKEN_FILE", "PENSTOCK_FEED_CA"  # variables of the environment
 LONGEST = 400  # characters of a worker's message
@@ -51,8 +50,7 @@ def secrets() -> tuple[str | None, bytes | None]:
 def _content(name: str | None) -> bytes | None:
     if not name:
         return None
-    with naming(name):
-        return Path(name).read_bytes()
+    return storage.read_bytes(Path(name))
 
 
 class Connection:

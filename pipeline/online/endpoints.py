@@ -12,12 +12,11 @@ from pipeline import UserError, cluster
 LOCAL = "local"
 PORT = 8815  # of a worker, where its address names none
 FORMS = "write HOST:PORT, grpc://HOST:PORT/DATASET, grpc+tls://HOST:PORT, grpc+unix:///SOCKET, ray://NAME or local"
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 DATA = r"(?:/(?P<data>[^?#\s]*))?"
-HOST = rf"(?P<host>\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|{NAME})"
+HOST = rf"(?P<host>\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|{cluster.NAME})"
 SERVER = re.compile(r"(?:(?P<scheme>grpc|grpc\+tls)://)?" + HOST + r"(?::(?P<port>[0-9]{1,9}))?" + DATA)
 SOCKET = re.compile(r"(?P<scheme>grpc\+unix)://(?P<host>/[^?#\s]+)")
-CREW = re.compile(rf"(?P<scheme>ray)://(?P<host>{NAME}){DATA}")
+CREW = re.compile(rf"(?P<scheme>ray)://(?P<host>{cluster.NAME}){DATA}")
 
 
 class Endpoint(NamedTuple):

@@ -24,8 +24,9 @@ from pipeline.online.samples import DAMAGED, UNDECODABLE, BadSamples, Pictures, 
 from pipeline.typed import Count, Sha256
 
 PROTOCOL = 1  # version of `Request` and of `Answer.to_batch`
-MOST = 1024  # samples of a part
-LONGEST = 2**17  # bytes of a request; MOST ids, owners and known bad samples of 40 bits take less than half of it
+MOST = 256  # samples of a part
+LONGEST = 2**16  # bytes of a request; MOST ids, owners, and KNOWN bad samples, of 40 bits take less
+KNOWN = 2048  # bad samples that a request names
 Number = Annotated[int, Meta(ge=0, le=2**40)]
 Numbers = Annotated[tuple[Number, ...], Meta(max_length=MOST)]
 
@@ -48,7 +49,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: Number = 0
     ids: Numbers = ()
     owners: Numbers | None = None  # the samples whose crop and flip are used
-    bad: Annotated[tuple[Number, ...], Meta(max_length=4 * MOST)] = ()  # ids that are known to be bad
+    bad: Annotated[tuple[Number, ...], Meta(max_length=KNOWN)] = ()  # ids that are known to be bad
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,7 +105,8 @@ class Answer:
 
     @staticmethod
     def from_batch(batch: pa.RecordBatch, n: int, side: int) -> "Answer":
-        """Return the answer that a record batch holds, in its memory. Raises UserError: not n views of that side."""
+        """Return the answer that a record batch holds, in its memory. Raises UserError, ArrowInvalid: not n views."""
+        batch.validate(full=True)
         types = [pa.binary(side * side * 3), pa.int64(), pa.int64()]
         if batch.num_rows != n or batch.schema.types != types or any(column.null_count for column in batch.columns):
             raise UserError(f"answers with {batch.num_rows} rows of {batch.schema.types}, not with {n} of {types}")
@@ -113,18 +115,18 @@ class Answer:
         if not all(text.isdecimal() for text in texts):
             raise UserError("answers with bad samples that are no numbers")
         bad = {int(text): where for text, where in texts.items()}
-        memory = _array(view.buffers()[1], n * side * side * 3)
-        views = memory[view.offset * side * side * 3 :].reshape(n, side, side, 3)
+        size = side * side * 3
+        views = _array(view.buffers()[1])[view.offset * size :][: n * size].reshape(n, side, side, 3)
         return Answer(views, ids.to_numpy().copy(), labels.to_numpy().copy(), bad)
 
 
-def _array(buffer: pa.Buffer | None, size: int) -> np.ndarray:
+def _array(buffer: pa.Buffer | None) -> np.ndarray:
     """Return memory of Arrow, which nobody else uses, as a writable array: torch takes no other without a warning."""
-    if buffer is None or not size:
+    if buffer is None or not buffer.size:
         return np.empty(0, np.uint8)
     memory = (ctypes.c_ubyte * buffer.size).from_address(buffer.address)
     memory.owner = buffer  # so that it lives as long
-    return np.frombuffer(memory, np.uint8)[:size]
+    return np.frombuffer(memory, np.uint8)
 
 
 class Parts:

@@ -28,7 +28,7 @@ LEAST = 2**22  # bytes that an answer counts at least, since it has a thread, to
 TAKEN_WITHIN = 30.0  # seconds from the end of decoding until a client has read an answer
 ASKS_WITHIN = 10.0  # seconds from the beginning of a connection to its first valid request
 SILENT = 3600.0  # seconds without a valid request, after which a client is taken for lost
-LARGEST = 2**24  # bytes that a client may send without a valid request among them
+LARGEST = 2**20  # bytes that a client may send without a valid request among them
 PERIOD = 0.25  # seconds between two looks
 RECEIVED = 128  # offset of tcpi_bytes_received, a u64, in struct tcp_info of Linux's tcp.h
 
@@ -71,8 +71,8 @@ class Held:
 class Outgoing:
     """Bounds the memory of a server's answers, and ends the connections of clients that do not read or ask."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._limit, self._bytes, self._lock = limit, 0, threading.Lock()
+    def __init__(self) -> None:
+        self._bytes, self._lock = 0, threading.Lock()
         self._freed: deque[int] = deque()
         self._sent: deque[tuple[float, str, weakref.ref[Held]]] = deque()  # by time
         self._asked: set[str] = set()  # clients with a valid request since the last look
@@ -82,15 +82,17 @@ class Outgoing:
     def hold(self, context: flight.ServerCallContext, size: int) -> Held:
         """Count an answer of `size` bytes, of a valid request, from now on.
 
-        Raises FlightError, kind busy, where other answers leave too little; the largest one fits when it is alone.
+        Raises FlightError: refused where it is larger than all may be, busy where the others leave too little.
         """
         self._asked.add(_client(context))
+        if size > LIMIT:
+            raise failure("refused", f"the answer would have {size:,} bytes; at most {LIMIT:,}: ask for fewer samples")
         size = max(size, LEAST)
         with self._lock:
             while self._freed:
                 self._bytes -= self._freed.popleft()
-            if self._bytes and self._bytes + size > self._limit:
-                under_way = f"answers under way: {self._bytes:,} bytes, this one: {size:,}, allowed: {self._limit:,}"
+            if self._bytes + size > LIMIT:
+                under_way = f"answers under way: {self._bytes:,} bytes, this one: {size:,}, allowed: {LIMIT:,}"
                 raise failure("busy", f"{under_way}; ask again later, or start more workers")
             self._bytes += size
         return Held(self._freed, size)

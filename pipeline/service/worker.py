@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import flight
 
@@ -21,7 +21,9 @@ from pipeline.online.parts import MOST, Answer, Parts, Request, parse
 from pipeline.online.samples import BadSample, SampleReader
 from pipeline.service.guard import Admission, Outgoing, failure
 
-OPENED = 16  # data sets, their splits, and ways to see them, that stay open
+OPENED = 8  # data sets, their splits, and ways to see them, that stay open
+
+T = TypeVar("T")
 
 
 class Refused(UserError):
@@ -48,6 +50,7 @@ class Worker(AbstractContextManager["Worker"]):
         self._folder, self._cache_bytes = None if cache is None else Path(cache), cache_bytes
         self._threads = len(os.sched_getaffinity(0)) if threads is None else threads
         self._pool = ThreadPoolExecutor(self._threads, "penstock-turbo")
+        self._opening = threading.Lock()  # held while one is opened, which may take long
         self._lock = threading.Lock()  # guards these, each in the order of the last use
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._readers_of: OrderedDict[tuple[str, str], SampleReader] = OrderedDict()
@@ -82,25 +85,27 @@ class Worker(AbstractContextManager["Worker"]):
     def _parts_of(self, request: Request) -> Parts:
         way = request.recipe, request.views, request.positions, request.view, request.seed
         key = (request.data, request.identity, request.split, *way)
-        with self._lock:
-            if key not in self._parts:
+        if parts := self._known(self._parts, key):
+            return parts
+        with self._opening:
+            if not (parts := self._known(self._parts, key)):
                 data = self._manifest(request)
                 with refusing():
                     if not data.split(request.split).samples:
                         raise UserError(f"{request.data}: the split {request.split!r} is empty")
                     recipe = recipe_of(data, request.recipe, request.seed, request.options)
                 reader = self._reader(data, request.split)
-                self._parts[key] = Parts(data, request.split, recipe, reader, self._decoder)
-            return _used(self._parts, key)
+                parts = self._keep(self._parts, key, Parts(data, request.split, recipe, reader, self._decoder))
+            return parts
 
     def _decoder(self, recipe: Transform) -> turbo.Decoder:
         return turbo.Decoder(recipe, False, MOST, self._threads, self._pool)
 
     def _manifest(self, request: Request) -> Manifest:
         name = request.data
-        if name not in self._manifests or self._manifests[name].identity != request.identity:  # perhaps built anew
-            self._manifests[name] = manifest.load(self._below(name))
-        own = _used(self._manifests, name)
+        own = self._known(self._manifests, name)
+        if own is None or own.identity != request.identity:  # perhaps it has been built anew
+            own = self._keep(self._manifests, name, manifest.load(self._below(name)))
         if own.identity != request.identity:
             theirs = f"yours has the identity {request.identity[:12]}, this worker's {own.identity[:12]}"
             raise Refused(f"{name}: another data set of that name: {theirs}; copy it, or name another")
@@ -108,19 +113,24 @@ class Worker(AbstractContextManager["Worker"]):
 
     def _below(self, name: str) -> storage.Location:
         """Return the folder of a data set. Raises Refused: it is not below the root."""
+        nowhere = f"{name!r:.120}: names no data set below this worker's folder"
         folder = self._root / name
         inside = not name.startswith("/") and name.isprintable() and {"", ".", ".."}.isdisjoint(name.split("/"))
-        if inside and isinstance(folder, Path) and not folder.resolve().is_relative_to(self._root.resolve()):
-            inside = False  # a link leads out
-        if not inside:
-            raise Refused(f"{name!r:.120}: names no data set below this worker's folder")
-        if not storage.is_file(folder / manifest.FILE_NAME):
-            raise Refused(f"{name}: no such data set below this worker's folder")
+        try:
+            if inside and isinstance(folder, Path) and not folder.resolve().is_relative_to(self._root.resolve()):
+                inside = False  # a link leads out
+            if not inside:
+                raise Refused(nowhere)
+            if not storage.is_file(folder / manifest.FILE_NAME):
+                raise Refused(f"{name}: no such data set below this worker's folder")
+        except OSError as error:  # too long a name, a link to itself
+            raise Refused(nowhere) from error
         return folder
 
     def _reader(self, data: Manifest, split: str) -> SampleReader:
         key = data.identity, split
-        if key not in self._readers_of:
+        reader = self._known(self._readers_of, key)
+        if reader is None:
             lease = None
             if storage.is_remote(data.root):
                 assert self._folder
@@ -129,16 +139,24 @@ class Worker(AbstractContextManager["Worker"]):
                 if sum(shard.bytes for shard in data.split(split).shards) <= self._cache_bytes:
                     cache.ahead(shards)  # all of them, since any may be asked for next
                 lease = cache.lease
-            self._readers_of[key] = SampleReader(data, split, lease, self._readers)
-        return _used(self._readers_of, key)
+            reader = self._keep(self._readers_of, key, SampleReader(data, split, lease, self._readers))
+        return reader
 
+    def _known(self, table: "OrderedDict[Any, T]", key: Any) -> T | None:
+        """Return an entry, which counts as used last."""
+        with self._lock:
+            if key in table:
+                table.move_to_end(key)
+            return table.get(key)
 
-def _used(table: "OrderedDict[Any, Any]", key: Any) -> Any:
-    """Return an entry, which counts as used last; drop the one that has not been used for the longest time."""
-    table.move_to_end(key)
-    if len(table) > OPENED:
-        table.popitem(last=False)
-    return table[key]
+    def _keep(self, table: "OrderedDict[Any, T]", key: Any, value: T) -> T:
+        """Add an entry; drop the one that has not been used for the longest time."""
+        with self._lock:
+            table[key] = value
+            table.move_to_end(key)
+            if len(table) > OPENED:
+                table.popitem(last=False)
+            return value
 
 
 @contextmanager
@@ -184,8 +202,8 @@ class Server(flight.FlightServerBase):
 
     def shutdown(self) -> None:
         """End the calls under way, and serve no more."""
-        self._outgoing.close()
         super().shutdown()
+        self._outgoing.close()  # until now it ended connections of who does not read
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
