@@ -14,6 +14,8 @@ from pipeline.online.endpoints import Endpoint
 from pipeline.online.parts import Answer, Request
 
 TOKEN_FILE, CA_FILE = "PENSTOCK_FEED_TOKEN_FILE", "PENSTOCK_FEED_CA"  # variables of the environment
+# a connection of its own, which a new client makes anew; to a worker goes nothing by way of a proxy
+CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 LONGEST = 400  # characters of a worker's message
 
 
@@ -85,10 +87,7 @@ class Connection:
         if client is None:
             tls = self._endpoint.uri.startswith("grpc+tls")
             secure = {"tls_root_certs": self._ca, "override_hostname": self._endpoint.host} if tls else {}
-            # a connection of its own, which a new client makes anew
-            client = flight.FlightClient(
-                self._endpoint.uri, generic_options=[("grpc.use_local_subchannel_pool", 1)], **secure
-            )
+            client = flight.FlightClient(self._endpoint.uri, generic_options=CHANNEL, **secure)
             self._client = client
         return client
 
@@ -106,7 +105,7 @@ def _failure(error: BaseException) -> Failure:
             pass  # another program's
     if isinstance(error, flight.FlightTimedOutError):
         return Failure("unreachable", "no answer in time")
-    text = " ".join(str(error).split()).partition(" gRPC client debug context")[0]
-    reason = re.sub(r"^.*?with message: |^.*last error: UNKNOWN: ", "", re.sub(r"\. Detail:.*", "", text))
+    text = re.sub(r"(\. Detail:| gRPC client debug context).*", "", " ".join(str(error).split()))
+    reason = re.sub(r"^.*(with message: |last error: |(ipv4|ipv6|unix):\S+: )", "", text)
     kind = "unreachable" if isinstance(error, flight.FlightUnavailableError | OSError) else "wrong"
     return Failure(kind, reason.strip(" .") or type(error).__name__)

@@ -170,7 +170,7 @@ class PartQueue:
     def _reasons(self) -> str:
         """Return each worker and its last failure."""
         reasons = dict(self.unknown)
-        for source in [*self.workers.values(), *filter(None, [self.local])]:
+        for source in [*self.workers.values(), *([self.local] if self.local and self.local.reason else [])]:
             silent = "no answer yet" if source.asked else "not asked"
             reasons[source.name] = source.reason or silent
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no address names one"
@@ -208,6 +208,8 @@ class PartQueue:
         return time.monotonic() - self._deadline()
 
     def _answered(self, source: Source, piece: Part, answer: Answer) -> None:
+        if source.failures:
+            _log.warning("%s: answers again", source.name)
         source.failures, source.resumes, source.reason, source.refused = 0, 0.0, "", False
         self._alone = self._alone and source.fallback
         if piece.outcome is not None:
