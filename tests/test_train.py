@@ -113,7 +113,9 @@ def test_a_run_whose_workers_are_gone_is_saved_and_goes_on_here(
     assert 2 <= saved.step < 6
     assert saved.recipe.data.workers == (worker.address,)
     assert result.exit_code == 2
-    *_, line = result.stderr.splitlines()
+    page, line = result.stderr.splitlines()[-2:]
+    later = f"draw it by: python -m trainer figures {run} --data {bare}"
+    assert page == f"no page: {bare}: not all shards are here, whose pictures it shows; {later}"
     assert line.startswith(f"Error: no decoding worker has answered for 1 s: {worker.address}: ")
     remedy = "go on by --resume, with --feed for other workers, or --set 'data.workers=[]' for none"
     assert line.endswith(f"; the run is saved after step {saved.step}: {remedy}")
