@@ -171,6 +171,22 @@ def test_load(dataset: Path, tmp_path: Path):
 
 
 @pytest.mark.proof
+def test_feed(dataset: Path, tmp_path: Path):
+    names = ("local", "tcp-1", "unix-2", "growth-2", "tf-data")
+    file, only = tmp_path / "feed.json", [word for name in names for word in ("--only", name)]
+    options = ("--batch", 8, "--batches", 5, "--repetitions", 1, "--sleep", 10_000)
+    bench("feed", dataset, *options, "--json", file, *only)
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows.pop("tf-data")["failed"] == "not installed; python tools/bench peers tensorflow"
+    runs = {name: run for name, row in rows.items() for run in row.get("runs", ())}
+    assert tuple(runs) == names[:-1]
+    assert [run["images"] for run in runs.values()] == [40, 40, 40, 80]
+    assert {run["gives"] for run in runs.values()} == {"uint8, 3 × 224 × 224"}
+    assert all(run["workers_views"] and run["workers_cpu"] > 0 for name, run in runs.items() if name != "local")
+    assert runs["growth-2"]["seconds"] > 2 * 8 * 0.01  # asleep, for two parts in a row at least
+
+
+@pytest.mark.proof
 def test_first_batch(tmp_path: Path):
     file = tmp_path / "first.json"
     out = bench("first-batch", "--samples", 2000, "--shards", 5, "--repetitions", 2, "--batch", 8, "--json", file)

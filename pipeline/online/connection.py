@@ -28,7 +28,7 @@ class Failure(Exception):
 
 
 class _Detail(msgspec.Struct):
-    """What a worker of ours adds to an error."""
+    """The addition of a worker of ours to an error."""
 
     kind: str
     message: str

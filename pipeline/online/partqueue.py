@@ -227,7 +227,7 @@ class PartQueue:
 
     def leave_alone(self, source: Source, failure: Failure) -> None:
         """Ask the source again after a pause, which grows."""
-        if not source.failures:
+        if not (source.failures or self._closed):
             _log.warning("%s: %s; its parts are asked of others", source.name, failure.reason)
         now = time.monotonic()
         source.reason, source.refused = failure.reason, failure.kind == "refused"

@@ -36,6 +36,7 @@ ENVIRONMENTS = {
     "ffcv": ("ffcv==1.0.2", TORCH, "opencv-python==5.0.0.93", PILLOW, "numba==0.68.1", NUMPY),
     "grain": ("grain==0.2.18", "simplejpeg==1.9.0", NUMPY),
     "opencv": ("opencv-python-headless==5.0.0.93", NUMPY),
+    "tensorflow": ("tensorflow-cpu==2.21.0", NUMPY),
 }
 ADVICE = "ffcv is compiled: apt-get install libopencv-dev libturbojpeg0-dev pkg-config build-essential"
 Figures = dict[str, Any]

@@ -7,7 +7,7 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle, islice
@@ -51,18 +51,22 @@ def mean_colour(job: Job) -> list[float]:
     return colour
 
 
-def take(job: Job, batches: Iterator[Any], *packages: str) -> Figures:
-    """Take batches (anything with `shape` and `dtype`) as fast as they come; return the figures after the warm-up."""
+def take(job: Job, batches: Iterator[Any], *packages: str, count: Callable[[], dict[str, float]] = dict) -> Figures:
+    """Take batches (anything with `shape` and `dtype`) as fast as they come; return the figures after the warm-up.
+
+    `count` returns other figures so far, of which the result has the increase from the warm-up to the end.
+    """
     images, shapes = 0, set()
     for _ in islice(batches, warm_up(job)):
         pass
-    began = time.monotonic()
+    before, began = count(), time.monotonic()
     for batch in islice(batches, job.batches):
         images += batch.shape[0]
         shapes.add((*map(int, batch.shape[1:]), str(batch.dtype).removeprefix("torch.")))
-    ended = time.monotonic()
+    ended, after = time.monotonic(), count()
     ((*shape, dtype),) = shapes  # batches of different shapes or types are an error
-    return measured(images, began, ended, *packages, gives=f"{dtype}, {' × '.join(map(str, shape))}")
+    more = {name: after[name] - before[name] for name in after}
+    return measured(images, began, ended, *packages, gives=f"{dtype}, {' × '.join(map(str, shape))}", **more)
 
 
 def penstock(job: Job) -> Figures:
