@@ -58,8 +58,8 @@ class Shared:
 class Decoder:
     """Batches in, views out, in the same order: uint8 (n, h, w, 3), RGB; or normalised, (n, 3, h, w) float32.
 
-    `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch, for
-    which memory is taken at once; 0: as much as each needs.
+    `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch,
+    for which memory is taken at once; 0: as much as each needs.
     """
 
     under_way = 2  # batches that it has at a time: the threads never wait for the next
