@@ -131,6 +131,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
     """Interrupt a moment later, where a destructor or the import of a Cython module has swallowed Interruption."""
+    if "due to race condition" in str(unraisable.exc_value):  # a second signal, whose handler has just been taken away
+        return None
     if not isinstance(unraisable.exc_value, Interruption):
         return sys.__unraisablehook__(unraisable)
     number = unraisable.exc_value.number

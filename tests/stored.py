@@ -98,3 +98,18 @@ def damage(root: Path, *samples: int, split: str = "train") -> None:
         content = bytearray(shard.read_bytes())
         content[int(record["offset"]) + int(record["size"]) // 2] ^= 255
         shard.write_bytes(content)
+
+
+def forge(root: Path, *samples: int) -> None:
+    """Put bytes that do not decode in place of some training samples, with hashes, sizes and CRC-32 to fit."""
+    records = manifest.load(root).samples("train")
+    for shard in sorted({int(records["shard"][sample]) for sample in samples}):
+        members = members_of(root, ALL[shard])
+        first = int(np.flatnonzero(records["shard"] == shard)[0])
+        jpegs = [i for i, (name, _) in enumerate(members) if name.endswith(".jpg")]
+        for sample in samples:
+            if records["shard"][sample] == shard:
+                at = jpegs[sample - first]
+                members[at] = (members[at][0], members[at][1][:300] + b"no JPEG" * 99)
+        rewrite(root, members, ALL[shard])
+    remake(root)

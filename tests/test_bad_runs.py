@@ -226,6 +226,14 @@ def test_options_of_a_new_run(run: Path, dataset: Path, tmp_path: Path):
     narrow = [f"model.layers.{name}.width=6" for name in WIDTHS]
     one_line(train(dataset, new, 1, *narrow, more=(*init, "conv1")), "--init-layers conv1", "shape", "fit are none")
     one_line(train(dataset, new, 1, *narrow, more=("--init", run)), "no layer of that network has the name and shape")
+    workers = "data.workers = ['feed', '']: must be a list of at most 256, each a text of 1 to 200 characters"
+    for feed, words in (
+        (("--feed", ""), "--feed is empty (an unset shell variable?)"),
+        (("--feed", "feed, "), f"--feed: {workers}"),
+        (("--set", 'data.workers=["feed", ""]'), f'--set data.workers=["feed", ""]: {workers}'),
+        (("--feed", "feed:8815,http://feed"), "'http://feed': no address of a worker; write HOST:PORT, "),
+    ):
+        one_line(train(dataset, new, 1, more=feed), words)
     assert not new.exists()
 
 

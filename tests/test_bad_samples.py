@@ -24,7 +24,7 @@ from pipeline.manifest import DatasetError
 from pipeline.online import Loader, samples
 from pipeline.online.samples import SampleReader
 from runs import Runs, assert_same_end, options, resumed, shared_runs, train, trainer  # noqa: F401 – a fixture
-from stored import ALL, damage, members_of, remake, rewrite
+from stored import damage, forge
 from trainer import checkpoint as checkpoints
 from trainer.evaluate import top_k_errors
 from trainer.metrics import read
@@ -37,21 +37,6 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
     root = tmp_path / "copy"
     shutil.copytree(dataset, root)
     return root
-
-
-def forge(root: Path, *samples: int) -> None:
-    """Put bytes that do not decode in place of some training samples, with hashes, sizes and CRC-32 to fit."""
-    records = manifest.load(root).samples("train")
-    for shard in sorted({int(records["shard"][sample]) for sample in samples}):
-        members = members_of(root, ALL[shard])
-        first = int(np.flatnonzero(records["shard"] == shard)[0])
-        jpegs = [i for i, (name, _) in enumerate(members) if name.endswith(".jpg")]
-        for sample in samples:
-            if records["shard"][sample] == shard:
-                at = jpegs[sample - first]
-                members[at] = (members[at][0], members[at][1][:300] + b"no JPEG" * 99)
-        rewrite(root, members, ALL[shard])
-    remake(root)
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])

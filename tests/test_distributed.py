@@ -24,6 +24,7 @@ from stored import damage
 from trainer import checkpoint as checkpoints
 from trainer.metrics import read
 from trainer.recipe import flat
+from workers import started, without_shards
 
 pytestmark = pytest.mark.proof  # processes of torchrun
 
@@ -298,6 +299,23 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(dataset: Path, tmp_pa
     result = runs.resume(dataset, run, f"train.steps={saved + 2}")
     assert result.exit_code == 0, result.output
     assert checkpoints.load(run).step == saved + 2
+
+
+def test_processes_that_have_no_worker_any_more_end_together(dataset: Path, tmp_path: Path):
+    """Their patience with workers is over before that with each other."""
+    bare, run = without_shards(dataset, tmp_path / dataset.name), tmp_path / "run"
+    with started(dataset.parent) as (worker,):
+        words = [*training(bare, run, steps=10**6), "--feed", worker.address, "--patience", "4"]
+        processes = launched(2, words)
+        until(lambda: len(checkpoints.files(run)) > 1, processes[0])
+        worker.kill()
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    line = errors[0].splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert worker.address in line
+    saved = f"; the run is saved after step {checkpoints.load(run).step}: {ON}, with --feed for other workers, or --set"
+    assert line.endswith(f"{saved} 'data.workers=[]' for none")
 
 
 @pytest.mark.slow

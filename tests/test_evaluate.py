@@ -38,9 +38,12 @@ from reference import png
 from runs import one_line, trainer
 from stored import damage, evaluation_plan, remake
 from tars import tree
+from trainer import checkpoint as checkpoints
 from trainer import probabilities
+from trainer import recipe as recipes
 from trainer.evaluate import VIEWS, Tally, top_k_errors
 from trainer.probabilities import Origin
+from workers import started, without_shards
 
 WRITTEN = shutil.ignore_patterns("evaluation.json")
 LABELS = np.repeat(range(7), VAL)
@@ -122,6 +125,19 @@ def test_probabilities_of_every_image_once(made: Made, tmp_path: Path, views: st
     loaded = probabilities.load(file)
     assert loaded.labels.tolist() == LABELS.tolist()
     assert loaded.origin == Origin(result["dataset"], "val", last, (f"{made.run}, step {STEP}",), CLASSES)
+
+
+def test_workers_change_no_digit(own: Made, tmp_path: Path):
+    """Those of --feed, on a host without shards; those that the run had are not asked."""
+    local, saved = evaluate(own), checkpoints.load(own.run)
+    recipe = recipes.override(saved.recipe, ["data.workers=['127.0.0.1:9']"])
+    checkpoints.save(own.run, replace(saved, recipe=recipe))
+    assert evaluate(own) == local
+    bare = without_shards(own.data, tmp_path / own.data.name)
+    with started(own.data.parent) as (worker,):
+        assert evaluate(replace(own, data=bare), "--feed", worker.address) == local
+    result = trainer("evaluate", *replace(own, data=bare).options)
+    one_line(result, "missing, or not a regular file, the manifest promises", "--repair RAW")
 
 
 def test_a_failure_half_way_leaves_the_old_files(own: Made, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from trainer.dropout import masks
 from trainer.metrics import read
 from trainer.model import Grouped, initial_weights
 from trainer.train import train_step
+from workers import started, without_shards
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,39 @@ def test_a_resumed_run_ends_with_the_same_bytes(dataset: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert checkpoints.load(tmp_path / "whole").recipe == checkpoints.load(tmp_path / "parts").recipe
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_whose_workers_are_gone_is_saved_and_goes_on_here(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without shards until then; it ends with the bytes of a run that had no workers."""
+    bare, run = without_shards(dataset, tmp_path / dataset.name), tmp_path / "run"
+    assert train(dataset, tmp_path / "whole", 6).exit_code == 0
+    with started(dataset.parent) as (worker,):
+
+        def killing(*arguments: Any) -> torch.Tensor:
+            if arguments[2].step == 1:
+                worker.kill()
+            return train_step(*arguments)
+
+        monkeypatch.setattr("trainer.train.train_step", killing)
+        result = train(bare, run, 6, more=("--feed", worker.address, "--patience", "1"))
+    saved = checkpoints.load(run)
+    assert 2 <= saved.step < 6
+    assert saved.recipe.data.workers == (worker.address,)
+    assert result.exit_code == 2
+    page, line = result.stderr.splitlines()[-2:]
+    later = f"draw it by: python -m trainer figures {run} --data {bare}"
+    assert page == f"no page: {bare}: not all shards are here, whose pictures it shows; {later}"
+    assert line.startswith(f"Error: no decoding worker has answered for 1 s: {worker.address}: ")
+    remedy = "go on by --resume, with --feed for other workers, or --set 'data.workers=[]' for none"
+    assert line.endswith(f"; the run is saved after step {saved.step}: {remedy}")
+    one_line(resume(bare, run, "data.workers=[]"), f"{bare}/", "missing, or not a regular file", "--repair RAW")
+    result = resume(dataset, run, "data.workers=[]")
+    assert f"\nfrom step {saved.step}: data.workers ('{worker.address}',) → ()\n" in result.output
+    history = json.loads((run / "history.json").read_text())
+    assert [entry["changed"] for entry in history] == [{}, {"data.workers": [[worker.address], []]}]
+    assert_same_end(tmp_path / "whole", run)
 
 
 def test_doubtful_data_is_warned_of_on_stderr_and_trained_on(dataset: Path, tmp_path: Path):

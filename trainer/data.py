@@ -67,8 +67,12 @@ def training(
     devices: Sequence[torch.device] = CPU,
     world: World = SINGLE,
     batch_size: int | None = None,
+    workers: Sequence[str] = (),
 ) -> Loader:
-    """Return the loader of one rank's part of the training split. Raises UserError as `require_pictures`."""
+    """Return the loader of one rank's part of the training split. Raises UserError as `require_pictures`.
+
+    `workers`: that decode; those of the recipe are meant for the run alone.
+    """
     return _loader(
         dataset,
         recipe,
@@ -83,6 +87,7 @@ def training(
         lighting_until=math.ceil(recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs),
         positions=recipe.data.positions,
         crop_chunk=recipe.data.crop_chunk,
+        workers=workers,
     )
 
 
@@ -95,13 +100,15 @@ def evaluation(
     batch_size: int | None = None,
     world: World = SINGLE,
     max_bad: int = 0,
+    workers: Sequence[str] = (),
 ) -> Loader:
     """Return the loader of every image of a split once: the "centre" view, "ten" or "nine". Raises as `training`.
 
     `batch_size`: images that all ranks take together; `max_bad`: so many may fail in this one, and have no label then.
     """
     size = batch_size or BATCH_SIZE[views] * world.size
-    return _loader(dataset, recipe, split, devices, world, batch_size=size, views=views, max_bad=max_bad)
+    options: dict[str, Any] = {"batch_size": size, "views": views, "max_bad": max_bad, "workers": workers}
+    return _loader(dataset, recipe, split, devices, world, **options)
 
 
 def _loader(
@@ -111,4 +118,6 @@ def _loader(
     threads = max(1, len(os.sched_getaffinity(0)) // local_rank()[1])  # this process's share of the machine's cores
     options |= {"view": recipe.model.size, "mean": recipe.data.mean, "device": tuple(devices), "threads": threads}
     options |= {"readers": recipe.data.readers, "depth": recipe.data.depth}
+    # Other ranks wait in a collective meanwhile, which ends with an error after all of the patience.
+    options["patience"] = world.patience / min(world.size, 2)
     return Loader(dataset, split, rank=world.rank, ranks=world.size, **options)

@@ -36,7 +36,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    patience: float = PATIENCE  # seconds
+    patience: float = PATIENCE  # seconds: for another process, and for decoding workers
 
     @property
     def is_main(self) -> bool:
@@ -138,7 +138,7 @@ def join(patience: float = PATIENCE) -> Iterator[World]:
     """Join the processes that torchrun started until the context ends: by gloo, and between GPUs by NCCL.
 
     Args:
-        patience: seconds that a collective may wait for another process.
+        patience: seconds that a collective may wait for another process, and a loader for decoding workers.
     Raises:
         UserError: they do not find each other.
     """
@@ -146,7 +146,7 @@ def join(patience: float = PATIENCE) -> Iterator[World]:
     if not size.isdecimal():
         raise UserError(f"WORLD_SIZE={size}: not a number of processes; start them with torchrun, or unset WORLD_SIZE")
     if int(size) == 1:
-        yield SINGLE
+        yield World(patience=patience)
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:

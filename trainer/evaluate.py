@@ -24,7 +24,7 @@ from trainer.data import STALLED, evaluation
 from trainer.devices import choose_devices
 from trainer.distributed import SINGLE, World, join
 from trainer.nonfinite import require_finite_outputs
-from trainer.options import CHECKPOINT, DATA, DEVICES, JSON, PATH, require_npz, require_writable
+from trainer.options import CHECKPOINT, DATA, DEVICES, FEED, JSON, PATH, require_npz, require_writable
 from trainer.parallel import TwoColumnNet
 from trainer.probabilities import Origin, Probabilities
 
@@ -184,6 +184,7 @@ def view_probabilities(network: TwoColumnNet, images: Tensor | Sequence[Tensor])
 @click.option("--per-class", is_flag=True, help="Show the errors of each class.")
 @click.option("--save-probabilities", "saved", type=PATH, metavar="OUT.npz", help="Write every image's.")
 @JSON
+@FEED
 @DEVICES
 def evaluate(
     data: Path,
@@ -196,6 +197,7 @@ def evaluate(
     per_class: bool,
     saved: Path | None,
     as_json: bool,
+    workers: tuple[str, ...],
     devices: str | None,
 ) -> None:
     """Compute top-1 and top-5 error over every image of a split, for the centre view and the ten views.
@@ -208,7 +210,8 @@ def evaluate(
     with ExitStack() as stack:
         world = stack.enter_context(join())
         with world.raise_together():
-            names, dataset, checkpoint = _parse_views(views), manifest.load(data), checkpoints.load(run)
+            names, dataset = _parse_views(views), manifest.load(data, shards=not workers)
+            checkpoint = checkpoints.load(run)
             samples = dataset.split(split).samples
             if samples == 0:
                 raise DatasetError(f"{data}: the split {split!r} is empty; there is nothing to evaluate")
@@ -232,7 +235,7 @@ def evaluate(
         tallies, done = {name: Tally(network.classes) for name in names}, 0
         progress = stack.enter_context(progress_bars()) if world.is_main else None
         loader = stack.enter_context(
-            evaluation(dataset, checkpoint.recipe, split, names[-1], network.devices, batch_size, world)
+            evaluation(dataset, checkpoint.recipe, split, names[-1], network.devices, batch_size, world, 0, workers)
         )
         began = time.perf_counter()
         for labels, by_views in predictions(network, loader, names, world, among=among):

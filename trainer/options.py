@@ -33,6 +33,13 @@ DEVICES = click.option(
     "--devices",
     help="One device per column, such as cuda:0,cuda:1.  [default: two GPUs, or one twice, or cpu,cpu]",
 )
+FEED = click.option(
+    "--feed",
+    "workers",
+    metavar="HOST:PORT,...",
+    callback=lambda ctx, param, text: tuple(name.strip() for name in text.split(",")) if text else (),
+    help="Let these workers decode, of `penstock feed` (docs/service.md).",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON, for programs, instead of text for people.")
 
 

@@ -13,6 +13,7 @@ from pipeline import UserError
 from pipeline.files import ASIDE, content, locked, sweep, write_bytes_aside
 from pipeline.manifest import Manifest
 from pipeline.online import Loader
+from pipeline.online.endpoints import parse
 from trainer import checkpoint as checkpoints
 from trainer.checkpoint import Checkpoint, CheckpointWriter
 from trainer.layers import multiply_adds, parameter_count
@@ -101,7 +102,11 @@ def require_fresh(run: Path, data: Path) -> None:
 
 
 def require_trainable(dataset: Manifest, recipe: Recipe, validated: bool) -> None:
-    """Raise UserError if the recipe cannot train on the data set. `validated`: this has labelled validation images."""
+    """Raise UserError if the recipe cannot train on the data set, or an address of a worker is none.
+
+    `validated`: the data set has labelled validation images.
+    """
+    parse(recipe.data.workers)
     classes = len(dataset.classes)
     if recipe.model.classes not in (0, classes):
         raise UserError(

@@ -27,7 +27,7 @@ from trainer.figures import draw_page
 from trainer.metrics import LogInterval
 from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
-from trainer.options import DATA, DEVICES, PATH
+from trainer.options import DATA, DEVICES, FEED, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.stop import BadData, Stopped, StopRequest, ended_by_data, remedies
 from trainer.validation import error_rates, judge
@@ -94,7 +94,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 
     # ---------------- Data. What can be refused is refused here, before anything is written. ----------------
     with world.raise_together():
-        dataset = manifest.load(settings.data)
+        dataset = manifest.load(settings.data, shards=not recipe.data.workers)
         classes = tuple(record.wnid for record in dataset.classes)
         steps = loaders.steps_of(dataset, recipe)
         validated = "val" in dataset.splits and dataset.split("val").samples > 0 and labelled(dataset, "val")
@@ -132,7 +132,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         start = runs.history_entry(settings, dataset, world.size, taken)
         history = (*(resumed.history if resumed else ()), start)
         with world.raise_together():
-            loader = stack.enter_context(loaders.training(dataset, recipe, devices, world))
+            options = dataset, recipe, devices, world, None, recipe.data.workers
+            loader = stack.enter_context(loaders.training(*options))
             if resumed:
                 runs.set_loader(settings, resumed, loader)
             writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
@@ -262,8 +263,13 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as train.steps=4; may be repeated."
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its recipe.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest checkpoint in --out, with its recipe; without its workers by --set 'data.workers=[]'.",
+)
 @click.option("--other-data", is_flag=True, help="Resume on other data of the same classes, too.")
+@FEED
 @click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
@@ -273,7 +279,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
     type=click.IntRange(1, 10**6),
     default=PATIENCE,
     show_default=True,
-    help="Seconds that a process of torchrun waits for another before it holds it for gone.",
+    help="Seconds that a process of torchrun waits for another, and a run for a worker of --feed.",
 )
 def train(
     data: Path,
@@ -282,6 +288,7 @@ def train(
     overrides: tuple[str, ...],
     resume: bool,
     other_data: bool,
+    workers: tuple[str, ...],
     init: Path | None,
     init_layers: str | None,
     devices: str | None,
@@ -309,6 +316,8 @@ def train(
         with world.raise_together():
             base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
             chosen = recipes.override(base, overrides)
+            if workers:
+                chosen = recipes.from_dict({"data": {"workers": list(workers)}}, chosen, "--feed")
             own_devices = choose_devices(devices, chosen.model.columns)
             if init_layers is not None and not layers:
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")

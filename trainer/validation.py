@@ -35,8 +35,10 @@ def error_rates(
     error: UserError | OSError | None = None
     with ExitStack() as stack:
         with ended_by_data(step, recipe), world.raise_together():
-            devices, allowed = network.devices, recipe.data.max_bad
-            loader = stack.enter_context(evaluation(dataset, recipe, SPLIT, VIEWS, devices, None, world, allowed))
+            bad, workers = recipe.data.max_bad, recipe.data.workers
+            loader = stack.enter_context(
+                evaluation(dataset, recipe, SPLIT, VIEWS, network.devices, None, world, bad, workers)
+            )
         batches = predictions(network, loader, [VIEWS], world, gather=False)
         for _ in range(len(loader)):
             try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -207,11 +207,12 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
         options = {"positions": "code", "view": self.recipe.view} | self.recipe.described()
         known: dict[str, Any] = {key: options[key] for key in ("recipe", "views", "positions", "view")}
-        name = PurePosixPath(str(self.manifest.root)).name or "."
+        root = self.manifest.root
+        name = root.name if storage.is_remote(root) else os.path.basename(os.path.abspath(root))
         template = parts.Request(
             protocol=parts.PROTOCOL,
             codec=turbo.fingerprint(),
-            data=name,
+            data=name or ".",
             identity=self.manifest.identity,
             split=self.split,
             seed=self.order.seed,

@@ -6,10 +6,11 @@ from base64 import b85decode
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
+from math import prod
 
 import numpy as np
 import simplejpeg
@@ -46,28 +47,40 @@ class Job:
     failed: list[int] = field(default_factory=list)  # positions of what does not decode
 
 
+class Shared:
+    """Threads, and memory of views that nobody uses any more: of one decoder, or of several."""
+
+    def __init__(self, threads: int, kept: int = KEPT) -> None:
+        self.pool = ThreadPoolExecutor(threads, "penstock-turbo")
+        self.free: deque[np.ndarray] = deque(maxlen=kept)
+
+
 class Decoder:
     """Batches in, views out, in the same order: uint8 (n, h, w, 3), RGB; or normalised, (n, 3, h, w) float32.
 
-    `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch.
+    `threads` decode a picture each, and sleep where there is nothing to do. `most` is the size of the largest batch,
+    for which memory is taken at once; 0: as much as each needs.
     """
 
     under_way = 2  # batches that it has at a time: the threads never wait for the next
 
     def __init__(
-        self, recipe: Transform, normalised: bool, most: int, threads: int, pool: ThreadPoolExecutor | None = None
+        self, recipe: Transform, normalised: bool, most: int, threads: int, shared: Shared | None = None
     ) -> None:
-        """`pool`: `threads` threads that other decoders use, too."""
+        """`shared`: what other decoders use, too."""
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
-        self._shape = (most, 3, side, side) if normalised else (most, side, side, 3)
+        self._shape, self._dtype = (
+            (3, side, side) if normalised else (side, side, 3),
+            (np.uint8, np.float32)[normalised],
+        )
+        self._least = most * side * side * 3 * np.dtype(self._dtype).itemsize
         self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
         self._scratch = _Scratch(side)
-        self._free: deque[np.ndarray] = deque(maxlen=KEPT)
         self._jobs: deque[Job] = deque()
         self._stopped = False
-        self._pool = pool or ThreadPoolExecutor(threads, "penstock-turbo")
-        self._shared = pool is not None
+        self._shared = shared or Shared(threads)
+        self._is_shared = shared is not None
 
     def submit(self, batch: Batch) -> None:
         """Begin to decode a batch; it may be empty."""
@@ -118,23 +131,26 @@ class Decoder:
     def close(self) -> None:
         """End the threads and free the memory."""
         self.stop()
-        if not self._shared:
-            self._pool.shutdown()
+        if not self._is_shared:
+            self._shared.pool.shutdown()
         self._jobs.clear()
 
     def _array(self, n: int) -> np.ndarray:
         """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
-        try:
-            array = self._free.pop()
-        except IndexError:
-            array = np.empty(self._shape, (np.uint8, np.float32)[self._normalised])
-        views = array[:n]
-        weakref.finalize(views, self._free.append, array)  # the tensor made of `views` keeps them
+        shape, free = (n, *self._shape), self._shared.free
+        size = prod(shape) * np.dtype(self._dtype).itemsize
+        memory = None
+        with suppress(IndexError):  # another thread may have taken the last
+            memory = free.pop()
+        if memory is None or memory.nbytes < size:
+            memory = np.empty(max(size, self._least), np.uint8)
+        views = memory[:size].view(self._dtype).reshape(shape)
+        weakref.finalize(views, free.append, memory)  # the tensor made of `views` keeps them
         return views
 
     def _start(self, job: Job, positions: Iterable[int]) -> None:
         shared = iter(list(positions))  # each thread takes the next of them, which is atomic
-        job.tasks = [self._pool.submit(self._work, job, shared) for _ in range(self._threads)]
+        job.tasks = [self._shared.pool.submit(self._work, job, shared) for _ in range(self._threads)]
 
     def _work(self, job: Job, positions: Iterator[int]) -> None:
         for i in positions:

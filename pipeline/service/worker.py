@@ -4,7 +4,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +16,12 @@ from pipeline.online import turbo
 from pipeline.online.batch import Transform
 from pipeline.online.cache import ShardCache
 from pipeline.online.loader import recipe_of
-from pipeline.online.parts import MOST, Answer, Parts, Request, parse
+from pipeline.online.parts import Answer, Parts, Request, parse
 from pipeline.online.samples import BadSample, SampleReader
 from pipeline.service.guard import Admission, Outgoing, failure
 
 OPENED = 8  # data sets, their splits, and ways to see them, that stay open
+KEPT = 4  # arrays of answers that were sent, for later ones
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Worker(AbstractContextManager["Worker"]):
             raise UserError(f"{self._root}: is remote; name a folder on this machine for its shards: --cache FOLDER")
         self._folder, self._cache_bytes = None if cache is None else Path(cache), cache_bytes
         self._threads = len(os.sched_getaffinity(0)) if threads is None else threads
-        self._pool = ThreadPoolExecutor(self._threads, "penstock-turbo")
+        self._shared = turbo.Shared(self._threads, KEPT)
         self._opening = threading.Lock()  # held while one is opened, which may take long
         self._lock = threading.Lock()  # guards these, each in the order of the last use
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
@@ -77,7 +77,7 @@ class Worker(AbstractContextManager["Worker"]):
                 reader.close()
             self._readers_of.clear()
             self._parts.clear()
-        self._pool.shutdown()
+        self._shared.pool.shutdown()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -99,7 +99,7 @@ class Worker(AbstractContextManager["Worker"]):
             return parts
 
     def _decoder(self, recipe: Transform) -> turbo.Decoder:
-        return turbo.Decoder(recipe, False, MOST, self._threads, self._pool)
+        return turbo.Decoder(recipe, False, 0, self._threads, self._shared)
 
     def _manifest(self, request: Request) -> Manifest:
         name = request.data

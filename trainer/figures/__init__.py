@@ -8,6 +8,7 @@ import click
 import torch
 
 from pipeline import UserError, manifest, process, volumes
+from pipeline.online.samples import SampleReader
 
 
 def draw_page(
@@ -22,7 +23,11 @@ def draw_page(
     try:
         from trainer.figures import gather, page  # imports plotly
 
-        count = gather.searched(manifest.load(data))
+        dataset = manifest.load(data, shards=False)
+        with SampleReader(dataset, "train") as reader:
+            if not reader.is_here():  # as where workers decode
+                raise UserError(f"{data}: not all shards are here, whose pictures it shows")
+        count = gather.searched(dataset)
         work = f", {count:,} training pictures through the network" if count else ""
         click.echo(f"{state}; drawing its page{work} (--no-page leaves it out)", err=True)
         written = page.draw(data, run, devices)[-1]

@@ -1,0 +1,309 @@
+"""Batches by way of decoding workers: those of the local loader, byte for byte; what is refused; who is left."""
+
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import flight
+
+from conftest import build, one_line
+from pipeline import UserError
+from workers import Worker, addresses, assert_same, loader, started, taken, without_shards
+
+OPTIONS: dict[str, dict[str, Any]] = {  # 41 samples in batches of 8: the last of an epoch has one
+    "plain": {},
+    "uint8": {"output": "uint8"},
+    "float16": {"output": "float16"},
+    "aligned": {"mean": "aligned"},
+    "colour": {"mean": "colour", "lighting": "off"},
+    "paper": {"lighting": "paper", "positions": "paper"},
+    "until": {"lighting_until": 5, "view": 64},
+    "chunk": {"crop_chunk": 4, "batch_size": 40, "depth": 1},
+    "shards": {"order": "shards", "window": 8, "seed": 2**64 - 1},
+    "fixed": {"order": "fixed", "step": 10**9},
+    "drop": {"last": "drop"},
+    "one": {"batch_size": 1, "depth": 9},
+    "whole epochs, in uneven parts": {"batch_size": 41, "depth": 1},
+    "more than an epoch": {"batch_size": 500, "depth": 1, "output": "uint8"},
+    "ranks, the last batch empty": {"rank": 1, "ranks": 3, "crop_chunk": 3},
+    "ranks, most of them empty": {"rank": 7, "ranks": 8, "output": "uint8"},
+    "two devices": {"device": ("cpu:0", "cpu:1")},
+    "centre": {"views": "centre", "step": 2},
+    "ten": {"views": "ten"},
+    "ten, aligned": {"views": "ten", "mean": "aligned", "view": 64, "batch_size": 41, "depth": 1},
+    "nine": {"views": "nine", "view": 128, "output": "uint8"},
+    "imagenet": {"recipe": "imagenet"},
+    "imagenet, uint8": {"recipe": "imagenet", "output": "uint8", "batch_size": 41, "depth": 1},
+    "imagenet, centre": {"recipe": "imagenet", "views": "centre"},
+}
+
+
+@pytest.fixture(scope="module")
+def served(raw: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two data sets: `dataset`, and `whole` pictures. Read only."""
+    root = tmp_path_factory.mktemp("served")
+    shutil.copytree(dataset, root / "dataset")
+    done = build(raw, root / "whole", "--crop", "none", "--workers", 1, "--samples-per-shard", 16)
+    assert done.exit_code == 0, done.output
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return without_shards(served, tmp_path_factory.mktemp("alone") / "data")
+
+
+@pytest.fixture(scope="module")
+def crew(served: Path) -> Iterator[list[Worker]]:
+    """Three workers. Not to be harmed."""
+    with started(served, 3) as workers:
+        yield workers
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_batches_are_those_of_the_local_loader(served: Path, alone: Path, crew: list[Worker], options: dict):
+    data = "whole" if "recipe" in options else "dataset"
+    local = taken(served / data, **options)
+    for count in (1, 2, 3):
+        assert_same(local, taken(alone / data, workers=addresses(crew[:count]), **options))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 3), (3, 1)])
+def test_a_run_goes_on_with_other_workers(served: Path, alone: Path, crew: list[Worker], before: int, after: int):
+    """None, too: a state does not say who decoded."""
+    whole = taken(served / "dataset")
+    data = {0: served / "dataset"}
+    with loader(data.get(before, alone / "dataset"), workers=addresses(crew[:before])) as batches:
+        first = list(islice(batches, 5))
+        state = batches.state_dict()
+        assert_same(whole[5:7], list(islice(batches, 2)))
+        batches.load_state_dict(state)
+        assert_same(whole[5:7], list(islice(batches, 2)))
+    with loader(data.get(after, alone / "dataset"), workers=addresses(crew[:after])) as batches:
+        batches.load_state_dict(state)
+        assert_same(whole, first + list(islice(batches, 9)))
+    with loader(served / "dataset") as batches:
+        list(islice(batches, 5))
+        assert state == batches.state_dict()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_have_the_batches_of_one(served: Path, alone: Path, crew: list[Worker], ranks: int):
+    whole = taken(served / "dataset", crop_chunk=3)
+    parts = [
+        taken(alone / "dataset", crop_chunk=3, rank=rank, ranks=ranks, workers=addresses(crew)) for rank in range(ranks)
+    ]
+    for one, *theirs in zip(whole, *parts, strict=True):
+        assert torch.equal(one.images, torch.cat([part.images for part in theirs]))
+        assert torch.equal(one.labels, torch.cat([part.labels for part in theirs]))
+        assert np.concatenate([part.ids for part in theirs]).tolist() == one.ids.tolist()
+
+
+def test_batches_name_their_workers(alone: Path, served: Path, crew: list[Worker]):
+    batches = taken(alone / "dataset", 60, workers=addresses(crew))
+    names = {batch.worker for batch in batches}
+    assert all(any(worker.address in name for name in names) for worker in crew), names
+    assert batches[-1].workers == 3
+    assert {(batch.worker, batch.workers) for batch in taken(served / "dataset")} == {("", 0)}
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_workers_and_local_decoding_share_the_work(served: Path, crew: list[Worker], depth: int):
+    options = {"batch_size": 40, "depth": depth}
+    fed = taken(served / "dataset", 40, workers=["local", *addresses(crew[:1])], **options)
+    assert_same(taken(served / "dataset", 40, **options), fed)
+    assert len({batch.worker for batch in fed}) == 2, {batch.worker for batch in fed}
+
+
+# Who is refused
+
+
+def refused(data: Path, *words: str, **options: Any) -> None:
+    """Check that a loader, or else its first batch, is a mistake of the user's, and says so at once."""
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught, loader(data, patience=20, **options) as batches:
+        next(batches)
+    one_line(caught, *words)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("token", [None, "another secret text"])
+def test_the_token_is_the_workers(
+    served: Path, alone: Path, tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where another worker would answer, and where shards are here."""
+    right, wrong = tmp_path / "token", tmp_path / "wrong"
+    right.write_text("the secret text of all\n")
+    wrong.write_text(token or "")
+    with started(served, token="the secret text of all") as workers:
+        with monkeypatch.context() as environment:
+            environment.setenv("PENSTOCK_FEED_TOKEN_FILE", str(right))
+            assert_same(taken(served / "dataset", 3), taken(alone / "dataset", 3, workers=addresses(workers)))
+        if token:
+            monkeypatch.setenv("PENSTOCK_FEED_TOKEN_FILE", str(wrong))
+        for data in (alone, served):
+            refused(data / "dataset", workers[0].address, "token", workers=addresses(workers))
+
+
+def test_another_data_set_is_refused(small: Path, served: Path, crew: list[Worker], tmp_path: Path):
+    """Another one of the same name; one that the worker has not; one outside its root, which it has."""
+    shutil.copytree(small, tmp_path / "dataset")
+    (served.parent / "outside").mkdir(exist_ok=True)
+    shutil.copytree(served / "dataset", served.parent / "outside" / "dataset", dirs_exist_ok=True)
+    refused(tmp_path / "dataset", crew[0].address, "identity", workers=addresses(crew[:2]), view=24)
+    shutil.copytree(served / "dataset", tmp_path / "other")
+    refused(tmp_path / "other", crew[0].address, "other", workers=addresses(crew[:1]))
+    for name in ("../outside/dataset", "dataset/../../outside/dataset", "/etc"):
+        refused(served / "dataset", crew[0].address, workers=[f"grpc://{crew[0].address}/{name}"])
+    fed = taken(tmp_path / "other", 3, workers=[f"grpc://{crew[0].address}/dataset"])
+    assert_same(taken(served / "dataset", 3), fed)
+
+
+def test_one_refusal_among_workers_is_an_error(served: Path, alone: Path, crew: list[Worker], tmp_path: Path):
+    """It is a mistake of the user's, as long as the loader begins."""
+    (tmp_path / "none").mkdir()
+    with started(tmp_path) as (other,):
+        refused(alone / "dataset", other.address, "dataset", workers=[crew[0].address, other.address])
+
+
+# Who is left
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of what takes connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def closed() -> str:
+    """An address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_one_that_answers_is_enough(served: Path, alone: Path, crew: list[Worker], silent: str, closed: str):
+    fed = taken(alone / "dataset", workers=[silent, closed, crew[0].address])
+    assert_same(taken(served / "dataset"), fed)
+    assert {batch.workers for batch in fed} <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("kill", [0, 4])
+def test_nobody_left_who_decodes(served: Path, alone: Path, kill: int, closed: str):
+    """Before the first batch, and amid a run; without shards here. The patience over, each one's failure is named."""
+    with started(served, 2) as workers, pytest.raises(UserError) as caught:
+        names = [*addresses(workers), closed]
+        if not kill:
+            for worker in workers:
+                worker.kill()
+        with loader(alone / "dataset", workers=names, patience=1) as batches:
+            list(islice(batches, kill))
+            for worker in workers:
+                worker.kill()
+            while True:
+                began = time.monotonic()
+                next(batches)
+    assert 0.5 < time.monotonic() - began < 8
+    one_line(caught, *names, "patience")
+
+
+@pytest.mark.parametrize("kill", [0, 4])
+def test_nobody_left_but_the_shards_are_here(served: Path, kill: int, caplog: pytest.LogCaptureFixture):
+    """The loader decodes, says so once, and has the workers decode again once they are back."""
+    with started(served, 2) as workers, caplog.at_level(logging.WARNING, "penstock"):
+        if not kill:
+            for worker in workers:
+                worker.kill()
+        with loader(served / "dataset", workers=addresses(workers), patience=30) as batches:
+            fed = list(islice(batches, kill))
+            for worker in workers:
+                worker.kill()
+            fed += islice(batches, 30)
+            lines = [record.getMessage() for record in caplog.records if "local" in record.getMessage()]
+            for worker in workers:
+                worker.restart()
+            deadline = time.monotonic() + 20
+            while workers[0].address not in fed[-1].worker:
+                assert time.monotonic() < deadline
+                fed.append(next(batches))
+                time.sleep(0.01)
+    assert len(lines) == 1, caplog.text
+    assert_same(taken(served / "dataset", len(fed)), fed)
+
+
+def test_all_workers_start_again(served: Path, alone: Path):
+    """The loader waits for them, and goes on."""
+    with started(served, 2) as workers, loader(alone / "dataset", workers=addresses(workers), patience=30) as batches:
+        fed = list(islice(batches, 4))
+        for _ in range(2):
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                worker.restart()
+            fed += islice(batches, 8)
+    assert_same(taken(served / "dataset", len(fed)), fed)
+
+
+# Answers that are none
+
+
+def spoiled(batch: pa.RecordBatch, how: str) -> pa.RecordBatch:
+    """Return an answer with one thing in it changed."""
+    columns = dict(zip(batch.schema.names, batch.columns))
+    metadata = batch.schema.metadata
+    if how == "fewer":
+        columns = {name: column[1:] for name, column in columns.items()}
+    elif how == "order":
+        columns["id"] = columns["id"][::-1]
+    elif how == "id":
+        columns["id"] = pa.array([10**6] * len(batch))
+    elif how == "label":
+        columns["label"] = pa.array([2**40] * len(batch))
+    elif how == "type":
+        columns["label"] = columns["label"].cast(pa.float64())
+    elif how == "null":
+        columns["label"] = pa.array([None] * len(batch), pa.int64())
+    elif how == "width":
+        columns["view"] = pa.array([bytes(150)] * len(batch), pa.binary(150))
+    elif how == "column":
+        del columns["view"]
+    else:
+        metadata = {b"bad": how.encode()}
+    made = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    return made.replace_schema_metadata(metadata)
+
+
+@pytest.mark.parametrize(
+    "how", ["fewer", "order", "id", "label", "type", "null", "width", "column", "nonsense", '[{"id": -1}]', "[" * 10**5]
+)
+def test_what_is_no_answer_is_not_mixed_in(served: Path, alone: Path, crew: list[Worker], how: str):
+    """A worker in between spoils it: beside another one it is left alone; by itself it is named."""
+
+    class Spoiler(flight.FlightServerBase):
+        def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.GeneratorStream:
+            with flight.FlightClient(f"grpc://{crew[0].address}") as client:
+                batch = client.do_get(ticket).read_chunk().data
+            answer = spoiled(batch, how) if len(batch) else batch
+            return flight.GeneratorStream(answer.schema, iter([answer]))
+
+    with Spoiler("grpc://127.0.0.1:0") as server:
+        address = f"127.0.0.1:{server.port}"
+        fed = taken(alone / "dataset", workers=[address, crew[1].address])
+        assert_same(taken(served / "dataset"), fed)
+        assert not any(address in batch.worker for batch in fed)
+        with (
+            pytest.raises(UserError) as caught,
+            loader(alone / "dataset", workers=[address], patience=1) as batches,
+        ):
+            next(batches)
+        one_line(caught, address)
