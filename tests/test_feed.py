@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -40,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # 41 samples in batches of 8: the last o
     "centre": {"views": "centre", "step": 2},
     "ten": {"views": "ten"},
     "ten, aligned": {"views": "ten", "mean": "aligned", "view": 64, "batch_size": 41, "depth": 1},
+    "validation": {"split": "val", "views": "centre", "mean": "aligned", "batch_size": 2},
     "nine": {"views": "nine", "view": 128, "output": "uint8"},
     "imagenet": {"recipe": "imagenet"},
     "imagenet, uint8": {"recipe": "imagenet", "output": "uint8", "batch_size": 41, "depth": 1},
@@ -253,6 +256,22 @@ def test_all_workers_start_again(served: Path, alone: Path):
                 worker.restart()
             fed += islice(batches, 8)
     assert_same(taken(served / "dataset", len(fed)), fed)
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_closing_ends_the_threads(served: Path, alone: Path, taken: int, silent: str):
+    """Also while a worker is stopped amid a request, and another one never answers."""
+    before = {thread.ident for thread in threading.enumerate()}
+    with started(served, 1) as (worker,):
+        with loader(alone / "dataset", workers=[worker.address, silent], depth=4) as batches:
+            list(islice(batches, taken))
+            worker.signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        assert {thread.ident for thread in threading.enumerate()} <= before
+        with pytest.raises(RuntimeError, match="the loader is closed"):
+            next(batches)
 
 
 # Answers that are none
