@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -40,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # 41 samples in batches of 8: the last o
     "centre": {"views": "centre", "step": 2},
     "ten": {"views": "ten"},
     "ten, aligned": {"views": "ten", "mean": "aligned", "view": 64, "batch_size": 41, "depth": 1},
+    "validation": {"split": "val", "views": "centre", "mean": "aligned", "batch_size": 2},
     "nine": {"views": "nine", "view": 128, "output": "uint8"},
     "imagenet": {"recipe": "imagenet"},
     "imagenet, uint8": {"recipe": "imagenet", "output": "uint8", "batch_size": 41, "depth": 1},
@@ -72,9 +75,10 @@ def crew(served: Path) -> Iterator[list[Worker]]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_batches_are_those_of_the_local_loader(served: Path, alone: Path, crew: list[Worker], options: dict):
     data = "whole" if "recipe" in options else "dataset"
-    local = taken(served / data, **options)
+    steps = 2 + 100 // options.get("batch_size", 8)
+    local = taken(served / data, steps, **options)
     for count in (1, 2, 3):
-        assert_same(local, taken(alone / data, workers=addresses(crew[:count]), **options))
+        assert_same(local, taken(alone / data, steps, workers=addresses(crew[:count]), **options))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 3), (3, 1)])
@@ -118,9 +122,9 @@ def test_batches_name_their_workers(alone: Path, served: Path, crew: list[Worker
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_workers_and_local_decoding_share_the_work(served: Path, crew: list[Worker], depth: int):
-    options = {"batch_size": 40, "depth": depth}
-    fed = taken(served / "dataset", 40, workers=["local", *addresses(crew[:1])], **options)
-    assert_same(taken(served / "dataset", 40, **options), fed)
+    options = {"batch_size": 40, "depth": depth, "output": "uint8"}
+    fed = taken(served / "dataset", 20, workers=["local", *addresses(crew[:1])], **options)
+    assert_same(taken(served / "dataset", 20, **options), fed)
     assert len({batch.worker for batch in fed}) == 2, {batch.worker for batch in fed}
 
 
@@ -202,7 +206,7 @@ def test_one_that_answers_is_enough(served: Path, alone: Path, crew: list[Worker
 def test_nobody_left_who_decodes(served: Path, alone: Path, kill: int, closed: str):
     """Before the first batch, and amid a run; without shards here. The patience over, each one's failure is named."""
     with started(served, 2) as workers, pytest.raises(UserError) as caught:
-        names = [*addresses(workers), closed]
+        names, began = [*addresses(workers), closed], time.monotonic()
         if not kill:
             for worker in workers:
                 worker.kill()
@@ -252,6 +256,22 @@ def test_all_workers_start_again(served: Path, alone: Path):
                 worker.restart()
             fed += islice(batches, 8)
     assert_same(taken(served / "dataset", len(fed)), fed)
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_closing_ends_the_threads(served: Path, alone: Path, taken: int, silent: str):
+    """Also while a worker is stopped amid a request, and another one never answers."""
+    before = {thread.ident for thread in threading.enumerate()}
+    with started(served, 1) as (worker,):
+        with loader(alone / "dataset", workers=[worker.address, silent], depth=4) as batches:
+            list(islice(batches, taken))
+            worker.signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        assert {thread.ident for thread in threading.enumerate()} <= before
+        with pytest.raises(RuntimeError, match="the loader is closed"):
+            next(batches)
 
 
 # Answers that are none
