@@ -1,19 +1,105 @@
-"""Calls of a worker as bytes on a socket, and seeded mutations of them: as no library would send them."""
+"""A worker in this process; its clients: Arrow Flight's, and bytes on a socket as no library would send them."""
 
 import json
 import socket
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from damaged import canonical, mutate
+import pyarrow as pa
+import pytest
+from pyarrow import flight
 
+from damaged import canonical, mutate
+from pipeline import manifest
+from pipeline.online.parts import PROTOCOL
+from pipeline.online.turbo import fingerprint
+from pipeline.service import guard
+from pipeline.service.worker import Server, Worker
+
+JsonObject = dict[str, Any]
+SAMPLES = 41  # of the training split of `dataset`
 WINDOW = 2**31 - 1  # bytes that a client lets the worker send before it reads
 ENDS, ENDS_HEADERS = 1, 4  # flags
 DATA, HEADERS, SETTINGS, WINDOW_UPDATE = 0, 1, 4, 8  # types of frames
 SERVICE = b"/arrow.flight.protocol.FlightService/"
+
+
+@pytest.fixture(name="good", scope="session")
+def right_request(dataset: Path) -> JsonObject:
+    """A right request."""
+    identity, options = manifest.load(dataset).identity, {"recipe": "alexnet", "views": "random", "positions": "code"}
+    versions = {"protocol": PROTOCOL, "codec": fingerprint()}
+    numbers = {
+        "view": 224,
+        "seed": 3,
+        "max_bad": 0,
+        "step": 5,
+        "epoch": 1,
+        "ids": [0, 40, 7],
+        "owners": None,
+        "bad": [],
+    }
+    return {**versions, "data": dataset.name, "identity": identity, "split": "train", **options, **numbers}
+
+
+@pytest.fixture(name="server")
+def running(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A worker of the data sets beside `dataset`."""
+    monkeypatch.setattr(guard, "PERIOD", 0.02)
+    with serving(dataset.parent) as server:
+        yield server
+
+
+@contextmanager
+def serving(root: Path, location: str = "grpc://127.0.0.1:0", **options: Any) -> Iterator[Server]:
+    """Serve the data sets of a folder in this process."""
+    with Worker(root) as worker, Server(worker, location, **options) as server:
+        yield server
+
+
+def sized(good: JsonObject, count: int) -> bytes:
+    """Return the request with so many ids."""
+    return json.dumps(good | {"ids": [number % SAMPLES for number in range(count)]}).encode()
+
+
+def client(address: int | str) -> flight.FlightClient:
+    """Return a client, with a connection of its own, of a port or a Unix socket."""
+    location = f"grpc+unix://{address}" if isinstance(address, str) else f"grpc://127.0.0.1:{address}"
+    return flight.FlightClient(location, generic_options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def options(token: str | None = None) -> flight.FlightCallOptions:
+    return flight.FlightCallOptions(
+        timeout=20, headers=[(b"authorization", f"Bearer {token}".encode())] if token else []
+    )
+
+
+def answered(asking: flight.FlightClient, data: bytes, token: str | None = None) -> pa.Table | tuple[str, str]:
+    """Return the worker's answer, or the kind and the message of its error, both empty where there is neither."""
+    try:
+        return asking.do_get(flight.Ticket(data), options(token)).read_all()
+    except flight.FlightError as error:
+        detail = json.loads(error.extra_info or '{"kind": "", "message": ""}')
+        return detail["kind"], detail["message"]
+
+
+def ask(asking: flight.FlightClient, data: bytes, token: str | None = None) -> int | tuple[str, str]:
+    """Return the number of views in an answer, or the error."""
+    answer = answered(asking, data, token)
+    return answer if isinstance(answer, tuple) else answer.num_rows
+
+
+def waited(condition: Callable[[], bool]) -> bool:
+    """Return, after at most 20 seconds, whether it is so."""
+    deadline = time.monotonic() + 20
+    while not (outcome := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return outcome
 
 
 def frame(kind: int, flags: int, stream: int, data: bytes = b"") -> bytes:
