@@ -26,6 +26,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/penstock-prove.XXXXXX")
 export BUILDAH_ISOLATION=chroot TMPDIR=$work
 store() { buildah --storage-driver vfs --root "$work/images" --runroot "$work/state" "$@"; }
 clean() {
+  [ -z "${pid:-}" ] || kill -KILL "$pid" 2>/dev/null || true
   store rm --all >/dev/null 2>&1 || true
   store rmi --all --force >/dev/null 2>&1 || true
   if grep -q " $work" /proc/self/mountinfo; then # what is mounted is not ours to delete
@@ -155,6 +156,23 @@ data=(--volume "$shards:/data:ro") to=(--volume "$runs:/runs")
 tiny=(train --data /data/set --recipe tiny --set train.steps=2 --set train.batch_size=16)
 quietly entered train "${data[@]}" "${to[@]}" -- "${tiny[@]}" --out /runs/1 --devices cpu,cpu
 ok "train: DATASET read-only → /runs/1"
+secret=$(volume secret)
+openssl rand -hex 32 >"$secret/token" && chown 1000:1000 "$secret/token" && chmod 400 "$secret/token"
+feed=(penstock feed --root /data --port 0 --token-file /run/secrets/token)
+inside "${data[@]}" --volume "$secret:/run/secrets:ro" train -- "${feed[@]}" >"$work/feed" 2>&1 &
+feeding=$!
+for _ in $(seq 120); do grep -q ' (pid ' "$work/feed" || sleep 1; done
+serves='^serving 1 data set below /data at grpc://(127.0.0.1:[0-9]+) \(pid ([0-9]+)\)$'
+read -r address pid < <(sed -nE "s#$serves#\1 \2#p" "$work/feed") || fail "feed does not serve: $(cat "$work/feed")"
+fed=("${tiny[@]}" --devices cpu,cpu --feed "$address")
+knows=(--volume "$secret:/run/secrets:ro" --env PENSTOCK_FEED_TOKEN_FILE=/run/secrets/token)
+quietly entered train "${data[@]}" "${to[@]}" "${knows[@]}" -- "${fed[@]}" --out /runs/fed
+ok "feed: a worker with a token; train --feed: DATASET by way of it → /runs/fed"
+refused "train --feed without the token" "asks for a token" train "${data[@]}" "${to[@]}" -- "${fed[@]}" --out /runs/2
+kill -TERM "$pid" && code=0 && wait $feeding || code=$?
+[ $code = 143 ] || fail "feed: expected exit code 143 after SIGTERM, got $code and: $(cat "$work/feed")"
+pid=
+ok "feed: SIGTERM ends it"
 other=$(volume other 4242:4242)
 theirs=(--user 4242:4242 --volume "$other:/runs")
 quietly entered train "${data[@]}" "${theirs[@]}" -- "${tiny[@]}" --out /runs/1 --devices cpu,cpu

@@ -107,14 +107,14 @@ class Registry:
         with self._lock:
             answer = self._ask(name)
         if isinstance(answer, str):
-            raise UserError(f"ray://{name}: {answer}")
+            raise UserError(answer)
         if not answer:
             remedy = f"start them: penstock feed --executor ray --name {name} --workers N"
-            raise UserError(f"ray://{name}: no worker of this name answers; {remedy}")
+            raise UserError(f"no worker of the name {name} answers; {remedy}")
         return answer
 
     def _ask(self, name: str) -> list[str] | str:
-        """Return the answer of `main`."""
+        """Return the answer of `main`, which ends after the text of an error."""
         if self._process is None or self._process.poll() is not None:
             # a session of its own: a terminal's Ctrl-C is for the program, with whose end its standard input ends
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -126,13 +126,14 @@ class Registry:
         with suppress(BrokenPipeError):
             child.stdin.write(f"{name}\n")
             child.stdin.flush()
+        answer: list[str] | str = f"no answer of Ray's registry within {PATIENCE:.0f} s, or the cluster has ended"
         if select.select([child.stdout], [], [], PATIENCE)[0] and (line := child.stdout.readline()):
-            answer: list[str] | str = json.loads(line)
-            return answer
-        child.kill()
-        with suppress(BrokenPipeError):
-            child.communicate()
-        return f"no answer of Ray's registry within {PATIENCE:.0f} s, or the cluster has ended"
+            answer = json.loads(line)
+        if isinstance(answer, str):
+            child.kill()
+            with suppress(BrokenPipeError):
+                child.communicate()
+        return answer
 
 
 @cache

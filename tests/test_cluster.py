@@ -11,12 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from conftest import ROOT, SHARDS, build, digests, gone, until
+from conftest import ROOT, SHARDS, build, digests, gone, one_line, until
+from pipeline import UserError, cluster
+from pipeline.online import Loader
+from pipeline.online.endpoints import parse
 
 pytestmark = [pytest.mark.skipif(find_spec("ray") is None, reason="needs the package ray"), pytest.mark.proof]
 COMMAND = (str(ROOT / "tools/build_shards.py"),)
@@ -55,6 +60,21 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr."""
     out, errors = process.communicate(timeout=60)
     return process.returncode, out, errors
+
+
+FEED = ("-m", "pipeline.service", "feed")
+
+
+def feed(head: Any, root: object, workers: int, *options: object) -> tuple[int, str, str]:
+    """Run the command that begins or ends workers of the name `feed`, until there are so many."""
+    line = ("--root", root, "--executor", "ray", "--ray-address", head.address, "--workers", workers)
+    return ended(begun(*line, *options, program=FEED, PYTHONPATH=str(ROOT)))
+
+
+def views(data: Path, *workers: str) -> list[torch.Tensor]:
+    """Return the views of three batches."""
+    with Loader(data, batch_size=8, threads=1, output="uint8", workers=workers) as loader:
+        return [batch.images for batch in islice(loader, 3)]
 
 
 def refused(*arguments: object, **options: Any) -> str:
@@ -116,6 +136,66 @@ def test_a_node_is_killed_in_the_middle_of_a_build_and_the_bytes_are_the_same(
     )
     assert digests(root) == digests(plain)
     assert gone(process.pid)
+
+
+def test_workers_are_found_by_their_name_and_come_back_after_a_kill(
+    dataset: Path, head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
+    node = head.add_node(**NODE)
+    (address,) = parse([f"ray://feed/{dataset.name}"])[1]
+    raylets = [node.all_processes["raylet"][0].process.pid for node in head.list_all_nodes()]
+    try:
+        code, out, errors = feed(head, dataset.parent, 2)
+        assert (code, errors) == (0, "")
+        uris = out.splitlines()
+        assert sorted(endpoint.uri for endpoint in address.endpoints()) == sorted(uris)
+        names = {f"{address.text} ({uri.removeprefix('grpc://')})" for uri in uris}
+        assert {endpoint.name for endpoint in address.endpoints()} == names
+        expected = views(dataset)
+        assert all(map(torch.equal, views(dataset, address.text), expected))
+
+        children = [
+            pid for raylet in raylets for pid in Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+        ]
+        actors = [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::Actor")]
+        assert len(actors) == 2
+        os.kill(actors[0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while len(again := {endpoint.uri for endpoint in address.endpoints()}) < 2 or again == {*uris}:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(again & {*uris}) == 1  # the other is on a port of its own
+        assert all(map(torch.equal, views(dataset, address.text), expected))
+
+        (tmp_path / "token").write_text("0123456789abcdef")
+        code, _, errors = feed(head, dataset.parent, 1, "--token-file", tmp_path / "token")
+        line = f"Error: feed-0: serves {dataset.parent} with other options; end these workers first: --workers 0\n"
+        assert (code, errors) == (2, line)
+        code, out, errors = feed(head, dataset.parent, 1)
+        assert (code, [endpoint.uri for endpoint in address.endpoints()]) == (0, out.splitlines()), errors
+    finally:
+        code, out, errors = feed(head, dataset.parent, 0)
+        head.remove_node(node, allow_graceful=False)
+    assert (code, out, errors) == (0, "feed: no worker is left\n", "")
+    with pytest.raises(UserError) as caught:
+        address.endpoints()
+    remedy = "start them: penstock feed --executor ray --name feed --workers N"
+    assert str(caught.value) == f"no worker of the name feed answers; {remedy}"
+
+
+def test_workers_without_a_cluster_is_one_line(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+    code, _, errors = ended(
+        begun("--root", dataset.parent, "--executor", "ray", program=FEED, RAY_ADDRESS=closed, PYTHONPATH=str(ROOT))
+    )
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"Error: --ray-address {closed}: no Ray cluster answers there (")
+    monkeypatch.setenv("RAY_ADDRESS", closed)
+    with pytest.raises(UserError) as caught:
+        cluster.Registry().addresses("feed")
+    one_line(caught, f"RAY_ADDRESS {closed}: no Ray cluster answers there (")
 
 
 def test_a_signal_while_ray_is_imported_ends_the_build(raw: Path, tmp_path: Path):

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from conftest import ROOT, one_line
+from conftest import ROOT, begun, one_line, patched, until
 from pipeline import UserError
 from pipeline.online import Loader
 from pipeline.online.endpoints import PORT, Endpoint, parse
@@ -49,8 +51,8 @@ def free_port() -> int:
     ],
 )
 def test_an_address_names_a_worker(text: str, endpoint: Endpoint):
-    for whole, locally in ((text, False), (f"local+{text}", True)):
-        local, (address,) = parse([whole])
+    for option, locally in ((text, False), (f"local+{text}", True)):
+        local, (address,) = parse([option])
         assert (local, address.endpoints()) == (locally, [endpoint])
 
 
@@ -103,7 +105,7 @@ def test_other_texts_are_refused(texts: list[str], message: str):
 def test_a_name_without_an_address_is_one_line():
     with pytest.raises(UserError) as caught:
         parse(["grpc://nowhere.invalid/a"])[1][0].endpoints()
-    words = ("grpc://nowhere.invalid/a: the name nowhere.invalid has no address (", "correct it, or start the workers")
+    words = ("the name nowhere.invalid has no address (", "correct it, or start the workers")
     one_line(caught, *words)
 
 
@@ -132,22 +134,37 @@ def run(*words: object) -> Result:
     return result
 
 
-def served(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any], *words: object) -> str:
-    """Run the command with what happens while it serves, in place of waiting for a signal; return what it prints."""
+OPTIONS: dict[str, Any] = {"batch_size": 8, "seed": 3, "threads": 1, "output": "uint8", "patience": 20}
+AFTER = "nothing is lost: a trainer asks elsewhere, and Ray keeps its actors"
 
-    class Signal:
-        def wait(self) -> None:
-            meanwhile()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.threading, "Event", Signal)
-        result = run(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
+def served(consumer: Callable[[], list[torch.Tensor]], *words: object) -> tuple[str, list[torch.Tensor]]:
+    """Run the command in this process, with a consumer beside it, until that one ends it by SIGINT.
+
+    Return what the command prints, and what the consumer returns.
+    """
+    ended = threading.Event()
+
+    def interrupting() -> list[torch.Tensor]:
+        try:
+            return consumer()
+        finally:
+            if not ended.wait(0.1):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(interrupting)
+        try:
+            result = run(*words)
+        finally:
+            ended.set()
+        assert (result.exit_code, result.stderr) == (130, f"Error: interrupted; {AFTER}\n")
+        return result.stdout, batches.result()
 
 
 def views(data: Path, *workers: str) -> list[torch.Tensor]:
-    with Loader(data, batch_size=8, seed=3, threads=1, output="uint8", workers=workers, patience=20) as loader:
+    """Return the views of three batches."""
+    with Loader(data, workers=workers, **OPTIONS) as loader:
         return [batch.images for batch in islice(loader, 3)]
 
 
@@ -187,20 +204,18 @@ def test_a_trainer_gets_its_views(
         words = ["--socket", tmp_path / "s"]
         address = uri = f"grpc+unix://{tmp_path}/s"
         socket.socket(socket.AF_UNIX).bind(str(tmp_path / "s"))  # left by a worker that was killed
-    data, batches = folder / ("one" if way == "socket" else "deep/in/two"), list[torch.Tensor]()
-    output = served(monkeypatch, lambda: batches.extend(views(data, address)), "--root", folder, *words)
+    data = folder / ("one" if way == "socket" else "deep/in/two")
+    output, batches = served(lambda: views(data, address), "--root", folder, *words)
     assert output == f"serving 2 data sets below {folder} at {uri} (pid {os.getpid()})\n"
     assert all(map(torch.equal, batches, local))
     assert len(batches) == len(local) == 3
 
 
-def test_a_remote_folder_is_served_by_way_of_a_cache(
-    dataset: Path, local: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    store, port, batches = fsspec.filesystem("memory"), free_port(), list[torch.Tensor]()
+def test_a_remote_folder_is_served_by_way_of_a_cache(dataset: Path, local: list[Any], tmp_path: Path):
+    store, port = fsspec.filesystem("memory"), free_port()
     store.put(str(dataset), "/shards/dataset", recursive=True)
     words = ("--root", "memory://shards", "--cache", tmp_path / "cache", "--port", port)
-    output = served(monkeypatch, lambda: batches.extend(views(dataset, f"127.0.0.1:{port}")), *words)
+    output, batches = served(lambda: views(dataset, f"127.0.0.1:{port}"), *words)
     assert output.startswith("serving 1 data set below memory://shards at grpc://127.0.0.1:")
     assert all(map(torch.equal, batches, local))
     assert len(batches) == 3
@@ -228,7 +243,8 @@ def test_the_default_port_is_that_of_an_address(folder: Path):
         ("--tls-key {0}/token", "--tls-cert and --tls-key belong together; name both files"),
         ("--tls-cert {0}/token --tls-key {0}/short", "{0}/token, {0}/short: no certificate and its key, without a "
          "password, in PEM ([SSL] PEM lib (_ssl.c:"),
-        ("--socket s --tls-cert {0}/token", "--tls-cert and --tls-key belong together; name both files"),
+        ("--socket s --tls-cert {0}/token --port 1", "--socket s: is an address on this machine alone; leave out "
+         "--port, --tls-cert"),
         ("--socket {0}/no/s", "--socket {0}/no/s: No such file or directory; name another path"),
         ("--socket {0}/token", "--socket {0}/token: Address already in use; name another path"),
         ("--cache {0}", "--cache {0}: means something only for a remote DIR"),
@@ -275,6 +291,37 @@ def test_missing_packages_are_one_line(folder: Path, monkeypatch: pytest.MonkeyP
     assert (result.exit_code, result.output) == (2, line)
 
 
+SLOW = """
+import os, time
+from pathlib import Path
+from pipeline.service.worker import Worker
+answer = Worker.answer
+def slow(worker, request):
+    if request.ids:
+        Path(os.environ["ASKED"]).touch()
+        time.sleep(1)
+    return answer(worker, request)
+Worker.answer = slow
+"""
+
+
+@pytest.mark.proof
+def test_a_signal_waits_for_the_answers_under_way(folder: Path, local: list[Any], tmp_path: Path):
+    data = shutil.copytree(folder / "one", tmp_path / "one", ignore=shutil.ignore_patterns("*.tar", "*.idx"))
+    asked, port = tmp_path / "asked", free_port()
+    line = [sys.executable, "-m", "pipeline.service", "feed", "--root", str(folder), "--port", str(port)]
+    process = begun(line, patched(tmp_path, SLOW, ASKED=asked))
+    try:
+        with Loader(data, workers=[f"127.0.0.1:{port}"], **OPTIONS) as loader:
+            until(process, asked.exists)
+            process.send_signal(signal.SIGTERM)
+            assert torch.equal(next(loader).images, local[0])
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_it_serves_until_a_signal(number: signal.Signals, folder: Path):
@@ -298,7 +345,6 @@ def test_it_serves_until_a_signal(number: signal.Signals, folder: Path):
             finally:
                 process.kill()
         words = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(number)
-        after = "nothing is lost: a trainer asks elsewhere, and Ray keeps its actors"
         assert output == ""
-        assert errors == (f"Error: {words}; {after}\n" if words else "")
+        assert errors == (f"Error: {words}; {AFTER}\n" if words else "")
         assert process.returncode == (128 + number if words else -number)

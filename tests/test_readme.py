@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, picture, saved
 from penstock.__main__ import load
 from pipeline.offline.sources import find_sources
+from pipeline.online.endpoints import parse as addresses
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -80,14 +81,23 @@ def test_commands_of_images_are_commands():
     """Those of docker/compose.yaml, and every `docker run` of the documents."""
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
     assert parsed("builder", services["builder"]["command"]).params["dataset"] == "/data/imagenet-256"
-    assert parsed("trainer", services["trainer"]["command"]).params["data"] == Path("/data/imagenet-256")
-    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/docker.md")).replace("\\\n", " ")
+    for trainer in ("trainer", "fed-trainer"):
+        assert parsed(trainer, services[trainer]["command"]).params["data"] == Path("/data/imagenet-256")
+    feeding = parsed("feed", services["feed"]["command"]).params
+    workers = parsed("fed-trainer", services["fed-trainer"]["command"]).params["workers"]
+    assert [(address.host, address.port) for address in addresses(workers)[1]] == [("feed", feeding["port"])]
+    assert (feeding["root"], feeding["host"], services["feed"]["entrypoint"]) == ("/data", "0.0.0.0", ["penstock"])
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/docker.md", "docs/service.md")).replace(
+        "\\\n", " "
+    )
     runs = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("docker run ")]
     assert runs
     for words in runs:
         image = next(word for word in words if word in ("penstock", "penstock-build"))
         rest = words[words.index(image) + 1 :]
-        if "--entrypoint" in words:
+        if rest[0] == "penstock":  # the first one was the entry point's
+            parsed(image, rest[1:])
+        elif "--entrypoint" in words:
             assert (ROOT / rest[0]).is_file()
         elif image == "penstock-build" or rest[0] == "train":
             parsed(image, rest)

@@ -16,7 +16,7 @@ DATA = r"(?:/(?P<data>[^?#\s]*))?"
 HOST = rf"(?P<host>\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|{cluster.NAME})"
 SERVER = re.compile(r"(?:(?P<scheme>grpc|grpc\+tls)://)?" + HOST + r"(?::(?P<port>[0-9]{1,9}))?" + DATA)
 SOCKET = re.compile(r"(?P<scheme>grpc\+unix)://(?P<host>/[^?#\s]+)")
-CREW = re.compile(rf"(?P<scheme>ray)://(?P<host>{cluster.NAME}){DATA}")
+GROUP = re.compile(rf"(?P<scheme>ray)://(?P<host>{cluster.NAME}){DATA}")
 
 
 class Endpoint(NamedTuple):
@@ -30,25 +30,26 @@ class Endpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Address:
-    """An address of one or more workers: a server's, a socket's, or the name of a crew on a Ray cluster."""
+    """An address of one or more workers: a server's, a socket's, or the name of a group on a Ray cluster."""
 
     text: str
     scheme: str
-    host: str  # of a server: a name or an IP; else the path of a socket, or a crew's name
+    host: str  # of a server: a name or an IP; else the path of a socket, or a group's name
     port: int
     data: str
 
     def endpoints(self) -> list[Endpoint]:
-        """Return the workers behind the address now: of a host's name each IP, of a Ray crew all that answer.
+        """Return the workers behind the address now: of a host's name each IP, of a Ray group all that answer.
 
-        A name's IPv6 addresses count only where it has no other. Raises UserError: an unknown name, no such crew.
+        A name's IPv6 addresses count only where it has no other. Raises UserError, without the address itself in front:
+        an unknown name, no such group.
         """
         if self.scheme == "grpc+unix":
             return [Endpoint(self.text, "", "", self.text)]
         if self.scheme == "ray":
             uris = cluster.registry().addresses(self.host)
             return [Endpoint(uri, self.data, self.host, f"{self.text} ({uri.rpartition('/')[2]})") for uri in uris]
-        ips = _ips(self.host, self.text)
+        ips = _ips(self.host)
         names = [self.text] if len(ips) == 1 else [f"{self.text} ({ip})" for ip in ips]
         hosts = [f"[{ip}]" if ":" in ip else ip for ip in ips]
         return [
@@ -74,7 +75,7 @@ def parse(texts: Sequence[str]) -> tuple[bool, tuple[Address, ...]]:
 
 
 def _address(text: str) -> Address:
-    match = SERVER.fullmatch(text) or SOCKET.fullmatch(text) or CREW.fullmatch(text)
+    match = SERVER.fullmatch(text) or SOCKET.fullmatch(text) or GROUP.fullmatch(text)
     if not match or not text.isprintable():
         raise UserError(f"{text!r}: no address of a worker; {FORMS}")
     values = match.groupdict()
@@ -94,13 +95,11 @@ def _address(text: str) -> Address:
     return Address(text, scheme, host, port, data)
 
 
-def _ips(host: str, text: str) -> list[str]:
+def _ips(host: str) -> list[str]:
     try:
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{text}: the name {host} has no address ({reason}); correct it, or start the workers"
-        ) from error
+        raise UserError(f"the name {host} has no address ({reason}); correct it, or start the workers") from error
     ips = sorted({str(info[4][0]) for info in infos})
     return [ip for ip in ips if ":" not in ip] or ips

@@ -203,22 +203,13 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         }
 
     def _remote_decoder(self) -> Decoder:
-        from pipeline.online import parts, remote  # which need pyarrow
-
-        options = {"positions": "code", "view": self.recipe.view} | self.recipe.described()
-        known: dict[str, Any] = {key: options[key] for key in ("recipe", "views", "positions", "view")}
-        root = self.manifest.root
-        name = root.name if storage.is_remote(root) else os.path.basename(os.path.abspath(root))
-        template = parts.Request(
-            protocol=parts.PROTOCOL,
-            codec=turbo.fingerprint(),
-            data=name or ".",
-            identity=self.manifest.identity,
-            split=self.split,
-            seed=self.order.seed,
-            max_bad=self._max_bad,
-            **known,
-        )
+        """Return the decoder that asks workers. Raises UserError: pyarrow or, of `local`, the shards are missing."""
+        try:
+            from pipeline.online import parts, remote
+        except ImportError as error:
+            remedy = "pip install 'penstock-imagenet[service]'"
+            raise UserError(f"decoding workers need the package pyarrow ({error}): {remedy}") from error
+        template = parts.template(self.manifest, self.split, self.recipe, self.order.seed, self._max_bad)
 
         def local() -> parts.Parts:
             begin = partial(turbo.Decoder, normalised=False, most=parts.MOST, threads=self._threads)

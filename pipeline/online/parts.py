@@ -6,6 +6,7 @@ request, so that it does not matter who answers it, nor how often.
 
 import ctypes
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from msgspec import Meta
 
-from pipeline import UserError, typed
+from pipeline import UserError, storage, typed
 from pipeline.manifest import Manifest
 from pipeline.online import turbo
 from pipeline.online.batch import Batch, Transform, Undecodable
@@ -58,6 +59,20 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return {"views": self.views}
         colours = {"mean": "colour", "lighting": "off"}
         return {"views": self.views, "positions": self.positions, "view": self.view, **colours}
+
+
+def template(data: Manifest, split: str, recipe: Transform, seed: int, max_bad: int) -> Request:
+    """Return a request for no samples; the data set has the name of its folder here."""
+    options = {"positions": "code", "view": recipe.view} | recipe.described()
+    known: dict[str, Any] = {key: options[key] for key in ("recipe", "views", "positions", "view")}
+    name = data.root.name if storage.is_remote(data.root) else os.path.basename(os.path.abspath(data.root))
+    own: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "codec": turbo.fingerprint(),
+        "data": name or ".",
+        "identity": data.identity,
+    }
+    return Request(**own, **known, split=split, seed=seed, max_bad=max_bad)
 
 
 def parse(data: bytes) -> Request:

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import ssl
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from pipeline import UserError, cluster, process, storage
 from pipeline.cli import Command, printable
 from pipeline.manifest import FILE_NAME
-from pipeline.service.crew import Settings, resize
+from pipeline.service.actors import Settings, resize
 from pipeline.storage import Location, is_remote, location
 from pipeline.volumes import hint, is_junk, open_regular
 
@@ -77,11 +77,15 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
       penstock feed --root s3://shards --cache /var/cache/penstock --host 10.0.0.7 --token-file token
       penstock feed --root /data --executor ray --workers 8   (then: penstock train --feed ray://feed)
     """
+    chosen = {name for name in values if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     for other, options in EXECUTORS.items():
         for name in options if other != executor else ():
-            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            if name in chosen:
                 option = f"--{name.replace('_', '-')} {values[name]}"
                 raise UserError(f"{option}: means something only with --executor {other}")
+    if values["socket"] and (useless := chosen & {"host", "port", "tls_cert", "tls_key"}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
+        raise UserError(f"--socket {values['socket']}: is an address on this machine alone; leave out {names}")
     source = location(root)
     if executor == "ray":
         source = source.absolute()  # the actors have another working directory
@@ -93,7 +97,7 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     token = _token(values["token_file"]) if values["token_file"] else None
     reading = {name: values[name] for name in ("threads", "readers", "cache", "cache_bytes")}
     settings = Settings(str(source), **reading, token=token, tls=_tls(values))
-    count = len(datasets(source))
+    count = len(datasets(source)) if values["workers"] else 0  # a group may end that has lost its DIR
     if executor == "ray":
         return _on_ray(settings, values)
     process.require_memory(LEAST)
@@ -101,7 +105,8 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     with settings.server(host, port) as server:
         sets, uri = f"{count} data set{'s' if count > 1 else ''}", settings.uri(host, server.port)
         click.echo(f"serving {sets} below {printable(root)} at {uri} (pid {os.getpid()})")
-        threading.Event().wait()  # until a signal
+        while True:  # until a signal; one that comes just before a wait without an end would be heard at the next one
+            time.sleep(1)
 
 
 def datasets(root: Location) -> list[str]:
@@ -142,8 +147,6 @@ def _address(values: dict[str, Any], token: str | None) -> tuple[str, int]:
     """Return the IP and port to serve at, where nobody else does; or the absolute path of a Unix socket, and 0."""
     host, port, path = values["host"], values["port"], values["socket"]
     if path:
-        if values["tls_cert"]:
-            raise UserError(f"--socket {path}: takes no --tls-cert; nobody can listen there")
         return _socket(os.path.abspath(path)), 0
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

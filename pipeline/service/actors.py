@@ -1,4 +1,4 @@
-"""A crew: decoding workers as detached actors of a Ray cluster, which Ray places, and starts again after a loss."""
+"""Decoding workers as detached actors of a Ray cluster, which Ray places, and starts again after a loss."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from pipeline import UserError, cluster, process, storage
 if TYPE_CHECKING:
     from pipeline.service.worker import Server
 
-PATIENCE = 120.0  # seconds for all of a crew to answer
+PATIENCE = 120.0  # seconds for all of a group to answer
 WAKES = 0.5  # seconds between two looks at signals, while nothing is answered
 
 
@@ -68,7 +68,7 @@ class Actor:
 
         host, node = ray.util.get_node_ip_address(), os.uname().nodename
         if settings not in (None, self._settings):
-            raise UserError(f"serves {self._settings.root} with other options; end this crew first: --workers 0")
+            raise UserError(f"serves {self._settings.root} with other options; end these workers first: --workers 0")
         if self._server is None:
             if not storage.is_dir(storage.location(self._settings.root)):
                 raise UserError(
@@ -80,7 +80,7 @@ class Actor:
 
 
 def resize(ray: ModuleType, name: str, workers: int, settings: Settings) -> list[str]:
-    """Make the crew of a name one of so many workers, and return their addresses once all answer; 0 ends it.
+    """Begin or end workers of a name until there are so many; return their addresses once all answer.
 
     Raises UserError: a node is not of this machine alone and there is no token, the workers have other settings,
     a worker fails, or not all of them answer in time.
@@ -89,17 +89,17 @@ def resize(ray: ModuleType, name: str, workers: int, settings: Settings) -> list
         for ip in (node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]):
             if not ip.startswith("127."):
                 raise UserError(f"the node {ip} can be asked by other machines; name a --token-file for the workers")
-    crew = cluster.actors(ray, name)
-    for number, actor in crew.items():
+    group = cluster.actors(ray, name)
+    for number, actor in group.items():
         if number >= workers:
             ray.kill(actor, no_restart=True)
-    while max(crew, default=-1) >= workers:
+    while max(group, default=-1) >= workers:
         time.sleep(WAKES / 5)
-        crew = cluster.actors(ray, name)
+        group = cluster.actors(ray, name)
     with process.signals_held():  # Ray's threads and callbacks swallow exceptions, so none is raised in its code
-        begun = {i: _begun(ray, f"{name}-{i}", settings) for i in range(workers) if i not in crew}
+        begun = {i: _begun(ray, f"{name}-{i}", settings) for i in range(workers) if i not in group}
     try:
-        return _uris(ray, name, crew | begun, settings)
+        return _uris(ray, name, group | begun, settings)
     except UserError:
         for actor in begun.values():
             ray.kill(actor, no_restart=True)
@@ -112,14 +112,14 @@ def _begun(ray: ModuleType, name: str, settings: Settings) -> Any:
     try:
         return ray.remote(Actor).options(**options).remote(settings)
     except ValueError as error:  # the name is taken
-        raise UserError(f"{name}: another command makes this crew; wait for that one's end") from error
+        raise UserError(f"{name}: another command begins these workers; wait for that one's end") from error
 
 
-def _uris(ray: ModuleType, name: str, crew: dict[int, Any], settings: Settings) -> list[str]:
-    """Return the address of each actor of a crew, once all answer."""
+def _uris(ray: ModuleType, name: str, group: dict[int, Any], settings: Settings) -> list[str]:
+    """Return the address of each actor of a group, once all answer."""
     deadline, uris = time.monotonic() + PATIENCE, dict[int, str]()
     with process.signals_held():
-        asked = {actor.uri.remote(settings): number for number, actor in crew.items()}
+        asked = {actor.uri.remote(settings): number for number, actor in group.items()}
     while asked:
         with process.signals_held():
             for reference in ray.wait(list(asked), timeout=WAKES)[0]:
@@ -131,7 +131,7 @@ def _uris(ray: ModuleType, name: str, crew: dict[int, Any], settings: Settings) 
                     raise UserError(f"{name}-{number}: {reason}") from error
         if time.monotonic() > deadline:
             raise UserError(
-                f"{name}: {len(uris)} of {len(crew)} workers answer after {PATIENCE:.0f} s; each takes "
+                f"{name}: {len(uris)} of {len(group)} workers answer after {PATIENCE:.0f} s; each takes "
                 f"{settings.threads} free CPUs of a node: take fewer --workers or --threads, or a larger cluster"
             )
     return [uris[number] for number in sorted(uris)]
