@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -24,6 +25,7 @@ from pipeline.online.parts import parse
 from pipeline.online.samples import BadSample
 from pipeline.service import guard
 from pipeline.service.worker import Server, Worker
+from stored import damage
 from wire import (  # noqa: F401 – two are fixtures
     STRANGERS,
     JsonObject,
@@ -91,6 +93,33 @@ def test_clients_that_vanish_amid_an_answer(
                 if reset:
                     lost.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             assert waited(lambda: ask(asking, sized(good, 64)) == 64)
+
+
+def test_errors_leave_no_memory_taken(dataset: Path, good: JsonObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(guard, "LIMIT", 100 * VIEW)
+    copy = Path(shutil.copytree(dataset, tmp_path / "dataset"))
+    damage(copy, 17)
+    broken, whole = json.dumps(good | {"ids": [17] * 64}).encode(), json.dumps(good | {"ids": [0] * 64}).encode()
+    with serving(tmp_path) as server, client(server.port) as asking:
+        for _ in range(5):
+            kind, message = ask(asking, broken)
+            assert kind == "bad"
+            assert "train-000001.tar: damaged at sample 17" in message
+        assert ask(asking, whole) == 64
+        monkeypatch.setattr(guard, "LIMIT", 50 * VIEW)
+        most = f"the answer would have {64 * VIEW:,} bytes; at most {50 * VIEW:,}: ask for fewer samples"
+        assert ask(asking, whole) == ("refused", most)
+
+
+def test_a_worker_ends_though_a_client_does_not_read(dataset: Path, good: JsonObject, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(guard, "TAKEN_WITHIN", 1.0)
+    with serving(dataset.parent) as server, hung(server.port, good) as slow:
+        with connected(server.port, preface() + headers()), connected(server.port):
+            ending = threading.Thread(target=server.shutdown, daemon=True)
+            ending.start()
+            ending.join(20)
+            assert not ending.is_alive()
+        assert ended(slow)
 
 
 @pytest.mark.parametrize("data", STRANGERS.values(), ids=STRANGERS)
@@ -173,7 +202,7 @@ def test_attacks(dataset: Path, good: JsonObject, tmp_path: Path, monkeypatch: p
     """No crash, refusals or right answers alone, no growth; and a good client gets right answers all the while."""
     monkeypatch.setenv("PYTHONPATH", patched(tmp_path, TRIM)["PYTHONPATH"])
     data, call = json.dumps(good).encode(), preface() + headers() + ticket(sized(good, 16))
-    strangers, wrong, before = deque[socket.socket](maxlen=64), [], 0
+    strangers, wrong, before = deque[socket.socket](maxlen=512), [], 0
     with (
         Worker(dataset.parent) as own,
         started(dataset.parent, command=count > 200) as (worker,),
