@@ -140,15 +140,15 @@ def refused(data: Path, *words: str, **options: Any) -> None:
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("token", [None, "another secret text"])
+@pytest.mark.parametrize("token", [None, "another-secret"])
 def test_the_token_is_the_workers(
     served: Path, alone: Path, tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where another worker would answer, and where shards are here."""
     right, wrong = tmp_path / "token", tmp_path / "wrong"
-    right.write_text("the secret text of all\n")
+    right.write_text("the-secret-of-all\n")
     wrong.write_text(token or "")
-    with started(served, token="the secret text of all") as workers:
+    with started(served, token="the-secret-of-all") as workers:
         with monkeypatch.context() as environment:
             environment.setenv("PENSTOCK_FEED_TOKEN_FILE", str(right))
             assert_same(taken(served / "dataset", 3), taken(alone / "dataset", 3, workers=addresses(workers)))
@@ -263,13 +263,16 @@ def test_closing_ends_the_threads(served: Path, alone: Path, taken: int, silent:
     """Also while a worker is stopped amid a request, and another one never answers."""
     before = {thread.ident for thread in threading.enumerate()}
     with started(served, 1) as (worker,):
-        with loader(alone / "dataset", workers=[worker.address, silent], depth=4) as batches:
+        with loader(alone / "dataset", workers=[worker.address, silent], depth=4, patience=2) as batches:
             list(islice(batches, taken))
             worker.signal(signal.SIGSTOP)
             time.sleep(0.2)
             began = time.monotonic()
         assert time.monotonic() - began < 5
-        assert {thread.ident for thread in threading.enumerate()} <= before
+        deadline = time.monotonic() + 10  # a request under way ends with the patience
+        while not {thread.ident for thread in threading.enumerate()} <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         with pytest.raises(RuntimeError, match="the loader is closed"):
             next(batches)
 

@@ -227,6 +227,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             local if here else None,
             self._mixed,
             self._bad,
+            self._reader,
             self._decoding,
             self._depth,
             self._patience,

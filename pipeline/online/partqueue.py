@@ -23,7 +23,7 @@ from pipeline.online.samples import BadSample, BadSamples
 FIRST_DEADLINE, LEAST_DEADLINE = 5.0, 0.25  # seconds: before an answer has come, and whatever the recent ones took
 SLACK = 4  # × the median of the recent answers' times: then a part is late
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds for which a worker that fails is left alone; doubled each time
-REMEDY = "start workers (penstock feed), or leave them out where the shards are"
+REMEDY = "start workers (penstock feed), raise the patience, or leave workers out where the shards are"
 TICK = 0.1  # seconds between two looks at what time alone changes
 _log = logging.getLogger("penstock")
 
@@ -178,7 +178,7 @@ class PartQueue:
     def _announce(self, source: Source) -> None:
         """Log once that local decoding begins because no worker answers."""
         if source.fallback and not self._alone:
-            _log.warning("no decoding worker answers (%s); decoding here until one does", self._reasons())
+            _log.warning("no decoding worker answers (%s); decoding locally until one does", self._reasons())
         self._alone = self._alone or source.fallback
 
     def _chosen(self, source: Source, now: float) -> tuple[Part | None, float | None]:

@@ -108,6 +108,21 @@ class Answer:
         """True where stored bytes are damaged, which those of another copy of the data set need not be."""
         return any(where.endswith(DAMAGED) for where in self.bad.values())
 
+    def verify(self, request: Request, reader: SampleReader, training: bool) -> None:
+        """Raise UserError where the ids are not those of the request, bad samples replaced, or have other labels."""
+        bad, samples = {*request.bad, *self.bad}, len(reader)
+        ids, requested = list(request.ids), np.array(request.ids, np.int64)
+        for i, sample in enumerate(request.ids):
+            while sample in bad and len(bad) < samples:
+                ids[i] = sample = (sample + 1) % samples
+        if ids != self.ids.tolist():
+            raise UserError("answers with other samples than were asked for")
+        labels = reader.labels(self.ids)
+        if not training:
+            labels[self.ids != requested] = -1
+        if not np.array_equal(labels, self.labels):
+            raise UserError("answers with other labels than samples.npy has here")
+
     def to_batch(self) -> pa.RecordBatch:
         """Return the record batch that crosses the network; it uses the memory of the arrays."""
         n, side = self.views.shape[:2]

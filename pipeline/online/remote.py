@@ -21,7 +21,7 @@ from pipeline.online.endpoints import LOCAL, Address, Endpoint
 from pipeline.online.order import part
 from pipeline.online.partqueue import Part, PartQueue, Source
 from pipeline.online.parts import KNOWN, MOST, Answer, Parts, Request
-from pipeline.online.samples import BadSample, BadSamples
+from pipeline.online.samples import BadSample, BadSamples, SampleReader
 
 PULLERS = 2  # requests to a worker at a time, so that it decodes one while another's views travel
 FEWEST = 8  # samples of a part, unless the batch is smaller
@@ -44,12 +44,13 @@ class Decoder:
         local: Callable[[], Parts] | None,
         mixed: bool,
         bad: BadSamples,
+        reader: SampleReader,  # for the labels
         devices: tuple[torch.device, ...],
         depth: int,
         patience: float,
     ) -> None:
         self._template, self._side, self._addresses, self._bad = template, side, addresses, bad
-        self._devices, self._patience = devices, patience
+        self._reader, self._devices, self._patience = reader, devices, patience
         self.under_way = self._depth = depth
         self._streams = Streams(devices)
         self._token, self._ca = secrets()
@@ -143,9 +144,13 @@ class Decoder:
             known = tuple(sorted(self._bad.ids)[:KNOWN])  # saves work; the replacements are the same without
             request, began = msgspec.structs.replace(piece.request, bad=known), time.monotonic()
             try:
-                outcome: Answer | Failure = source.ask(request, timeout=self._patience)
+                answer = source.ask(request, timeout=self._patience)
+                answer.verify(request, self._reader, self._bad.training)
+                outcome: Answer | Failure = answer
             except Failure as failure:
                 outcome = failure
+            except UserError as error:
+                outcome = Failure("wrong", str(error))
             self._queue.give(source, piece, outcome, time.monotonic() - began)
 
     # The addresses
