@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -51,12 +52,13 @@ def test_bad_samples_are_those_of_the_local_loader(
     harm(copy, *BAD)
     caplog.set_level(logging.WARNING, "penstock")
     seen = []
-    with started(copy.parent, 2) as workers:
-        for data, texts in ((copy, ()), (copy, addresses(workers)), (bare(copy), addresses(workers))):
+    with started(copy.parent, 2) as crew:
+        for data, workers in ((copy, ()), (copy, addresses(crew)), (bare(copy), addresses(crew))):
             caplog.clear()
-            with loader(data, max_bad=3, workers=texts, **more) as batches:
+            with loader(data, max_bad=3, workers=workers, **more) as batches:
                 taken = list(islice(batches, 14))
-                lines = {record.getMessage().partition("; ")[0] for record in caplog.records}
+                texts = (record.getMessage().partition("; ")[0] for record in caplog.records)
+                lines = {re.sub("^[^/]*: ", "", text) for text in texts}  # but for the worker's name
                 seen.append((taken, batches.bad, batches.state_dict(), lines, len(caplog.records)))
     local, *fed = seen
     for taken, *rest in fed:

@@ -176,10 +176,11 @@ class PartQueue:
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no address names one"
 
     def _announce(self, source: Source) -> None:
-        """Log once that local decoding begins because no worker answers."""
-        if source.fallback and not self._alone:
+        """Log once that local decoding begins because no worker answers; it may be asked for a doubtful part, too."""
+        alone = source.fallback and not any(worker.usable(self._late()) for worker in self.workers.values())
+        if alone and not self._alone:
             _log.warning("no decoding worker answers (%s); decoding locally until one does", self._reasons())
-        self._alone = self._alone or source.fallback
+        self._alone = self._alone or alone
 
     def _chosen(self, source: Source, now: float) -> tuple[Part | None, float | None]:
         """Return the first part that nobody is asked for, or that is late; else the time until one may be late."""
