@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,9 +56,9 @@ VIEW = 224 * 224 * 3  # bytes
 # What clients cost
 
 
-def hung(address: int | str, good: JsonObject) -> socket.socket:
+def hung(address: int | str, good: JsonObject, room: int = 2**12) -> socket.socket:
     """Return a connection on which the worker has begun to send an answer of 64 views, which nobody reads."""
-    slow = connected(address, preface() + headers() + ticket(sized(good, 64)))
+    slow = connected(address, preface() + headers() + ticket(sized(good, 64)), room)
     assert received(slow, 2000)  # more than the settings
     return slow
 
@@ -67,14 +68,14 @@ def test_an_answer_that_nobody_reads(
     dataset: Path, good: JsonObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unix: bool
 ):
     """It leaves no room for others, who are told at once, until its connection is ended."""
-    monkeypatch.setattr(guard, "LIMIT", 100 * VIEW)
+    limit = 64 * VIEW + guard.LEAST - 1
+    monkeypatch.setattr(guard, "LIMIT", limit)
     path = str(tmp_path / "worker")
     with serving(dataset.parent, f"grpc+unix://{path}" if unix else "grpc://127.0.0.1:0") as server:
         address = path if unix else server.port
         with client(address) as asking, hung(address, good) as slow:
-            size = f"{64 * VIEW:,}"
-            under_way = f"answers under way: {size} bytes, this one: {size}, allowed: {100 * VIEW:,}"
-            assert ask(asking, sized(good, 64)) == ("busy", f"{under_way}; ask again later, or start more workers")
+            under_way = f"answers under way: {64 * VIEW:,} bytes, this one: {guard.LEAST:,}, allowed: {limit:,}"
+            assert ask(asking, sized(good, 1)) == ("busy", f"{under_way}; ask again later, or start more workers")
             monkeypatch.setattr(guard, "TAKEN_WITHIN", 0.2)
             assert waited(lambda: ask(asking, sized(good, 64)) == 64)
             assert ended(slow)
@@ -111,15 +112,32 @@ def test_errors_leave_no_memory_taken(dataset: Path, good: JsonObject, tmp_path:
         assert ask(asking, whole) == ("refused", most)
 
 
-def test_a_worker_ends_though_a_client_does_not_read(dataset: Path, good: JsonObject, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(guard, "TAKEN_WITHIN", 1.0)
-    with serving(dataset.parent) as server, hung(server.port, good) as slow:
-        with connected(server.port, preface() + headers()), connected(server.port):
-            ending = threading.Thread(target=server.shutdown, daemon=True)
-            ending.start()
-            ending.join(20)
-            assert not ending.is_alive()
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_worker_ends_after_its_answers(dataset: Path, good: JsonObject, monkeypatch: pytest.MonkeyPatch, reads: bool):
+    """And does not wait longer for a client that does not read than before."""
+    monkeypatch.setattr(guard, "TAKEN_WITHIN", 20.0 if reads else 1.0)
+    with serving(dataset.parent) as server, hung(server.port, good, 2**18) as slow:
+        ending = threading.Thread(target=server.shutdown, daemon=True)
+        ending.start()
+        ending.join(3 * guard.PERIOD)
+        assert ending.is_alive()
+        if reads:
+            assert received(slow, 64 * VIEW)
+        ending.join(20)
+        assert not ending.is_alive()
         assert ended(slow)
+
+
+def test_a_worker_ends_though_connections_are_open(dataset: Path, good: JsonObject):
+    """At once, of clients that have asked, and of others."""
+    kept = preface() + headers() + ticket(sized(good, 0))
+    with serving(dataset.parent) as server, connected(server.port, kept) as client:
+        assert received(client, 500)
+        client.sendall(headers(stream=3))  # a call that will never be whole
+        with connected(server.port, preface() + headers()), connected(server.port):
+            began = time.monotonic()
+            server.shutdown()
+            assert time.monotonic() - began < guard.ASKS_WITHIN / 2
 
 
 @pytest.mark.parametrize("data", STRANGERS.values(), ids=STRANGERS)
@@ -130,9 +148,13 @@ def test_connections_without_a_request_are_ended(
     with connected(server.port, preface() + headers() + ticket(sized(good, 0))) as kept:
         assert len(kept.recv(2**16)) > 0
         monkeypatch.setattr(guard, "ASKS_WITHIN", 0.3)
+        monkeypatch.setattr(guard, "LARGEST", 2000)
         with connected(server.port, data) as stranger:
             assert ended(stranger)
-        kept.sendall(headers(stream=3) + ticket(sized(good, 64), 3))
+        for stream in range(5, 25, 2):  # more than that, but with requests
+            time.sleep(0.05)
+            kept.sendall(headers(stream=stream) + ticket(sized(good, 0), stream))
+        kept.sendall(headers(stream=25) + ticket(sized(good, 64), 25))
         assert received(kept, 10**6)
 
 

@@ -132,11 +132,11 @@ def ticket(data: bytes, stream: int = 1) -> bytes:
     return frame(DATA, ENDS, stream, b"\0" + struct.pack(">I", len(message)) + message)
 
 
-def connected(address: int | str, data: bytes = b"") -> socket.socket:
-    """Return a connection to a port or a Unix socket, on which `data` is sent; the client's buffer takes 4 kB."""
+def connected(address: int | str, data: bytes = b"", room: int = 2**12) -> socket.socket:
+    """Return a connection to a port or a Unix socket, on which `data` is sent; the client's buffer has `room` bytes."""
     client = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
     client.settimeout(20)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     client.connect(address if isinstance(address, str) else ("127.0.0.1", address))
     client.sendall(data)
     return client

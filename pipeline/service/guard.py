@@ -5,7 +5,6 @@ until its call has ended in another way. gRPC has no limit for a request that py
 forever over reading, or over saying anything at all; so a thread looks at the connections, and ends such ones.
 """
 
-import contextlib
 import hmac
 import json
 import os
@@ -18,6 +17,7 @@ import urllib.parse
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -77,7 +77,7 @@ class Outgoing:
         self._sent: deque[tuple[float, str, weakref.ref[Held]]] = deque()  # by time
         self._asked: set[str] = set()  # clients with a valid request since the last look
         self._connections: dict[str, _Connection] = {}
-        self._closed = threading.Event()
+        self._closing, self._closed = False, threading.Event()
 
     def hold(self, context: flight.ServerCallContext, size: int) -> Held:
         """Count an answer of `size` bytes, of a valid request, from now on.
@@ -89,9 +89,7 @@ class Outgoing:
             raise failure("refused", f"the answer would have {size:,} bytes; at most {LIMIT:,}: ask for fewer samples")
         size = max(size, LEAST)
         with self._lock:
-            while self._freed:
-                self._bytes -= self._freed.popleft()
-            if self._bytes + size > LIMIT:
+            if self._under_way() + size > LIMIT:
                 under_way = f"answers under way: {self._bytes:,} bytes, this one: {size:,}, allowed: {LIMIT:,}"
                 raise failure("busy", f"{under_way}; ask again later, or start more workers")
             self._bytes += size
@@ -108,7 +106,7 @@ class Outgoing:
         return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(batch.schema, [batch]))
 
     def watch(self, address: int | str) -> None:
-        """Watch the connections to a port, or to the path of a Unix socket, until `close`.
+        """Watch the connections to a port, or to the path of a Unix socket, until the block of `closing` ends.
 
         Let this process open as many files as the system allows it: connections are files until they are ended.
         """
@@ -116,19 +114,36 @@ class Outgoing:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         threading.Thread(target=self._watch, args=(address,), name="penstock-guard", daemon=True).start()
 
-    def close(self) -> None:
-        """End `watch`."""
-        self._closed.set()
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """End `watch` after the block, in which the server shuts down: that waits for its clients.
+
+        Once no answer is under way, the connections of all are ended.
+        """
+        self._closing = True
+        try:
+            yield
+        finally:
+            self._closed.set()
+
+    def _under_way(self) -> int:
+        """Return the bytes of all answers; `_lock` is held."""
+        while self._freed:
+            self._bytes -= self._freed.popleft()
+        return self._bytes
 
     def _watch(self, address: int | str) -> None:
         while not self._closed.wait(PERIOD):
+            with self._lock:
+                over = self._closing and not self._under_way()
             late = self._late()
             asked, self._asked = self._asked, set()
             before, self._connections = self._connections, {}
             for client, connection in _connections(address):
                 known = self._connections[client] = before.get(client) or _Connection(time.monotonic())
-                if client in late or (client and known.overdue(_received(connection), client in asked)):
-                    with contextlib.suppress(OSError):  # the client has just ended it
+                lost = client and known.overdue(_received(connection), client in asked)
+                if over or lost or client in late:
+                    with suppress(OSError):  # the client has just ended it
                         connection.shutdown(socket.SHUT_RDWR)
 
     def _late(self) -> set[str]:
@@ -169,7 +184,7 @@ def _connections(address: int | str) -> Iterator[tuple[str, socket.socket]]:
     """Yield the clients that are connected to `address`, with duplicates of the sockets, which gRPC owns."""
     for number in map(int, os.listdir("/proc/self/fd")):
         # closed since, no socket, a listening one, or its client is gone
-        with contextlib.suppress(OSError), _duplicate(number) as connection:
+        with suppress(OSError), _duplicate(number) as connection:
             own, client, unix = connection.getsockname(), connection.getpeername(), connection.family == socket.AF_UNIX
             if (own if unix else own[1]) == address:
                 yield "" if unix else _name(*client[:2]), connection

@@ -202,8 +202,8 @@ class Server(flight.FlightServerBase):
 
     def shutdown(self) -> None:
         """End the calls under way, and serve no more."""
-        super().shutdown()
-        self._outgoing.close()  # until now it ended connections of who does not read
+        with self._outgoing.closing():
+            super().shutdown()
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
