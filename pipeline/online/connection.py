@@ -2,6 +2,7 @@
 
 import os
 import re
+import ssl
 from pathlib import Path
 
 import msgspec
@@ -37,7 +38,7 @@ class _Detail(msgspec.Struct):
 def secrets() -> tuple[str | None, bytes | None]:
     """Return the token, and the certificates that TLS trusts, of the files that the environment names; None: no file.
 
-    Raises OSError; UserError: a token that is no line of text.
+    Raises OSError; UserError: a token that is no line of text, no certificates.
     """
     token, ca = (_content(os.environ.get(name)) for name in (TOKEN_FILE, CA_FILE))
     try:
@@ -46,6 +47,11 @@ def secrets() -> tuple[str | None, bytes | None]:
         raise UserError(f"{os.environ[TOKEN_FILE]}: not a token; write one line of letters and digits") from error
     if text is not None and not re.fullmatch("[!-~]+", text):
         raise UserError(f"{os.environ[TOKEN_FILE]}: not a token; write one line of letters and digits")
+    if ca is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=ca.decode("ascii"))
+        except (ValueError, ssl.SSLError) as error:
+            raise UserError(f"{os.environ[CA_FILE]}: holds no certificates (PEM)") from error
     return text, ca
 
 
@@ -107,5 +113,10 @@ def _failure(error: BaseException) -> Failure:
         return Failure("unreachable", "no answer in time")
     text = re.sub(r"(\. Detail:| gRPC client debug context).*", "", " ".join(str(error).split()))
     reason = re.sub(r"^.*(with message: |last error: |(ipv4|ipv6|unix):\S+: )", "", text)
+    if "certificate verify failed" in text or "in peer certificate" in text:
+        reason = reason.rpartition("routines::")[2].strip(" .")
+        return Failure(
+            "refused", f"its certificate is not trusted ({reason}); {CA_FILE} names a file of those that are"
+        )
     kind = "unreachable" if isinstance(error, flight.FlightUnavailableError | OSError) else "wrong"
     return Failure(kind, reason.strip(" .") or type(error).__name__)

@@ -95,6 +95,9 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         if distant and not (self._addresses and cache is None):
             self._cache = self._shard_cache(cache, cache_bytes)
         self._reader = SampleReader(self.manifest, split, self._cache.lease if self._cache else None, readers)
+        if self._mixed and not self._reader.is_here():
+            reason = "the shards are not here; leave local out of the workers, or copy them"
+            raise UserError(f"{self.manifest.root}: {reason}")
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
         self._normaliser = Normaliser(self.recipe, self._decoding, output, bool(self._addresses))
         self._decoder: Callable[[], Decoder]
@@ -203,7 +206,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         }
 
     def _remote_decoder(self) -> Decoder:
-        """Return the decoder that asks workers. Raises UserError: pyarrow or, of `local`, the shards are missing."""
+        """Return the decoder that asks workers. Raises UserError: pyarrow is missing."""
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else gRPC prints lines of its own beside our errors
         try:
             from pipeline.online import parts, remote
         except ImportError as error:
@@ -215,16 +219,11 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             begin = partial(turbo.Decoder, normalised=False, most=parts.MOST, threads=self._threads)
             return parts.Parts(self.manifest, self.split, self.recipe, self._reader, begin)
 
-        here = self._reader.is_here()
-        if self._mixed and not here:
-            raise UserError(
-                f"{self.manifest.root}: the shards are not here; leave local out of the workers, or copy them"
-            )
         return remote.Decoder(
             template,
             self.recipe.decoded,
             self._addresses,
-            local if here else None,
+            local if self._reader.is_here() else None,
             self._mixed,
             self._bad,
             self._reader,

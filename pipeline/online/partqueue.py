@@ -91,6 +91,8 @@ class PartQueue:
                     del self.workers[uri]
             new = {uri: worker for uri, worker in workers.items() if uri not in self.workers}
             self.workers |= new
+            for address in unknown.keys() - self.unknown.keys():
+                _log.warning("%s; it is looked up again and again", unknown[address])
             self.unknown = unknown
             self.changed.notify_all()
         return list(new.values())
@@ -228,7 +230,7 @@ class PartQueue:
 
     def leave_alone(self, source: Source, failure: Failure) -> None:
         """Ask the source again after a pause, which grows."""
-        if not (source.failures or self._closed):
+        if not (source.failures or self._closed or failure.kind == "closed"):
             _log.warning("%s: %s; its parts are asked of others", source.name, failure.reason)
         now = time.monotonic()
         source.reason, source.refused = failure.reason, failure.kind == "refused"

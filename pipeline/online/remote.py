@@ -204,5 +204,7 @@ def _decode(parts: Parts, request: Request, timeout: float) -> Answer:
         return parts.decode(request)
     except BadSample as error:
         raise Failure("bad", str(error)) from error
-    except (UserError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: closed
+    except RuntimeError as error:
+        raise Failure("closed", str(error)) from error
+    except (UserError, OSError, MemoryError) as error:
         raise Failure("data", str(error)) from error
