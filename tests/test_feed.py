@@ -140,6 +140,28 @@ def refused(data: Path, *words: str, **options: Any) -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    ("variable", "content", "words"),
+    [
+        ("PENSTOCK_FEED_CA", "", "holds no certificates (PEM)"),
+        ("PENSTOCK_FEED_CA", "-----BEGIN CERTIFICATE-----", "holds no certificates (PEM)"),
+        ("PENSTOCK_FEED_TOKEN_FILE", "two words", "not a token; write one line of letters and digits"),
+        ("PENSTOCK_FEED_TOKEN_FILE", "ü", "not a token; write one line of letters and digits"),
+    ],
+)
+def test_secrets_that_are_none(
+    alone: Path, tmp_path: Path, variable: str, content: str, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "secret").write_text(content)
+    monkeypatch.setenv(variable, str(tmp_path / "secret"))
+    refused(alone / "dataset", f"{tmp_path}/secret: {words}", workers=["127.0.0.1:1"])
+
+
+def test_local_decoding_wants_the_shards(alone: Path):
+    refused(alone / "dataset", "the shards are not here", workers=["local+127.0.0.1:1"])
+    refused(alone / "dataset", "the shards are not here", workers=["local"])
+
+
 @pytest.mark.parametrize("token", [None, "another-secret"])
 def test_the_token_is_the_workers(
     served: Path, alone: Path, tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,8 @@ pytest.importorskip("pyarrow.flight")
 import pyarrow as pa
 from pyarrow import flight
 
+from pipeline import UserError
+from pipeline.online import Loader
 from pipeline.online.parts import LONGEST, MOST
 from pipeline.online.turbo import fingerprint
 from pipeline.service.worker import Server
@@ -141,8 +143,8 @@ def test_other_calls(server: Server, name: str, call: Callable[[flight.FlightCli
         assert json.loads(caught.value.extra_info) == {"kind": "refused", "message": message}
 
 
-def test_encrypted(dataset: Path, good: JsonObject, tmp_path: Path):
-    """With a certificate, a client that does not encrypt gets nothing."""
+def test_encrypted(dataset: Path, good: JsonObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a certificate, a client that does not encrypt gets nothing; a consumer refuses one of another name."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     if not shutil.which("openssl"):
         pytest.skip("no openssl here to make a certificate")
@@ -158,3 +160,10 @@ def test_encrypted(dataset: Path, good: JsonObject, tmp_path: Path):
             assert ask(asking, sized(good, 1), TOKEN) == ("", "")
         with flight.FlightClient(f"grpc+tls://127.0.0.1:{server.port}", **trust) as asking:
             assert ask(asking, sized(good, 1), "fedcba9876543210") == ("refused", OTHER_TOKEN)
+        monkeypatch.setenv("PENSTOCK_FEED_CA", str(certificate))
+        address = f"grpc+tls://127.0.0.1:{server.port}"
+        with pytest.raises(UserError) as refused:
+            Loader(dataset, workers=[address])
+    reason = "Peer name 127.0.0.1 is not in peer certificate"
+    remedy = "PENSTOCK_FEED_CA names a file of those that are"
+    assert str(refused.value) == f"{address}: its certificate is not trusted ({reason}); {remedy}"
