@@ -1,11 +1,14 @@
 """Faults of workers and of what they read: bad samples, kills, stops; no batch differs, and none is missing."""
 
+import gc
 import logging
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -218,7 +221,71 @@ def test_a_stopped_worker_is_left_out_and_comes_back(dataset: Path, copy: Path):
             assert time.monotonic() < deadline
 
 
+def test_a_worker_that_comes_back_with_other_data_is_announced(
+    small: Path, dataset: Path, copy: Path, caplog: pytest.LogCaptureFixture
+):
+    """The batches go on without it, and its refusal is logged once, after its failure."""
+    shutil.copytree(small, copy.parent.parent / "other" / "dataset")
+    with (
+        started(copy.parent, 2) as workers,
+        caplog.at_level(logging.WARNING, "penstock"),
+        loader(bare(copy), workers=addresses(workers)) as batches,
+    ):
+        fed = []
+
+        def go_on(text: str) -> None:
+            deadline = time.monotonic() + 20
+            while text not in caplog.text:
+                assert time.monotonic() < deadline
+                fed.extend(islice(batches, 4))
+
+        go_on("")
+        workers[0].kill()
+        go_on(f"{workers[0].address}: ")
+        workers[0].root = str(copy.parent.parent / "other")
+        workers[0].restart()
+        go_on("another data set")
+        fed += islice(batches, 100)
+    assert caplog.text.count(f"{workers[0].address}: dataset: another data set of that name: ") == 1
+    assert_same(taken(dataset, len(fed)), fed)
+
+
+def test_closed_loaders_leave_no_connections(dataset: Path, copy: Path):
+    """At once, without the garbage collector."""
+
+    def opened() -> int:
+        for thread in threading.enumerate():
+            if thread.name == "penstock-puller":  # of an answer that nobody waits for
+                thread.join(20)
+        return len(os.listdir("/proc/self/fd"))
+
+    with started(copy.parent) as workers:
+        taken(bare(copy), 1, workers=addresses(workers))
+        gc.collect()
+        before = opened()
+        gc.disable()
+        try:
+            for _ in range(12):
+                taken(bare(copy), 1, workers=addresses(workers))
+            deadline = time.monotonic() + 10
+            while (after := opened()) > before + 3:
+                assert time.monotonic() < deadline, f"{before} files were open, and now {after}"
+                time.sleep(0.05)
+        finally:
+            gc.enable()
+
+
 # Proofs
+
+
+@pytest.mark.proof
+def test_the_batches_ahead_have_one_patience(copy: Path):
+    """As the end of a program shows, which waits for their threads."""
+    with started(copy.parent) as (worker,):
+        address = worker.address
+    code = f"""from pipeline.online import Loader
+Loader({str(bare(copy))!r}, batch_size=1, depth=400, patience=1, workers=[{address!r}])"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 @pytest.mark.proof

@@ -75,6 +75,7 @@ class PartQueue:
         self.unknown: dict[str, str] = {}  # addresses without workers → why
         self._bad, self._closed = bad, False
         self._alone = False  # local decoding has taken over
+        self._over = False  # the patience: the batches ahead do not have one more each
         self._waiting: list[Part] = []
         self._recent: deque[float] = deque(maxlen=64)  # seconds that answers took
         self._progress = time.monotonic()  # when a part last had an outcome
@@ -85,6 +86,8 @@ class PartQueue:
         Those of an address stay, too, that is `unknown` now: address → why.
         """
         with self.changed:
+            if self._closed:
+                return []
             for uri, worker in list(self.workers.items()):
                 if uri not in workers and worker.address not in unknown:
                     worker.gone = True
@@ -108,6 +111,7 @@ class PartQueue:
         with self.changed:
             self._closed = True
             self._waiting.clear()
+            self.workers.clear()  # and with them their connections, at once
             self.changed.notify_all()
 
     def usable(self) -> int:
@@ -131,7 +135,8 @@ class PartQueue:
                         self._believe(piece)
                 if not self.local and self.workers and all(worker.refused for worker in self.workers.values()):
                     raise NoWorkerError(f"every decoding worker refuses: {self._reasons()}")
-                if time.monotonic() - max(began, self._progress) > patience:
+                if self._over or time.monotonic() - max(began, self._progress) > patience:
+                    self._over = True
                     raise NoWorkerError(
                         f"no decoding worker has answered for {patience:g} s: {self._reasons()}; {REMEDY}"
                     )
@@ -230,10 +235,12 @@ class PartQueue:
 
     def leave_alone(self, source: Source, failure: Failure) -> None:
         """Ask the source again after a pause, which grows."""
-        if not (source.failures or self._closed or failure.kind == "closed"):
+        refused = failure.kind == "refused"
+        news = not source.failures or refused > source.refused  # a worker that is begun anew may have other data
+        if news and not (self._closed or failure.kind == "closed"):
             _log.warning("%s: %s; its parts are asked of others", source.name, failure.reason)
         now = time.monotonic()
-        source.reason, source.refused = failure.reason, failure.kind == "refused"
+        source.reason, source.refused = failure.reason, refused
         if source.resumes <= now:  # else the other thread of this worker has failed just before
             source.resumes = now + min(LONGEST_PAUSE, FIRST_PAUSE * 2**source.failures)
             source.failures += 1
