@@ -59,10 +59,8 @@ class Worker(AbstractContextManager["Worker"]):
     def size(self, request: Request) -> int:
         """Return the bytes of a request's views. Raises Refused where the worker cannot answer it; DatasetError."""
         parts = self._parts_of(request)
-        try:
+        with refusing():
             parts.require(request)
-        except UserError as error:
-            raise Refused(str(error)) from error
         return len(request.ids) * parts.bytes_per_view
 
     def answer(self, request: Request) -> Answer:
