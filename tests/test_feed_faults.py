@@ -284,8 +284,8 @@ def test_the_batches_ahead_have_one_patience(copy: Path):
     with started(copy.parent) as (worker,):
         address = worker.address
     code = f"""from pipeline.online import Loader
-Loader({str(bare(copy))!r}, batch_size=1, depth=400, patience=1, workers=[{address!r}])"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+Loader({str(bare(copy))!r}, batch_size=1, depth=400, patience=4, workers=[{address!r}])"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.proof
