@@ -132,8 +132,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
         start = runs.history_entry(settings, dataset, world.size, taken)
         history = (*(resumed.history if resumed else ()), start)
         with world.raise_together():
-            options = dataset, recipe, devices, world, None, recipe.data.workers
-            loader = stack.enter_context(loaders.training(*options))
+            training = loaders.training(dataset, recipe, devices, world, workers=recipe.data.workers)
+            loader = stack.enter_context(training)
             if resumed:
                 runs.set_loader(settings, resumed, loader)
             writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None

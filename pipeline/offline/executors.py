@@ -110,9 +110,7 @@ def run_on_ray(
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_on_node)
         waiting, running, results = iter(tasks), dict[Any, str](), list[Result]()
         while True:
-            with (
-                process.signals_held()
-            ):  # Ray's threads and callbacks swallow exceptions, so none is raised in its code
+            with process.signals_held():  # Ray's threads swallow exceptions, so none is raised in its code
                 # two tasks for each CPU, so that none waits for us; a cluster that grows on demand must see one
                 room = at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
                 for task in islice(waiting, max(0, room - len(running))):

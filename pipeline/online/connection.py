@@ -118,5 +118,7 @@ def _failure(error: BaseException) -> Failure:
         return Failure(
             "refused", f"its certificate is not trusted ({reason}); {CA_FILE} names a file of those that are"
         )
+    if reason == "Socket closed":
+        reason += ", by another program or for want of TLS (grpc+tls://)"
     kind = "unreachable" if isinstance(error, flight.FlightUnavailableError | OSError) else "wrong"
     return Failure(kind, reason.strip(" .") or type(error).__name__)

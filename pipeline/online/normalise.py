@@ -78,9 +78,8 @@ class Normaliser:
     """`normalise` for the batches of a recipe, split between the decoding thread and the consumer's stream.
 
     On a CPU the decoder has normalised each view already, unless several are cut from a picture or workers have decoded
-    it (`remote`); then the decoding thread does. On a GPU the decoding
-    thread sends what is needed, and the kernel runs where the images are used. `output` is a key of `DTYPES`; "uint8"
-    leaves the views as they were cut.
+    it (`remote`); then the decoding thread does. On a GPU the decoding thread sends what is needed, and the kernel runs
+    where the images are used. `output` is a key of `DTYPES`; "uint8" leaves the views as they were cut.
     """
 
     def __init__(self, recipe: Transform, devices: tuple[torch.device, ...], output: str, remote: bool = False) -> None:

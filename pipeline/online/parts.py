@@ -89,7 +89,7 @@ def parse(data: bytes) -> Request:
     if request.owners is not None and len(request.owners) != len(request.ids):
         raise UserError(f"owners: {len(request.owners)}, for {len(request.ids)} ids")
     if request.codec != (own := turbo.fingerprint()):
-        reason = f"its JPEG decoder gives other pixels ({own[:12]}) than yours ({request.codec[:12]!r})"
+        reason = f"its JPEG decoder gives other pixels ({own[:12]!r}) than yours ({request.codec[:12]!r})"
         raise UserError(f"{reason}; install the same simplejpeg and pillow-simd on both sides")
     return request
 

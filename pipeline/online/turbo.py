@@ -70,11 +70,9 @@ class Decoder:
         """`shared`: what other decoders use, too."""
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
-        self._shape, self._dtype = (
-            (3, side, side) if normalised else (side, side, 3),
-            (np.uint8, np.float32)[normalised],
-        )
-        self._least = most * side * side * 3 * np.dtype(self._dtype).itemsize
+        self._shape = (3, side, side) if normalised else (side, side, 3)
+        self._dtype = np.dtype(np.float32 if normalised else np.uint8)
+        self._least = most * side * side * 3 * self._dtype.itemsize
         self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
         self._scratch = _Scratch(side)
         self._jobs: deque[Job] = deque()
@@ -138,7 +136,7 @@ class Decoder:
     def _array(self, n: int) -> np.ndarray:
         """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
         shape, free = (n, *self._shape), self._shared.free
-        size = prod(shape) * np.dtype(self._dtype).itemsize
+        size = prod(shape) * self._dtype.itemsize
         memory = None
         with suppress(IndexError):  # another thread may have taken the last
             memory = free.pop()

@@ -200,6 +200,6 @@ def _duplicate(number: int) -> socket.socket:
 
 
 def _received(connection: socket.socket) -> int:
-    return struct.unpack_from("Q", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED + 8), RECEIVED)[
-        0
-    ]
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED + 8)
+    (received,) = struct.unpack_from("Q", info, RECEIVED)
+    return int(received)
