@@ -50,6 +50,16 @@ def decoded(decoder: Any, pictures: list[bytes], crops: Crops) -> np.ndarray:
     return np.asarray(views.cpu())
 
 
+def misstate(root: Path, *samples: int) -> None:
+    """Write another height into the frame headers of training pictures, whose CRC-32 then differs."""
+    for record in manifest.load(root).samples("train")[[*samples]]:
+        with open(root / f"train/train-{record['shard']:06d}.tar", "r+b") as file:
+            file.seek(int(record["offset"]))
+            data = file.read(int(record["size"]))
+            file.seek(int(record["offset"]) + data.index(b"\xff\xc0") + 5)
+            file.write(b"\x7f")
+
+
 def remake(root: Path, change: Callable[[dict], object] = lambda body: None) -> None:
     """Make all hashes and sizes in dataset.json fit the files; then change it, and sign it again."""
     body = json.loads((root / "dataset.json").read_bytes())

@@ -24,7 +24,7 @@ from pipeline.manifest import DatasetError
 from pipeline.online import Loader, samples
 from pipeline.online.samples import SampleReader
 from runs import Runs, assert_same_end, options, resumed, shared_runs, train, trainer  # noqa: F401 – a fixture
-from stored import damage, forge
+from stored import damage, forge, misstate
 from trainer import checkpoint as checkpoints
 from trainer.evaluate import top_k_errors
 from trainer.metrics import read
@@ -122,12 +122,7 @@ def test_a_stand_in_of_another_size_has_a_window_of_its_own(raw: Path, tmp_path:
     assert build(raw, root, "--crop", "none", "--workers", 1, "--samples-per-shard", 16).exit_code == 0
     forge(root, 1)
     damage(root, 17)
-    for record in manifest.load(root).samples("train")[[5, 30]]:
-        with open(root / f"train/train-{record['shard']:06d}.tar", "r+b") as file:
-            file.seek(int(record["offset"]))
-            data = file.read(int(record["size"]))
-            file.seek(int(record["offset"]) + data.index(b"\xff\xc0") + 5)  # the height in its frame header
-            file.write(b"\x7f")
+    misstate(root, 5, 30)
     with Loader(root, batch_size=8, seed=SEED, recipe="imagenet", max_bad=4) as loader:
         assert len(list(islice(loader, 12))) == 12
         assert loader.bad == [1, 5, 17, 30]

@@ -1,7 +1,6 @@
-"""Batches by way of decoding workers: those of the local loader, byte for byte; what is refused; who is left."""
+"""Batches by way of decoding workers: those of the local loader, byte for byte; who is left; answers that are none."""
 
 import logging
-import shutil
 import signal
 import socket
 import threading
@@ -17,9 +16,19 @@ import pytest
 import torch
 from pyarrow import flight
 
-from conftest import build, one_line
+from conftest import one_line
 from pipeline import UserError
-from workers import Worker, addresses, assert_same, loader, started, taken, without_shards
+from workers import (  # noqa: F401 – three are fixtures
+    Worker,
+    addresses,
+    assert_same,
+    loader,
+    started,
+    taken,
+    three_workers,
+    two_data_sets,
+    two_without_shards,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {  # 41 samples in batches of 8: the last of an epoch has one
     "plain": {},
@@ -48,28 +57,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # 41 samples in batches of 8: the last o
     "imagenet, uint8": {"recipe": "imagenet", "output": "uint8", "batch_size": 41, "depth": 1},
     "imagenet, centre": {"recipe": "imagenet", "views": "centre"},
 }
-
-
-@pytest.fixture(scope="module")
-def served(raw: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two data sets: `dataset`, and `whole` pictures. Read only."""
-    root = tmp_path_factory.mktemp("served")
-    shutil.copytree(dataset, root / "dataset")
-    done = build(raw, root / "whole", "--crop", "none", "--workers", 1, "--samples-per-shard", 16)
-    assert done.exit_code == 0, done.output
-    return root
-
-
-@pytest.fixture(scope="module")
-def alone(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return without_shards(served, tmp_path_factory.mktemp("alone") / "data")
-
-
-@pytest.fixture(scope="module")
-def crew(served: Path) -> Iterator[list[Worker]]:
-    """Three workers. Not to be harmed."""
-    with started(served, 3) as workers:
-        yield workers
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -126,79 +113,6 @@ def test_workers_and_local_decoding_share_the_work(served: Path, crew: list[Work
     fed = taken(served / "dataset", 20, workers=["local", *addresses(crew[:1])], **options)
     assert_same(taken(served / "dataset", 20, **options), fed)
     assert len({batch.worker for batch in fed}) == 2, {batch.worker for batch in fed}
-
-
-# Who is refused
-
-
-def refused(data: Path, *words: str, **options: Any) -> None:
-    """Check that a loader, or else its first batch, is a mistake of the user's, and says so at once."""
-    began = time.monotonic()
-    with pytest.raises(UserError) as caught, loader(data, patience=20, **options) as batches:
-        next(batches)
-    one_line(caught, *words)
-    assert time.monotonic() - began < 10
-
-
-@pytest.mark.parametrize(
-    ("variable", "content", "words"),
-    [
-        ("PENSTOCK_FEED_CA", "", "holds no certificates (PEM)"),
-        ("PENSTOCK_FEED_CA", "-----BEGIN CERTIFICATE-----", "holds no certificates (PEM)"),
-        ("PENSTOCK_FEED_TOKEN_FILE", "two words", "not a token; write one line of letters and digits"),
-        ("PENSTOCK_FEED_TOKEN_FILE", "ü", "not a token; write one line of letters and digits"),
-    ],
-)
-def test_secrets_that_are_none(
-    alone: Path, tmp_path: Path, variable: str, content: str, words: str, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / "secret").write_text(content)
-    monkeypatch.setenv(variable, str(tmp_path / "secret"))
-    refused(alone / "dataset", f"{tmp_path}/secret: {words}", workers=["127.0.0.1:1"])
-
-
-def test_local_decoding_wants_the_shards(alone: Path):
-    refused(alone / "dataset", "the shards are not here", workers=["local+127.0.0.1:1"])
-    refused(alone / "dataset", "the shards are not here", workers=["local"])
-
-
-@pytest.mark.parametrize("token", [None, "another-secret"])
-def test_the_token_is_the_workers(
-    served: Path, alone: Path, tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    """Also where another worker would answer, and where shards are here."""
-    right, wrong = tmp_path / "token", tmp_path / "wrong"
-    right.write_text("the-secret-of-all\n")
-    wrong.write_text(token or "")
-    with started(served, token="the-secret-of-all") as workers:
-        with monkeypatch.context() as environment:
-            environment.setenv("PENSTOCK_FEED_TOKEN_FILE", str(right))
-            assert_same(taken(served / "dataset", 3), taken(alone / "dataset", 3, workers=addresses(workers)))
-        if token:
-            monkeypatch.setenv("PENSTOCK_FEED_TOKEN_FILE", str(wrong))
-        for data in (alone, served):
-            refused(data / "dataset", workers[0].address, "token", workers=addresses(workers))
-
-
-def test_another_data_set_is_refused(small: Path, served: Path, crew: list[Worker], tmp_path: Path):
-    """Another one of the same name; one that the worker has not; one outside its root, which it has."""
-    shutil.copytree(small, tmp_path / "dataset")
-    (served.parent / "outside").mkdir(exist_ok=True)
-    shutil.copytree(served / "dataset", served.parent / "outside" / "dataset", dirs_exist_ok=True)
-    refused(tmp_path / "dataset", crew[0].address, "identity", workers=addresses(crew[:2]), view=24)
-    shutil.copytree(served / "dataset", tmp_path / "other")
-    refused(tmp_path / "other", crew[0].address, "other", workers=addresses(crew[:1]))
-    for name in ("../outside/dataset", "dataset/../../outside/dataset", "/etc"):
-        refused(served / "dataset", crew[0].address, workers=[f"grpc://{crew[0].address}/{name}"])
-    fed = taken(tmp_path / "other", 3, workers=[f"grpc://{crew[0].address}/dataset"])
-    assert_same(taken(served / "dataset", 3), fed)
-
-
-def test_one_refusal_among_workers_is_an_error(served: Path, alone: Path, crew: list[Worker], tmp_path: Path):
-    """It is a mistake of the user's, as long as the loader begins."""
-    (tmp_path / "none").mkdir()
-    with started(tmp_path) as (other,):
-        refused(alone / "dataset", other.address, "dataset", workers=[crew[0].address, other.address])
 
 
 # Who is left

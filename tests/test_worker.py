@@ -1,8 +1,9 @@
-"""What a worker refuses: requests, tokens, calls, each in one line."""
+"""What a worker refuses: requests, tokens, calls, each in one line; and what its consumer says then."""
 
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,24 @@ pytest.importorskip("pyarrow.flight")
 import pyarrow as pa
 from pyarrow import flight
 
+from conftest import one_line
 from pipeline import UserError
-from pipeline.online import Loader
+from pipeline.online import Loader, parts, turbo
 from pipeline.online.parts import LONGEST, MOST
 from pipeline.online.turbo import fingerprint
 from pipeline.service.worker import Server
 from wire import JsonObject, answered, ask, client, options, right_request, running, serving, sized  # noqa: F401 – two are fixtures
+from workers import (  # noqa: F401 – three are fixtures
+    Worker,
+    addresses,
+    assert_same,
+    loader,
+    started,
+    taken,
+    three_workers,
+    two_data_sets,
+    two_without_shards,
+)
 
 TOKEN = "0123456789abcdef"
 OTHER_TOKEN = "this worker has another token: give both sides the same file"
@@ -32,7 +45,7 @@ OTHER_TOKEN = "this worker has another token: give both sides the same file"
     ("values", "message"),
     [
         ({"protocol": 2}, "protocol version 2 asked for, 1 here; install the same Penstock on both sides"),
-        ({"codec": "0" * 64}, "its JPEG decoder gives other pixels ({codec}) than yours ('000000000000'); {install}"),
+        ({"codec": "0" * 64}, "its JPEG decoder gives other pixels ('{codec}') than yours ('000000000000'); {install}"),
         ({"identity": "0" * 64}, "dataset: another data set of that name: yours has the identity 000000000000, {own}"),
         ({"split": "text"}, "{root}: no split named 'text'; there are: train, val"),
         ({"mean": "centre"}, "object contains unknown field mean"),
@@ -167,3 +180,84 @@ def test_encrypted(dataset: Path, good: JsonObject, tmp_path: Path, monkeypatch:
     reason = "Peer name 127.0.0.1 is not in peer certificate"
     remedy = "PENSTOCK_FEED_CA names a file of those that are"
     assert str(refused.value) == f"{address}: its certificate is not trusted ({reason}); {remedy}"
+
+
+# What its consumer says
+
+
+def refused(data: Path, *words: str, **options: Any) -> str:
+    """Check that a loader, or else its first batch, is a mistake of the user's; return what it says at once."""
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught, loader(data, patience=20, **options) as batches:
+        next(batches)
+    assert time.monotonic() - began < 10
+    return one_line(caught, *words)
+
+
+SECRETS = {"CA": "holds no certificates (PEM)", "TOKEN_FILE": "not a token; write one line of letters and digits"}
+WRONG = [("CA", ""), ("CA", "-----BEGIN CERTIFICATE-----"), ("TOKEN_FILE", "two words"), ("TOKEN_FILE", "ü")]
+
+
+@pytest.mark.parametrize(("name", "content"), WRONG)
+def test_secrets_that_are_none(alone: Path, tmp_path: Path, name: str, content: str, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "secret").write_text(content)
+    monkeypatch.setenv(f"PENSTOCK_FEED_{name}", str(tmp_path / "secret"))
+    text = refused(alone / "dataset", workers=["127.0.0.1:1"])
+    assert text == f"{tmp_path}/secret: {SECRETS[name]}"
+
+
+@pytest.mark.parametrize("address", ["local+127.0.0.1:1", "local"])
+def test_local_decoding_wants_the_shards(alone: Path, address: str):
+    reason = "the shards are not here; leave local out of the workers, or copy them"
+    assert refused(alone / "dataset", workers=[address]) == f"{alone}/dataset: {reason}"
+
+
+@pytest.mark.parametrize("token", [None, "another-secret"])
+def test_the_token_is_the_workers(
+    served: Path, alone: Path, tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where another worker would answer, and where shards are here."""
+    right, wrong = tmp_path / "token", tmp_path / "wrong"
+    right.write_text("the-secret-of-all\n")
+    wrong.write_text(token or "")
+    with started(served, token="the-secret-of-all") as workers:
+        with monkeypatch.context() as environment:
+            environment.setenv("PENSTOCK_FEED_TOKEN_FILE", str(right))
+            assert_same(taken(served / "dataset", 3), taken(alone / "dataset", 3, workers=addresses(workers)))
+        if token:
+            monkeypatch.setenv("PENSTOCK_FEED_TOKEN_FILE", str(wrong))
+        for data in (alone, served):
+            refused(data / "dataset", workers[0].address, "token", workers=addresses(workers))
+
+
+def test_another_data_set_is_refused(small: Path, served: Path, crew: list[Worker], tmp_path: Path):
+    """Another one of the same name; one that the worker has not; one outside its root, which it has."""
+    shutil.copytree(small, tmp_path / "dataset")
+    (served.parent / "outside").mkdir(exist_ok=True)
+    shutil.copytree(served / "dataset", served.parent / "outside" / "dataset", dirs_exist_ok=True)
+    refused(tmp_path / "dataset", crew[0].address, "identity", workers=addresses(crew[:2]), view=24)
+    shutil.copytree(served / "dataset", tmp_path / "other")
+    refused(tmp_path / "other", crew[0].address, "other", workers=addresses(crew[:1]))
+    for name in ("../outside/dataset", "dataset/../../outside/dataset", "/etc"):
+        refused(served / "dataset", crew[0].address, workers=[f"grpc://{crew[0].address}/{name}"])
+    fed = taken(tmp_path / "other", 3, workers=[f"grpc://{crew[0].address}/dataset"])
+    assert_same(taken(served / "dataset", 3), fed)
+
+
+def test_one_refusal_among_workers_is_an_error(served: Path, alone: Path, crew: list[Worker], tmp_path: Path):
+    """It is a mistake of the user's, as long as the loader begins."""
+    (tmp_path / "none").mkdir()
+    with started(tmp_path) as (other,):
+        text = refused(alone / "dataset", workers=[crew[0].address, other.address])
+        assert text == f"{other.address}: dataset: no such data set below this worker's folder"
+
+
+def test_another_version_is_refused(alone: Path, crew: list[Worker], monkeypatch: pytest.MonkeyPatch):
+    """Another protocol; a decoder of other pixels."""
+    with monkeypatch.context() as other:
+        other.setattr(parts, "PROTOCOL", 7)
+        text = refused(alone / "dataset", workers=[crew[0].address])
+        assert text.startswith(f"{crew[0].address}: protocol version 7 asked for, 1 here; ")
+    monkeypatch.setattr(turbo, "fingerprint", lambda: "0" * 64)
+    text = refused(alone / "dataset", workers=[crew[0].address])
+    assert "its JPEG decoder gives other pixels" in text

@@ -19,8 +19,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from conftest import build
 from pipeline.online import Loader
 from pipeline.online.batch import Batch
 
@@ -138,6 +140,28 @@ def _serve(root: str, port: int, token: str | None, options: Any, variables: dic
 def without_shards(data: Path, to: Path) -> Path:
     """Copy data sets but for their shards, as a host has them that only trains: all that comes is of workers."""
     return Path(shutil.copytree(data, to, ignore=shutil.ignore_patterns("*.tar", "*.idx"), dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module", name="served")
+def two_data_sets(raw: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two data sets: `dataset`, and `whole` pictures. Read only."""
+    root = tmp_path_factory.mktemp("served")
+    shutil.copytree(dataset, root / "dataset")
+    done = build(raw, root / "whole", "--crop", "none", "--workers", 1, "--samples-per-shard", 16)
+    assert done.exit_code == 0, done.output
+    return root
+
+
+@pytest.fixture(scope="module", name="alone")
+def two_without_shards(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return without_shards(served, tmp_path_factory.mktemp("alone") / "data")
+
+
+@pytest.fixture(scope="module", name="crew")
+def three_workers(served: Path) -> Iterator[list[Worker]]:
+    """Three workers. Not to be harmed."""
+    with started(served, 3) as workers:
+        yield workers
 
 
 def loader(data: Path, **options: Any) -> Loader:
