@@ -177,7 +177,9 @@ def report(source: Server, job: Job, wait: bool, as_json: bool) -> None:
         click.echo(json_text(job))
     else:
         more = "" if wait else f"; penstock logs -f {job['id']} follows it"
-        click.echo(printable(f"job {job['id']}, {job['kind']} {job['target'] or '(every data set)'}: {job['state']}{more}"))
+        click.echo(
+            printable(f"job {job['id']}, {job['kind']} {job['target'] or '(every data set)'}: {job['state']}{more}")
+        )
     if wait:
         finish(follow(source, job["id"], shower(as_json)))
 
@@ -251,7 +253,7 @@ def _option(name: str, spec: dict[str, Any]) -> click.Option:
 def _pairs(ctx: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
     for text in texts:
         if "=" not in text:
-            raise UserError(f"{option.opts[0]} {text}: has no value; write KEY=VALUE")
+            raise click.BadParameter(f"{text}: has no value; write KEY=VALUE")
     return dict(text.split("=", 1) for text in texts)
 
 
