@@ -131,7 +131,7 @@ def test_compose_has_commands_around_one_folder():
     }
     site = Site(serve["root"])
     assert (site.root, serve["host"], serve["raw_roots"]) == (Path("/data"), "0.0.0.0", ("/raw",))
-    assert (Path(feed["root"]), feed["host"], train["data"].parent, train["out"].parent) == (
+    assert (Path(feed["root"]), feed["host"], train["data"].parent, train["run"].parent) == (
         *(site.datasets, "0.0.0.0", site.datasets, site.runs),
     )
     for name in ("serve", "train"):
