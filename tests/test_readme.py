@@ -13,7 +13,6 @@ import yaml
 from conftest import ROOT, picture, saved
 from penstock.__main__ import load
 from pipeline.offline.sources import find_sources
-from pipeline.online.endpoints import parse as addresses
 from pipeline.service.site import Site
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -147,4 +146,4 @@ def test_compose_has_commands_around_one_folder():
     for words in filter(None, after):
         parsed(words)
     by_hand = next(words for words in after if "--feed" in words)
-    assert addresses(by_hand[-1])[1] == addresses(serve["feeds"][0])[1]
+    assert by_hand[-1] == serve["feeds"][0]
