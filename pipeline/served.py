@@ -50,7 +50,7 @@ class ServedFiles:
 
     def info(self, url: str) -> dict[str, Any]:
         """Return `type`, `size` in bytes and `ETag` of a file, or of a folder, whose URL ends in "/"."""
-        with _answer(url, "HEAD") as answer:
+        with _head(url) as answer:
             kind = "directory" if answer.url.endswith("/") else "file"
             size = answer.headers.get("Content-Length", "0" if kind == "directory" else "")
             if not size.isdecimal():
@@ -106,6 +106,17 @@ class ServedFiles:
         raise UserError("files of an HTTP server can only be read; name a folder, or an object store")
 
     put_file = pipe_file = rm_file = rmdir = _refuse
+
+
+@contextmanager
+def _head(url: str) -> Iterator[Any]:
+    """Yield the answer to HEAD; an error's words, which HEAD does not bring, are those of GET."""
+    try:
+        with _answer(url, "HEAD") as answer:
+            yield answer
+    except Denied:
+        with _answer(url):
+            raise
 
 
 @contextmanager

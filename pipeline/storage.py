@@ -66,6 +66,11 @@ def is_remote(path: "str | os.PathLike[str] | Location") -> bool:
     return protocol_of(path) not in ("", "file") if isinstance(path, str) else not isinstance(path, os.PathLike)
 
 
+def is_served(path: Location) -> bool:
+    """Return True for a location at an HTTP server, which can only be read."""
+    return protocol_of(str(path)) in WEB
+
+
 def exists(path: Location) -> bool:
     return path.exists() if isinstance(path, Path) else bool(_info(path))
 
@@ -73,7 +78,7 @@ def exists(path: Location) -> bool:
 def is_dir(path: Location) -> bool:
     if isinstance(path, Path):
         return path.is_dir()
-    return _info(path / "" if protocol_of(str(path)) in WEB else path).get("type") == "directory"
+    return _info(path / "" if is_served(path) else path).get("type") == "directory"
 
 
 def is_file(path: Location) -> bool:
@@ -134,7 +139,7 @@ def sizes(root: Location, names: Iterable[str]) -> dict[str, int]:
     try:
         start, infos = retried(root, "list", lambda fs, path: (path.rstrip("/"), fs.find(path, detail=True)))
     except (FileNotFoundError, UserError):
-        if protocol_of(str(root)) not in WEB:
+        if not is_served(root):
             raise
         with closing(read_ahead(names, lambda name: _info(root / name))) as asked:  # a server that lists no files
             return {name: info["size"] for name, info in asked if info}
