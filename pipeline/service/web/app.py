@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import jobs, problem
+from pipeline.service.web import files, jobs, problem
 from pipeline.service.web.context import Service
 
-ROUTERS = (jobs.router,)
+ROUTERS = (jobs.router, files.router)  # files last: it takes every name in a data set
 
 
 def create(service: Service) -> FastAPI:
