@@ -64,7 +64,8 @@ def load_service(name: str) -> click.Command:
             return token
         from pipeline.service import client
 
-        return {command.name: command for command in client.COMMANDS}[name]
+        command: click.Command = getattr(client, name)
+        return command
     except ImportError as error:
         end(UserError(f"{name} needs the package {error.name}: pip install 'penstock-imagenet[service]'"))
 
