@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import access, files, jobs, problem
+from pipeline.service.web import access, datasets, files, jobs, problem
 from pipeline.service.web.context import Service
 
-ROUTERS = (access.router, jobs.router, files.router)  # files last: it takes every name in a data set
+ROUTERS = (access.router, jobs.router, datasets.router, files.router)  # files last: it takes every name in a data set
 
 
 def create(service: Service) -> FastAPI:
