@@ -36,7 +36,7 @@ def server(dataset: Path, small: Path, tmp_path_factory: pytest.TempPathFactory)
         shard.write(b"\xff\xff\xff")
     (root / "datasets/unfinished/.build").mkdir(parents=True)
     broken = Path(shutil.copytree(small, root / "datasets/broken")) / "dataset.json"
-    broken.write_text(broken.read_text().replace("checks", "cheeks"))
+    broken.write_text(broken.read_text().replace("train", "trail", 1))
     with served(root) as running:
         yield running
 
@@ -47,7 +47,7 @@ def test_summaries(server: Server, data: manifest.Manifest):
     assert list(listed["damaged"]) == ["broken"]
     answer = server.client.get("/v1/datasets/broken")
     assert (answer.status_code, answer.json()["detail"]) == (422, listed["damaged"]["broken"])
-    assert "its checksum does not fit its content" in answer.json()["detail"]
+    assert "mend it" in answer.json()["detail"]
     whole = server.client.get("/v1/datasets/whole").json()
     assert whole["identity"] == data.identity
     assert whole["splits"] == {

@@ -208,7 +208,10 @@ PNG: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
     304: {"description": "The picture has the ETag of If-None-Match"},
 }
-JPEG: dict[int | str, dict[str, Any]] = {**PNG, 200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}}
+JPEG: dict[int | str, dict[str, Any]] = {
+    **PNG,
+    200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+}
 
 
 @router.get("/{name}/statistics/mean.png", responses=responses(404, 422) | PNG, response_class=Response)
