@@ -7,10 +7,13 @@ import struct
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import (
+    NotRequired,  # pydantic takes typing's only from Python 3.12 on
+    TypeVar,
+)
 
 import msgspec
-from typing_extensions import NotRequired, TypedDict  # pydantic takes typing's only from Python 3.12 on
+from typing_extensions import TypedDict
 
 from pipeline import UserError, storage, typed
 from pipeline.typed import Count
