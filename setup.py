@@ -86,7 +86,11 @@ if __name__ == "__main__":
     setup(
         packages=["penstock", *(f"penstock.{name}" for name in CHECKOUT)],
         package_dir={f"penstock.{name}": name for name in PACKAGES},
-        package_data={"penstock.trainer.recipes": ["*.toml"], "penstock.trainer.figures": ["page.html"]},
+        package_data={
+            "penstock.trainer.recipes": ["*.toml"],
+            "penstock.trainer.figures": ["page.html"],
+            "penstock.pipeline.service.web": ["templates/*.html", "static/*"],
+        },
         py_modules=["penstock_imagenet"],
         cmdclass={"build_py": BuildPackage, "editable_wheel": EditableCheckout},
     )

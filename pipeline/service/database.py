@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
@@ -12,6 +13,7 @@ from sqlalchemy import Connection, event
 
 from pipeline import UserError
 
+FILE_NAME = "penstock.db"
 KEPT = 2_000  # events of the progress of one job; older ones go
 WAITING, OVER = ("queued", "running"), ("succeeded", "failed", "cancelled")
 
@@ -114,6 +116,11 @@ class Event:
     data: dict[str, Any]
 
 
+def url_of(root: Path, url: str | None) -> str:
+    """Return the URL of a server's database: of the file in its folder, by default."""
+    return url or f"sqlite:///{root / FILE_NAME}"
+
+
 class Database:
     """Transactions on the database at a URL; all writers of this process take turns, so event ids grow in order."""
 
@@ -183,6 +190,15 @@ class Database:
 def add_event(connection: Connection, job: int, kind: str, data: dict[str, Any]) -> None:
     """Add an event of a job, in the transaction of the change that it tells."""
     connection.execute(sql.insert(events).values(job=job, kind=kind, time=time.time(), data=data))
+
+
+def end_job(connection: Connection, job: Job, state: str, code: int | None, reason: str | None) -> None:
+    """End a job that is not over: that happens once."""
+    ended = {"state": state, "exit_code": code, "reason": reason}
+    same = sql.and_(jobs.c.id == job.id, jobs.c.state.in_(WAITING))
+    values = {**ended, "ended": time.time(), "pid": None, "waits_for": None}
+    if connection.execute(sql.update(jobs).where(same).values(values)).rowcount:
+        add_event(connection, job.id, "ended", ended)
 
 
 def forget_progress(connection: Connection, job: int) -> None:

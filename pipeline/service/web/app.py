@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import files, jobs, problem
+from pipeline.service.web import access, datasets, files, jobs, problem
 from pipeline.service.web.context import Service
 
-ROUTERS = (jobs.router, files.router)  # files last: it takes every name in a data set
+ROUTERS = (access.router, jobs.router, datasets.router, files.router)  # files last: it takes every name in a data set
 
 
 def create(service: Service) -> FastAPI:
@@ -42,6 +42,7 @@ def create(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     problem.install(app)
+    access.protect(app, service)
     _describe_problems(app)
     return app
 
