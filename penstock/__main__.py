@@ -66,8 +66,11 @@ def load_service(name: str) -> click.Command:
 
         command: click.Command = getattr(client, name)
         return command
-    except ImportError as error:
-        end(UserError(f"{name} needs the package {error.name}: pip install 'penstock-imagenet[service]'"))
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("penstock", "pipeline", "tools", "trainer"):
+            raise
+        end(UserError(f"{name} needs the package {package}: pip install 'penstock-imagenet[service]'"))
 
 
 @click.group(cls=LazyGroup, lines=TOOLS | SERVICE | COMMANDS, load=load)
