@@ -16,6 +16,7 @@ TOOLS = {
     "verify": "Check every promise of the dataset directory DATASET.",
     "make-raw": "Write a small ILSVRC2012 of drawn pictures into OUT.",
     "feed": "Decode for trainers on other machines.",
+    "serve": "Serve jobs, data sets, runs and workers of a folder.",
 }
 
 
@@ -37,6 +38,10 @@ def load(name: str) -> click.Command:
         from pipeline.service.feed import feed
 
         return feed
+    if name == "serve":
+        from pipeline.service.serve import serve
+
+        return serve
     return load_trainer(name)
 
 
