@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import jobs, problem
+from pipeline.service.web import forms, jobs, pages, problem
 from pipeline.service.web.context import Service
 
-ROUTERS = (jobs.router,)
+ROUTERS = (jobs.router, pages.router, forms.router)
 
 
 def create(service: Service) -> FastAPI:
@@ -38,7 +38,7 @@ def create(service: Service) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.error_page = service, pages.error_page
     for router in ROUTERS:
         app.include_router(router)
     problem.install(app)
