@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
@@ -18,6 +19,9 @@ SHORT_OF_MEMORY = (  # words of errors that have no type of their own: of oneDNN
     *("could not create a primitive", "allocate memory", "out of memory", "bad_alloc", "start new thread"),
     "failed to map",
 )
+
+JSON = click.Option(["--json", "as_json"], is_flag=True, help="One JSON object a line on stdout, for programs.")
+BETWEEN_EVENTS = 0.25  # seconds: a task's progress is printed for programs no more often
 
 
 class OneLine(click.Command):
@@ -130,9 +134,35 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return re.sub(r"\\\\|\\ud[89ab]..\\ud[c-f]..|\\u(d[89a-f]..)", as_text, text)
 
 
+def print_event(event: str, **values: Any) -> None:
+    """Print one line of JSON. Raises ValueError: a number is not finite."""
+    click.echo(json_text({"event": event, **values}))
+
+
+def print_line(as_json: bool, text: str, event: str = "note", /, **values: Any) -> None:
+    """Print a text; for programs the event with its values in place of it, or, without values, with the text."""
+    if as_json:
+        print_event(event, **(values or {"text": text}))
+    else:
+        click.echo(text)
+
+
 @contextmanager
-def progress_bars() -> Iterator[Callable[..., None]]:
-    """Yield show(task, done, total, note=""), which draws a bar for each task if stderr is a terminal, else nothing."""
+def progress_bars(as_json: bool = False) -> Iterator[Callable[..., None]]:
+    """Yield show(task, done, total, note=""), which draws a bar for each task if stderr is a terminal, else nothing.
+
+    `as_json`: it prints events `progress` instead, a task's last among them.
+    """
+    if as_json:
+        printed: dict[str, float] = {}  # when, by task
+
+        def event(task: str, done: int, total: int, note: str = "") -> None:
+            if done == total or time.monotonic() - printed.get(task, -BETWEEN_EVENTS) >= BETWEEN_EVENTS:
+                printed[task] = time.monotonic()
+                print_event("progress", task=task, done=done, total=total)
+
+        yield event
+        return
     from rich import markup, progress  # here, for who wants only `printable`
     from rich.console import Console
 

@@ -174,10 +174,12 @@ def errors(labels: np.ndarray, values: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(made: Made, *options: object) -> dict[str, Any]:
-    """What --json says."""
+    """What --json says at the end."""
     result = trainer("evaluate", *made.options, "--json", *options)
     assert result.exit_code == 0, result.output
-    return json.loads(result.output)
+    line = json.loads(result.output.splitlines()[-1])
+    assert line.pop("event") == "done"
+    return line
 
 
 def equal(found: dict[str, Any], wanted: dict[str, Any], nats: float = 1e-6) -> None:

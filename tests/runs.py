@@ -33,7 +33,7 @@ TINY = (
 
 def trainer(*arguments: object, page: bool = True) -> Result:
     """Run a command of the trainer; of training without its last act, the page, which takes longer than a few steps."""
-    not_drawn = mock.patch("trainer.figures.page.draw", return_value=[Path("not drawn")])
+    not_drawn = mock.patch("trainer.figures.page.draw", return_value=([], ["not drawn"]))
     with nullcontext() if page else not_drawn:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 

@@ -216,7 +216,7 @@ def test_evaluation_in_several_processes_is_that_of_one(
         assert first.exit_code == 0, first.output
         assert others == [Ended(0, "")] * (processes - 1)
         with np.load(file, allow_pickle=False) as arrays:
-            return json.loads(first.output), arrays["probabilities"]
+            return json.loads(first.output.splitlines()[-1]), arrays["probabilities"]
 
     (one, expected), (several, probabilities) = evaluation(1), evaluation(count)
     for views in ("centre", "ten"):

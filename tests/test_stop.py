@@ -176,7 +176,7 @@ def slow(*arguments, **options):
         time.sleep(0.5)
         yield rows
 
-data.BATCH_SIZE["centre"], validation.predictions, page.draw = 1, slow, lambda *_: ["not drawn"]
+data.BATCH_SIZE["centre"], validation.predictions, page.draw = 1, slow, lambda *_: ([], ["not drawn"])
 main(["train", *sys.argv[1:]])
 """
 

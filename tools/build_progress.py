@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipeline.cli import json_text, printable
+from pipeline.cli import print_event, printable
 from pipeline.decode import ImageError
 from pipeline.files import TAR_BLOCK
 from pipeline.image import encode, rescaled
@@ -93,11 +93,6 @@ class BuildProgress:
             "megabytes_per_second": round(self._raw_bytes / seconds / 1e6, 1),
             **self._warnings.figures(),
         }
-
-
-def print_event(event: str, **values: Any) -> None:
-    """Print one line of JSON."""
-    click.echo(json_text({"event": event, **values}))
 
 
 def print_warnings(figures: Mapping[str, Any]) -> None:

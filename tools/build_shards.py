@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import UserError, storage
-from pipeline.cli import Command, printable, progress_bars
+from pipeline.cli import JSON, Command, print_event, print_line, printable, progress_bars
 from pipeline.doubts import doubts
 from pipeline.files import require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, Manifest, parse
@@ -37,7 +37,6 @@ from tools.build_progress import (
     pictures_of_classes,
     print_closing_table,
     print_estimate,
-    print_event,
     print_reading,
     print_warnings,
 )
@@ -117,7 +116,7 @@ RUN = [
     ),
     click.Option(["--merge"], is_flag=True, help="End a build whose parts are all built."),
     click.Option(["--dry-run"], is_flag=True, help="Print counts, shards, expected size and time; write nothing."),
-    click.Option(["--json", "as_json"], is_flag=True, help="One JSON object a line on stdout, for machines."),
+    JSON,
     click.Option(
         ["--max-skipped"],
         metavar="N|P%",
@@ -209,9 +208,8 @@ def main(context: click.Context, raw: str, dataset: str, **values: Any) -> None:
         _print_result(built, warnings.figures(), as_json)
     elif values["retry_skipped"] and storage.is_file(root / FILE_NAME) and not storage.exists(root / BUILD_FOLDER):
         built, gained = retry(parse(storage.read_bytes(root / FILE_NAME), root), plan, values["workers"])
-        if not as_json:
-            skipped = sum(split.skipped for split in built.splits.values())
-            click.echo(f"{gained:,} images that were skipped are samples now; {skipped:,} are skipped still")
+        skipped = sum(split.skipped for split in built.splits.values())
+        print_line(as_json, f"{gained:,} images that were skipped are samples now; {skipped:,} are skipped still")
         _print_result(built, {}, as_json)
     else:
         _build(plan, root, limit, values, run)

@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from pipeline import storage
-from pipeline.cli import Command, printable, progress_bars
+from pipeline.cli import JSON, Command, print_event, print_line, printable, progress_bars
 from pipeline.doubts import Duplicates, doubts, duplicates
 from pipeline.files import TAR_BLOCK, require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, DatasetError, Manifest
@@ -30,12 +30,14 @@ Copy = tuple[str, int, np.void]  # split, id and record (of SAMPLE) of a sample 
 EXAMPLES, COPIES = 10, 5  # groups of duplicates that are printed, and samples of each group
 
 
-@click.command(cls=Command, params=[WORKERS, *SOURCE])
+@click.command(cls=Command, params=[WORKERS, JSON, *SOURCE])
 @click.argument("dataset", type=str)
 @click.option("--quick", is_flag=True, help="Do not decode the JPEGs.")
 @click.option("--repair", "raw", metavar="RAW", help="Rebuild the files that fail from the raw images in RAW.")
 @click.pass_context
-def main(context: click.Context, dataset: str, quick: bool, raw: str | None, workers: int, **source: Any) -> None:
+def main(
+    context: click.Context, dataset: str, quick: bool, raw: str | None, as_json: bool, workers: int, **source: Any
+) -> None:
     """Check every promise of the dataset directory DATASET: one line for each file that breaks one.
 
     Raw images that DATASET holds more than once are named, and no failure; nor is a warning of what is almost never
@@ -65,55 +67,58 @@ def main(context: click.Context, dataset: str, quick: bool, raw: str | None, wor
         if not raw or not storage.is_file(root / FILE_NAME):
             raise
         restore(root, plan_of, workers)
-        click.echo(f"repaired: {FILE_NAME}")
+        print_line(as_json, f"repaired: {FILE_NAME}", "repaired", files=[FILE_NAME])
         manifest, written_anew = load(root), True
-    failures = _check(manifest, quick, workers)
+    failures = _check(manifest, quick, workers, as_json)
     failing = {failure.file for failure in failures} & manifest.files.keys()
     if raw and failing:
         if isinstance(manifest.root, Path):
             require_writable(manifest.root)
         repair(manifest, failing, plan_of(manifest.recipe), workers)
-        click.echo("repaired: " + ", ".join(sorted(failing)))
-        failures = _check(manifest, quick, workers)
+        print_line(as_json, "repaired: " + ", ".join(sorted(failing)), "repaired", files=sorted(failing))
+        failures = _check(manifest, quick, workers, as_json)
     elif raw and not written_anew:
-        click.echo("nothing that RAW could repair")
-    _print_doubts(manifest, failures)
+        print_line(as_json, "nothing that RAW could repair")
+    _print_doubts(manifest, failures, as_json)
     samples = sum(split.samples for split in manifest.splits.values())
     size = sum(record.bytes for record in manifest.files.values())
     verdict = f"{len(failures)} failed" if failures else "all holds, pictures not decoded" if quick else "all holds"
-    click.echo(
-        f"{verdict}: {len(manifest.files) + 1:,} files, {samples:,} samples, {size:,} bytes, "
-        f"{time.monotonic() - started:.1f} s"
-    )
+    files, seconds = len(manifest.files) + 1, time.monotonic() - started
+    text = f"{verdict}: {files:,} files, {samples:,} samples, {size:,} bytes, {seconds:.1f} s"
+    counts = {"failed": len(failures), "files": files, "samples": samples, "bytes": size}
+    print_line(as_json, text, "done", **counts, seconds=round(seconds, 3))
     context.exit(1 if failures else 0)
 
 
-def _check(manifest: Manifest, quick: bool, workers: int) -> Failures:
+def _check(manifest: Manifest, quick: bool, workers: int, as_json: bool) -> Failures:
     """Check with a progress bar on a terminal, and print the failures."""
     total, done = sum(len(split.shards) for split in manifest.splits.values()), itertools.count(1)
-    with progress_bars() as show:
+    if as_json:
+        print_event("plan", shards=total, quick=quick)
+    with progress_bars(as_json) as show:
         failures = check(manifest, quick=quick, workers=workers, progress=lambda: show("shards", next(done), total))
     for failure in failures:
-        click.echo(
-            f"{failure.file if failure.file.isprintable() else ascii(failure.file)}: {printable(failure.reason)}"
-        )
+        name = failure.file if failure.file.isprintable() else ascii(failure.file)
+        text = f"{name}: {printable(failure.reason)}"
+        print_line(as_json, text, "failure", file=failure.file, reason=failure.reason)
     return failures
 
 
-def _print_doubts(manifest: Manifest, failures: Failures) -> None:
+def _print_doubts(manifest: Manifest, failures: Failures, as_json: bool) -> None:
     """Print what is almost never meant, and equal raw images, over all splits whose samples.npy holds."""
     failing = {failure.file for failure in failures}
     whole = [name for name in manifest.splits if f"{name}/samples.npy" not in failing]
     samples = {name: manifest.samples(name) for name in whole}
     warnings, copies = doubts(manifest, samples), duplicates(samples)
     for warning in warnings:
-        click.echo(f"warning: {warning}")
+        print_line(as_json, f"warning: {warning}", "warning", text=warning)
     groups = _groups(copies, samples)
     if groups and not (copies.across_labels or copies.across_splits):  # else the last warning is on them
-        click.echo(f"duplicates (no failure): {copies}")
+        print_line(as_json, f"duplicates (no failure): {copies}")
     for group in groups:
         more = f", … {len(group) - COPIES} more" if len(group) > COPIES else ""
-        click.echo("  " + " = ".join(_name(manifest, *copy, failing) for copy in group[:COPIES]) + more)
+        names = [_name(manifest, *copy, failing) for copy in group[:COPIES]]
+        print_line(as_json, f"  {' = '.join(names)}{more}", "duplicates", samples=names, count=len(group))
 
 
 def _groups(copies: Duplicates, samples: Mapping[str, np.ndarray]) -> list[list[Copy]]:

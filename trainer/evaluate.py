@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline import UserError, manifest
-from pipeline.cli import Command, json_text, printable, progress_bars
+from pipeline.cli import Command, json_text, print_event, print_line, printable, progress_bars
 from pipeline.files import write_bytes_aside
 from pipeline.manifest import ClassRecord, DatasetError, Manifest
 from pipeline.online import Loader
@@ -233,7 +233,7 @@ def evaluate(
         origin = Origin(dataset.identity, split, names[-1], (f"{run}, step {checkpoint.step}",), checkpoint.classes)
         keep = Probabilities.empty(origin, samples if saved and world.is_main else 0)
         tallies, done = {name: Tally(network.classes) for name in names}, 0
-        progress = stack.enter_context(progress_bars()) if world.is_main else None
+        progress = stack.enter_context(progress_bars(as_json)) if world.is_main else None
         loader = stack.enter_context(
             evaluation(dataset, checkpoint.recipe, split, names[-1], network.devices, batch_size, world, 0, workers)
         )
@@ -256,16 +256,14 @@ def evaluate(
     result: dict[str, Any] = {"step": checkpoint.step, "split": split, "dataset": dataset.identity}
     if not has_labels:
         text = f"the probabilities of {samples:,} images; not all have a label, so there are no errors"
-        result["samples"] = samples
-        click.echo(json_text(result, indent=1) if as_json else f"{printable(str(saved))}: {text}")
-        return
+        return print_line(as_json, f"{printable(str(saved))}: {text}", "done", **result, samples=samples)
     result |= {name: asdict(tally.errors()) for name, tally in tallies.items()}
     result |= {"classes_present": int(present(dataset, split).sum()), "among_present": among_present}
     result |= {"details_of": names[-1], **tallies[names[-1]].details(dataset.classes)}
     text = json_text(result, indent=1) + "\n"
     try:
         if as_json:
-            click.echo(text, nl=False)
+            print_event("done", **result)
         else:
             _print(result, names, per_class, confused)
             click.echo(f"{samples:,} images in {seconds:.1f} s, {samples / seconds:,.0f} images/s, {stall}")

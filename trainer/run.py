@@ -45,6 +45,7 @@ class Settings:
     other_data: bool = False  # the data set may be another than the resumed checkpoint's
     init: Checkpoint | None = None  # in the main process alone
     init_layers: tuple[str, ...] = ()  # to take from `init`; empty: all that fit
+    as_json: bool = False  # standard output is for programs
 
     @property
     def pending(self) -> bool:
@@ -79,7 +80,8 @@ def opened(settings: Settings, history: History, steps: int) -> Iterator[Writers
         for name, value in (("recipe.json", asdict(settings.recipe)), ("history.json", history)):
             write_bytes_aside(run / name, (json.dumps(value, indent=1) + "\n").encode())
         metrics = Metrics(run, start, settings.pending)
-        with metrics, CheckpointWriter(run, keep) as writer, Terminal(steps, start) as console:
+        console = Terminal(steps, start, str(run), settings.as_json)
+        with metrics, CheckpointWriter(run, keep) as writer, console:
             yield Writers(metrics, writer, console)
 
 

@@ -1,15 +1,17 @@
-"""Print the progress of a run: a bar on a terminal, plain lines elsewhere."""
+"""Print the progress of a run: a bar on a terminal, plain lines elsewhere, or events for programs."""
 
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from pipeline.cli import print_line
 
 WIDTH = 120  # characters of a plain line
 REDRAWN = 2.0  # times a second; each time costs the training a millisecond or two
@@ -20,27 +22,35 @@ class Terminal:
     """Reports a run of `steps` steps, `start` of which are done: on a terminal by a bar, elsewhere by plain lines.
 
     On a terminal other lines scroll above the bar, and the log lines of training only change it. Plain lines have no
-    escape codes, whatever the environment says of colours.
+    escape codes, whatever the environment says of colours. With `as_json` each line is an event of the run `name`, from
+    `plan` to, unless an error ends it, `done`.
     """
 
-    def __init__(self, steps: int, start: int) -> None:
+    def __init__(self, steps: int, start: int, name: str = "", as_json: bool = False) -> None:
         self._steps, self._start, self._since = steps, start, monotonic()
+        self._name, self._as_json, self._done = name, as_json, start
         self._first, self._advised = True, ""
         console = Console(highlight=False)
         # FORCE_COLOR, which CI services set, makes a pipe a terminal in the eyes of rich
-        self._bar = _Bar(console, steps, start) if console.is_interactive and sys.stdout.isatty() else None
+        drawn = console.is_interactive and sys.stdout.isatty() and not as_json
+        self._bar = _Bar(console, steps, start) if drawn else None
 
     def __enter__(self) -> "Terminal":
         if self._bar:
             self._bar.start()
+        if self._as_json:
+            self.print("", "plan", run=self._name, steps=self._steps, start=self._start)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._bar:
             self._bar.stop()
+        if self._as_json and kind is None:
+            self.print("", "done", step=self._done)
 
     def step(self, done: int) -> None:
         """Move the bar: `done` steps of the whole run are done. Cheap: the bar is drawn twice a second."""
+        self._done = done
         if self._bar:
             self._bar.update(self._bar.row, completed=done)
 
@@ -55,26 +65,27 @@ class Terminal:
         start = f"step {line['step']:>{len(str(self._steps))}}/{self._steps}  {figures}"
         end = self._estimate(line["step"])
         short, advice = self._shortened(stall, WIDTH - len(start) - len(end))
-        self.print(start + short + end)
-        if advice:
-            self.print(advice)
+        text = start + short + end + (f"\n{advice}" if advice else "")
+        self.print(text, "train", **line, steps=self._steps, stall_text=stall)
 
     def validation(self, line: dict[str, Any]) -> None:
         """Print a validation, as for `Metrics.validation`."""
         unreadable = line.get("unreadable", 0)
         counted = f"; {unreadable} of {line['samples']:,} could not be read; counted as wrong" if unreadable else ""
-        self.print(
-            f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
-            f"top-5 error {line['top5_error']:.1f} % (centre view){counted}"
-        )
+        text = f"validation at step {line['step']}: top-1 error {line['top1_error']:.1f} %, "
+        self.print(f"{text}top-5 error {line['top5_error']:.1f} % (centre view){counted}", "validation", **line)
 
-    def print(self, text: str) -> None:
-        """Print another line."""
+    def checkpoint(self, file: Path, step: int) -> None:
+        """Name a checkpoint."""
+        self.print(f"checkpoint: {file}", "checkpoint", file=str(file), step=step)
+
+    def print(self, text: str, event: str = "note", /, **values: Any) -> None:
+        """Print another line; for programs as `cli.print_line`."""
         try:
             if self._bar:
                 self._bar.console.print(text, markup=False, soft_wrap=True)
             else:
-                click.echo(text)
+                print_line(self._as_json, text, event, **values)
         except BrokenPipeError:  # the reader has gone (`| head`): the run goes on, and metrics.jsonl has it all
             nowhere, output, errors = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno(), sys.stderr.fileno()
             if os.path.sameopenfile(output, errors):  # `2>&1 | head`

@@ -27,7 +27,7 @@ from trainer.figures import draw_page
 from trainer.metrics import LogInterval
 from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
-from trainer.options import DATA, DEVICES, FEED, PATH
+from trainer.options import DATA, DEVICES, FEED, JSON, PATH
 from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.stop import BadData, Stopped, StopRequest, ended_by_data, remedies
 from trainer.validation import error_rates, judge
@@ -172,7 +172,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             """Wait for the last checkpoint, and name it."""
             if writers:
                 writers.checkpoints.close()
-                writers.console.print(f"checkpoint: {checkpoints.step_file(settings.run, step)}")
+                writers.console.checkpoint(checkpoints.step_file(settings.run, step), step)
 
         def validate(step: int) -> bool:
             """Validate, and save the outcome over the checkpoint of this step; return True if the run is over.
@@ -260,9 +260,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @DATA
 @click.option("--out", "run", type=PATH, required=True, help="The run directory.")
 @click.option("--recipe", help="A file in trainer/recipes without .toml, or a path.  [default: original]")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as train.steps=4; may be repeated."
-)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; may be repeated.")
 @click.option(
     "--resume",
     is_flag=True,
@@ -273,6 +271,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 @click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
+@JSON
 @click.option("--no-page", is_flag=True, help="Draw no page, RUN/report.html, at the end.")
 @click.option(
     "--patience",
@@ -292,6 +291,7 @@ def train(
     init: Path | None,
     init_layers: str | None,
     devices: str | None,
+    as_json: bool,
     no_page: bool,
     patience: int,
 ) -> None:
@@ -318,19 +318,19 @@ def train(
             chosen = recipes.override(base, overrides)
             if workers:
                 chosen = recipes.from_dict({"data": {"workers": list(workers)}}, chosen, "--feed")
-            own_devices = choose_devices(devices, chosen.model.columns)
+            placement = choose_devices(devices, chosen.model.columns)
             if init_layers is not None and not layers:
                 raise UserError(f"--init-layers {init_layers!r}: names no layer; leave it out to take all that fit")
-        if devices is None and own_devices[0].type == "cpu" and torch.version.cuda and world.is_main:
+        if devices is None and placement[0].type == "cpu" and torch.version.cuda and world.is_main:
             click.echo(f"training on the CPU: {missing_device(0)}", err=True)
         ended: BadData | None = None
         try:
             with remedies(run, world):
-                main(runs.Settings(data, run, chosen, own_devices, resumed, other_data, initial, layers), world)
+                main(runs.Settings(data, run, chosen, placement, resumed, other_data, initial, layers, as_json), world)
         except BadData as error:
             ended = error
     if world.is_main and not no_page:
-        draw_page(data, run, own_devices, "the run is saved" if ended else "the run is complete and saved")
+        draw_page(data, run, placement, "the run is saved" if ended else "the run is complete and saved", as_json)
     if ended:
         raise ended
 

@@ -72,7 +72,8 @@ def judge(
     best, plateau = schedule.is_best(errors.top1_error), schedule.validated(errors.top1_error)
     if writers:
         line = {"step": step, "epoch": epoch, **asdict(errors), "unreadable": unreadable}
-        writers.metrics.validation(line | ({"plateau": plateau} if plateau else {}))
+        line |= {"plateau": plateau} if plateau else {}
+        writers.metrics.validation(line)
         writers.console.validation(line)
         if plateau:
             writers.console.print(schedule.plateau(step, plateau))

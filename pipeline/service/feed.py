@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import UserError, cluster, process, storage
-from pipeline.cli import Command, printable
+from pipeline.cli import JSON, Command, print_line, printable
 from pipeline.manifest import FILE_NAME
 from pipeline.service.actors import Settings, resize
 from pipeline.storage import Location, is_remote, location
@@ -60,6 +60,7 @@ OPTIONS = [
     click.Option(
         ["--ray-address"], metavar="ADDRESS", show_default="RAY_ADDRESS, else auto", help="HOST:PORT of the head."
     ),
+    JSON,
 ]
 
 
@@ -104,7 +105,8 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
     host, port = _address(values, token)
     with settings.server(host, port) as server:
         sets, uri = f"{count} data set{'s' if count > 1 else ''}", settings.uri(host, server.port)
-        click.echo(f"serving {sets} below {printable(root)} at {uri} (pid {os.getpid()})")
+        text = f"serving {sets} below {printable(root)} at {uri} (pid {os.getpid()})"
+        print_line(values["as_json"], text, "serving", uri=uri, data_sets=count, pid=os.getpid())
         while True:  # until a signal; one that comes just before a wait without an end would be heard at the next one
             time.sleep(1)
 
@@ -138,9 +140,9 @@ def _on_ray(settings: Settings, values: dict[str, Any]) -> None:
     with cluster.connected(values["ray_address"], "feed --executor ray") as ray:
         uris = resize(ray, name, workers, settings)
     for uri in uris:
-        click.echo(uri)
+        print_line(values["as_json"], uri, "serving", uri=uri)
     if not workers:
-        click.echo(f"{name}: no worker is left")
+        print_line(values["as_json"], f"{name}: no worker is left")
 
 
 def _address(values: dict[str, Any], token: str | None) -> tuple[str, int]:

@@ -21,7 +21,7 @@ def fold(progress: Progress, lines: Iterable[bytes], now: float) -> Progress:
     for line in lines:
         event = parse(line)
         if event is None:
-            text = line.decode("utf-8", "replace").strip()[:LONGEST]
+            text = printable(line.decode("utf-8", "replace").strip(), LONGEST)
             if text.startswith("Error: "):
                 progress["error"] = text.removeprefix("Error: ")
             elif text:
@@ -75,9 +75,13 @@ def _fold(progress: Progress, event: dict[str, Any]) -> None:
         progress |= {"done": event["step"], "unit": "steps"}
     elif name == "failure":
         progress["failed"] = progress.get("failed", 0) + 1
-        progress["failures"] = [*progress.get("failures", []), {k: event[k] for k in ("file", "reason")}][:NAMED]
+        progress["failures"] = [
+            *progress.get("failures", []),
+            {k: printable(str(event[k])) for k in ("file", "reason")},
+        ]
+        progress["failures"] = progress["failures"][:NAMED]
     elif name in ("note", "warning"):
-        _add(progress, "notes", str(event.get("text", ""))[:LONGEST])
+        _add(progress, "notes", str(event.get("text", "")))
     elif name == "checkpoint":
         progress["checkpoint"] = event["file"]
     elif name == "serving":
@@ -97,7 +101,7 @@ def _plan(progress: Progress, event: dict[str, Any]) -> None:
     elif "shards" in event:
         progress |= {"total": event["shards"], "done": 0, "unit": "shards"}
     for text in event.get("notes", ()):
-        _add(progress, "notes", str(text)[:LONGEST])
+        _add(progress, "notes", str(text))
 
 
 def _shard(progress: Progress, event: dict[str, Any]) -> None:
@@ -126,7 +130,7 @@ def _done(progress: Progress, event: dict[str, Any]) -> None:
 
 
 def _add(progress: Progress, key: str, text: str) -> None:
-    progress[key] = [*progress.get(key, []), text][-NAMED:]
+    progress[key] = [*progress.get(key, []), printable(text, LONGEST)][-NAMED:]
 
 
 def describe(line: bytes) -> str:

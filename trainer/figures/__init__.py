@@ -8,11 +8,16 @@ import click
 import torch
 
 from pipeline import UserError, manifest, process, volumes
+from pipeline.cli import print_line
 from pipeline.online.samples import SampleReader
 
 
 def draw_page(
-    data: Path, run: Path, devices: tuple[torch.device, ...], state: str = "the run is complete and saved"
+    data: Path,
+    run: Path,
+    devices: tuple[torch.device, ...],
+    state: str = "the run is complete and saved",
+    as_json: bool = False,
 ) -> None:
     """Draw the page of a run, whose `state` the messages name; if that fails, a line on stderr says why.
 
@@ -30,7 +35,7 @@ def draw_page(
         count = gather.searched(dataset)
         work = f", {count:,} training pictures through the network" if count else ""
         click.echo(f"{state}; drawing its page{work} (--no-page leaves it out)", err=True)
-        written = page.draw(data, run, devices)[-1]
+        _, files = page.draw(data, run, devices)
     except KeyboardInterrupt:
         number = process.taken() or signal.SIGINT
     except (UserError, OSError, MemoryError, ImportError) as error:
@@ -38,7 +43,7 @@ def draw_page(
         if not (number := process.taken()):
             click.echo(f"no page: {reason}; draw it by: {later}", err=True)
     else:
-        click.echo(f"page: {written}")
+        print_line(as_json, f"page: {files[-1]}", "page", file=str(files[-1]))
     if number:  # not above, where the interruption would be its context, of which commands have words of their own
         stopped = UserError(f"{signal.Signals(number).name}: {state}; draw its page by: {later}")
         stopped.exit_code = 128 + number

@@ -18,7 +18,7 @@ from PIL import Image
 
 from penstock import __version__
 from pipeline import UserError, manifest, volumes
-from pipeline.cli import Command, progress_bars
+from pipeline.cli import Command, print_event, print_line, progress_bars
 from pipeline.files import write_bytes_aside
 from pipeline.online import augment
 from pipeline.online.samples import SampleReader
@@ -29,7 +29,7 @@ from trainer.devices import choose_devices
 from trainer.figures import kernels, sheets
 from trainer.figures.gather import FigureData, commands, gather, has_images, noting
 from trainer.layers import plan
-from trainer.options import DATA, DEVICES, RUN, require_writable
+from trainer.options import DATA, DEVICES, JSON, RUN, require_writable
 from trainer.pictures import pixels
 from trainer.probabilities import top
 
@@ -68,8 +68,9 @@ class Chart(NamedTuple):
 @DATA
 @click.option("--split", help="The split whose images are shown with predictions.  [default: val]")
 @click.option("--only-errors", is_flag=True, help="Show images that the network gets wrong.")
+@JSON
 @DEVICES
-def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices: str | None) -> None:
+def figures(run: Path, data: Path, split: str | None, only_errors: bool, as_json: bool, devices: str | None) -> None:
     """Draw RUN/figures/*.png and the page RUN/report.html.
 
     Kernels of the first layer (Figure 3 of the paper), predictions and nearest training images (Figure 4), crops and
@@ -80,23 +81,33 @@ def figures(run: Path, data: Path, split: str | None, only_errors: bool, devices
     for name in (FILE_NAME, f"{FOLDER}/kernels.png"):
         require_writable(run / name)
     placement = choose_devices(devices, checkpoints.load(run).recipe.model.columns)
-    for line in draw(data, run, placement, split or "val", only_errors):
-        click.echo(line)
+    lacking, files = draw(data, run, placement, split or "val", only_errors, as_json)
+    for line in lacking:
+        print_line(as_json, line)
+    if as_json:
+        print_event("done", files=files)
+    else:
+        click.echo("\n".join(files))
 
 
 def draw(
-    data: Path, run: Path, devices: tuple[torch.device, ...], split: str = "val", only_errors: bool = False
-) -> list[str]:
-    """Draw all figures of a run; a sheet that nothing is known for is deleted.
+    data: Path,
+    run: Path,
+    devices: tuple[torch.device, ...],
+    split: str = "val",
+    only_errors: bool = False,
+    as_json: bool = False,
+) -> tuple[list[str], list[str]]:
+    """Draw all figures of a run; a sheet that nothing is known for is deleted. `as_json`: progress is for programs.
 
     Returns:
-        A line for each figure that was not drawn, with the reason, and the files written, the page last.
+        A line for each figure that was not drawn, with the reason; and the files written, the page last.
     Raises:
         UserError: as `gather`; the device has too little memory; a file cannot be written.
     """
     checkpoint, dataset = checkpoints.load(run), manifest.load(data)
     try:
-        with progress_bars() as show:
+        with progress_bars(as_json) as show:
             network = load_network(checkpoint, dataset, devices, run)
             content = gather(run, dataset, network, checkpoint, split, only_errors, show)
     except torch.OutOfMemoryError as error:
@@ -121,7 +132,7 @@ def draw(
     except OSError as error:
         raise UserError(volumes.explained(error)) from error  # such as a full disk, which ends no training run
     lacking = [f"no {name}{'.png' * (name in draws)}: {reason}" for name, reason in content.lacking.items()]
-    return [*lacking, *map(str, files)]
+    return lacking, [str(path) for path in files]
 
 
 def page(data: FigureData, drawn: Mapping[str, bytes]) -> str:

@@ -42,17 +42,24 @@ class Stream:
     async def run(self) -> None:
         """Fetch new events as soon as they are committed, until the task is cancelled."""
         loop, committed = asyncio.get_running_loop(), asyncio.Event()
-        self._database.listeners.append(lambda: loop.call_soon_threadsafe(committed.set))
-        while True:
-            committed.clear()
-            while new := await asyncio.to_thread(self._database.events, self._last):
-                self._recent.extend(new)
-                while len(self._recent) > RECENT:
-                    self._floor = self._recent.popleft().id
-                self._last = new[-1].id
-                self._changed.set()
-                self._changed = asyncio.Event()
-            await committed.wait()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(committed.set)
+
+        self._database.listeners.append(tell)
+        try:
+            while True:
+                committed.clear()
+                while new := await asyncio.to_thread(self._database.events, self._last):
+                    self._recent.extend(new)
+                    while len(self._recent) > RECENT:
+                        self._floor = self._recent.popleft().id
+                    self._last = new[-1].id
+                    self._changed.set()
+                    self._changed = asyncio.Event()
+                await committed.wait()
+        finally:
+            self._database.listeners.remove(tell)
 
     async def after(self, number: int, job: int | None = None) -> AsyncIterator[Event | None]:
         """Yield all events after a number, of all jobs or of one; None after a while without any. Never ends."""

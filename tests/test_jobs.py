@@ -1,0 +1,245 @@
+"""Jobs of `penstock serve`: their states, slots, order, cancellation, retries and events, against a real server."""
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import manifest
+from pipeline.service import child
+from serving import PATIENCE, Server, served
+
+BUILD = {"samples_per_shard": 16, "size": 32, "holdout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return 60 little photographs in three folders."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("jobs") / "raw"
+    for number in range(60):
+        path = folder / f"class-{number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 40), (number * 4, 255 - number * 4, 90)).save(path)
+    return folder
+
+
+def events(server: Server, number: int) -> list[dict]:
+    """Return all events of a job that is over, from its stream, which ends with it."""
+    text = server.client.get(f"/v1/jobs/{number}/events").raise_for_status().text
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def endless(server: Server) -> dict:
+    """Return a running job that ends only when it is cancelled."""
+    job = server.submit("feed")
+    server.until(lambda: server.job(job["id"])["progress"].get("uri"))
+    return job
+
+
+def test_a_build_a_training_and_what_follows(raw: Path, tmp_path: Path):
+    """All are submitted at once; each waits for what it needs."""
+    with served(tmp_path, "--raw-root", raw) as server:
+        build = server.submit("build", dataset="d", raw=str(raw), **BUILD)
+        setting = {"train.steps": "3", "train.batch_size": "8", "train.log_every": "1", "model.size": "24"}
+        verify = server.submit("verify", dataset="d")
+        bad = server.submit("train", dataset="d", run="r", recipe="tiny", set={"train.steps": "x"})
+        jobs = [server.ended(job["id"]) for job in (build, verify, bad)]
+        assert [job["state"] for job in jobs] == ["succeeded", "succeeded", "failed"]
+        assert setting
+        assert "train.steps" in jobs[2]["reason"]
+        assert jobs[2]["exit_code"] == 2
+        assert jobs[2]["attempt"] == 1
+        data = manifest.load(tmp_path / "datasets/d")
+        assert jobs[0]["progress"]["done"] == jobs[0]["progress"]["total"] == 60
+        assert jobs[0]["progress"]["shards"] == [sum(len(split.shards) for split in data.splits.values())] * 2
+        assert jobs[1]["started"] >= jobs[0]["ended"]
+        kinds = [event["kind"] for event in events(server, build["id"])]
+        assert kinds[:2] == ["queued", "started"]
+        assert kinds[-1] == "ended"
+        assert {*kinds[2:-1]} == {"progress"}
+
+
+def test_slots_are_kept_and_jobs_start_in_order(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw, "--slots", "cpu=1") as server:
+        jobs = [server.submit("build", dataset=f"d{i}", raw=str(raw), **BUILD) for i in range(3)]
+        done = [server.ended(job["id"]) for job in jobs]
+        assert [job["state"] for job in done] == ["succeeded"] * 3
+        assert done[0]["ended"] <= done[1]["started"]
+        assert done[1]["ended"] <= done[2]["started"]
+
+
+def test_a_waiting_job_says_what_it_waits_for(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        server.submit("build", dataset="d", raw=str(raw), **BUILD)
+        same = server.submit("build", dataset="d", raw=str(raw), **BUILD)
+        other = server.submit("build", dataset="e", raw=str(raw), **BUILD)
+        assert server.until(lambda: server.job(same["id"])["waits_for"]) == "job 1, build d"
+        assert server.job(other["id"])["waits_for"] == "a free cpu slot; there is 1"
+        assert [server.ended(job["id"])["state"] for job in (same, other)] == ["succeeded"] * 2
+
+
+def test_a_job_is_cancelled_while_it_waits_and_while_it_runs(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        server.submit("build", dataset="d", raw=str(raw), **BUILD)
+        waiting = server.submit("build", dataset="e", raw=str(raw), **BUILD)
+        assert server.client.post(f"/v1/jobs/{waiting['id']}/cancel").json()["state"] == "cancelled"
+        assert server.client.post(f"/v1/jobs/{waiting['id']}/cancel").status_code == 409
+        running = endless(server)
+        answer = server.client.post(f"/v1/jobs/{running['id']}/cancel")
+        assert (answer.status_code, answer.json()["cancelling"]) == (202, True)
+        job = server.ended(running["id"])
+        assert (job["state"], job["exit_code"]) == ("cancelled", 128 + signal.SIGTERM)
+        assert [event["kind"] for event in events(server, running["id"])][-2:] == ["cancelling", "ended"]
+        assert not (tmp_path / "datasets/e").exists()
+
+
+def test_who_does_not_end_within_the_grace_is_killed(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw, "--grace", 0.5) as server:
+        (tmp_path / "datasets").mkdir(exist_ok=True)
+        server.ended(server.submit("build", dataset="d", raw=str(raw), **BUILD)["id"])
+        job = endless(server)
+        process = child.running(tmp_path / "jobs" / str(job["id"]))
+        for pid in _group(process.pid):
+            os.kill(pid, signal.SIGSTOP)  # none of them hears SIGTERM
+        server.client.post(f"/v1/jobs/{job['id']}/cancel").raise_for_status()
+        over = server.ended(job["id"])
+        assert (over["state"], over["exit_code"]) == ("cancelled", None)
+        assert not _group(process.pid)
+
+
+def test_a_killed_command_is_started_again_and_then_fails(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        server.ended(server.submit("build", dataset="d", raw=str(raw), **BUILD)["id"])
+        job = server.submit("feed", retries=1)
+        for attempt in (1, 2):
+            server.until(
+                lambda: (now := server.job(job["id"]))["attempt"] == attempt and now["progress"].get("uri"),  # noqa: B023
+            )
+            process = child.running(tmp_path / "jobs" / str(job["id"]))
+            victim = process.pid if attempt == 1 else max(_group(process.pid))  # the wrapper, then the command
+            os.kill(victim, signal.SIGKILL)
+        over = server.ended(job["id"])
+        assert (over["state"], over["attempt"], over["exit_code"]) == ("failed", 2, 128 + signal.SIGKILL)
+        kinds = [event["kind"] for event in events(server, job["id"]) if event["kind"] != "progress"]
+        assert kinds == ["queued", "started", "queued", "resumed", "ended"]
+        again = server.client.post(f"/v1/jobs/{job['id']}/retry").json()
+        assert (again["kind"], again["attempt"]) == ("feed", 0)
+        assert again["id"] > job["id"]
+
+
+def test_a_restarted_server_takes_over_what_runs(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        server.ended(server.submit("build", dataset="d", raw=str(raw), **BUILD)["id"])
+        job = endless(server)
+        before = child.running(tmp_path / "jobs" / str(job["id"]))
+        server.again()
+        assert child.running(tmp_path / "jobs" / str(job["id"])) == before
+        assert server.job(job["id"])["state"] == "running"
+        server.client.post(f"/v1/jobs/{job['id']}/cancel").raise_for_status()
+        assert server.ended(job["id"])["state"] == "cancelled"
+        assert [event["kind"] for event in events(server, job["id"])].count("ended") == 1
+
+
+def test_what_was_lost_without_a_server_is_resumed(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        server.ended(server.submit("build", dataset="d", raw=str(raw), **BUILD)["id"])
+        job = server.submit("feed", retries=0)
+        server.until(lambda: server.job(job["id"])["progress"].get("uri"))
+        server.end(signal.SIGKILL)
+        child.end_all(tmp_path / "jobs" / str(job["id"]))
+        server.begin()
+        now = server.until(lambda: now if (now := server.job(job["id"]))["attempt"] == 2 else None)
+        assert now["state"] == "running"
+
+
+def test_stopped_jobs_go_on_with_the_next_server(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw, "--stop-jobs") as server:
+        server.ended(server.submit("build", dataset="d", raw=str(raw), **BUILD)["id"])
+        job = endless(server)
+        assert server.end() == 128 + signal.SIGTERM
+        assert child.running(tmp_path / "jobs" / str(job["id"])) is None
+        with sqlite3.connect(tmp_path / "penstock.db") as database:
+            assert database.execute("SELECT state FROM jobs WHERE id = ?", (job["id"],)).fetchall() == [("queued",)]
+        database.close()
+        server.begin()
+        server.until(lambda: server.job(job["id"])["attempt"] == 2)
+
+
+def test_no_event_is_lost_or_doubled_by_a_reconnect(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        job = server.submit("build", dataset="d", raw=str(raw), **BUILD | {"samples_per_shard": 1})
+        heard: list[tuple[int, str]] = []
+        deadline = time.monotonic() + PATIENCE
+        while not (heard and heard[-1][1] == "ended"):
+            assert time.monotonic() < deadline
+            last = {"Last-Event-ID": str(heard[-1][0])} if heard else {}
+            with server.client.stream("GET", f"/v1/jobs/{job['id']}/events", headers=last) as stream:
+                for line in stream.iter_lines():
+                    if line.startswith("data: "):
+                        event = json.loads(line.removeprefix("data: "))
+                        heard.append((event["id"], event["kind"]))
+                        break  # and connect anew
+        whole = [(event["id"], event["kind"]) for event in events(server, job["id"])]
+        assert heard == whole
+        after = {"Last-Event-ID": str(whole[-1][0])}
+        assert server.client.get(f"/v1/jobs/{job['id']}/events", headers=after).status_code == 204
+
+
+def test_a_key_makes_one_job(raw: Path, tmp_path: Path):
+    with served(tmp_path, "--raw-root", raw) as server:
+        request = {"json": {"kind": "feed"}, "headers": {"Idempotency-Key": "k1"}}
+        first, second = (server.client.post("/v1/jobs", **request) for _ in range(2))
+        assert first.json()["id"] == second.json()["id"]
+        other = server.client.post("/v1/jobs", json={"kind": "feed", "port": 1}, headers={"Idempotency-Key": "k1"})
+        assert other.status_code == 422
+        assert "belongs to job 1" in other.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"kind": "build", "dataset": "../x", "raw": "RAW"}, "dataset '../x'"),
+        ({"kind": "build", "dataset": "x.tmp", "raw": "RAW"}, "take another name"),
+        ({"kind": "build", "dataset": "x", "raw": "/etc"}, "not below a folder of raw images"),
+        ({"kind": "build", "dataset": "x", "raw": "RAW/../.."}, "not below a folder of raw images"),
+        ({"kind": "build", "dataset": "x", "raw": "RAW", "labels": "/etc/passwd"}, "not below a folder"),
+        ({"kind": "build", "dataset": "x", "raw": "RAW", "size": 8}, "size 8"),
+        ({"kind": "build", "dataset": "x", "raw": "RAW", "sise": 8}, "sise 8"),
+        ({"kind": "train", "dataset": "x", "run": "y", "recipe": "/tmp/recipe.toml"}, "recipe '/tmp/recipe.toml'"),
+        ({"kind": "train", "dataset": "x", "run": "y", "gpus": 1}, "this server has slots for 0"),
+        ({"kind": "train", "dataset": "x", "run": "y", "set": {"--init": "/etc/passwd"}}, "set"),
+        ({"kind": "shell"}, "shell"),
+    ],
+)
+def test_what_is_refused_is_not_queued(shared_server: Server, raw: Path, params: dict, words: str):
+    text = json.dumps(params).replace("RAW", str(raw))
+    answer = shared_server.client.post("/v1/jobs", content=text, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert words in answer.json()["detail"]
+    assert shared_server.client.get("/v1/jobs").json() == {"jobs": [], "next": None}
+
+
+@pytest.fixture(scope="module")
+def shared_server(raw: Path, tmp_path_factory: pytest.TempPathFactory):
+    with served(tmp_path_factory.mktemp("server"), "--raw-root", raw) as server:
+        yield server
+
+
+def _group(leader: int) -> list[int]:
+    """Return the processes of a group that are there and no zombies."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            values = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(values[2]) == leader and values[0] != "Z":
+            members.append(int(path.parent.name))
+    return members
