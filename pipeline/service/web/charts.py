@@ -10,8 +10,8 @@ from markupsafe import Markup
 MOST_POINTS = 400  # of a curve
 MOST_CELLS = 2_000
 MOST_BARS = 100
-WIDTH, HEIGHT = 480, 220  # units of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 30  # margins
+WIDTH, HEIGHT = 480, 212  # units of the drawing; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 22  # margins
 Point = tuple[float, float]
 
 
@@ -22,12 +22,13 @@ class Curve(NamedTuple):
     points: Sequence[Point]
 
 
-def lines(title: str, curves: Sequence[Curve], unit: str = "", log: bool = False, x_name: str = "step") -> Markup:
+def lines(title: str, curves: Sequence[Curve], unit: str = "", log: bool = False, least: float = 0) -> Markup:
     """Return a chart of curves over steps, with axes, ticks and a legend that has the newest values.
 
     Args:
         unit: stands behind the values.
-        log: the y axis is logarithmic, where all values are positive.
+        log: the y axis is logarithmic, where all values are positive; else it has zero.
+        least: the y axis reaches so high at least.
     """
     curves = [Curve(c.name, thin([p for p in c.points if math.isfinite(p[1])])) for c in curves]
     curves = [c for c in curves if c.points]
@@ -37,12 +38,12 @@ def lines(title: str, curves: Sequence[Curve], unit: str = "", log: bool = False
     ys = [y for c in curves for _, y in c.points]
     log = log and min(ys) > 0
     x_ticks = ticks(min(xs), max(xs), 5, whole=True)
-    y_ticks = decades(min(ys), max(ys)) if log else ticks(min(0.0, *ys), max(ys), 4)
+    y_ticks = decades(min(ys), max(ys)) if log else ticks(min(0.0, *ys), max(*ys, least), 4)
     across = _scale(min(xs), max(*xs, min(xs) + 1), LEFT, WIDTH - RIGHT)
     up = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, log)
     parts = [_rule(up(y), figure(y)) for y in y_ticks]
     parts += [_text(across(x), HEIGHT - BOTTOM + 16, figure(x), "middle") for x in x_ticks if min(xs) <= x <= max(xs)]
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 2, x_name, "end"))
+    parts.append(_text(LEFT - 12, HEIGHT - BOTTOM + 16, "step", "end"))
     place = LEFT
     for number, curve in enumerate(curves):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve.points)
@@ -52,7 +53,7 @@ def lines(title: str, curves: Sequence[Curve], unit: str = "", log: bool = False
         parts.append(f'<polyline class="c{number}" points="{path}"/>{dot}')
         parts.append(f'<path class="c{number}" d="M{place} 10h18"/>' + _text(place + 22, 14, text))
         place += 36 + round(6.4 * len(text))
-    newest = "; ".join(f"{c.name} {figure(c.points[-1][1])}{unit} at {x_name} {c.points[-1][0]:,.0f}" for c in curves)
+    newest = "; ".join(f"{c.name} {figure(c.points[-1][1])}{unit} at step {c.points[-1][0]:,.0f}" for c in curves)
     return _svg(title, newest, WIDTH, HEIGHT, parts, "chart")
 
 
@@ -103,6 +104,15 @@ def grid(title: str, filled: Sequence[bool]) -> Markup:
     return _svg(title, done, columns * 10 - 1.6, math.ceil(len(shares) / columns) * 10 - 1.6, parts, "grid")
 
 
+def swatch(title: str, colours: Sequence[Sequence[float]]) -> Markup:
+    """Return fields of these colours (red, green, blue; grey levels) side by side."""
+    parts = []
+    for x, colour in enumerate(colours):
+        red, green, blue = (min(max(round(level), 0), 255) for level in colour)
+        parts.append(f'<rect x="{x}" width="1.02" height="1" fill="rgb({red},{green},{blue})"/>')
+    return _svg(title, "", len(colours), 1, parts, "swatch", ' preserveAspectRatio="none"')
+
+
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """Return at most `most` points: of each bucket of neighbours the lowest and the highest, and the last of all."""
     if len(points) <= most:
@@ -121,7 +131,8 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= span * 0.999)
     step = max(step, 1.0) if whole else step
-    return [n * step for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)] or [0.0, step]
+    first = math.floor(low / step + 1e-9)
+    return [n * step for n in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]
 
 
 def decades(low: float, high: float) -> list[float]:
@@ -156,7 +167,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(title: str, description: str, width: float, height: float, parts: Sequence[str], kind: str) -> Markup:
+def _svg(title: str, description: str, width: float, height: float, parts: Sequence[str], kind: str, more: str = "") -> Markup:
     names = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    head = f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img">'
+    head = f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img"{more}>'
     return Markup(head + names + "".join(parts) + "</svg>")

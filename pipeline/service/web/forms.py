@@ -43,7 +43,8 @@ def new(request: Request, service: Here) -> Response:
 
 def _page(request: Request, service: Service, values: dict[str, str], kind: str = "", error: str = "") -> Response:
     """Return the page of the forms: where a form has been refused, with its values, and with the reason beside it."""
-    wrong = error.split(" ")[0].rstrip(":").split(".")[0] if error else ""
+    starts = {name: (f"{name} ", f"{name}.", f"{name}:", f"{value}:") for name, value in values.items() if value}
+    wrong = next((name for name, words in starts.items() if error.startswith(words)), "")
     site = service.site
     known = {"datasets": site.dataset_names(), "runs": site.run_names(), "raw_roots": site.raw_roots}
     known |= {"choices": CHOICES, "recipes": sorted(path.stem for path in RECIPES.glob("*.toml")), "gpus": len(service.scheduler.slots.gpus), "key": secrets.token_hex(16)}

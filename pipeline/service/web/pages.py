@@ -20,7 +20,7 @@ from pipeline.online.stall import LIMIT
 from pipeline.service import database
 from pipeline.service.database import OVER, WAITING, Job
 from pipeline.service.site import Site
-from pipeline.service.web import charts, jobs
+from pipeline.service.web import charts, datasets, jobs, runs
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.problem import Problem
 
@@ -70,8 +70,8 @@ def overview(request: Request, service: Here) -> Response:
         "failed": [job for job in failed if newer[job.kind, job.target] == job.id],  # a later one has not mended it
         "over": [job for job in over if job.state != "failed"][:6],
         "slots": _slots(service),
-        "datasets": dataset_list(service.site),
-        "runs": run_list(service),
+        "datasets": datasets.summaries(service.site),
+        "runs": runs.summaries(service),
     }
     values["empty"] = not (unfinished or over or values["datasets"] or values["runs"])
     place = {"base": str(request.base_url).rstrip("/"), "raw_roots": service.site.raw_roots}
@@ -112,12 +112,12 @@ def job_page(request: Request, service: Here, number: jobs.Number) -> Response:
         "rates": charts.spark("Speed", _rates(service, number)),
         "grids": _grids(service.site, job),
         "lines": jobs.tail(service, number, LINES),
-        "command": shlex.join(jobs.view(service, job)["command"]),
+        "command": shlex.join(jobs.view(job)["command"]),
         "skipped": job.progress.get("skipped") or {},
         "skipped_files": [],
     }
     if job.kind == "build" and job.state == "succeeded" and job.target in service.site.dataset_names():
-        values["skipped_files"] = skipped_files(service.site, job.target, NAMES)
+        values["skipped_files"] = datasets.skipped(service.site.dataset(job.target), limit=NAMES)["skipped"]
     return render(request, "job.html", after=after, active=not job.is_over, **values)
 
 
@@ -179,28 +179,6 @@ def docs(request: Request, service: Here) -> Response:
     return render(request, "docs.html", operations=operations, base=str(request.base_url).rstrip("/"))
 
 
-def dataset_list(site: Site) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for name in site.dataset_names():
-        try:
-            m = site.dataset(name)
-        except UserError as error:
-            found.append({"name": name, "error": str(error)})
-            continue
-        splits = {k: {"samples": v.samples, "skipped": v.skipped, "shards": len(v.shards)} for k, v in m.splits.items()}
-        total = sum(s.bytes for v in m.splits.values() for s in v.shards)
-        found.append({"name": name, "splits": splits, "bytes": total, "classes": len(m.classes)})
-    return found
-
-
-def run_list(service: Service) -> list[dict[str, Any]]:
-    return []
-
-
-def skipped_files(site: Site, name: str, most: int) -> list[dict[str, str]]:
-    return []
-
-
 # ---- How values are shown. ----
 
 
@@ -211,7 +189,7 @@ def figures(job: Job) -> list[str]:
     texts = [
         (progress.get("total"), lambda n: f"{progress.get('done', 0):,} of {n:,} {progress.get('unit', '')}"),
         (speed or (progress.get("rate") if running else None), lambda n: f"{rate(n)} {'images' if speed else progress.get('unit', '')}/s"),
-        (progress.get("megabytes_per_second"), lambda n: f"{rate(n)} MB/s"),
+        (progress.get("megabytes_per_second") if running else None, lambda n: f"{rate(n)} MB/s"),
         (progress.get("eta") if running else None, lambda n: f"{duration(n)} left"),
         (progress.get("loss"), lambda n: f"loss {n:.3f}"),
         (progress.get("top1_error"), lambda n: f"top-1 error {n:.1f} %"),
