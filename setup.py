@@ -18,7 +18,6 @@ PACKAGES = ("pipeline", "trainer", "tools")
 DEVELOPERS = ("tools.bench", "tools.bench.*")  # not installed
 CHECKOUT = [*find_packages(include=[f"{name}*" for name in PACKAGES], exclude=DEVELOPERS), "trainer.recipes"]
 LEFT_OUT = {("penstock.tools", "demo")}  # which runs the commands of the checkout
-WEB = "penstock.pipeline.service.web"  # whose pages are files beside it
 GUARD = "\n\nimport penstock_imagenet\n\npenstock_imagenet.require_ours()\n"
 
 
@@ -87,7 +86,11 @@ if __name__ == "__main__":
     setup(
         packages=["penstock", *(f"penstock.{name}" for name in CHECKOUT)],
         package_dir={f"penstock.{name}": name for name in PACKAGES},
-        package_data={"penstock.trainer.recipes": ["*.toml"], "penstock.trainer.figures": ["page.html"], WEB: ["templates/*.html", "static/*"]},
+        package_data={
+            "penstock.trainer.recipes": ["*.toml"],
+            "penstock.trainer.figures": ["page.html"],
+            "penstock.pipeline.service.web": ["templates/*.html", "static/*"],
+        },
         py_modules=["penstock_imagenet"],
         cmdclass={"build_py": BuildPackage, "editable_wheel": EditableCheckout},
     )

@@ -8,6 +8,8 @@ if __name__ == "__main__":  # before the imports that take long
 import click
 
 from penstock import __version__
+from pipeline import UserError
+from pipeline.cli import end
 from trainer.__main__ import COMMANDS, LazyGroup
 from trainer.__main__ import load as load_trainer
 
@@ -16,12 +18,20 @@ TOOLS = {
     "verify": "Check every promise of the dataset directory DATASET.",
     "make-raw": "Write a small ILSVRC2012 of drawn pictures into OUT.",
     "feed": "Decode for trainers on other machines.",
+}
+SERVICE = {
     "serve": "Serve jobs, data sets, runs and workers of a folder.",
+    "token": "Create, list and revoke the tokens of a server.",
+    "submit": "Submit a job to a server.",
+    "jobs": "List the jobs of a server.",
+    "logs": "Print the log of a job.",
+    "cancel": "Cancel a job.",
+    "retry": "Run a job again that failed or was cancelled.",
 }
 
 
 def load(name: str) -> click.Command:
-    """Import a command of TOOLS, of which one is the service's, or of the trainer."""
+    """Import a command of TOOLS, of SERVICE, or of the trainer."""
     if name == "build":
         from tools.build_shards import main as build
 
@@ -38,14 +48,29 @@ def load(name: str) -> click.Command:
         from pipeline.service.feed import feed
 
         return feed
-    if name == "serve":
-        from pipeline.service.serve import serve
-
-        return serve
-    return load_trainer(name)
+    return load_service(name) if name in SERVICE else load_trainer(name)
 
 
-@click.group(cls=LazyGroup, lines=TOOLS | COMMANDS, load=load)
+def load_service(name: str) -> click.Command:
+    """Import a command of SERVICE; ends with one line where its packages are not installed."""
+    try:
+        if name == "serve":
+            from pipeline.service.serve import serve
+
+            return serve
+        if name == "token":
+            from pipeline.service.tokens import token
+
+            return token
+        from pipeline.service import client
+
+        command: click.Command = getattr(client, name)
+        return command
+    except ImportError as error:
+        end(UserError(f"{name} needs the package {error.name}: pip install 'penstock-imagenet[service]'"))
+
+
+@click.group(cls=LazyGroup, lines=TOOLS | SERVICE | COMMANDS, load=load)
 @click.version_option(__version__, prog_name="penstock")
 def main() -> None:
     """Raw ImageNet to shards, shards to GPUs, and AlexNet (2012) trained on them."""

@@ -257,12 +257,13 @@ def load(root: str | os.PathLike[str] | Location, shards: bool = True) -> Manife
     Raises DatasetError, one line that names the file; UserError where the object store of `root` cannot be reached.
     """
     path = (root := storage.location(root)) / FILE_NAME
-    if not storage.is_dir(root):
-        remedy = f"build one with: python tools/build_shards.py RAW {root}"
-        raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}")
     try:
         data = storage.read_bytes(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not storage.is_dir(root):
+            remedy = f"build one with: python tools/build_shards.py RAW {root}"
+            remedy = "correct the URL" if storage.is_served(root) else remedy
+            raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}") from error
         unfinished = storage.is_dir(root / ".build")
         reason = "its build has not finished; run the same command again" if unfinished else "not a dataset directory"
         raise DatasetError(f"{path}: missing ({reason}){volumes.hint(root)}") from error

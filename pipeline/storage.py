@@ -1,4 +1,4 @@
-"""Files and folders on this machine, or in an object store that fsspec knows (`s3://bucket/folder`).
+"""Files and folders on this machine, in an object store that fsspec knows (`s3://bucket/folder`), or of an HTTP server.
 
 A location is a `pathlib.Path` or a remote `upath.UPath`: join it with `/`, and for all but its name call the functions
 below. Locally they raise the operating system's errors. Remotely they check the length of each answer, retry what fails
@@ -8,22 +8,18 @@ every program that uses AWS's library (AWS_PROFILE, AWS_ENDPOINT_URL …); s3fs'
 
 import errno
 import os
-import random
-import re
 import shutil
 import stat
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline import UserError
+from pipeline.stores import S3, STORES, WEB, StorageError, filesystem, protocol_of, retried
 from pipeline.volumes import is_junk, mode_and_size, naming, open_regular
 
 # For mypy a Path, as it knows the methods of both. At run time a remote UPath is no Path, but a local UPath is one.
@@ -35,28 +31,6 @@ PIECE = 16 * 2**20  # bytes of one request for a whole file, and of one part of 
 BLOCK = 2 * 2**20  # bytes that `opened` fetches beyond those asked for: 19 headers in a tar of ImageNet's images
 THREADS = 16  # at some 20 ms a request, 800 requests a second; s3fs needs 1 ms of one core's time for each
 AHEAD_BYTES = 64 * 2**20
-TRIES, PATIENCE, FIRST_WAIT = 5, 60.0, 0.2  # none begins after 5, or 60 s; the wait doubles, less up to half at random
-S3 = ("s3", "s3a")  # protocols
-STORES = (*S3, "abfs", "abfss", "az", "gcs", "gs", "hf", "http", "https", "memory", "oci", "oss")  # whose URLs say all
-# botocore tries a request 3 times, so that one bad answer does not cost a whole upload; what lasts longer, or breaks
-# amid an answer, `retried` tries again. s3fs's own 5 tries would multiply with both.
-S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
-# Errors that pass, by status or code (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
-# NoSuchUpload: the answer to our "complete" was lost and we asked again, or another deleted the parts.
-PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
-PASSING_CODES = {"BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch"}
-LASTING = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-CLIENT_ERRORS = {  # of optional packages: failures of the store or of the way to it
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "botocore.parsers": ("ResponseParserError",),
-}
-NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}  # botocore's
-CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (public bucket: FSSPEC_S3_ANON=true)"
-
-
-class StorageError(UserError):
-    """An object store that cannot be reached, refuses us, or failed too often."""
 
 
 class Entry(NamedTuple):
@@ -72,13 +46,15 @@ def location(text: "str | os.PathLike[str] | Location") -> Location:
     """Return the location that a path or a URL names; "file:///folder" is a local path. Raises UserError."""
     if not isinstance(text, str):
         return Path(text) if isinstance(text, os.PathLike) else text
-    protocol, url = _protocol(text), urlsplit(text)
+    protocol, url = protocol_of(text), urlsplit(text)
     if not protocol:
         return Path(text)
     if "::" in text or protocol not in ("file", *STORES) or bool(url.netloc) == (protocol == "file"):
         raise UserError(f"{text}: names no folder or file; a location is FOLDER, file:///FOLDER or s3://BUCKET/FOLDER")
     if protocol == "file":
         return Path(unquote(url.path))
+    if protocol in WEB and (url.query or url.fragment or "@" in url.netloc):
+        raise UserError(f"{url.scheme}://{url.hostname}{url.path}: ?, # and USER@ name no folder of an HTTP server")
     filesystem(protocol)  # raises if it is unknown
     from upath import UPath  # with fsspec 0.07 s, which local work need not wait for
 
@@ -87,32 +63,12 @@ def location(text: "str | os.PathLike[str] | Location") -> Location:
 
 def is_remote(path: "str | os.PathLike[str] | Location") -> bool:
     """Return True for a location in an object store, and for its URL."""
-    return _protocol(path) not in ("", "file") if isinstance(path, str) else not isinstance(path, os.PathLike)
+    return protocol_of(path) not in ("", "file") if isinstance(path, str) else not isinstance(path, os.PathLike)
 
 
-@cache
-def filesystem(protocol: str) -> Any:
-    """Return this process's one file system of a protocol; its threads share connections. Raises UserError."""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if protocol in S3:  # the environment may add to the client's options: FSSPEC_S3='{"config_kwargs": …}'
-        client = S3_CLIENT | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options = {"config_kwargs": client, "use_listings_cache": False, "max_concurrency": 4}  # parts of an upload
-    try:
-        fs = fsspec.filesystem(protocol, **options)
-    except (ImportError, ValueError, TypeError) as error:
-        remedy = "pip install 'penstock-imagenet[s3]'" if options else "use s3://BUCKET/FOLDER, or install its package"
-        raise UserError(f"{protocol}://: {error}; {remedy}") from error
-    if options:
-        fs.retries = 1  # see S3_CLIENT
-    return fs
-
-
-def _protocol(text: str) -> str:
-    """Return the protocol of a URL; "" for a path."""
-    match = re.match(r"([a-z][a-z0-9+.-]+)://", text)
-    return match[1] if match else ""
+def is_served(path: Location) -> bool:
+    """Return True for a location at an HTTP server, which can only be read."""
+    return protocol_of(str(path)) in WEB
 
 
 def exists(path: Location) -> bool:
@@ -120,7 +76,9 @@ def exists(path: Location) -> bool:
 
 
 def is_dir(path: Location) -> bool:
-    return path.is_dir() if isinstance(path, Path) else _info(path).get("type") == "directory"
+    if isinstance(path, Path):
+        return path.is_dir()
+    return _info(path / "" if is_served(path) else path).get("type") == "directory"
 
 
 def is_file(path: Location) -> bool:
@@ -175,10 +133,16 @@ def walk(folder: Location) -> Iterator[tuple[str, list[Entry]]]:
 
 
 def sizes(root: Location, names: Iterable[str]) -> dict[str, int]:
-    """Return the bytes of those of the files `names` (paths below `root`) that exist. Remotely by one listing."""
+    """Return the bytes of those of the files `names` (paths below `root`) that exist. Remotely by a listing, if any."""
     if isinstance(root, Path):
         return {name: (root / name).stat().st_size for name in names if (root / name).is_file()}
-    start, infos = retried(root, "list", lambda fs, path: (path.rstrip("/"), fs.find(path, detail=True)))
+    try:
+        start, infos = retried(root, "list", lambda fs, path: (path.rstrip("/"), fs.find(path, detail=True)))
+    except (FileNotFoundError, UserError):
+        if not is_served(root):
+            raise
+        with closing(read_ahead(names, lambda name: _info(root / name))) as asked:  # a server that lists no files
+            return {name: info["size"] for name, info in asked if info}
     return {name: int(infos[f"{start}/{name}"]["size"] or 0) for name in names if f"{start}/{name}" in infos}
 
 
@@ -205,7 +169,7 @@ def read_range(file: str, offset: int, size: int) -> bytes:
             raise OSError(errno.EIO, f"{len(data)} bytes came of {size}")
         return data
 
-    if _protocol(file):
+    if protocol_of(file):
         return retried(file, "read", ranged) if size > 0 else b""
     with open_regular(file) as local:
         return _pread(local, size, offset)
@@ -253,7 +217,7 @@ def read_ahead(
 
 def upload(source: Path, target: Location) -> None:
     """Put a local file at a remote location, where it appears whole or not at all."""
-    options = {"chunksize": PIECE} if _protocol(str(target)) in S3 else {}
+    options = {"chunksize": PIECE} if protocol_of(str(target)) in S3 else {}
     retried(target, "write", lambda fs, path: fs.put_file(str(source), path, **options))
 
 
@@ -282,7 +246,7 @@ def remove_tree(folder: Location) -> None:
         entries = scan(folder)
         for _ in read_ahead(entries, lambda entry: (remove_tree if entry.is_dir else remove)(folder / entry.name)):
             pass  # not by fs.rm: it takes [ and * in a name for a pattern
-        if _protocol(str(folder)) not in S3:  # which has no folders
+        if protocol_of(str(folder)) not in S3:  # which has no folders
             retried(folder, "delete", lambda fs, path: fs.rmdir(path))
 
 
@@ -299,52 +263,5 @@ def abandon_uploads(folder: Location) -> int:
         return len(uploads)
 
     with suppress(StorageError):  # some stores do not know these calls, and some users may not make them
-        return retried(folder, "abandon uploads", abandon) if _protocol(str(folder)) in S3 else 0
+        return retried(folder, "abandon uploads", abandon) if protocol_of(str(folder)) in S3 else 0
     return 0
-
-
-def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
-    """Return `action(file system, path)`, retried; raise FileNotFoundError, FileExistsError, else StorageError."""
-    url, tries, began = str(remote), 0, time.monotonic()
-    fs = filesystem(_protocol(url))
-    path = fs._strip_protocol(url) + ("/" if url.endswith("/") else "")
-    while True:
-        try:
-            tries += 1
-            fs.invalidate_cache(path)  # other machines write there too
-            return action(fs, path)
-        except _failures() as error:
-            seconds = time.monotonic() - began
-            passes, explained = _explained(url, doing, error, f"{tries} tries in {seconds:.0f} s")
-            if not passes or tries >= TRIES or seconds > PATIENCE:
-                raise explained from error
-        time.sleep(FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.5, 1))
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Return what file systems raise that is not our mistake; ValueError: an impossible endpoint or bucket name."""
-    loaded = [(sys.modules.get(module), names) for module, names in CLIENT_ERRORS.items()]
-    return (OSError, ValueError, *(getattr(module, name) for module, names in loaded if module for name in names))
-
-
-def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool, Exception]:
-    """Return whether an error may pass in a moment, and the exception that tells the user of it in one line."""
-    response: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    answer = response if isinstance(response, dict) else {}  # else aiohttp's
-    code = str(answer.get("Error", {}).get("Code", ""))
-    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
-    denied = isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in NO_CREDENTIALS
-    unanswered = not (code or status or denied or isinstance(error, LASTING))
-    passes = unanswered or code in PASSING_CODES or status in PASSING_STATUS
-    if isinstance(error, FileNotFoundError | FileExistsError) and not passes and code != "NoSuchBucket":
-        number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EEXIST
-        return False, OSError(number, os.strerror(number), url)
-    reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:240] or type(error).__name__
-    reason = reason if code in reason else f"{code}: {reason}"
-    endpoint = " and AWS_ENDPOINT_URL" if url.startswith("s3") else ""
-    remedy = "correct the URL, or create the bucket" if code == "NoSuchBucket" else f"correct the URL{endpoint}"
-    if passes:
-        reason, remedy = f"{reason} ({tries})", f"check the network{endpoint}, then run the same command again"
-    elif denied:
-        reason, remedy = f"access denied ({reason})", CREDENTIALS if endpoint else "check the store's credentials"
-    return passes, StorageError(f"{url}: cannot {doing}: {reason}; {remedy}")

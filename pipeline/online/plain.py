@@ -1,7 +1,10 @@
 """The same shards for other models: torchvision's and timm's recipe, and plain WebDataset."""
 
+import io
 import math
 import os
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -85,23 +88,25 @@ def draw_regions(
 
 
 def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 2012) -> "wds.WebDataset":
-    """Return a WebDataset pipeline over the shards of a local dataset directory: (PIL image in RGB, label), −1: none.
+    """Return a WebDataset pipeline over a data set's shards: (PIL image in RGB, label), −1: none.
 
     Shards are dealt to the ranks of a distributed run, then to the workers of a torch DataLoader (batch_size=None where
     the images stay PIL's); who gets no shard gives nothing. `shuffle`: samples in webdataset's shuffle buffer, which
     starts with at most 100; the shards of each worker are shuffled too. Every pass has another order, given by `seed`,
     as long as the workers live (persistent_workers=True). 0: the order of the build.
-    Raises UserError: a directory that is remote, damaged or not one; an empty split; a path that it cannot open.
+    The data set is local, or an HTTP server's: each worker then holds one whole shard, checked by its SHA-256.
+    Raises UserError: a directory in an object store, damaged or not one; an empty split; a path that it cannot open.
     """
     require_at_least(0, shuffle=shuffle)
     root = storage.location(data)
-    if storage.is_remote(root):
+    served = storage.is_served(root)
+    if storage.is_remote(root) and not served:
         raise UserError(f"{data}: webdataset() reads local shards; copy the dataset directory to this machine first")
-    built = manifest.load(Path(os.path.realpath(root)))
+    built = manifest.load(root if served else Path(os.path.realpath(root)))
     if not built.split(split).samples:
         raise UserError(f"{root}: the split {split!r} is empty")
     shards = [str(built.root / shard.name) for shard in built.split(split).shards]
-    if urlparse(shards[0]).path != shards[0]:
+    if not served and urlparse(shards[0]).path != shards[0]:
         raise UserError(f"{shards[0]}: webdataset takes a path for a URL, and this one has '#' or '?'; rename it")
     import webdataset as wds  # slow
 
@@ -115,6 +120,10 @@ def webdataset(data: str | Path, split: str, *, shuffle: int = 0, seed: int = 20
         empty_check=False,
         seed=seed,
     )
+    if served:  # webdataset itself would call curl, without a token
+        opener = partial(_fetched, built)
+        stages = dataset.pipeline
+        dataset.pipeline = [opener if isinstance(stage, wds.cache.StreamingOpen) else stage for stage in stages]
     if shuffle:
         dataset = dataset.compose(wds.detshuffle(shuffle, seed=seed))
     return dataset.decode("pil").map(_pair)
@@ -128,6 +137,13 @@ def _centre(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         reason = f"a picture of {width} × {height} pixels; a centre view needs {VIEW_SIZE} each way"
         raise UserError(f"sample {ids[small[0]]}: {reason}; build with --size 256")
     return np.rint((sizes - VIEW_SIZE) / 2).astype(np.int32)
+
+
+def _fetched(data: manifest.Manifest, sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield webdataset's sources, shards by their URLs, with the content of each."""
+    for source in sources:
+        name = source["url"].removeprefix(f"{data.root / ''}")
+        yield source | {"stream": io.BytesIO(data.read(name))}
 
 
 def _pair(sample: dict[str, Any]) -> tuple[Any, int]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from pipeline import UserError
-from pipeline.manifest import BuildRecipe
+from pipeline.manifest import FILE_NAME, BuildRecipe
 from pipeline.service.site import NAME, Site, is_name
 
 # the fields of BuildRecipe that are options of the command
@@ -112,10 +112,18 @@ class _Build(Kind):
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         given = self.model_dump(exclude={"kind", "dataset", "raw", "retries"}, exclude_none=True)
+        finished, dataset = site.datasets / self.dataset / FILE_NAME, str(site.datasets / self.dataset)
+        if since is not None and not self.retry_skipped and finished.exists() and finished.stat().st_mtime >= since:
+            return ["verify", "--quick", "--json", "--", dataset]  # an earlier attempt has built it all
         given |= {name: site.raw(given[name]) for name in ("labels", "classes") if name in given}
         if self.classes_of:
             given["classes_of"] = str(site.datasets / self.classes_of)
-        return ["build", *_options(given), "--json", "--", site.raw(self.raw), str(site.datasets / self.dataset)]
+        return ["build", *_options(given), "--json", "--", site.raw(self.raw), dataset]
+
+    def check(self, site: Site, gpus: int) -> None:
+        super().check(site, gpus)
+        if (site.datasets / self.dataset / FILE_NAME).exists() and not self.retry_skipped:
+            raise UserError(f"dataset {self.dataset}: a finished data set is there already; take another name")
 
 
 _RECIPE_FIELDS: Any = {name: _recipe_field(name) for name in RECIPE}
@@ -221,7 +229,7 @@ class Feed(Kind):
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         options = _options(self.model_dump(include={"host", "port", "threads"}, exclude_none=True))
-        token = [] if self.host in ("127.0.0.1", "localhost", "::1") else [f"--token-file={site.root / 'feed.token'}"]
+        token = [] if self.host in ("127.0.0.1", "localhost", "::1") else [f"--token-file={site.feed_token}"]
         return ["feed", "--root", str(site.datasets), *options, *token, "--json"]
 
 

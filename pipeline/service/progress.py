@@ -73,6 +73,9 @@ def _fold(progress: Progress, event: dict[str, Any]) -> None:
             speed = event["time"]
             progress |= {"stall": speed["stall"], "images_per_second": speed["images_per_second"]}
         progress |= {"done": event["step"], "unit": "steps"}
+    elif name == "repaired":
+        for key in ("failed", "failures"):
+            progress.pop(key, None)
     elif name == "failure":
         progress["failed"] = progress.get("failed", 0) + 1
         progress["failures"] = [
@@ -93,6 +96,7 @@ def _fold(progress: Progress, event: dict[str, Any]) -> None:
 
 
 def _plan(progress: Progress, event: dict[str, Any]) -> None:
+    progress.pop("first", None)
     if "images" in event:  # a build's
         progress |= {"images": event["images"], "classes": event["classes"], "unit": "images"}
         progress |= {"total": sum(event["images"].values()), "done": 0, "shards": [0, event["shards"]], "skipped": {}}
@@ -126,7 +130,7 @@ def _done(progress: Progress, event: dict[str, Any]) -> None:
     if errors:
         progress["errors"] = errors
     if progress.get("total"):
-        progress["done"] = progress["total"]
+        progress["done"] = event.get("step", progress["total"])  # a plateau may end a run early
 
 
 def _add(progress: Progress, key: str, text: str) -> None:

@@ -1,7 +1,6 @@
 """The queue: starts jobs where slots are free, follows their logs, and ends each job once, whatever dies in between."""
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -56,6 +55,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="penstock-scheduler", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, jobs_too: bool = False) -> int:
@@ -227,12 +227,11 @@ class Scheduler:
         self._seen.add(job.id)
         try:
             words = kind.words(self.site, job.started if attempt > 1 else None)
-            if kind.kind == "feed":
-                self._make_token()
             folder = self.folder(job.id)
             folder.mkdir(exist_ok=True)
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(self.slots.gpus[i] for i in gpus)}
-            wrapper = child.start(folder, attempt, command(words), visible)
+            own = {"CUDA_VISIBLE_DEVICES": ",".join(self.slots.gpus[i] for i in gpus)}
+            own["PENSTOCK_FEED_TOKEN_FILE"] = os.environ.get("PENSTOCK_FEED_TOKEN_FILE", str(self.site.feed_token))
+            wrapper = child.start(folder, attempt, command(words), own)
             self._wrappers.append(wrapper)
             process = child.identity(wrapper.pid)
         except (UserError, OSError) as error:
@@ -363,15 +362,6 @@ class Scheduler:
 
     def _has_begun(self, run: str) -> bool:
         return newest_checkpoint(self.site.runs / run) is not None
-
-    def _make_token(self) -> None:
-        """Make the secret of decoding workers, once."""
-        path = self.site.root / "feed.token"
-        try:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
-        except FileExistsError:
-            return
 
 
 def slots_of(text: str | None, visible: Mapping[str, str] = os.environ) -> Slots:

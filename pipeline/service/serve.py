@@ -59,10 +59,11 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
             raise UserError(f"--raw-root {text}: no such folder")
     site = Site(Path(os.path.realpath(root)), roots)
     files.require_writable(site.root)
-    site.make()
+    site.root.mkdir(parents=True, exist_ok=True)
     loopback = _is_loopback(host)
     settings = {"tokens_required": values["require_token"] or not loopback, "feeds": values["feeds"]}
     with files.locked(site.root, "another server works there; stop it, or name another --root"):
+        site.make()
         database = Database(database_url(site.root, url))
         listening = _listening(host, port)
         port, scheme = listening.getsockname()[1], "https" if values["tls_cert"] else "http"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +40,17 @@ class Site:
     def jobs(self) -> Path:
         return self.root / "jobs"
 
+    @property
+    def feed_token(self) -> Path:
+        return self.root / "feed.token"
+
     def make(self) -> None:
-        """Make the folders. Raises OSError."""
+        """Make the folders, and the secret that decoding workers and trainers share. Raises OSError."""
         for folder in (self.datasets, self.runs, self.jobs):
             folder.mkdir(parents=True, exist_ok=True)
+        if not self.feed_token.exists():  # one server at a time works here
+            with open(os.open(self.feed_token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
 
     def dataset_names(self) -> list[str]:
         """Return the names of all finished data sets, in their order."""

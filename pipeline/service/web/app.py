@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import datasets, forms, holdings, jobs, pages, problem, runs
+from pipeline.service.web import datasets, files, forms, holdings, jobs, pages, problem, runs
 from pipeline.service.web.context import Service
 
-ROUTERS = (jobs.router, pages.router, holdings.router, forms.router, datasets.router, runs.router)
+ROUTERS = (jobs.router, pages.router, holdings.router, forms.router, datasets.router, runs.router, files.router)  # files last: it takes every name in a data set
 
 
 def create(service: Service) -> FastAPI:

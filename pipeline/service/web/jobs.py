@@ -1,11 +1,12 @@
 """Jobs over HTTP: submit, list, cancel, retry; their logs and events."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
+from os import PathLike
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Path, Query
+from fastapi import APIRouter, Body, Header, Path, Query, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
@@ -136,12 +137,23 @@ def retry(service: Here, number: Number, response: Response) -> JobView:
     responses=responses(404, 416, 422) | TEXT,
     response_class=Response,
 )
-def log(service: Here, number: Number, text: bool = False) -> Response:
+def log(service: Here, request: Request, number: Number, text: bool = False) -> Response:
     """Return the log of all attempts, by ranges of bytes; with `text` its end as sentences."""
     path = service.scheduler.folder(service.scheduler.job(number).id) / child.LOG
     if text or not path.exists():
         return PlainTextResponse("".join(f"{line}\n" for line in tail(service, number)))
-    return FileResponse(path, media_type="text/plain; charset=utf-8")
+    kind = "text/plain; charset=utf-8"
+    if "range" in request.headers:
+        return FileResponse(path, media_type=kind)
+    size = path.stat().st_size  # now; without a range FileResponse would send what is added meanwhile, too
+    return StreamingResponse(_first(path, size), media_type=kind, headers={"Content-Length": str(size)})
+
+
+def _first(path: PathLike[str], size: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while size and (piece := file.read(min(size, LATEST))):
+            yield piece
+            size -= len(piece)
 
 
 def tail(service: Service, number: int, most: int = 10_000) -> list[str]:
