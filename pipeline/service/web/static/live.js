@@ -3,6 +3,7 @@
 "use strict";
 
 const PAUSE = 1000; // milliseconds between two looks
+const PATIENCE = 10000; // milliseconds until a refused stream is asked for again
 const KINDS = ["queued", "started", "progress", "resumed", "cancelling", "ended"];
 let source, timer, looked = 0, last = document.body.dataset.after;
 
@@ -12,6 +13,11 @@ function connect() {
   url.searchParams.set("after", last);
   source = new EventSource(url); // after a break it goes on by itself, with the number of its last event
   for (const kind of KINDS) source.addEventListener(kind, told);
+  source.addEventListener("error", () => { // refused for good: the server is full, or the session is over
+    if (source?.readyState !== EventSource.CLOSED) return;
+    disconnect();
+    setTimeout(() => { refresh(); connect(); }, PATIENCE);
+  });
 }
 
 function disconnect() { // a browser has six connections to a server: tabs that nobody sees take none
