@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
@@ -12,6 +13,7 @@ from sqlalchemy import Connection, event
 
 from pipeline import UserError
 
+FILE_NAME = "penstock.db"
 KEPT = 2_000  # events of the progress of one job; older ones go
 WAITING, OVER = ("queued", "running"), ("succeeded", "failed", "cancelled")
 
@@ -112,6 +114,11 @@ class Event:
     kind: str
     time: float
     data: dict[str, Any]
+
+
+def url_of(root: Path, url: str | None) -> str:
+    """Return the URL of a server's database: of the file in its folder, by default."""
+    return url or f"sqlite:///{root / FILE_NAME}"
 
 
 class Database:

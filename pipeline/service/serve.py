@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,15 @@ import uvicorn
 
 from pipeline import UserError, files, storage
 from pipeline.cli import Command, printable
-from pipeline.service.database import Database
+from pipeline.service.database import Database, url_of
 from pipeline.service.scheduler import Scheduler, slots_of
 from pipeline.service.site import Site
-from pipeline.service.web import app
+from pipeline.service.tokens import ROOT, URL, listed
+from pipeline.service.web import app, limits
 from pipeline.service.web.context import Service, Settings
 
 PORT = 8080
 SHUTDOWN = 2  # seconds for answers under way, once the server ends
-DATABASE = "penstock.db"
-ROOT = click.option(
-    "--root",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="The server's folder; made if missing.",
-)
-URL = click.option("--database", "url", metavar="URL", help="postgresql+psycopg://… instead of DIR/penstock.db.")
 
 
 @click.command(cls=Command, interrupted="jobs go on, and the next server takes them over")
@@ -64,7 +57,10 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
     settings = {"tokens_required": values["require_token"] or not loopback, "feeds": values["feeds"]}
     with files.locked(site.root, "another server works there; stop it, or name another --root"):
         site.make()
-        database = Database(database_url(site.root, url))
+        database = Database(url_of(site.root, url))
+        if settings["tokens_required"] and not any(token.is_valid for token in listed(database)):
+            remedy = f"penstock token create --root {shlex.quote(str(root))} --scope write"
+            raise UserError(f"--host {host}: other machines can ask there, and no token is valid; make one: {remedy}")
         listening = _listening(host, port)
         port, scheme = listening.getsockname()[1], "https" if values["tls_cert"] else "http"
         scheduler = Scheduler(site, database, slots, values["grace"])
@@ -88,12 +84,8 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
 def config(web: Any, **options: Any) -> uvicorn.Config:
     """Return the configuration of uvicorn, in which everything is bounded."""
     quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-    return uvicorn.Config(web, lifespan="on", timeout_graceful_shutdown=SHUTDOWN, **quiet, **options)
-
-
-def database_url(root: Path, url: str | None) -> str:
-    """Return the URL of the database: of the file in the server's folder, by default."""
-    return url or f"sqlite:///{root / DATABASE}"
+    bounds: dict[str, Any] = {"http": limits.Protocol, "ws": "none", "h11_max_incomplete_event_size": limits.HEADERS}
+    return uvicorn.Config(web, lifespan="on", timeout_graceful_shutdown=SHUTDOWN, **quiet, **bounds, **options)
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,10 +9,14 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import datasets, files, forms, holdings, jobs, pages, problem, runs
+from pipeline.service.web import access, datasets, files, forms, holdings, jobs, pages, problem, runs
 from pipeline.service.web.context import Service
 
-ROUTERS = (jobs.router, pages.router, holdings.router, forms.router, datasets.router, runs.router, files.router)  # files last: it takes every name in a data set
+ROUTERS = (
+    *(access.router, jobs.router, datasets.router, runs.router),
+    *(pages.router, holdings.router, forms.router),
+    files.router,  # last: it takes every name in a data set
+)
 
 
 def create(service: Service) -> FastAPI:
@@ -42,6 +46,7 @@ def create(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     problem.install(app)
+    access.protect(app, service)
     _describe_problems(app)
     return app
 

@@ -21,6 +21,7 @@ from pipeline.service.web.problem import Problem, responses
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Number = Annotated[int, Path(ge=1, le=2**53)]
+MOST_STREAMS = 128  # of events, open at a time
 LATEST = 2**20  # bytes of a log that `text=true` shows: its end
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -197,6 +198,9 @@ async def all_events(
 
 
 def _streamed(service: Service, after: int, job: int | None) -> Response:
+    if service.stream.readers >= MOST_STREAMS:
+        raise Problem(503, f"{MOST_STREAMS} streams of events are open; close some", {"Retry-After": "10"})
+
     async def lines() -> AsyncIterator[str]:
         yield f": events after {after}\n\n"
         async for event in service.stream.after(after, job):
