@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
@@ -12,6 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 from conftest import picture
+from pipeline.service import tokens
+from pipeline.service.database import Database
 from pipeline.service.web import charts
 from serving import Server, served
 
@@ -69,7 +72,7 @@ class Page(HTMLParser):
         levels = [int(tag[1]) for tag, _ in self.elements if re.fullmatch("h[1-6]", tag)]
         assert levels[0] == 1
         assert levels.count(1) == 1
-        assert all(later <= earlier + 1 for earlier, later in zip(levels, levels[1:])), levels
+        assert all(later <= earlier + 1 for earlier, later in pairwise(levels)), levels
         assert all("scope" in head for head in self.all("th"))
         assert [element["lang"] for element in self.all("html")] == ["en"]
         assert {"main", "title"} <= {tag for tag, _ in self.elements}
@@ -127,7 +130,9 @@ def metrics() -> list[dict]:
     for step in range(1, 61):
         stalls = {"reading": 0.0, "decoding": 0.05, "transfer": 0.0, "workers": 0.0}
         time = {"images_per_second": 900 + step, "stall": 0.05, "stall_by": stalls}
-        lines.append({"kind": "train", "step": step, "epoch": 0, "lr": 0.01, "loss": 7 / step, "time": time, "layers": {}})
+        lines.append(
+            {"kind": "train", "step": step, "epoch": 0, "lr": 0.01, "loss": 7 / step, "time": time, "layers": {}}
+        )
         if step % 20 == 0:
             errors = {"top1_error": 90 - step / 2, "top5_error": 50 - step / 2, "nll": 7 / step, "unreadable": 0}
             lines.append({"kind": "validation", "step": step, "epoch": 0, "samples": 6, **errors})
@@ -148,13 +153,24 @@ def test_every_link_of_every_page_leads_somewhere(server: Server):
         if text and not path.startswith("/v1"):
             found = Page(text)
             found.check()
-            links = [element["href"] for element in found.all("a", "link")] + [element["src"] for element in found.all("img", "script")]
+            links = [element["href"] for element in found.all("a", "link")] + [
+                element["src"] for element in found.all("img", "script")
+            ]
             for link in links:
                 parts = urlsplit(urljoin(server.url + path, link))
                 assert f"{parts.scheme}://{parts.netloc}" == server.url, link
                 if "draw=" not in parts.query or len(seen) < 30:
                     waiting.append(parts._replace(scheme="", netloc="", fragment="").geturl())
-    for path in ("/jobs", "/datasets/d", "/runs/drawn", "/workers", "/new", "/docs", "/v1/openapi.json", "/static/style.css"):
+    for path in (
+        "/jobs",
+        "/datasets/d",
+        "/runs/drawn",
+        "/workers",
+        "/new",
+        "/docs",
+        "/v1/openapi.json",
+        "/static/style.css",
+    ):
         assert any(path == urlsplit(one).path for one in seen), path
 
 
@@ -234,7 +250,15 @@ def test_forms_make_the_jobs_that_they_say(server: Server, raw: Path):
     assert made["size"] == 32
     assert made["holdout"] == 0.2
     assert "layout" not in made
-    train = post(server, "/new/train", dataset="formed", run="r", recipe="tiny", set="train.steps=3\r\n optim.lr = 1", feed="a:1, b:2")
+    train = post(
+        server,
+        "/new/train",
+        dataset="formed",
+        run="r",
+        recipe="tiny",
+        set="train.steps=3\r\n optim.lr = 1",
+        feed="a:1, b:2",
+    )
     params = server.job(int(train.rpartition("/")[2]))["params"]
     assert params["set"] == {"train.steps": "3", "optim.lr": "1"}
     assert params["feed"] == ["a:1", "b:2"]
@@ -254,7 +278,9 @@ def test_forms_make_the_jobs_that_they_say(server: Server, raw: Path):
         ("train", {"dataset": "d", "run": "r", "set": HOSTILE}, "set", HOSTILE),
     ],
 )
-def test_a_form_that_is_refused_keeps_its_values(server: Server, raw: Path, kind: str, fields: dict, field: str, words: str):
+def test_a_form_that_is_refused_keeps_its_values(
+    server: Server, raw: Path, kind: str, fields: dict, field: str, words: str
+):
     jobs = server.client.get("/v1/jobs").json()["jobs"]
     fields = {name: str(raw) if value == "RAW" else value for name, value in fields.items()}
     answer = server.client.post(f"/new/{kind}", data=fields, headers={"Origin": server.url})
@@ -266,6 +292,43 @@ def test_a_form_that_is_refused_keeps_its_values(server: Server, raw: Path, kind
     assert all(kept[name].get("value", value) == value for name, value in fields.items())
     assert [name for name, one in kept.items() if "aria-invalid" in one] == [field]
     assert server.client.get("/v1/jobs").json()["jobs"] == jobs
+
+
+def test_who_may_only_read_sees_no_buttons(server: Server, raw: Path, tmp_path: Path):
+    """A session of each scope sees the same pages; of a page without any, the way leads to the login and back."""
+    data = Database(f"sqlite:///{tmp_path}/penstock.db")
+    texts = {scope: tokens.create(data, scope)[1] for scope in ("read", "write")}
+    data.close()
+    with served(tmp_path, "--raw-root", raw, "--require-token") as guarded:
+        headers = {"Accept": "text/html", "Origin": guarded.url}
+        answer = guarded.client.get("/jobs?state=failed", headers=headers)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=%2Fjobs%3Fstate%3Dfailed")
+        found = page(guarded, answer.headers["location"])
+        (kept,) = (field["value"] for field in found.all("input") if field["type"] == "hidden")
+        assert kept == "/jobs?state=failed"
+        wrong = guarded.client.post("/login", data={"token": "pst_wrong", "next": kept}, headers=headers)
+        assert "wrong" in page(guarded, wrong.headers["location"]).words
+        buttons = {}
+        for scope in ("write", "read"):
+            answer = guarded.client.post("/login", data={"token": texts[scope], "next": kept}, headers=headers)
+            assert answer.headers["location"] == kept
+            if scope == "write":
+                job = guarded.ended(int(post(guarded, "/new/verify", dataset="none").rpartition("/")[2]))["id"]
+            paths = ("/", "/jobs", "/datasets", "/runs", "/workers", f"/jobs/{job}")
+            pages = [page(guarded, path) for path in paths]
+            buttons[scope] = [
+                form["action"] for one in pages for form in one.all("form") if form.get("method") == "post"
+            ]
+            buttons[scope] += [
+                link["href"] for one in pages for link in one.all("a") if link["href"].startswith("/new")
+            ]
+        assert {*buttons["read"]} == {"/logout"}
+        assert {*buttons["write"]} >= {"/logout", f"/jobs/{job}/retry", "/new", "/new#build"}
+        page(guarded, "/new", 403)
+        answer = guarded.client.post(f"/jobs/{job}/retry", headers=headers)
+        assert answer.status_code == 403
+        guarded.client.post("/logout", headers=headers)
+        assert guarded.client.get("/", headers=headers).status_code == 303
 
 
 def test_what_is_no_form_is_refused(server: Server):
@@ -312,10 +375,12 @@ def test_thinned_curves_keep_their_extremes():
     assert charts.thin(points[:50]) == points[:50]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1e-4), (0.013, 0.97), (0, 7), (99, 101), (0, 1.28e6), (-3, 5), (5, 5)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (0, 1e-4), (0.013, 0.97), (0, 7), (99, 101), (0, 1.28e6), (-3, 5), (5, 5)]
+)
 def test_ticks_enclose_the_values_in_round_steps(low: float, high: float):
     marks = charts.ticks(low, high, 4)
-    steps = {round(b - a, 12) for a, b in zip(marks, marks[1:])}
+    steps = {round(b - a, 12) for a, b in pairwise(marks)}
     assert marks[0] <= low
     assert marks[-1] >= high
     assert len(steps) <= 1

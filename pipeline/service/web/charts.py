@@ -70,14 +70,15 @@ def bars(title: str, values: Sequence[float], description: str, x_name: str) -> 
         x, y = LEFT + number * pitch, up(mean)
         box = f'x="{x:.2f}" y="{y:.1f}" width="{pitch - gap:.2f}" height="{HEIGHT - BOTTOM - y:.1f}"'
         parts.append(f'<rect class="bar" {box}/>')
-    parts += [_text(LEFT, HEIGHT - BOTTOM + 16, "1"), _text(WIDTH - RIGHT, HEIGHT - BOTTOM + 16, f"{len(values):,}", "end")]
-    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - BOTTOM + 16, x_name, "middle"))
+    under = (LEFT, "1", "start"), ((WIDTH + LEFT) / 2, x_name, "middle"), (WIDTH - RIGHT, f"{len(values):,}", "end")
+    parts += [_text(x, HEIGHT - BOTTOM + 16, text, anchor) for x, text, anchor in under]
     return _svg(title, description, WIDTH, HEIGHT, parts, "chart")
 
 
 def bar(share: float) -> Markup:
     """Return a bar of a share 0 … 1, beside whose number it stands."""
-    return Markup('<svg class="share" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect class="bar" width="{:.1f}" height="8"/></svg>').format(100 * min(max(share, 0), 1))
+    rect = f'<rect class="bar" width="{100 * min(max(share, 0), 1):.1f}" height="8"/>'
+    return Markup(f'<svg class="share" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{rect}</svg>')
 
 
 def spark(title: str, values: Sequence[float]) -> Markup:
@@ -87,7 +88,8 @@ def spark(title: str, values: Sequence[float]) -> Markup:
         return Markup("")
     across, up = _scale(0, points[-1][0], 1, 119), _scale(0, max(*(y for _, y in points), 1e-9), 23, 1)
     path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
-    return _svg(title, f"{len(values)} values, the newest {figure(values[-1])}", 120, 24, [f'<polyline class="c0" points="{path}"/>'], "spark")
+    curve = f'<polyline class="c0" points="{path}"/>'
+    return _svg(title, f"{len(values)} values, the newest {figure(values[-1])}", 120, 24, [curve], "spark")
 
 
 def grid(title: str, filled: Sequence[bool]) -> Markup:
@@ -136,7 +138,7 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten that enclose `low` … `high`, both above 0; past three decades the powers alone."""
+    """Return 1, 2, 5, 10 … that enclose `low` … `high`, both above 0; past three decades the powers of ten alone."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = [m * 10.0**p for p in powers for m in ((1, 2, 5) if len(powers) <= 4 else (1,))]
     first = max((s for s in steps if s <= low), default=steps[0])
@@ -167,7 +169,9 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(title: str, description: str, width: float, height: float, parts: Sequence[str], kind: str, more: str = "") -> Markup:
+def _svg(
+    title: str, description: str, width: float, height: float, parts: Sequence[str], kind: str, more: str = ""
+) -> Markup:
     names = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
     head = f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img"{more}>'
     return Markup(head + names + "".join(parts) + "</svg>")

@@ -19,7 +19,7 @@ from pipeline.service.web.problem import Problem
 
 FIELDS = 100  # of a form at most
 ON_PAGE = ("build", "train", "verify", "feed")  # kinds with a form on /new; others have a button where they belong
-CHOICES = {name: BuildRecipe.__dataclass_fields__[name].metadata["choices"] for name in ("crop", "filter", "subsampling", "exif")}
+CHOICES = ("crop", "filter", "subsampling", "exif")  # fields of a build recipe that have a few values
 RECIPES = Path(pipeline.__file__).parent.parent / "trainer" / "recipes"  # beside us in the checkout and in a wheel
 router = APIRouter(include_in_schema=False)
 
@@ -38,6 +38,8 @@ Fields = Annotated[dict[str, str], Depends(_fields)]
 @router.get("/new")
 def new(request: Request, service: Here) -> Response:
     """Show the forms of new jobs, with values of the query."""
+    if request.state.scope != "write":
+        raise Problem(403, "this token allows reading alone; log in with one of --scope write")
     return _page(request, service, dict(request.query_params))
 
 
@@ -45,9 +47,11 @@ def _page(request: Request, service: Service, values: dict[str, str], kind: str 
     """Return the page of the forms: where a form has been refused, with its values, and with the reason beside it."""
     starts = {name: (f"{name} ", f"{name}.", f"{name}:", f"{value}:") for name, value in values.items() if value}
     wrong = next((name for name, words in starts.items() if error.startswith(words)), "")
-    site = service.site
-    known = {"datasets": site.dataset_names(), "runs": site.run_names(), "raw_roots": site.raw_roots}
-    known |= {"choices": CHOICES, "recipes": sorted(path.stem for path in RECIPES.glob("*.toml")), "gpus": len(service.scheduler.slots.gpus), "key": secrets.token_hex(16)}
+    site, fields = service.site, BuildRecipe.__dataclass_fields__
+    known: dict[str, Any] = {"datasets": site.dataset_names(), "runs": site.run_names(), "raw_roots": site.raw_roots}
+    known |= {"choices": {name: fields[name].metadata["choices"] for name in CHOICES}, "key": secrets.token_hex(16)}
+    known["recipes"] = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    known["gpus"] = len(service.scheduler.slots.gpus)
     status = 422 if error else 200
     return render(request, "new.html", status, kind=kind, values=values, error=error, wrong=wrong, **known)
 

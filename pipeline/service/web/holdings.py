@@ -78,14 +78,20 @@ def _classes(manifest: Manifest, split: str) -> dict[str, Any]:
     rows = [_class(manifest, int(label), int(numbers[label]), int(numbers.max(initial=1))) for label in order]
     if len(rows) <= 2 * SHOWN:
         return {"histogram": "", "tables": [(f"Images of each class in {split}", rows)]}
-    words = f"{len(rows):,} classes, {numbers.min():,} to {numbers.max():,} images, the median is {np.median(numbers):,.0f}"
-    drawn = charts.bars("Images of each class", numbers[order].tolist(), words, "classes, those with the most images first")
-    return {"histogram": drawn, "tables": [("Most images", rows[:SHOWN]), ("Fewest images", rows[-SHOWN:][::-1])], "words": words}
+    words = f"{numbers.min():,} to {numbers.max():,} images, the median is {np.median(numbers):,.0f}"
+    drawn = charts.bars("Images of each class", numbers[order].tolist(), words, "classes, the largest first")
+    return {"histogram": drawn, "tables": [("Most images", rows[:SHOWN]), ("Fewest images", rows[: -SHOWN - 1 : -1])]}
 
 
 def _class(manifest: Manifest, label: int, images: int, most: int) -> dict[str, Any]:
     record = manifest.classes[label]
-    return {"label": label, "wnid": record.wnid, "words": record.words, "images": images, "bar": charts.bar(images / most)}
+    return {
+        "label": label,
+        "wnid": record.wnid,
+        "words": record.words,
+        "images": images,
+        "bar": charts.bar(images / most),
+    }
 
 
 def _components(manifest: Manifest, name: str) -> list[dict[str, Any]]:
@@ -118,7 +124,8 @@ def snippets(name: str, base: str, manifest: Manifest) -> list[tuple[str, str]]:
         ("Penstock's trainer, on this server", f"penstock submit train {name} RUN --recipe tiny"),
         (
             "Penstock's loader, in Python",
-            f'from penstock.pipeline.online import Loader\n\nloader = Loader("{url}", "{split}", batch_size=128, epochs=90)\n'
+            "from penstock.pipeline.online import Loader\n\n"
+            f'loader = Loader("{url}", "{split}", batch_size=128, epochs=90)\n'
             "for batch in loader:\n    batch.images, batch.labels  # (128, 3, 224, 224) float32, (128,) int64",
         ),
         (
@@ -190,12 +197,11 @@ def curves(trained: Sequence[dict[str, Any]], validated: Sequence[dict[str, Any]
     causes = [name for name in KNOBS if any(line["time"].get("stall_by", {}).get(name, 0) > LIMIT for line in trained)]
     stall = [curve("all", trained, "time", "stall", factor=100)]
     stall += [curve(name, trained, "time", "stall_by", name, factor=100) for name in causes]
+    losses = [curve("training", trained, "loss"), curve("validation", validated, "nll")]
+    errors = [curve("top-1", validated, "top1_error"), curve("top-5", validated, "top5_error")]
     return [
-        ("Loss", charts.lines("Loss", [curve("training", trained, "loss"), curve("validation", validated, "nll")])),
-        (
-            "Validation error",
-            charts.lines("Validation error", [curve("top-1", validated, "top1_error"), curve("top-5", validated, "top5_error")], " %"),
-        ),
+        ("Loss", charts.lines("Loss", losses)),
+        ("Validation error", charts.lines("Validation error", errors, " %")),
         ("Speed", charts.lines("Speed", [curve("images/s", trained, "time", "images_per_second")])),
         ("Stall: the device waits for", charts.lines("Stall", stall, " %", least=1)),
         ("Learning rate", charts.lines("Learning rate", [curve("rate", trained, "lr")], log=True)),

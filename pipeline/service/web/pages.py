@@ -4,18 +4,16 @@ import hashlib
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import sqlalchemy as sql
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader
 
-from pipeline import UserError
 from pipeline.online.stall import LIMIT
 from pipeline.service import database
 from pipeline.service.database import OVER, WAITING, Job
@@ -31,6 +29,7 @@ DAY = 86_400  # seconds
 LINES = 200  # of a log
 RATES = 240  # points of a job's speed
 NAMES = 200  # of skipped images
+SPEEDS = ("images_per_second", "rate", "megabytes_per_second", "eta")  # of no interest once a job is over
 PAGE = 100  # jobs on a page of their list
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
@@ -64,7 +63,7 @@ def overview(request: Request, service: Here) -> Response:
     over = service.database.jobs(OVER, limit=200)
     failed = [job for job in over if job.state == "failed" and time.time() - (job.ended or 0) < DAY]
     newer = {(job.kind, job.target): job.id for job in [*over[::-1], *unfinished]}
-    values = {
+    values: dict[str, Any] = {
         "running": [job for job in unfinished if job.state == "running"],
         "waiting": [job for job in unfinished if job.state == "queued"],
         "failed": [job for job in failed if newer[job.kind, job.target] == job.id],  # a later one has not mended it
@@ -74,7 +73,7 @@ def overview(request: Request, service: Here) -> Response:
         "runs": runs.summaries(service),
     }
     values["empty"] = not (unfinished or over or values["datasets"] or values["runs"])
-    place = {"base": str(request.base_url).rstrip("/"), "raw_roots": service.site.raw_roots}
+    place: dict[str, Any] = {"base": str(request.base_url).rstrip("/"), "raw_roots": service.site.raw_roots}
     return render(request, "overview.html", after=after, active=bool(unfinished), **place, **values)
 
 
@@ -105,7 +104,7 @@ def job_page(request: Request, service: Here, number: jobs.Number) -> Response:
     """Show a job: how far and how fast it is, its shards, what it skipped, its log."""
     after = service.database.last_event()
     job = service.scheduler.job(number)
-    values = {
+    values: dict[str, Any] = {
         "job": job,
         "stalls": stalls(job),
         "links": _links(service.site, job),
@@ -145,21 +144,19 @@ def _grids(site: Site, job: Job) -> list[tuple[str, charts.Markup]]:
         if progress.get("unit") != "shards" or not progress.get("total"):
             return []
         done = progress.get("done", 0)
-        return [("all", charts.grid("Shards", [number < done for number in range(progress["total"])]))]
+        return [("all", charts.grid("Shards", [i < done for i in range(progress["total"])]))]
     done, total = progress.get("shards") or (0, 0)
     size = job.params.get("samples_per_shard") or 4096
-    numbers = {split: math.ceil(images / size) for split, images in (progress.get("images") or {}).items()}
+    numbers = {split: math.ceil(images / size) for split, images in (progress.get("images") or {}).items() if images}
     if sum(numbers.values()) != total or not total:
-        return [("all", charts.grid("Shards", [number < done for number in range(total)]))] if total else []
-    complete = job.state == "succeeded"
-    return [(split, charts.grid(f"Shards of {split}", _shards(site, job.target, split, n, complete))) for split, n in numbers.items() if n]
-
-
-def _shards(site: Site, name: str, split: str, number: int, complete: bool) -> list[bool]:
-    """Return which of a split's shards are there. A shard exists whole or not at all."""
-    folder = site.datasets / name / split
-    names = {path.name for path in folder.glob(f"{split}-*.tar")} if folder.is_dir() and not complete else set()
-    return [complete or f"{split}-{i:06d}.tar" in names for i in range(number)]
+        return [("all", charts.grid("Shards", [i < done for i in range(total)]))] if total else []
+    grids = []
+    for split, number in numbers.items():
+        folder = site.datasets / job.target / split
+        names = {path.name for path in folder.glob(f"{split}-*.tar")}  # a shard exists whole or not at all
+        made = [job.state == "succeeded" or f"{split}-{i:06d}.tar" in names for i in range(number)]
+        grids.append((split, charts.grid(f"Shards of {split}", made)))
+    return grids
 
 
 @router.get("/login")
@@ -184,21 +181,27 @@ def docs(request: Request, service: Here) -> Response:
 
 def figures(job: Job) -> list[str]:
     """Return how far a job is, in a few short texts."""
-    progress, running = job.progress, job.state == "running"
-    speed = progress.get("images_per_second")
-    texts = [
-        (progress.get("total"), lambda n: f"{progress.get('done', 0):,} of {n:,} {progress.get('unit', '')}"),
-        (speed or (progress.get("rate") if running else None), lambda n: f"{rate(n)} {'images' if speed else progress.get('unit', '')}/s"),
-        (progress.get("megabytes_per_second") if running else None, lambda n: f"{rate(n)} MB/s"),
-        (progress.get("eta") if running else None, lambda n: f"{duration(n)} left"),
-        (progress.get("loss"), lambda n: f"loss {n:.3f}"),
-        (progress.get("top1_error"), lambda n: f"top-1 error {n:.1f} %"),
-        (progress.get("stall"), lambda n: f"stall {100 * n:.1f} %"),
-        (sum((progress.get("skipped") or {}).values()) or None, lambda n: f"{n:,} skipped"),
-        (progress.get("failed") or None, lambda n: f"{n:,} failed"),
-        (progress.get("uri"), str),
-    ]  # type: list[tuple[Any, Callable[[Any], str]]]
-    return [text(value) for value, text in texts if value is not None]
+    progress = dict(job.progress)
+    unit = progress.get("unit", "")
+    if job.state != "running":
+        progress = {key: value for key, value in progress.items() if key not in SPEEDS}
+    if "images_per_second" in progress:
+        progress.pop("rate", None)
+    progress["skipped"] = sum((progress.get("skipped") or {}).values())
+    texts: dict[str, Callable[[Any], str]] = {
+        "total": lambda n: f"{progress.get('done', 0):,} of {n:,} {unit}",
+        "images_per_second": lambda n: f"{rate(n)} images/s",
+        "rate": lambda n: f"{rate(n)} {unit}/s",
+        "megabytes_per_second": lambda n: f"{rate(n)} MB/s",
+        "eta": lambda n: f"{duration(n)} left",
+        "loss": lambda n: f"loss {n:.3f}",
+        "top1_error": lambda n: f"top-1 error {n:.1f} %",
+        "stall": lambda n: f"stall {100 * n:.1f} %",
+        "skipped": lambda n: f"{n:,} skipped",
+        "failed": lambda n: f"{n:,} failed",
+        "uri": str,
+    }
+    return [text(progress[key]) for key, text in texts.items() if progress.get(key)]
 
 
 def stalls(job: Job) -> str:
