@@ -113,4 +113,6 @@ def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool
     elif denied:
         others = WEB_CREDENTIALS if protocol_of(url) in WEB else "check the store's credentials"
         reason, remedy = f"access denied ({reason})", CREDENTIALS if endpoint else others
+    elif status and protocol_of(url) in WEB:  # the server says what to do, or nobody
+        return False, StorageError(f"{url}: cannot {doing}: {reason}")
     return passes, StorageError(f"{url}: cannot {doing}: {reason}; {remedy}")

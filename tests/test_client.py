@@ -86,7 +86,9 @@ def test_a_job_that_fails_ends_the_client_as_its_command_did(server: Server):
     job = server.job(json.loads(result.stdout.splitlines()[0])["id"])
     assert (result.exit_code, job["state"], job["exit_code"]) == (2, "failed", 2)
     assert result.stderr == f"Error: job {job['id']} failed: {job['reason']}\n"
-    row = run(client.jobs, "--limit", 1, url=server.url).output.splitlines()[-1]
+    last = run(client.jobs, "--limit", 1, url=server.url)
+    assert last.stderr == "the newest 1; there are more (--limit)\n"
+    row = last.stdout.splitlines()[-1]
     assert row.split()[3] == "failed"
     assert job["reason"][:60] in row
     again = run(client.retry, job["id"], "--wait", url=server.url)
@@ -263,7 +265,7 @@ def test_a_token_is_sent_to_its_server_and_to_no_other():
 
     def other(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         seen.append(headers.get("authorization"))
-        return as_json({"jobs": []})
+        return as_json({"jobs": [], "next": None})
 
     with stub(other) as there:
         moved = stub(lambda *request: (302, {"Location": f"{there}/v1/jobs"}, b""))

@@ -153,7 +153,7 @@ def test_damage_is_not_served(get: Get, server: Server, root: Path):
     (folder / "mean.png").unlink()
     os.mkfifo(folder / "mean.png")
     assert "not a regular file" in get(f"{url}/mean.png").json()["detail"]
-    with pytest.raises(UserError, match=r"cannot read: 422 damaged/mean.png: not a regular file"):
+    with pytest.raises(UserError, match=r"cannot look: 422 damaged/mean.png: not a regular file"):
         manifest.load(url).read("mean.png")
 
 

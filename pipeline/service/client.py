@@ -268,7 +268,10 @@ def jobs(number: int | None, as_json: bool, **query: Any) -> None:
         listed = [server().json("GET", f"/v1/jobs/{number}", "state")]
     else:
         params = {name: value for name, value in query.items() if value}
-        listed = server().json("GET", "/v1/jobs", "jobs", params=params)["jobs"][::-1]
+        answer = server().json("GET", "/v1/jobs", "jobs", params=params)
+        listed = answer["jobs"][::-1]
+        if answer.get("next"):
+            click.echo(f"the newest {len(listed):,}; there are more (--limit)", err=True)
     if as_json:
         lines = map(json_text, listed)
     else:

@@ -112,13 +112,13 @@ class _Build(Kind):
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         given = self.model_dump(exclude={"kind", "dataset", "raw", "retries"}, exclude_none=True)
-        finished, dataset = site.datasets / self.dataset / FILE_NAME, str(site.datasets / self.dataset)
-        if since is not None and not self.retry_skipped and finished.exists() and finished.stat().st_mtime >= since:
-            return ["verify", "--quick", "--json", "--", dataset]  # an earlier attempt has built it all
+        dataset = site.datasets / self.dataset
+        if since is not None and not self.retry_skipped and _is_finished(dataset, since):
+            return ["verify", "--quick", "--json", "--", str(dataset)]
         given |= {name: site.raw(given[name]) for name in ("labels", "classes") if name in given}
         if self.classes_of:
             given["classes_of"] = str(site.datasets / self.classes_of)
-        return ["build", *_options(given), "--json", "--", site.raw(self.raw), dataset]
+        return ["build", *_options(given), "--json", "--", site.raw(self.raw), str(dataset)]
 
     def check(self, site: Site, gpus: int) -> None:
         super().check(site, gpus)
@@ -277,6 +277,12 @@ def is_complete(checkpoint: Path) -> bool:
         return bool(progress["over"] or (described["step"] >= progress["steps"] and not progress["pending"]))
     except (ValueError, KeyError, TypeError):  # damaged: for the command to say
         return False
+
+
+def _is_finished(dataset: Path, since: float) -> bool:
+    """Return whether a build has finished since then, to its very end, in which it deletes its working files."""
+    manifest = dataset / FILE_NAME
+    return manifest.exists() and manifest.stat().st_mtime >= since and not (dataset / ".build").exists()
 
 
 def _options(given: dict[str, Any]) -> list[str]:

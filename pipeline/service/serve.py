@@ -13,7 +13,8 @@ import uvicorn
 from pipeline import UserError, files, storage
 from pipeline.cli import Command, printable
 from pipeline.service.database import Database, url_of
-from pipeline.service.scheduler import Scheduler, slots_of
+from pipeline.service.queue import Queue, slots_of
+from pipeline.service.scheduler import Scheduler
 from pipeline.service.site import Site
 from pipeline.service.tokens import ROOT, URL, listed
 from pipeline.service.web import app, limits
@@ -63,8 +64,9 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
             raise UserError(f"--host {host}: other machines can ask there, and no token is valid; make one: {remedy}")
         listening = _listening(host, port)
         port, scheme = listening.getsockname()[1], "https" if values["tls_cert"] else "http"
-        scheduler = Scheduler(site, database, slots, values["grace"])
-        service = Service(site, database, scheduler, Settings(host, port, tls=bool(values["tls_cert"]), **settings))
+        queue = Queue(site, database, slots)
+        scheduler = Scheduler(queue, database, values["grace"])
+        service = Service(site, database, queue, scheduler, Settings(host, port, bool(values["tls_cert"]), **settings))
         web = app.create(service)
         tls = {"ssl_certfile": values["tls_cert"], "ssl_keyfile": values["tls_key"]}
         server = uvicorn.Server(config(web, **tls))

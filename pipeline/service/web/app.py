@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import access, datasets, files, forms, holdings, jobs, pages, problem, runs
+from pipeline.service.web import access, datasets, files, forms, holdings, jobs, pages, problem, runs, workers
 from pipeline.service.web.context import Service
 
 ROUTERS = (
-    *(access.router, jobs.router, datasets.router, runs.router),
+    *(access.router, jobs.router, datasets.router, runs.router, workers.router),
     *(pages.router, holdings.router, forms.router),
     files.router,  # last: it takes every name in a data set
 )
