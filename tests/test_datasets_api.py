@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline import manifest
 from pipeline.online import Loader
+from pipeline.online.augment import draw
 from pipeline.online.plain import webdataset
 from serving import Server, served
 
@@ -34,6 +35,8 @@ def server(dataset: Path, small: Path, tmp_path_factory: pytest.TempPathFactory)
         shard.seek(600)
         shard.write(b"\xff\xff\xff")
     (root / "datasets/unfinished/.build").mkdir(parents=True)
+    broken = Path(shutil.copytree(small, root / "datasets/broken")) / "dataset.json"
+    broken.write_text(broken.read_text().replace("train", "trail", 1))
     with served(root) as running:
         yield running
 
@@ -41,6 +44,10 @@ def server(dataset: Path, small: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_summaries(server: Server, data: manifest.Manifest):
     listed = server.client.get("/v1/datasets").json()
     assert [one["name"] for one in listed["datasets"]] == ["hurt", "whole"]
+    assert list(listed["damaged"]) == ["broken"]
+    answer = server.client.get("/v1/datasets/broken")
+    assert (answer.status_code, answer.json()["detail"]) == (422, listed["damaged"]["broken"])
+    assert "mend it" in answer.json()["detail"]
     whole = server.client.get("/v1/datasets/whole").json()
     assert whole["identity"] == data.identity
     assert whole["splits"] == {
@@ -90,7 +97,7 @@ def test_samples_are_those_that_webdataset_reads(server: Server, dataset: Path, 
 
 @pytest.mark.parametrize("seed", [2012, 7])
 def test_a_view_is_what_the_loader_gives(server: Server, dataset: Path, seed: int):
-    mirrored = 0
+    unlit, mirrored = 0, set()
     with Loader(dataset, "train", batch_size=16, seed=seed, device="cpu") as loader:
         for _ in range(5):
             batch = next(loader)
@@ -105,8 +112,10 @@ def test_a_view_is_what_the_loader_gives(server: Server, dataset: Path, seed: in
                 same = server.client.get(path, params={"seed": seed, "epoch": batch.epoch}).content
                 assert same == png.content
                 dark = server.client.get(path, params={"seed": seed, "epoch": batch.epoch, "lighting": False}).content
-                mirrored += dark != png.content
-    assert mirrored == 10
+                unlit += dark != png.content
+                mirrored |= {int(draw(seed, batch.epoch, batch.ids[position : position + 1], 33).flip[0])}
+    assert unlit == 10
+    assert mirrored == {0, 1}
 
 
 def test_views_of_other_splits_are_of_the_centre(server: Server, dataset: Path):
@@ -150,7 +159,7 @@ def test_verify_is_a_job(server: Server):
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("nothing", 404, "nothing: no such data set; there are: hurt, whole"),
+        ("nothing", 404, "nothing: no such data set; there are: broken, hurt, whole"),
         ("unfinished", 404, "no such data set"),
         ("..", 404, ""),
         ("%2e%2e%2fwhole", 404, ""),

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,8 +157,14 @@ def test_who_is_not_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
     with running() as server:
         pass  # nobody listens there any more
+    with running() as known:
+        assert storage.read_range(f"{known.url}/a", 0, 9) == DATA[:9]
     with pytest.raises(StorageError, match=r"cannot look: .*Connection refused \(5 tries in 0 s\); check the network"):
         manifest.load(f"{server.url}/v1/datasets/d")
+    monkeypatch.setattr(stores, "PATIENCE", 0.2)
+    with pytest.raises(StorageError) as caught:  # of one that was there a moment ago: it is perhaps started again
+        storage.read_range(f"{known.url}/a", 0, 9)
+    assert int(re.search(r"\(([0-9]+) tries in", str(caught.value))[1]) > stores.TRIES
 
 
 def test_listings(server: Scripted):

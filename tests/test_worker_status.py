@@ -45,7 +45,9 @@ def test_views_are_those_that_a_consumer_received(dataset: Path, monkeypatch: py
         before = status(worker.address, TOKEN)
         assert [before[key] for key in ("views", "rate", "queue", "bytes_held", "datasets")] == [0, 0.0, 0, 0, []]
         assert before["threads"] == 2
-        with loader(dataset, split="val", views="centre", order="fixed", batch_size=1, workers=[worker.address]) as batches:
+        with loader(
+            dataset, split="val", views="centre", order="fixed", batch_size=1, workers=[worker.address]
+        ) as batches:
             ids = [number for batch in batches for number in batch.ids.tolist()]
             assert waited(lambda: status(worker.address, TOKEN)["clients"] == 1)
             after = status(worker.address, TOKEN)

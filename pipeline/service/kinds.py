@@ -26,7 +26,7 @@ Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/+-]{0,199}$")
 Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]{0,99}$")]
 Value = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{0,1000}$")]
 Gpus = Annotated[int, Field(ge=0, le=2, description="GPUs; by default as many of two as the server has.")]
-Needs: TypeAlias = dict[str, int]  # "cpu" or "gpu" → slots
+Needs: TypeAlias = dict[str, int]  # "cpu", "gpu" or "feed" → slots
 
 
 class Kind(BaseModel):
@@ -225,7 +225,7 @@ class Feed(Kind):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     def needs(self, gpus: int) -> Needs:
-        return {}  # it waits most of the time, and never ends
+        return {"feed": 1}  # it waits most of the time, and never ends
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         options = _options(self.model_dump(include={"host", "port", "threads"}, exclude_none=True))

@@ -19,14 +19,20 @@ from pipeline.service.kinds import Kind, Needs, newest_checkpoint, parse
 from pipeline.service.site import Missing, Site
 
 MOST_QUEUED = 1_000
+FEEDS = 4  # decoding workers at a time
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Jobs at a time: `cpu` of them without a GPU, and one for each of `gpus`, in the words of CUDA_VISIBLE_DEVICES."""
+    """Jobs at a time: `cpu` without a GPU, one on each of `gpus` (in CUDA_VISIBLE_DEVICES' words), `feed` workers."""
 
     cpu: int = 1
     gpus: tuple[str, ...] = ()
+    feed: int = FEEDS
+
+    def total(self) -> dict[str, int]:
+        """Return the slots by name: "cpu", "gpu" and "feed"."""
+        return {"cpu": self.cpu, "gpu": len(self.gpus), "feed": self.feed}
 
 
 class Queue:
@@ -92,9 +98,9 @@ class Queue:
         raise Missing(f"{number}: no such job")
 
     def taken(self) -> dict[str, int]:
-        """Return the slots that running jobs have, by "cpu" and "gpu"."""
+        """Return the slots that running jobs have, by name."""
         running = self._database.jobs(("running",), limit=MOST_QUEUED)
-        return dict(sum((Counter(self.needs(job)) for job in running), Counter(cpu=0, gpu=0)))
+        return dict(sum((Counter(self.needs(job)) for job in running), Counter(dict.fromkeys(self.slots.total(), 0))))
 
     def folder(self, job: int) -> Path:
         """Return the folder of a job, which has its log."""
@@ -116,19 +122,19 @@ class Queue:
 
 
 def slots_of(text: str | None, visible: Mapping[str, str] = os.environ) -> Slots:
-    """Return the slots that `cpu=2,gpu=1` names; by default one job on the cores, and one on each GPU.
+    """Return the slots that `cpu=2,gpu=1,feed=8` names; by default one job on the cores, and one on each GPU.
 
     Raises UserError: another text, or more GPUs than there are.
     """
     here = visible.get("CUDA_VISIBLE_DEVICES")
     names = here.split(",") if here else [] if here == "" else [str(i) for i in range(len(_devices()))]
     given = dict(part.strip().partition("=")[::2] for part in text.split(",")) if text else {}
-    if not given.keys() <= {"cpu", "gpu"} or not all(value.isdecimal() for value in given.values()):
-        raise UserError(f"--slots {text}: not like cpu=1,gpu=0")
-    cpu, gpu = int(given.get("cpu", 1)), int(given.get("gpu", len(names)))
-    if not 1 <= cpu <= 1024 or gpu > len(names):
+    if not given.keys() <= {"cpu", "gpu", "feed"} or not all(value.isdecimal() for value in given.values()):
+        raise UserError(f"--slots {text}: not like cpu=1,gpu=0,feed=4")
+    cpu, gpu, feed = (int(given.get(name, usual)) for name, usual in (("cpu", 1), ("gpu", len(names)), ("feed", FEEDS)))
+    if not 1 <= cpu <= 1024 or gpu > len(names) or feed > 1024:
         raise UserError(f"--slots {text}: at least one cpu slot, and at most {len(names)} of GPUs, which are here")
-    return Slots(cpu, tuple(names[:gpu]))
+    return Slots(cpu, tuple(names[:gpu]), feed)
 
 
 def _devices() -> list[str]:

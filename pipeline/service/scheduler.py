@@ -127,7 +127,7 @@ class Scheduler:
         if (pause := self._not_before.get(job.id, 0) - time.monotonic()) > 0:
             return f"{pause:.0f} s until it is tried again"
         for name, count in kind.needs(len(self.queue.slots.gpus)).items():
-            total = self.queue.slots.cpu if name == "cpu" else len(self.queue.slots.gpus)
+            total = self.queue.slots.total()[name]
             if name in blocked or taken[name] + count > total:
                 blocked.add(name)
                 return f"a free {name} slot; there {'is' if total == 1 else 'are'} {total}"

@@ -29,7 +29,9 @@ SHUTDOWN = 2  # seconds for answers under way, once the server ends
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0: all of them.")
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: a free one.")
 @click.option("--raw-root", "raw_roots", multiple=True, metavar="DIR", help="Builds read raw images below; repeatable.")
-@click.option("--slots", metavar="cpu=N,gpu=N", help="Jobs at a time.  [default: one on the cores, one on each GPU]")
+@click.option(
+    "--slots", metavar="cpu=N,gpu=N,feed=N", help="Jobs at a time.  [default: one on the cores, one on each GPU]"
+)
 @click.option("--grace", type=click.FloatRange(0, 86400), default=60, show_default=True, help="Seconds to end in.")
 @click.option("--stop-jobs", is_flag=True, help="Let jobs save and end with the server, to go on with the next one.")
 @click.option("--feed", "feeds", multiple=True, metavar="HOST:PORT", help="Show this decoding worker, too; repeatable.")

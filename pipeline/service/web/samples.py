@@ -1,11 +1,13 @@
 """Samples of a data set as pictures: as stored, and as a network sees them; the mean image, and what lighting does."""
 
 import io
+import json
 import os
 import threading
 import zlib
 from collections import OrderedDict
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -16,6 +18,7 @@ from pipeline.manifest import DatasetError, Manifest
 from pipeline.service.site import Missing
 from pipeline.volumes import open_regular
 
+SKIPPED_FILE = "skipped.jsonl"
 MID_GREY = 128  # grey levels: added to an input, whose mean is about zero, to show it
 MOST = 3.0  # standard deviations along a component
 KEPT = 2  # data sets whose samples stay in memory: ImageNet's take 51 MB
@@ -34,6 +37,12 @@ class Contents:
     @cached_property
     def identity(self) -> str:
         return self.data.identity
+
+    @cached_property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Return the lines of skipped.jsonl. Raises DatasetError."""
+        names = [name for name in (SKIPPED_FILE,) if name in self.data.files]
+        return [json.loads(line) for name in names for line in self.data.read(name).splitlines()]
 
     def records(self, split: str) -> np.ndarray:
         """Return the records of a split, (n,) of manifest.SAMPLE. Raises Missing, DatasetError."""
