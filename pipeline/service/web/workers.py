@@ -61,7 +61,9 @@ def workers(service: Service) -> list[WorkerView]:
         return jobs + list(_asked(addresses, service.site.feed_token, span))
 
 
-def status(address: str, token: str | None = None, ca: bytes | None = None, timeout: float = PATIENCE) -> dict[str, Any]:
+def status(
+    address: str, token: str | None = None, ca: bytes | None = None, timeout: float = PATIENCE
+) -> dict[str, Any]:
     """Return a worker's account of itself (`online.connection.Status`). Raises UserError: why it gives none."""
     from pipeline.online.connection import Connection, Failure  # here, because it takes long to import
     from pipeline.online.endpoints import parse
