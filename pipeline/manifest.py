@@ -261,9 +261,8 @@ def load(root: str | os.PathLike[str] | Location, shards: bool = True) -> Manife
         data = storage.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not storage.is_dir(root):
-            remedy = f"build one with: python tools/build_shards.py RAW {root}"
-            remedy = "correct the URL" if storage.is_served(root) else remedy
-            raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}") from error
+            build = f"build one with: python tools/build_shards.py RAW {root}{volumes.hint(root)}"
+            raise DatasetError(f"{root}: no such directory; {'correct the URL' * storage.is_served(root) or build}")
         unfinished = storage.is_dir(root / ".build")
         reason = "its build has not finished; run the same command again" if unfinished else "not a dataset directory"
         raise DatasetError(f"{path}: missing ({reason}){volumes.hint(root)}") from error
