@@ -249,10 +249,10 @@ def figure(service: Here, request: Request, name: str, file: str) -> Response:
 )
 def report(service: Here, request: Request, name: str) -> Response:
     """Return the run's page, which shows itself in a sandbox."""
-    return _sent(request, service.site.run(name), "report.html", REPORT, "text/html", OWN_PAGE)
+    return _sent(request, service.site.run(name), "report.html", REPORT, "text/html", **OWN_PAGE)
 
 
-def _sent(request: Request, folder: Path, name: str, pattern: str, kind: str, more: dict[str, str] = {}) -> Response:
+def _sent(request: Request, folder: Path, name: str, pattern: str, kind: str, **more: str) -> Response:
     """Return a file of a run. Its ETag is of its inode, bytes and time: files of a run are replaced, or grow."""
     file = _opened(folder, name, pattern)
     status = os.fstat(file.fileno())

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fastapi import APIRouter
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
@@ -20,6 +20,7 @@ PATIENCE = 2.0  # seconds for an answer
 KEPT = 2.0  # seconds for which answers are shown again
 LATE = 20.0  # seconds without an event of its status, after which a feed job is silent
 MOST = 64  # workers that are asked at a time
+NUMBERS = ("rate", "queue", "bytes_held", "views", "clients", "threads", "seconds")
 router = APIRouter(prefix="/v1", tags=["workers"])
 _asking = threading.Lock()
 
@@ -61,7 +62,9 @@ def workers(service: Service) -> list[WorkerView]:
         return jobs + list(_asked(addresses, service.site.feed_token, span))
 
 
-def status(address: str, token: str | None = None, ca: bytes | None = None, timeout: float = PATIENCE) -> dict[str, Any]:
+def status(
+    address: str, token: str | None = None, ca: bytes | None = None, timeout: float = PATIENCE
+) -> dict[str, Any]:
     """Return a worker's account of itself (`online.connection.Status`). Raises UserError: why it gives none."""
     from pipeline.online.connection import Connection, Failure  # here, because it takes long to import
     from pipeline.online.endpoints import parse
@@ -83,10 +86,9 @@ def _of_job(job: Job) -> WorkerView:
 
 
 def _view(address: str, source: str, told: dict[str, Any], error: str | None = None) -> WorkerView:
-    keys = ("rate", "queue", "bytes_held", "views", "clients", "threads", "seconds")
-    numbers: dict[str, Any] = {key: told.get(key) for key in keys}
-    about: dict[str, Any] = {"state": "silent" if error else "serving", "error": error}
-    return WorkerView(address=address, source=source, datasets=told.get("datasets", []), **about, **numbers)
+    view: dict[str, Any] = {key: told.get(key) for key in NUMBERS} | {"datasets": told.get("datasets", [])}
+    view |= {"address": address, "source": source, "state": "silent" if error else "serving", "error": error}
+    return cast(WorkerView, view)
 
 
 @lru_cache(1)
