@@ -39,6 +39,10 @@ def workers(server: Server) -> list[dict]:
     return server.client.get("/v1/workers").raise_for_status().json()["workers"]
 
 
+def by_address(server: Server) -> dict[str, dict]:
+    return {row["address"]: row for row in workers(server)}
+
+
 def scraped(server: Server) -> Samples:
     """Return the samples of /metrics, by name and labels."""
     answer = server.client.get("/metrics").raise_for_status()
@@ -96,20 +100,20 @@ def test_workers_of_other_machines_are_asked(dataset: Path, tmp_path: Path, monk
     with started(dataset.parent, 2, token=TOKEN, threads=2) as (one, other):
         feeds = ["--feed", one.address, "--feed", f"grpc://{other.address}", "--feed", "nowhere.invalid"]
         with served(tmp_path / "root", *feeds) as server:
-            assert [row["state"] for row in workers(server)] == ["serving", "serving", "silent"]
+            assert sorted(row["state"] for row in workers(server)) == ["serving", "serving", "silent"]
             number = read(dataset, one.address)
             other.kill()
-            rows = server.until(lambda: (rows := workers(server))[1]["error"] and rows)
-            assert [row["address"] for row in rows] == feeds[1::2]
-            assert {row["source"] for row in rows} == {"--feed"}
-            assert (rows[0]["state"], rows[0]["views"], rows[0]["error"]) == ("serving", number, None)
-            assert [row["state"] for row in rows[1:]] == ["silent", "silent"]
-            assert "refused" in rows[1]["error"].lower()
-            assert "nowhere.invalid" in rows[2]["error"]
-            assert rows[1]["views"] is None
+            rows = server.until(lambda: (rows := by_address(server))[feeds[3]]["error"] and rows)
+            assert sorted(rows) == sorted(feeds[1::2])
+            assert {row["source"] for row in rows.values()} == {"--feed"}
+            serving, killed, nowhere = (rows[address] for address in feeds[1::2])
+            assert (serving["state"], serving["views"], serving["error"]) == ("serving", number, None)
+            assert (killed["state"], killed["views"]) == (nowhere["state"], nowhere["views"]) == ("silent", None)
+            assert "refused" in killed["error"].lower()
+            assert nowhere["error"]
             token.write_text(TOKEN[::-1])
-            refused = server.until(lambda: (rows := workers(server))[0]["error"] and rows[0])
-            assert refused["error"] == "this worker has another token: give both sides the same file"
+            refused = server.until(lambda: by_address(server)[one.address]["error"])
+            assert refused == "this worker has another token: give both sides the same file"
 
 
 def test_numbers_of_answers(server: Server):

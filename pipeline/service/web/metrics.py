@@ -56,13 +56,13 @@ def metrics(request: Request) -> Response:
 
 
 def observe(app: FastAPI, service: Service) -> None:
-    """Let the app count its answers, and have a registry for `/metrics`."""
+    """Let the app, which is complete, count its answers, refusals too, and have a registry for `/metrics`."""
     disable_created_metrics()  # no gauge beside each counter
     registry = CollectorRegistry()
     registry.register(_Jobs(service))
     ProcessCollector(registry=registry)
     app.state.registry = registry
-    app.add_middleware(Observer, registry=registry)
+    app.middleware_stack = Observer(app.middleware_stack or app.build_middleware_stack(), registry)
 
 
 class _Jobs:
