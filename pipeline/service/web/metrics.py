@@ -75,8 +75,8 @@ class _Jobs:
         """Yield the families of gauges."""
         service = self._service
         yield from _counted(service)
-        slots, taken = service.scheduler.slots, service.scheduler.taken()
-        sizes = {"cpu": slots.cpu, "gpu": len(slots.gpus)}
+        slots, taken = service.queue.slots, service.queue.taken()
+        sizes = slots.total()
         yield _gauge("penstock_slots", "Jobs that may run at a time.", ["slot"], {(n,): k for n, k in sizes.items()})
         used = {(name,): taken.get(name, 0) for name in sizes}
         yield _gauge("penstock_slots_used", "Slots that running jobs have.", ["slot"], used)
