@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import manifest
 from pipeline.service.database import Database
-from pipeline.service.scheduler import Scheduler, Slots
+from pipeline.service.queue import Queue, Slots
+from pipeline.service.scheduler import Scheduler
 from pipeline.service.site import Site
 from pipeline.service.web import app, metrics
 from pipeline.service.web.context import Service
@@ -87,7 +88,9 @@ def assert_numbers_of_jobs(server: Server) -> None:
             assert now["penstock_jobs", (("kind", kind), ("state", state))] == number
     assert now["penstock_queue_length", ()] == 0
     assert now["penstock_slots", (("slot", "cpu"),)] == 1
-    assert now["penstock_slots_used", (("slot", "cpu"),)] == 0  # a feed job takes none
+    feeding = len([job for job in jobs if (job["kind"], job["state"]) == ("feed", "running")])
+    used = {dict(labels)["slot"]: value for (name, labels), value in now.items() if name == "penstock_slots_used"}
+    assert used == {"cpu": 0, "gpu": 0, "feed": feeding}
     assert 0 <= now["penstock_scheduler_idle_seconds", ()] < metrics.LATE
     assert now["process_resident_memory_bytes", ()] > 10**6
 
@@ -156,8 +159,9 @@ def test_health(server: Server):
 def test_a_server_that_is_not_ready(tmp_path: Path):
     """Its scheduler hangs; then its database fails, too. It is alive all the same."""
     site, data = Site(tmp_path), Database(f"sqlite:///{tmp_path / 'penstock.db'}")
-    scheduler = Scheduler(site, data, Slots(), 1)
-    transport = httpx.ASGITransport(app.create(Service(site, data, scheduler)))
+    queue = Queue(site, data, Slots())
+    scheduler = Scheduler(queue, data, 1)
+    transport = httpx.ASGITransport(app.create(Service(site, data, queue, scheduler)))
 
     def get(path: str) -> httpx.Response:
         async def asked() -> httpx.Response:

@@ -117,8 +117,10 @@ def _asked(addresses: tuple[str, ...], token_file: Path, span: int) -> tuple[Wor
         else:
             endpoints += resolved
     for endpoint, told in zip(endpoints, _outcomes(lambda one: status(one, token, ca), endpoints)):
-        silent = isinstance(told, UserError)
-        views.append(_view(endpoint.name, FEED, {}, str(told)) if silent else _view(endpoint.name, FEED, told))
+        if isinstance(told, UserError):
+            views.append(_view(endpoint.name, FEED, {}, str(told)))
+        else:
+            views.append(_view(endpoint.name, FEED, told))
     return tuple(views)
 
 
