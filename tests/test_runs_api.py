@@ -62,7 +62,7 @@ def test_a_run_is_what_the_trainer_says(server: Server, trained: Path):
     run, lines = trained / "runs/r", read(trained / "runs/r")
     (listed,) = answer(server, "")["runs"]
     view = answer(server, "/r")
-    assert listed == view
+    assert listed == {key: view[key] for key in view if key not in ("recipe", "history", "evaluations")}
     last, validations = lines[-2], [line for line in lines if line["kind"] == "validation"]
     assert (last["kind"], lines[-1]["kind"]) == ("train", "validation")
     best = min(validations, key=lambda line: line["top1_error"])
