@@ -173,6 +173,27 @@ kill -TERM "$pid" && code=0 && wait $feeding || code=$?
 [ $code = 143 ] || fail "feed: expected exit code 143 after SIGTERM, got $code and: $(cat "$work/feed")"
 pid=
 ok "feed: SIGTERM ends it"
+site=$(volume site) from=(--volume "$raw:/raw:ro")
+server=(penstock serve --root /data --raw-root /raw --host 0.0.0.0 --port 0)
+code=0
+inside --volume "$site:/data" "${from[@]}" train -- "${server[@]}" >"$work/log" 2>&1 || code=$?
+[ $code = 2 ] && grep -q 'token create' "$work/log" || fail "serve without a token: exit code $code and: $(cat "$work/log")"
+ok "serve: at 0.0.0.0 without a token: $(grep -m 1 '^Error' "$work/log")"
+inside --volume "$site:/data" train -- penstock token create --root /data --scope write >"$work/token" 2>"$work/log"
+inside --volume "$site:/data" "${from[@]}" train -- "${server[@]}" --stop-jobs >"$work/serve" 2>&1 &
+serving=$!
+for _ in $(seq 120); do grep -q ' (pid ' "$work/serve" || sleep 1; done
+serves='^serving /data at http://0\.0\.0\.0:([0-9]+) \(pid ([0-9]+)\)$'
+read -r port pid < <(sed -nE "s#$serves#\1 \2#p" "$work/serve") || fail "serve does not serve: $(cat "$work/serve")"
+ask=(--env "PENSTOCK_URL=http://127.0.0.1:$port" --env "PENSTOCK_TOKEN=$(cat "$work/token")" train -- penstock)
+quietly inside "${ask[@]}" submit build /raw set --limit 300 --wait
+quietly inside "${ask[@]}" submit train set 1 --recipe tiny --set train.steps=2 --set train.batch_size=16 --wait
+[ -f "$site/datasets/set/dataset.json" ] && [ -d "$site/runs/1/checkpoints" ] || fail "serve: no data set or no run below $site"
+ok "serve: a build and a run, submitted from another container with a token → /data/datasets/set, /data/runs/1"
+kill -TERM "$pid" && code=0 && wait $serving || code=$?
+[ $code = 143 ] || fail "serve: expected exit code 143 after SIGTERM, got $code and: $(cat "$work/serve")"
+pid=
+ok "serve: SIGTERM ends it"
 other=$(volume other 4242:4242)
 theirs=(--user 4242:4242 --volume "$other:/runs")
 quietly entered train "${data[@]}" "${theirs[@]}" -- "${tiny[@]}" --out /runs/1 --devices cpu,cpu
@@ -187,7 +208,7 @@ refused "DATASET: an empty volume" "$asks" train --volume "$empty:/data" "${to[@
 refused "RUN: no volume" "$mount:/runs" train "${data[@]}" -- "${run[@]}"
 refused "RUN: a read-only volume" "without :ro" train "${data[@]}" --volume "$runs:/runs:ro" -- "${run[@]}"
 refused "RUN: another user's volume" "--user 4242:4242" train "${data[@]}" --volume "$other:/runs" -- "${run[@]}"
-data=(--volume "$shards:/data") from=(--volume "$raw:/raw:ro") run=(/raw /data/set2)
+data=(--volume "$shards:/data") run=(/raw /data/set2)
 refused "RAW: no volume" "$mount:/raw" build "${data[@]}" -- "${run[@]}"
 refused "RAW: an empty volume" "$asks" build --volume "$empty:/raw" "${data[@]}" -- "${run[@]}"
 refused "DATASET: no volume" "$mount:/data" build "${from[@]}" -- "${run[@]}"

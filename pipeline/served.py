@@ -22,6 +22,7 @@ TOKEN, SERVER = "PENSTOCK_TOKEN", "PENSTOCK_URL"  # of the environment; the toke
 SILENCE = 30.0  # seconds without a byte after which a request has failed
 LISTED_BYTES = 64 * 2**20  # of a listing
 PORTS = {"http": 80, "https": 443}
+_answered = set[tuple[str, str | None, int | None]]()  # servers
 
 
 class Denied(OSError):
@@ -108,6 +109,11 @@ class ServedFiles:
     put_file = pipe_file = rm_file = rmdir = _refuse
 
 
+def is_restarting(url: str, error: Exception) -> bool:
+    """Return whether nobody listens where a server has answered this process before."""
+    return isinstance(error, ConnectionRefusedError) and _origin(url) in _answered
+
+
 @contextmanager
 def _head(url: str) -> Iterator[Any]:
     """Yield the answer to HEAD; an error's words, which HEAD does not bring, are those of GET."""
@@ -127,6 +133,7 @@ def _answer(url: str, method: str = "GET", **headers: str) -> Iterator[Any]:
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # stays where it was sent to
     try:
         with _opener().open(request, timeout=SILENCE) as answer:
+            _answered.add(_origin(url))
             yield answer
     except HTTPError as error:
         with error:

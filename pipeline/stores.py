@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any, TypeVar
 
 from pipeline import UserError
-from pipeline.served import SERVER, TOKEN, ServedFiles
+from pipeline.served import SERVER, TOKEN, ServedFiles, is_restarting
 
 T = TypeVar("T")
 TRIES, PATIENCE, FIRST_WAIT = 5, 60.0, 0.2  # none begins after 5, or 60 s; the wait doubles, less up to half at random
+LAST_WAIT = 5.0  # seconds, the longest; a server that is perhaps being started again is asked more than 5 times
 S3, WEB = ("s3", "s3a"), ("http", "https")  # protocols
 STORES = (*S3, *WEB, "abfs", "abfss", "az", "gcs", "gs", "hf", "memory", "oci", "oss")  # whose URLs say all
 # botocore tries a request 3 times, so that one bad answer does not cost a whole upload; what lasts longer, or breaks
@@ -79,9 +80,9 @@ def retried(remote: object, doing: str, action: Callable[[Any, str], T]) -> T:
         except _failures() as error:
             seconds = time.monotonic() - began
             passes, explained = _explained(url, doing, error, f"{tries} tries in {seconds:.0f} s")
-            if not passes or tries >= TRIES or seconds > PATIENCE:
+            if not passes or seconds > PATIENCE or (tries >= TRIES and not is_restarting(url, error)):
                 raise explained from error
-        time.sleep(FIRST_WAIT * 2 ** (tries - 1) * random.uniform(0.5, 1))
+        time.sleep(min(FIRST_WAIT * 2 ** (tries - 1), LAST_WAIT) * random.uniform(0.5, 1))
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -113,4 +114,6 @@ def _explained(url: str, doing: str, error: Exception, tries: str) -> tuple[bool
     elif denied:
         others = WEB_CREDENTIALS if protocol_of(url) in WEB else "check the store's credentials"
         reason, remedy = f"access denied ({reason})", CREDENTIALS if endpoint else others
+    elif status and protocol_of(url) in WEB:  # the server says what to do, or nobody
+        return False, StorageError(f"{url}: cannot {doing}: {reason}")
     return passes, StorageError(f"{url}: cannot {doing}: {reason}; {remedy}")

@@ -171,10 +171,10 @@ def empty_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     """An empty bucket on a server without faults, which the environment names; short waits between tries."""
     from botocore.retries.standard import ExponentialBackoff
 
-    from pipeline import storage
+    from pipeline import storage, stores
 
     environment(monkeypatch, s3_server)
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda backoff, context: 0.01)
     store = Store(s3_server, f"bucket-{next(BUCKETS)}")
     store.faults(0)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -23,9 +23,8 @@ PATIENCE = 60.0  # seconds for anything that a test waits for
 class Server:
     """A running server; `client` is an httpx.Client of it."""
 
-    def __init__(self, root: Path, options: tuple[object, ...], environment: dict[str, str]) -> None:
-        self.root, self._options, self._environment = root, options, environment
-        self._errors = tempfile.TemporaryFile()
+    def __init__(self, root: Path, options: tuple[object, ...], environment: dict[str, str], errors: IO[bytes]) -> None:
+        self.root, self._options, self._environment, self._errors = root, options, environment, errors
         self.begin()
 
     def begin(self, port: int = 0) -> None:
@@ -93,11 +92,12 @@ class Server:
 @contextmanager
 def served(root: Path, *options: object, **environment: str) -> Iterator[Server]:
     """Yield a server of the folder `root`, started with `options`; at the end it and all its jobs are ended."""
-    server = Server(root, options, environment)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.end(signal.SIGKILL)
-        for folder in (root / "jobs").glob("*"):
-            child.end_all(Path(os.path.realpath(folder)))
+    with tempfile.TemporaryFile() as errors:
+        server = Server(root, options, environment, errors)
+        try:
+            yield server
+        finally:
+            if server.process.poll() is None:
+                server.end(signal.SIGKILL)
+            for folder in (root / "jobs").glob("*"):
+                child.end_all(Path(os.path.realpath(folder)))

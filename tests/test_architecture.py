@@ -12,6 +12,8 @@ from conftest import ROOT
 OWN = (
     "files",
     "volumes",
+    "served",
+    "stores",
     "storage",
     "process",
     "cluster",
@@ -25,7 +27,9 @@ OWN = (
 )  # modules of pipeline itself
 ALLOWED = {  # module or package → what of ours it may import, beside pipeline's errors and itself
     "pipeline.volumes": set(),
-    "pipeline.storage": {"volumes"},
+    "pipeline.served": {"typed"},
+    "pipeline.stores": {"served"},
+    "pipeline.storage": {"volumes", "stores"},
     "pipeline.files": {"storage", "volumes"},
     "pipeline.process": set(),
     "pipeline.cluster": {"process"},

@@ -218,7 +218,7 @@ class Server:
 
     def _result(self, name: str, ended: Ended) -> str:
         """Return the output of a command, of training its log, but for times, digests and the case's folder."""
-        text = ended.out
+        text = re.sub('{"event": "progress".*\n', "", ended.out)  # as many as time allows
         if name in ("train", "init", "resume"):
             run = self.case / ("run" if name == "resume" else "new")
             lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline.service import client
+from pipeline.service import client, tokens
 from pipeline.service.kinds import KINDS, parse
 from serving import Server, served
 from tools.make_raw import main as make_raw
@@ -86,7 +87,9 @@ def test_a_job_that_fails_ends_the_client_as_its_command_did(server: Server):
     job = server.job(json.loads(result.stdout.splitlines()[0])["id"])
     assert (result.exit_code, job["state"], job["exit_code"]) == (2, "failed", 2)
     assert result.stderr == f"Error: job {job['id']} failed: {job['reason']}\n"
-    row = run(client.jobs, "--limit", 1, url=server.url).output.splitlines()[-1]
+    last = run(client.jobs, "--limit", 1, url=server.url)
+    assert last.stderr == "the newest 1; there are more (--limit)\n"
+    row = last.stdout.splitlines()[-1]
     assert row.split()[3] == "failed"
     assert job["reason"][:60] in row
     again = run(client.retry, job["id"], "--wait", url=server.url)
@@ -128,6 +131,23 @@ def test_a_queued_job_is_cancelled(server: Server):
     refused(run(client.cancel, number, url=server.url), f"job {number}: is over already")
     assert run(client.cancel, first, url=server.url).exit_code == 0
     assert server.ended(first)["state"] == "cancelled"
+
+
+def test_a_server_that_asks_for_a_token(tmp_path: Path):
+    def token(*words: str) -> str:
+        made = CliRunner().invoke(tokens.token, [*words, "--root", str(tmp_path)])
+        assert made.exit_code == 0
+        return made.stdout.strip()
+
+    read, write = (token("create", "--scope", scope) for scope in ("read", "write"))
+    with served(tmp_path, "--require-token") as server:
+        refused(run(client.jobs, url=server.url), "a token is needed", "put one into PENSTOCK_TOKEN")
+        refused(run(client.jobs, url=server.url, token="pst_other"), "PENSTOCK_TOKEN")
+        assert run(client.jobs, url=server.url, token=read).exit_code == 0
+        refused(run(client.submit, "feed", url=server.url, token=read), "write", "PENSTOCK_TOKEN")
+        assert run(client.submit, "verify", "none", url=server.url, token=write).stdout.startswith("job 1, verify none")
+        token("revoke", "2")
+        refused(run(client.logs, 1, url=server.url, token=write), "PENSTOCK_TOKEN")
 
 
 # ---- A server that misbehaves. ----
@@ -263,7 +283,7 @@ def test_a_token_is_sent_to_its_server_and_to_no_other():
 
     def other(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         seen.append(headers.get("authorization"))
-        return as_json({"jobs": []})
+        return as_json({"jobs": [], "next": None})
 
     with stub(other) as there:
         moved = stub(lambda *request: (302, {"Location": f"{there}/v1/jobs"}, b""))
@@ -283,8 +303,8 @@ def test_a_token_is_sent_to_its_server_and_to_no_other():
         (as_json({"items": []}), ("200 OK, but not as",)),
         ((404, {}, b"<html>"), ("404 Not Found, but not as",)),
         (as_json({"detail": 3}, 500), ("500 Internal Server Error, but not as",)),
-        (as_json({"detail": "a token is missing"}, 401), ("a token is missing; put a token", "PENSTOCK_TOKEN")),
-        (as_json({"detail": "a token for reading"}, 403), ("a token for reading; PENSTOCK_TOKEN", "--scope write")),
+        (as_json({"detail": "a token is missing"}, 401), ("a token is missing; put one into PENSTOCK_TOKEN",)),
+        (as_json({"detail": "a token for reading"}, 403), ("a token for reading; put one into PENSTOCK_TOKEN",)),
         (as_json({"detail": "one\ntwo\x1b"}, 422), (r"Error: one\ntwo\x1b",)),
         (None, ("Server disconnected", "`penstock serve`", "PENSTOCK_URL")),
     ],

@@ -4,8 +4,11 @@ import hashlib
 import http.client
 import json
 import os
+import random
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from email.parser import BytesParser
 from itertools import islice
@@ -23,6 +26,8 @@ from pipeline.offline.verify import check
 from pipeline.online import Loader
 from pipeline.online import webdataset as pairs
 from pipeline.online.cache import ShardCache
+from pipeline.service import tokens
+from pipeline.service.database import Database, url_of
 from serving import Server, served
 from stored import damage, remake
 
@@ -153,7 +158,7 @@ def test_damage_is_not_served(get: Get, server: Server, root: Path):
     (folder / "mean.png").unlink()
     os.mkfifo(folder / "mean.png")
     assert "not a regular file" in get(f"{url}/mean.png").json()["detail"]
-    with pytest.raises(UserError, match=r"cannot read: 422 damaged/mean.png: not a regular file"):
+    with pytest.raises(UserError, match=r"cannot look: 422 damaged/mean.png: not a regular file"):
         manifest.load(url).read("mean.png")
 
 
@@ -231,6 +236,32 @@ def test_the_rest_of_the_library_reads_it(dataset: Path, url: str):
         assert (one[0].tobytes(), one[1]) == (other[0].tobytes(), other[1])
 
 
+def test_bytes_fit_their_hash_while_the_data_set_is_replaced(get: Get, server: Server, root: Path):
+    """By others of the same name and sizes, at any moment of a request."""
+    folders, link, hashes = [server.root / f"datasets/v{i}" for i in range(64)], server.root / "datasets/new", set()
+    for number, folder in enumerate(folders):
+        shutil.copytree(root, folder)
+        damage(folder, *(bit for bit in range(6) if number >> bit & 1))
+        remake(folder)
+    link.symlink_to("v0")
+
+    def replace() -> None:
+        for folder in folders:
+            (server.root / "next").symlink_to(folder.name)
+            os.replace(server.root / "next", link)
+            time.sleep(random.uniform(0, 0.008))  # into the middle of a request
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    while replacing.is_alive():
+        answer = get(f"{server.url}/v1/datasets/new/train/train-000000.tar")
+        assert answer.status_code in (200, 503)  # 503: another one each time that it looked
+        if answer.status_code == 200:
+            hashes.add(answer.headers["ETag"])
+            assert answer.headers["ETag"] == f'"{hashlib.sha256(answer.content).hexdigest()}"'
+    assert len(hashes) > 2
+
+
 def test_a_data_set_that_is_replaced_under_a_loader(dataset: Path, server: Server, tmp_path: Path):
     """Its bytes are others than those that the manifest promised: they are refused, whatever the server says."""
     one, other, link = (server.root / "datasets" / name for name in ("one", "other", "changing"))
@@ -249,3 +280,40 @@ def test_a_data_set_that_is_replaced_under_a_loader(dataset: Path, server: Serve
     with pytest.raises(UserError, match=r"/changing/train/train-000000.tar: changed or damaged"), cache.lease([0]):
         pass
     cache.close()
+
+
+def test_a_server_that_asks_for_tokens(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A token for reading is enough; without one, or with a wrong one, the first request says what to set."""
+    root = tmp_path / "server"
+    shutil.copytree(dataset, root / "datasets/d")
+    _, token = tokens.create(Database(url_of(root, None)), "read")
+    with served(root, "--require-token") as server:
+        url = f"{server.url}/v1/datasets/d"
+        for wrong in ("", token[:-1] + "!"):
+            monkeypatch.setenv("PENSTOCK_TOKEN", wrong)
+            with pytest.raises(
+                UserError, match=r"access denied \(401 .*\); set PENSTOCK_TOKEN to a token of"
+            ) as caught:
+                manifest.load(url)
+            assert not wrong or wrong not in str(caught.value)
+        monkeypatch.setenv("PENSTOCK_TOKEN", token)
+        with Loader(url, batch_size=8, cache=tmp_path / "cache", order="shards", window=8) as loader:
+            assert next(loader).images.shape == (8, 3, 224, 224)
+
+
+@pytest.mark.proof
+def test_a_server_that_is_killed_and_started_again_under_a_loader(dataset: Path, tmp_path: Path):
+    """The cache holds half of the shards, so that some are fetched before and some after, and perhaps meanwhile."""
+    root, limit = tmp_path / "server", 2 * max(shard.bytes for shard in manifest.load(dataset).split("train").shards)
+    shutil.copytree(dataset, root / "datasets/d")
+    options: dict = {"batch_size": 8, "order": "fixed", "seed": 3}
+    with Loader(dataset, **options) as loader:
+        whole = list(islice(loader, 20))
+    with (
+        served(root) as server,
+        Loader(f"{server.url}/v1/datasets/d", cache=tmp_path / "cache", cache_bytes=limit, **options) as loader,
+    ):
+        for step, (one, other) in enumerate(zip(whole, islice(loader, 20), strict=True)):
+            assert torch.equal(one.images, other.images)
+            if step in (3, 9):
+                server.again()

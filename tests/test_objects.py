@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from conftest import DATA, ROOT, one_line
-from pipeline import files, manifest, storage
+from pipeline import files, manifest, storage, stores
 from pipeline.manifest import DatasetError
 from pipeline.storage import Entry, Location, StorageError, read_ahead, retried
 from s3 import Store, empty_bucket, reconnect, running_server  # noqa: F401 – two are fixtures
@@ -114,7 +114,7 @@ def test_a_manifest_is_loaded_by_few_requests(s3: Store, bucket: Location, datas
 
 def test_tries_are_bounded_in_number_and_time(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("s3fs")
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
 
     def attempt(failures: int, error: Exception) -> int:
         errors = iter([error] * failures)
@@ -133,7 +133,7 @@ def test_tries_are_bounded_in_number_and_time(monkeypatch: pytest.MonkeyPatch):
         attempt(1, ValueError("no"))
     with pytest.raises(ZeroDivisionError):
         attempt(1, ZeroDivisionError())
-    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    monkeypatch.setattr(stores, "PATIENCE", 0.0)
     with pytest.raises(StorageError, match="1 tries"):
         attempt(1, TimeoutError())
 
@@ -145,7 +145,7 @@ def test_tries_are_bounded_in_number_and_time(monkeypatch: pytest.MonkeyPatch):
 def test_every_byte_is_right_though_a_third_of_the_answers_fail(
     s3: Store, bucket: Location, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(storage, "TRIES", 12)  # of 300 calls, one in a hundred runs would fail five times
+    monkeypatch.setattr(stores, "TRIES", 12)  # of 300 calls, one in a hundred runs would fail five times
     files.write_bytes_aside(bucket / "raw", DATA)
     s3.faults(0.3, seed=1)
     random = np.random.default_rng(2)
@@ -185,7 +185,7 @@ def test_a_store_that_only_fails_is_one_line_soon(kind: str, s3: Store, bucket: 
     assert time.monotonic() - began < 10
     one_line(error, f"{s3.url}/raw", "cannot read", "5 tries", "check the network and AWS_ENDPOINT_URL")
     # botocore tries 3 times, aiohttp twice where a connection breaks; s3fs's 5 tries must not multiply with them
-    assert storage.TRIES <= s3.seen()["faults"] <= 3 * 2 * storage.TRIES
+    assert stores.TRIES <= s3.seen()["faults"] <= 3 * 2 * stores.TRIES
 
 
 @pytest.mark.proof

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, picture, saved
 from penstock.__main__ import load
 from pipeline.offline.sources import find_sources
-from pipeline.online.endpoints import parse as addresses
+from pipeline.service.site import Site
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -71,33 +71,79 @@ def test_no_page_installs_another_distribution():
         assert not wrong, path
 
 
-def parsed(image: str, words: list[str]) -> click.Context:
-    """Return the arguments of the command that an image's entry point runs."""
-    name, rest = ("build", words) if image in ("penstock-build", "builder") else (words[0], words[1:])
-    return load(name).make_context(name, list(rest))
+def parsed(words: list[str]) -> click.Context:
+    """Return the arguments of a command of `penstock`, which may be a command of a group of its own."""
+    command = load(words[0])
+    while isinstance(command, click.Group):
+        words = words[1:]
+        found = command.get_command(click.Context(command), words[0])
+        assert found, words
+        command = found
+    return command.make_context(words[0], words[1:])
+
+
+def command_of(image: str, words: list[str]) -> list[str]:
+    """Return the command of `penstock` that an image's entry point runs."""
+    return ["build", *words] if image == "penstock-build" else words
+
+
+def lines_of(*pages: str) -> list[list[str]]:
+    """Return the words of each line of these pages, without comments."""
+    text = "".join((ROOT / page).read_text() for page in pages).replace("\\\n", " ")
+    return [
+        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(("docker run ", "penstock "))
+    ]
 
 
 def test_commands_of_images_are_commands():
-    """Those of docker/compose.yaml, and every `docker run` of the documents."""
-    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
-    assert parsed("builder", services["builder"]["command"]).params["dataset"] == "/data/imagenet-256"
-    for trainer in ("trainer", "fed-trainer"):
-        assert parsed(trainer, services[trainer]["command"]).params["data"] == Path("/data/imagenet-256")
-    feeding = parsed("feed", services["feed"]["command"]).params
-    workers = parsed("fed-trainer", services["fed-trainer"]["command"]).params["workers"]
-    assert [(address.host, address.port) for address in addresses(workers)[1]] == [("feed", feeding["port"])]
-    assert (feeding["root"], feeding["host"], services["feed"]["entrypoint"]) == ("/data", "0.0.0.0", ["penstock"])
-    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/docker.md", "docs/service.md")).replace(
-        "\\\n", " "
-    )
-    runs = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("docker run ")]
-    assert runs
+    """Those of every `docker run` of the documents."""
+    runs = [words for words in lines_of("README.md", "docs/docker.md", "docs/service.md") if words[0] == "docker"]
+    assert len(runs) >= 6
     for words in runs:
         image = next(word for word in words if word in ("penstock", "penstock-build"))
         rest = words[words.index(image) + 1 :]
         if rest[0] == "penstock":  # the first one was the entry point's
-            parsed(image, rest[1:])
+            parsed(rest[1:])
         elif "--entrypoint" in words:
             assert (ROOT / rest[0]).is_file()
         elif image == "penstock-build" or rest[0] == "train":
-            parsed(image, rest)
+            parsed(command_of(image, rest))
+
+
+def test_commands_of_the_server_and_its_client_are_commands():
+    lines = [words for words in lines_of("README.md", "docs/serve.md", "docs/service.md") if words[0] == "penstock"]
+    assert len(lines) >= 20
+    for words in lines:
+        parsed(words[1:])
+
+
+def test_compose_has_commands_around_one_folder():
+    """Its services find each other's data sets, runs, ports and secrets."""
+    text = (ROOT / "docker" / "compose.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    serve, feed, train = (parsed(services[name]["command"]).params for name in ("serve", "feed", "train"))
+    folders = {
+        name: [v for v in services[name]["volumes"] if isinstance(v, str)] for name in ("serve", "feed", "train")
+    }
+    assert {volume.removesuffix(":ro").rpartition(":")[2] for volumes in folders.values() for volume in volumes} == {
+        "/data"
+    }
+    site = Site(serve["root"])
+    assert (site.root, serve["host"], serve["raw_roots"]) == (Path("/data"), "0.0.0.0", ("/raw",))
+    assert (Path(feed["root"]), feed["host"], train["data"].parent, train["run"].parent) == (
+        *(site.datasets, "0.0.0.0", site.datasets, site.runs),
+    )
+    for name in ("serve", "train"):
+        assert services[name]["environment"]["PENSTOCK_FEED_TOKEN_FILE"] == feed["token_file"]
+    assert serve["feeds"] == (f"feed:{feed['port']}",)
+    assert services["serve"]["ports"][0].endswith(f":{serve['port']}")
+    assert f":{serve['port']}/healthz" in services["serve"]["healthcheck"]["test"][-1]
+    assert serve["stop_jobs"]
+    assert serve["grace"] < 600
+    assert services["serve"]["stop_grace_period"] == "10m"
+    written = [shlex.split(line[1:], comments=True) for line in text.splitlines() if line.startswith("#   ")]
+    after = [words[words.index("--rm") + 2 :] for words in written if "--rm" in words]
+    for words in filter(None, after):
+        parsed(words)
+    by_hand = next(words for words in after if "--feed" in words)
+    assert by_hand[-1] == serve["feeds"][0]

@@ -139,7 +139,7 @@ def exchange(writer: flight.FlightStreamWriter, reader: object) -> None:
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("do_action", lambda asking: list(asking.do_action(flight.Action("x", b"y"), options()))),
+        ("'x'", lambda asking: list(asking.do_action(flight.Action("x", b"y"), options()))),
         ("list_actions", lambda asking: list(asking.list_actions(options()))),
         ("list_flights", lambda asking: list(asking.list_flights(b"", options()))),
         ("get_flight_info", lambda asking: asking.get_flight_info(POINT, options())),
@@ -152,7 +152,7 @@ def test_other_calls(server: Server, name: str, call: Callable[[flight.FlightCli
     with client(server.port) as asking:
         with pytest.raises(flight.FlightError) as caught:
             call(asking)
-        message = f"a worker answers do_get alone, not {name}"
+        message = f"a worker answers do_get and the action status, not {name}"
         assert json.loads(caught.value.extra_info) == {"kind": "refused", "message": message}
 
 

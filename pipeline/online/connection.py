@@ -4,6 +4,7 @@ import os
 import re
 import ssl
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pipeline import UserError, storage, typed
 from pipeline.cli import printable
 from pipeline.online.endpoints import Endpoint
 from pipeline.online.parts import Answer, Request
+from pipeline.typed import Count
 
 TOKEN_FILE, CA_FILE = "PENSTOCK_FEED_TOKEN_FILE", "PENSTOCK_FEED_CA"  # variables of the environment
 # a connection of its own, which a new client makes anew; to a worker goes nothing by way of a proxy
@@ -26,6 +28,19 @@ class Failure(Exception):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, printable(reason, LONGEST)
+
+
+class Status(TypedDict):
+    """A worker's account of itself."""
+
+    seconds: float  # since it began to serve
+    views: Count  # answered
+    rate: float  # views/s of the last seconds
+    queue: Count  # requests that it decodes or sends
+    bytes_held: Count  # by their answers
+    clients: Count  # connections that ask for views
+    threads: Count  # that decode
+    datasets: list[str]  # that are open
 
 
 class _Detail(msgspec.Struct):
@@ -87,6 +102,16 @@ class Connection:
                     used = False  # its connection may have ended while nothing was asked, or the worker begun again
                     continue
                 raise failure from error
+
+    def status(self, timeout: float) -> Status:
+        """Return the worker's status, by a new connection. Raises Failure."""
+        options = flight.FlightCallOptions(timeout=timeout, headers=self._headers)
+        self._client = None
+        try:
+            result = next(iter(self._connected().do_action(flight.Action("status", b""), options)))
+            return typed.from_json(result.body.to_pybytes(), Status)
+        except (flight.FlightError, pa.ArrowException, OSError, StopIteration, UserError) as error:
+            raise _failure(error) from error
 
     def _connected(self) -> flight.FlightClient:
         client = self._client

@@ -26,10 +26,6 @@ PAUSE = 0.5  # s between two looks at a job, and before a lost request is sent a
 PATIENCE = 120.0  # s without an answer until who follows a job gives up
 OVER = ("succeeded", "failed", "cancelled")
 ARGUMENTS = ("raw", "dataset", "run")  # the parameters of a job that have no --, in the order of the command line
-REMEDIES = {
-    401: f"; put a token of this server into {TOKEN} (`penstock token create` prints one)",
-    403: f"; {TOKEN} needs one of the scope write (`penstock token create --scope write`)",
-}
 Job: TypeAlias = dict[str, Any]  # as the server has it in JSON
 
 
@@ -112,7 +108,7 @@ class Server:
             raise Unreachable(f"{self.url}: {detail or response.reason_phrase}")
         if not isinstance(detail, str):
             self._foreign(response)
-        raise UserError(detail + (REMEDIES.get(response.status_code, "") if TOKEN not in detail else ""))
+        raise UserError(detail + (f"; put one into {TOKEN}" if response.status_code in (401, 403) else ""))
 
     def _foreign(self, response: httpx.Response) -> NoReturn:
         status = f"{response.status_code} {response.reason_phrase}".strip()
@@ -268,7 +264,10 @@ def jobs(number: int | None, as_json: bool, **query: Any) -> None:
         listed = [server().json("GET", f"/v1/jobs/{number}", "state")]
     else:
         params = {name: value for name, value in query.items() if value}
-        listed = server().json("GET", "/v1/jobs", "jobs", params=params)["jobs"][::-1]
+        answer = server().json("GET", "/v1/jobs", "jobs", params=params)
+        listed = answer["jobs"][::-1]
+        if answer.get("next"):
+            click.echo(f"the newest {len(listed):,}; there are more (--limit)", err=True)
     if as_json:
         lines = map(json_text, listed)
     else:

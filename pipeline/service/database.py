@@ -192,6 +192,15 @@ def add_event(connection: Connection, job: int, kind: str, data: dict[str, Any])
     connection.execute(sql.insert(events).values(job=job, kind=kind, time=time.time(), data=data))
 
 
+def end_job(connection: Connection, job: Job, state: str, code: int | None, reason: str | None) -> None:
+    """End a job that is not over: that happens once."""
+    ended = {"state": state, "exit_code": code, "reason": reason}
+    same = sql.and_(jobs.c.id == job.id, jobs.c.state.in_(WAITING))
+    values = {**ended, "ended": time.time(), "pid": None, "waits_for": None}
+    if connection.execute(sql.update(jobs).where(same).values(values)).rowcount:
+        add_event(connection, job.id, "ended", ended)
+
+
 def forget_progress(connection: Connection, job: int) -> None:
     """Delete the progress of a job but for the newest events."""
     of_job = sql.and_(events.c.job == job, events.c.kind == "progress")

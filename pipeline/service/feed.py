@@ -2,6 +2,7 @@
 
 import errno
 import ipaddress
+import itertools
 import os
 import re
 import socket
@@ -14,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline import UserError, cluster, process, storage
-from pipeline.cli import JSON, Command, print_line, printable
+from pipeline.cli import JSON, Command, print_event, print_line, printable
 from pipeline.manifest import FILE_NAME
 from pipeline.service.actors import Settings, resize
 from pipeline.storage import Location, is_remote, location
@@ -23,6 +24,7 @@ from pipeline.volumes import hint, is_junk, open_regular
 PORT = 8815  # as pipeline/online/endpoints.py has it, with which torch would be imported here
 LEAST = 2**30  # bytes of address space that torch needs at the least
 SHORTEST = 16  # characters of a token
+TELLS = 5  # seconds between two events of its status
 DEPTH = 3  # folders from DIR down to a data set
 EXECUTORS = {"here": ("host", "port", "socket"), "ray": ("workers", "name", "ray_address")}  # and their own options
 OPTIONS = [
@@ -107,8 +109,12 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
         sets, uri = f"{count} data set{'s' if count > 1 else ''}", settings.uri(host, server.port)
         text = f"serving {sets} below {printable(root)} at {uri} (pid {os.getpid()})"
         print_line(values["as_json"], text, "serving", uri=uri, data_sets=count, pid=os.getpid())
-        while True:  # until a signal; one that comes just before a wait without an end would be heard at the next one
+        for second in itertools.count(
+            1
+        ):  # until a signal; an endless wait would not hear one that comes just before it
             time.sleep(1)
+            if values["as_json"] and second % TELLS == 0:
+                print_event("status", time=time.time(), **server.status())
 
 
 def datasets(root: Location) -> list[str]:

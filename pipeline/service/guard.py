@@ -30,6 +30,7 @@ ASKS_WITHIN = 10.0  # seconds from the beginning of a connection to its first va
 SILENT = 3600.0  # seconds without a valid request, after which a client is taken for lost
 LARGEST = 2**20  # bytes that a client may send without a valid request among them
 PERIOD = 0.25  # seconds between two looks
+RECENT = 10  # seconds over which the rate of views is the mean
 RECEIVED = 128  # offset of tcpi_bytes_received, a u64, in struct tcp_info of Linux's tcp.h
 
 
@@ -40,7 +41,7 @@ def failure(kind: str, message: str) -> flight.FlightError:
 
 
 class Admission(flight.ServerMiddlewareFactory):
-    """Refuses calls without the token, if there is one, and all but `do_get`, before a byte of their data is used."""
+    """Refuses calls without the token, if there is one, and all but two kinds, before a byte of their data is used."""
 
     def __init__(self, token: str | None) -> None:
         super().__init__()
@@ -54,8 +55,8 @@ class Admission(flight.ServerMiddlewareFactory):
                 raise failure("refused", "this worker asks for a token: set PENSTOCK_FEED_TOKEN_FILE to its file")
             if len(values) > 1 or not hmac.compare_digest(values[0], self._expected):
                 raise failure("refused", "this worker has another token: give both sides the same file")
-        if info.method != flight.FlightMethod.DO_GET:
-            raise failure("refused", f"a worker answers do_get alone, not {info.method.name.lower()}")
+        if info.method not in (flight.FlightMethod.DO_GET, flight.FlightMethod.DO_ACTION):
+            raise failure("refused", f"a worker answers do_get and the action status, not {info.method.name.lower()}")
 
 
 class Held:
@@ -78,6 +79,8 @@ class Outgoing:
         self._asked: set[str] = set()  # clients with a valid request since the last look
         self._connections: dict[str, _Connection] = {}
         self._closing, self._closed = False, threading.Event()
+        self._began, self._requests, self._views, self._clients = time.monotonic(), 0, 0, 0
+        self._recent: deque[list[int]] = deque(maxlen=RECENT)  # the last seconds with views, each with their number
 
     def hold(self, context: flight.ServerCallContext, size: int) -> Held:
         """Count an answer of `size` bytes, of a valid request, from now on.
@@ -93,10 +96,12 @@ class Outgoing:
                 under_way = f"answers under way: {self._bytes:,} bytes, this one: {size:,}, allowed: {LIMIT:,}"
                 raise failure("busy", f"{under_way}; ask again later, or start more workers")
             self._bytes += size
+            self._requests += 1
         return Held(self._freed, size)
 
     def stream(self, context: flight.ServerCallContext, batch: pa.RecordBatch, held: Held) -> flight.FlightDataStream:
         """Return `batch` as the result of do_get. The memory of its first column, fixed-size binary, keeps `held`."""
+        self._count(batch.num_rows)
         views = batch.column(0)
         memory = views.buffers()[1]
         owned = pa.foreign_buffer(memory.address, memory.size, base=(held, memory))
@@ -104,6 +109,18 @@ class Outgoing:
         batch = batch.set_column(0, batch.schema.field(0), views)
         self._sent.append((time.monotonic(), _client(context), weakref.ref(held)))
         return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(batch.schema, [batch]))
+
+    def status(self) -> dict[str, float]:
+        """Return seconds served, views answered, their rate per second, requests under way, bytes held, and clients.
+
+        Under way is what is being decoded or sent. Clients are the connections with a valid request, at the last look.
+        """
+        now = time.monotonic()
+        with self._lock:
+            held, first = self._under_way(), max(self._began, int(now) - RECENT + 1)
+            views = sum(number for second, number in self._recent if second > int(now) - RECENT)
+            values = {"views": self._views, "rate": views / max(now - first, 1.0), "queue": self._requests}
+        return {"seconds": now - self._began, **values, "bytes_held": held, "clients": self._clients}
 
     def watch(self, address: int | str) -> None:
         """Watch the connections to a port, or to the path of a Unix socket, until the block of `closing` ends.
@@ -126,10 +143,19 @@ class Outgoing:
         finally:
             self._closed.set()
 
+    def _count(self, views: int) -> None:
+        second = int(time.monotonic())
+        with self._lock:
+            self._views += views
+            if not self._recent or self._recent[-1][0] < second:
+                self._recent.append([second, 0])
+            self._recent[-1][1] += views
+
     def _under_way(self) -> int:
         """Return the bytes of all answers; `_lock` is held."""
         while self._freed:
             self._bytes -= self._freed.popleft()
+            self._requests -= 1
         return self._bytes
 
     def _watch(self, address: int | str) -> None:
@@ -138,13 +164,15 @@ class Outgoing:
                 over = self._closing and not self._under_way()
             late = self._late()
             asked, self._asked = self._asked, set()
-            before, self._connections = self._connections, {}
+            before, self._connections, clients = self._connections, {}, 0
             for client, connection in _connections(address):
                 known = self._connections[client] = before.get(client) or _Connection(time.monotonic())
                 lost = client and known.overdue(_received(connection), client in asked)
+                clients += not client or known.valid
                 if over or lost or client in late:
                     with suppress(OSError):  # the client has just ended it
                         connection.shutdown(socket.SHUT_RDWR)
+            self._clients = clients
 
     def _late(self) -> set[str]:
         """Return the clients that have not read an answer in time."""

@@ -26,7 +26,7 @@ Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/+-]{0,199}$")
 Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.-]{0,99}$")]
 Value = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{0,1000}$")]
 Gpus = Annotated[int, Field(ge=0, le=2, description="GPUs; by default as many of two as the server has.")]
-Needs: TypeAlias = dict[str, int]  # "cpu" or "gpu" → slots
+Needs: TypeAlias = dict[str, int]  # "cpu", "gpu" or "feed" → slots
 
 
 class Kind(BaseModel):
@@ -112,13 +112,13 @@ class _Build(Kind):
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         given = self.model_dump(exclude={"kind", "dataset", "raw", "retries"}, exclude_none=True)
-        finished, dataset = site.datasets / self.dataset / FILE_NAME, str(site.datasets / self.dataset)
-        if since is not None and not self.retry_skipped and finished.exists() and finished.stat().st_mtime >= since:
-            return ["verify", "--quick", "--json", "--", dataset]  # an earlier attempt has built it all
+        dataset = site.datasets / self.dataset
+        if since is not None and not self.retry_skipped and _is_finished(dataset, since):
+            return ["verify", "--quick", "--json", "--", str(dataset)]
         given |= {name: site.raw(given[name]) for name in ("labels", "classes") if name in given}
         if self.classes_of:
             given["classes_of"] = str(site.datasets / self.classes_of)
-        return ["build", *_options(given), "--json", "--", site.raw(self.raw), dataset]
+        return ["build", *_options(given), "--json", "--", site.raw(self.raw), str(dataset)]
 
     def check(self, site: Site, gpus: int) -> None:
         super().check(site, gpus)
@@ -225,7 +225,7 @@ class Feed(Kind):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     def needs(self, gpus: int) -> Needs:
-        return {}  # it waits most of the time, and never ends
+        return {"feed": 1}  # it waits most of the time, and never ends
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         options = _options(self.model_dump(include={"host", "port", "threads"}, exclude_none=True))
@@ -277,6 +277,12 @@ def is_complete(checkpoint: Path) -> bool:
         return bool(progress["over"] or (described["step"] >= progress["steps"] and not progress["pending"]))
     except (ValueError, KeyError, TypeError):  # damaged: for the command to say
         return False
+
+
+def _is_finished(dataset: Path, since: float) -> bool:
+    """Return whether a build has finished since then, to its very end, in which it deletes its working files."""
+    manifest = dataset / FILE_NAME
+    return manifest.exists() and manifest.stat().st_mtime >= since and not (dataset / ".build").exists()
 
 
 def _options(given: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The queue: starts jobs where slots are free, follows their logs, and ends each job once, whatever dies in between."""
+"""Starts jobs where slots are free, follows their logs, and ends each job once, whatever dies in between."""
 
 import os
 import signal
@@ -7,9 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sql
@@ -17,35 +15,25 @@ from sqlalchemy import Connection
 
 from pipeline import UserError
 from pipeline.service import child, database
-from pipeline.service.database import OVER, WAITING, Database, Job, add_event
-from pipeline.service.kinds import Kind, Needs, command, newest_checkpoint, parse
+from pipeline.service.database import WAITING, Database, Job, add_event, end_job
+from pipeline.service.kinds import Kind, command, parse
 from pipeline.service.progress import fold
-from pipeline.service.site import Missing, Site
+from pipeline.service.queue import MOST_QUEUED, Queue
 
 PERIOD, QUIET = 0.2, 1.0  # seconds between two looks, with and without running jobs
 BETWEEN = 0.5  # seconds between two events of the progress of a job
 PIECE = 2**20  # bytes of a log that are read at a time
-MOST_QUEUED = 1_000
 FAULTS = 2  # the exit code of our commands for a user's mistake: no second attempt would help
 FOUND = {"verify": 1}  # and the exit code of a command that has found what it looked for
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Jobs at a time: `cpu` of them without a GPU, and one for each of `gpus`, in the words of CUDA_VISIBLE_DEVICES."""
-
-    cpu: int = 1
-    gpus: tuple[str, ...] = ()
 
 
 class Scheduler:
     """Runs the queued jobs of a database in a thread. At most one scheduler works on a site."""
 
-    def __init__(self, site: Site, data: Database, slots: Slots, grace: float) -> None:
+    def __init__(self, queue: Queue, data: Database, grace: float) -> None:
         """`grace`: seconds from SIGTERM to SIGKILL for a job that is cancelled."""
-        self.site, self.slots, self.looked = site, slots, time.monotonic()
-        self._database, self._grace = data, grace
-        self._wake, self._stopping = threading.Event(), False
+        self.queue, self.looked = queue, time.monotonic()
+        self._database, self._grace, self._stopping = data, grace, False
         self._wrappers: list[subprocess.Popen[bytes]] = []  # that this process has begun, and has to reap
         self._seen: set[int] = set()  # jobs that have been running under this scheduler
         self._signalled: set[int] = set()
@@ -64,7 +52,7 @@ class Scheduler:
         `jobs_too`: they are asked to save and to end first, and are queued again.
         """
         self._stopping = True
-        self._wake.set()
+        self.queue.changed.set()
         if self._thread.is_alive():
             self._thread.join()
         running, until = self._database.jobs(("running",)), time.monotonic() + self._grace
@@ -72,82 +60,17 @@ class Scheduler:
             return len(running)
         for job in running:
             self._signal(job, signal.SIGTERM)
-        while time.monotonic() < until and any(child.running(self.folder(job.id)) for job in running):
+        while time.monotonic() < until and any(child.running(self.queue.folder(job.id)) for job in running):
             time.sleep(PERIOD)
         for job in running:
-            child.end_all(self.folder(job.id))
+            child.end_all(self.queue.folder(job.id))
             self._read_log(job)
-            code = child.exit_code(self.folder(job.id), job.attempt)
+            code = child.exit_code(self.queue.folder(job.id), job.attempt)
             if job.cancelling or code == 0:
                 self._finish(job, code)
             else:
                 self._queue_again(job, "the server was stopped", failure=False)
         return 0
-
-    def folder(self, job: int) -> Path:
-        return self.site.jobs / str(job)
-
-    # ---- What the API asks for. ----
-
-    def submit(self, kind: Kind, key: str | None = None) -> tuple[Job, bool]:
-        """Queue a job, and return it and True; the earlier job of the same `key`, if any, and False.
-
-        Raises UserError: the server cannot run it, or too many wait.
-        """
-        kind.check(self.site, len(self.slots.gpus))
-        with self._database.writing() as connection:
-            if key and (known := self._by_key(connection, key)):
-                if known.params != kind.model_dump(exclude_none=True):
-                    raise UserError(f"Idempotency-Key {key}: belongs to job {known.id}, which has other parameters")
-                return known, False
-            waiting = connection.execute(sql.select(sql.func.count()).where(database.jobs.c.state == "queued")).scalar()
-            if (waiting or 0) >= MOST_QUEUED:
-                raise UserError(f"{waiting:,} jobs wait already; at most {MOST_QUEUED:,}: cancel some, or wait")
-            values: dict[str, Any] = {"kind": kind.kind, "state": "queued", "target": kind.target, "key": key}
-            values["created"] = time.time()
-            values |= {"params": kind.model_dump(exclude_none=True), "retries": kind.retries}
-            added = sql.insert(database.jobs).values(values).returning(database.jobs.c.id)
-            number = connection.execute(added).scalar_one()
-            add_event(connection, number, "queued", {})
-        self._wake.set()
-        return self.job(number), True
-
-    def cancel(self, number: int) -> Job:
-        """Cancel a job: at once if it waits; if it runs, its command is asked to save and to end. Raises UserError."""
-        table = database.jobs
-        with self._database.writing() as connection:
-            job = self._locked(connection, number)
-            if job.state in OVER:
-                raise UserError(f"job {number}: has {job.state} already")
-            if job.state == "queued":
-                self._end(connection, job, "cancelled", None, None)
-            elif not job.cancelling:
-                connection.execute(sql.update(table).where(table.c.id == number).values(cancelling=time.time()))
-                add_event(connection, number, "cancelling", {})
-        self._wake.set()
-        return self.job(number)
-
-    def retry(self, number: int) -> Job:
-        """Queue a new job like one that failed or was cancelled; it goes on where that ended. Raises UserError."""
-        job = self.job(number)
-        if job.state not in ("failed", "cancelled"):
-            raise UserError(f"job {number}: is {job.state}; only one that failed or was cancelled is run again")
-        params = job.params
-        if job.kind == "train" and self._has_begun(params["run"]):
-            params = {name: value for name, value in params.items() if name not in ("recipe", "init", "set")}
-            params["resume"] = True
-        return self.submit(parse(params))[0]
-
-    def job(self, number: int) -> Job:
-        """Return a job. Raises Missing."""
-        if job := self._database.job(number):
-            return job
-        raise Missing(f"{number}: no such job")
-
-    def taken(self) -> dict[str, int]:
-        """Return the slots that running jobs have, by "cpu" and "gpu"."""
-        running = self._database.jobs(("running",), limit=MOST_QUEUED)
-        return dict(sum((Counter(self._needs(job)) for job in running), Counter(cpu=0, gpu=0)))
 
     # ---- The thread. ----
 
@@ -159,8 +82,8 @@ class Scheduler:
             except (sql.exc.SQLAlchemyError, OSError) as error:  # a full disk, a lost database: may pass
                 print(f"penstock serve: {str(error).splitlines()[0]}; tries again", file=sys.stderr, flush=True)
                 busy = False
-            self._wake.wait(PERIOD if busy else QUIET)
-            self._wake.clear()
+            self.queue.changed.wait(PERIOD if busy else QUIET)
+            self.queue.changed.clear()
 
     def look(self) -> bool:
         """Follow the running jobs, start what can be started; return whether jobs run."""
@@ -180,8 +103,8 @@ class Scheduler:
             if job.state == "queued":
                 reason = self._obstacle(job, kind, before, taken, blocked)
                 if reason is None:
-                    needs = kind.needs(len(self.slots.gpus))
-                    own = tuple(i for i in range(len(self.slots.gpus)) if i not in gpus)[: needs.get("gpu", 0)]
+                    needs = kind.needs(len(self.queue.slots.gpus))
+                    own = tuple(i for i in range(len(self.queue.slots.gpus)) if i not in gpus)[: needs.get("gpu", 0)]
                     self._start(job, kind, own)
                     taken, gpus, busy = taken + Counter(needs), gpus | {*own}, True
                 elif reason != job.waits_for:
@@ -191,12 +114,8 @@ class Scheduler:
 
     def _occupied(self, unfinished: list[Job]) -> tuple[Counter[str], set[int]]:
         running = [job for job in unfinished if job.state == "running"]
-        taken = sum((Counter(self._needs(job)) for job in running), Counter())
+        taken = sum((Counter(self.queue.needs(job)) for job in running), Counter())
         return taken, {number for job in running for number in job.gpus}
-
-    def _needs(self, job: Job) -> Needs:
-        """Return the slots that a running job has: of GPUs those that it was given."""
-        return {"gpu": len(job.gpus)} if job.gpus else parse(job.params).needs(0)
 
     def _obstacle(
         self, job: Job, kind: Kind, before: list[tuple[Job, Kind]], taken: Counter[str], blocked: set[str]
@@ -207,8 +126,8 @@ class Scheduler:
                 return f"job {other.id}, {other.kind} {other.target}"
         if (pause := self._not_before.get(job.id, 0) - time.monotonic()) > 0:
             return f"{pause:.0f} s until it is tried again"
-        for name, count in kind.needs(len(self.slots.gpus)).items():
-            total = self.slots.cpu if name == "cpu" else len(self.slots.gpus)
+        for name, count in kind.needs(len(self.queue.slots.gpus)).items():
+            total = self.queue.slots.total()[name]
             if name in blocked or taken[name] + count > total:
                 blocked.add(name)
                 return f"a free {name} slot; there {'is' if total == 1 else 'are'} {total}"
@@ -226,11 +145,13 @@ class Scheduler:
         job = replace(job, attempt=attempt, state="running", started=job.started or now, gpus=gpus)
         self._seen.add(job.id)
         try:
-            words = kind.words(self.site, job.started if attempt > 1 else None)
-            folder = self.folder(job.id)
+            words = kind.words(self.queue.site, job.started if attempt > 1 else None)
+            folder = self.queue.folder(job.id)
             folder.mkdir(exist_ok=True)
-            own = {"CUDA_VISIBLE_DEVICES": ",".join(self.slots.gpus[i] for i in gpus)}
-            own["PENSTOCK_FEED_TOKEN_FILE"] = os.environ.get("PENSTOCK_FEED_TOKEN_FILE", str(self.site.feed_token))
+            own = {"CUDA_VISIBLE_DEVICES": ",".join(self.queue.slots.gpus[i] for i in gpus)}
+            own["PENSTOCK_FEED_TOKEN_FILE"] = os.environ.get(
+                "PENSTOCK_FEED_TOKEN_FILE", str(self.queue.site.feed_token)
+            )
             wrapper = child.start(folder, attempt, command(words), own)
             self._wrappers.append(wrapper)
             process = child.identity(wrapper.pid)
@@ -240,7 +161,7 @@ class Scheduler:
 
     def _follow(self, job: Job) -> None:
         """Read a running job's log, and signal it if it is cancelled; end or requeue it where its command ended."""
-        folder = self.folder(job.id)
+        folder = self.queue.folder(job.id)
         process = child.Process(job.pid, job.pid_started or 0) if job.pid else child.running(folder)
         alive = process is not None and process.is_alive()
         if process and alive and not job.pid:  # begun by a server that ended before it could write this
@@ -268,7 +189,7 @@ class Scheduler:
         """Fold the new whole lines of a job's log into its progress; return the job as it is then."""
         progress, position = job.progress, job.log_read
         try:
-            with open(self.folder(job.id) / child.LOG, "rb") as log:
+            with open(self.queue.folder(job.id) / child.LOG, "rb") as log:
                 log.seek(position)
                 while piece := log.read(PIECE):
                     end = piece.rfind(b"\n") + 1 or (len(piece) if len(piece) == PIECE else 0)
@@ -295,13 +216,13 @@ class Scheduler:
         """Ask a cancelled job to end; past the grace, kill it."""
         if since > self._grace:
             self._signal(job, signal.SIGKILL)
-            child.end_all(self.folder(job.id))
+            child.end_all(self.queue.folder(job.id))
         elif job.id not in self._signalled:
             self._signalled.add(job.id)
             self._signal(job, signal.SIGTERM)
 
     def _signal(self, job: Job, number: int) -> None:
-        if process := child.running(self.folder(job.id)):
+        if process := child.running(self.queue.folder(job.id)):
             process.signal(number)
 
     def _finish(self, job: Job, code: int | None, reason: str | None = None) -> None:
@@ -318,7 +239,7 @@ class Scheduler:
         else:
             return self._failed(job, code, reason or f"ended with exit code {code}")
         with self._database.writing() as connection:
-            self._end(connection, job, state, code, reason)
+            end_job(connection, job, state, code, reason)
 
     def _failed(self, job: Job, code: int | None, reason: str) -> None:
         """Try a job again that ended by no fault of its user, or end it where that has been done often enough."""
@@ -327,19 +248,12 @@ class Scheduler:
             return self._queue_again(job, reason, failure=True)
         tries = f" ({job.attempt} attempts)" if job.attempt > 1 else ""
         with self._database.writing() as connection:
-            self._end(connection, job, "failed", code, f"{reason}{tries}")
+            end_job(connection, job, "failed", code, f"{reason}{tries}")
 
     def _queue_again(self, job: Job, reason: str, failure: bool) -> None:
         with self._database.writing() as connection:
             self._update(connection, job, state="queued", pid=None, gpus=None, failures=job.failures + failure)
             add_event(connection, job.id, "queued", {"reason": reason})
-
-    def _end(self, connection: Connection, job: Job, state: str, code: int | None, reason: str | None) -> None:
-        table, ended = database.jobs, {"state": state, "exit_code": code, "reason": reason}
-        same = sql.and_(table.c.id == job.id, table.c.state.in_(WAITING))  # a job ends once
-        values = {**ended, "ended": time.time(), "pid": None, "waits_for": None}
-        if connection.execute(sql.update(table).where(same).values(values)).rowcount:
-            add_event(connection, job.id, "ended", ended)
 
     # ---- Rows. ----
 
@@ -349,36 +263,3 @@ class Scheduler:
 
     def _update(self, connection: Connection, job: Job, **values: Any) -> None:
         connection.execute(sql.update(database.jobs).where(database.jobs.c.id == job.id).values(values))
-
-    def _locked(self, connection: Connection, number: int) -> Job:
-        row = connection.execute(sql.select(database.jobs).where(database.jobs.c.id == number)).mappings().first()
-        if row is None:
-            raise Missing(f"{number}: no such job")
-        return database.job_of(row)
-
-    def _by_key(self, connection: Connection, key: str) -> Job | None:
-        row = connection.execute(sql.select(database.jobs).where(database.jobs.c.key == key)).mappings().first()
-        return database.job_of(row) if row else None
-
-    def _has_begun(self, run: str) -> bool:
-        return newest_checkpoint(self.site.runs / run) is not None
-
-
-def slots_of(text: str | None, visible: Mapping[str, str] = os.environ) -> Slots:
-    """Return the slots that `cpu=2,gpu=1` names; by default one job on the cores, and one on each GPU.
-
-    Raises UserError: another text, or more GPUs than there are.
-    """
-    here = visible.get("CUDA_VISIBLE_DEVICES")
-    names = here.split(",") if here else [] if here == "" else [str(i) for i in range(len(_devices()))]
-    given = dict(part.strip().partition("=")[::2] for part in text.split(",")) if text else {}
-    if not given.keys() <= {"cpu", "gpu"} or not all(value.isdecimal() for value in given.values()):
-        raise UserError(f"--slots {text}: not like cpu=1,gpu=0")
-    cpu, gpu = int(given.get("cpu", 1)), int(given.get("gpu", len(names)))
-    if not 1 <= cpu <= 1024 or gpu > len(names):
-        raise UserError(f"--slots {text}: at least one cpu slot, and at most {len(names)} of GPUs, which are here")
-    return Slots(cpu, tuple(names[:gpu]))
-
-
-def _devices() -> list[str]:
-    return [name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdecimal()]

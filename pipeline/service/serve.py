@@ -13,7 +13,8 @@ import uvicorn
 from pipeline import UserError, files, storage
 from pipeline.cli import Command, printable
 from pipeline.service.database import Database, url_of
-from pipeline.service.scheduler import Scheduler, slots_of
+from pipeline.service.queue import Queue, slots_of
+from pipeline.service.scheduler import Scheduler
 from pipeline.service.site import Site
 from pipeline.service.tokens import ROOT, URL, listed
 from pipeline.service.web import app, limits
@@ -28,7 +29,9 @@ SHUTDOWN = 2  # seconds for answers under way, once the server ends
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0: all of them.")
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: a free one.")
 @click.option("--raw-root", "raw_roots", multiple=True, metavar="DIR", help="Builds read raw images below; repeatable.")
-@click.option("--slots", metavar="cpu=N,gpu=N", help="Jobs at a time.  [default: one on the cores, one on each GPU]")
+@click.option(
+    "--slots", metavar="cpu=N,gpu=N,feed=N", help="Jobs at a time.  [default: one on the cores, one on each GPU]"
+)
 @click.option("--grace", type=click.FloatRange(0, 86400), default=60, show_default=True, help="Seconds to end in.")
 @click.option("--stop-jobs", is_flag=True, help="Let jobs save and end with the server, to go on with the next one.")
 @click.option("--feed", "feeds", multiple=True, metavar="HOST:PORT", help="Show this decoding worker, too; repeatable.")
@@ -63,8 +66,9 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
             raise UserError(f"--host {host}: other machines can ask there, and no token is valid; make one: {remedy}")
         listening = _listening(host, port)
         port, scheme = listening.getsockname()[1], "https" if values["tls_cert"] else "http"
-        scheduler = Scheduler(site, database, slots, values["grace"])
-        service = Service(site, database, scheduler, Settings(host, port, tls=bool(values["tls_cert"]), **settings))
+        queue = Queue(site, database, slots)
+        scheduler = Scheduler(queue, database, values["grace"])
+        service = Service(site, database, queue, scheduler, Settings(host, port, bool(values["tls_cert"]), **settings))
         web = app.create(service)
         tls = {"ssl_certfile": values["tls_cert"], "ssl_keyfile": values["tls_key"]}
         server = uvicorn.Server(config(web, **tls))

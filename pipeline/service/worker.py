@@ -1,5 +1,6 @@
 """The decoding worker: answers requests for parts of batches. It keeps nothing but open files and threads."""
 
+import json
 import os
 import threading
 from collections import OrderedDict
@@ -67,6 +68,11 @@ class Worker(AbstractContextManager["Worker"]):
         """Return the views of a part. Raises as `size`, and as `Parts.decode`."""
         self.size(request)
         return self._parts_of(request).decode(request)
+
+    def status(self) -> dict[str, Any]:
+        """Return the threads that decode, and the data sets that are open."""
+        with self._lock:
+            return {"threads": self._threads, "datasets": sorted(self._manifests)}
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -197,6 +203,16 @@ class Server(flight.FlightServerBase):
             held = self._outgoing.hold(context, self._worker.size(request))
             answer = self._worker.answer(request)
             return self._outgoing.stream(context, answer.to_batch(), held)
+
+    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> list[flight.Result]:
+        """Answer the action `status` with that of this worker as JSON, and refuse all others."""
+        if action.type != "status":
+            raise failure("refused", f"a worker answers do_get and the action status, not {action.type!r:.50}")
+        return [flight.Result(json.dumps(self.status()).encode())]
+
+    def status(self) -> dict[str, Any]:
+        """Return seconds, views, rate, queue, bytes_held and clients (see `Outgoing.status`), threads and datasets."""
+        return self._outgoing.status() | self._worker.status()
 
     def shutdown(self) -> None:
         """End the calls under way, and serve no more."""

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from pipeline.service.database import Database, Event
+from pipeline.service.queue import Queue
 from pipeline.service.scheduler import Scheduler
 from pipeline.service.site import Site
 
@@ -24,9 +25,9 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8080
+    tls: bool = False
     tokens_required: bool = False
     feeds: tuple[str, ...] = ()  # addresses of decoding workers that are no jobs of this server
-    tls: bool = False
 
 
 class Stream:
@@ -91,6 +92,7 @@ class Stream:
 class Service:
     site: Site
     database: Database
+    queue: Queue
     scheduler: Scheduler
     settings: Settings = field(default_factory=Settings)
     stream: Stream = field(init=False)

@@ -92,7 +92,7 @@ def submit(
 def create(service: Service, params: Kind | dict[str, Any], key: str | None = None) -> Job:
     """Queue a job of these parameters, and return it. Raises UserError."""
     kind = parse_kind(params) if isinstance(params, dict) else params
-    return service.scheduler.submit(kind, key)[0]
+    return service.queue.submit(kind, key)[0]
 
 
 @router.get("/jobs", responses=responses(422))
@@ -112,23 +112,23 @@ def list_jobs(
 @router.get("/jobs/{number}", responses=responses(404, 422))
 def one(service: Here, number: Number) -> JobView:
     """Return a job."""
-    return view(service.scheduler.job(number))
+    return view(service.queue.job(number))
 
 
 @router.post("/jobs/{number}/cancel", status_code=202, responses=responses(404, 409, 422))
 def cancel(service: Here, number: Number) -> JobView:
     """Cancel a job. One that runs is asked to save and to end, and is killed after the server's grace."""
-    if service.scheduler.job(number).is_over:
+    if service.queue.job(number).is_over:
         raise Problem(409, f"job {number}: is over already")
-    return view(service.scheduler.cancel(number))
+    return view(service.queue.cancel(number))
 
 
 @router.post("/jobs/{number}/retry", status_code=201, responses=responses(404, 409, 422))
 def retry(service: Here, number: Number, response: Response) -> JobView:
     """Submit a job like one that failed or was cancelled; it goes on where that ended."""
-    if service.scheduler.job(number).state not in ("failed", "cancelled"):
+    if service.queue.job(number).state not in ("failed", "cancelled"):
         raise Problem(409, f"job {number}: has not failed, and was not cancelled")
-    job = service.scheduler.retry(number)
+    job = service.queue.retry(number)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return view(job)
 
@@ -140,7 +140,7 @@ def retry(service: Here, number: Number, response: Response) -> JobView:
 )
 def log(service: Here, request: Request, number: Number, text: bool = False) -> Response:
     """Return the log of all attempts, by ranges of bytes; with `text` its end as sentences."""
-    path = service.scheduler.folder(service.scheduler.job(number).id) / child.LOG
+    path = service.queue.folder(service.queue.job(number).id) / child.LOG
     if text or not path.exists():
         return PlainTextResponse("".join(f"{line}\n" for line in tail(service, number)))
     kind = "text/plain; charset=utf-8"
@@ -160,7 +160,7 @@ def _first(path: PathLike[str], size: int) -> Iterator[bytes]:
 def tail(service: Service, number: int, most: int = 10_000) -> list[str]:
     """Return the last lines of a job's log as sentences."""
     try:
-        with open(service.scheduler.folder(number) / child.LOG, "rb") as file:
+        with open(service.queue.folder(number) / child.LOG, "rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - LATEST))
             lines = file.read(LATEST).splitlines()
@@ -181,7 +181,7 @@ async def job_events(
 ) -> Response:
     """Stream a job's events (server-sent events) from its first on; it ends with the job."""
     start = int(last_event_id or after)
-    if service.scheduler.job(number).is_over and not service.database.events(start, number, limit=1):
+    if service.queue.job(number).is_over and not service.database.events(start, number, limit=1):
         return Response(status_code=204)  # which ends the reconnections of a browser
     return _streamed(service, start, number)
 
