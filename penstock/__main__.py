@@ -20,13 +20,13 @@ TOOLS = {
     "feed": "Decode for trainers on other machines.",
 }
 SERVICE = {
-    "serve": "Serve jobs, data sets, runs and workers of a folder.",
+    "serve": "Serve jobs, data sets, runs and workers of the folder DIR.",
     "token": "Create, list and revoke the tokens of a server.",
-    "submit": "Submit a job to a server.",
-    "jobs": "List the jobs of a server.",
+    "submit": "Submit a job to the server at PENSTOCK_URL.",
+    "jobs": "List the jobs of the server at PENSTOCK_URL.",
     "logs": "Print the log of a job.",
     "cancel": "Cancel a job.",
-    "retry": "Run a job again that failed or was cancelled.",
+    "retry": "Submit a job again that failed or was cancelled.",
 }
 
 
@@ -66,8 +66,11 @@ def load_service(name: str) -> click.Command:
 
         command: click.Command = getattr(client, name)
         return command
-    except ImportError as error:
-        end(UserError(f"{name} needs the package {error.name}: pip install 'penstock-imagenet[service]'"))
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("penstock", "pipeline", "tools", "trainer"):
+            raise
+        end(UserError(f"{name} needs the package {package}: pip install 'penstock-imagenet[service]'"))
 
 
 @click.group(cls=LazyGroup, lines=TOOLS | SERVICE | COMMANDS, load=load)

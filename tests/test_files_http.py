@@ -26,6 +26,8 @@ from pipeline.offline.verify import check
 from pipeline.online import Loader
 from pipeline.online import webdataset as pairs
 from pipeline.online.cache import ShardCache
+from pipeline.service import tokens
+from pipeline.service.database import Database, url_of
 from serving import Server, served
 from stored import damage, remake
 
@@ -278,6 +280,25 @@ def test_a_data_set_that_is_replaced_under_a_loader(dataset: Path, server: Serve
     with pytest.raises(UserError, match=r"/changing/train/train-000000.tar: changed or damaged"), cache.lease([0]):
         pass
     cache.close()
+
+
+def test_a_server_that_asks_for_tokens(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A token for reading is enough; without one, or with a wrong one, the first request says what to set."""
+    root = tmp_path / "server"
+    shutil.copytree(dataset, root / "datasets/d")
+    _, token = tokens.create(Database(url_of(root, None)), "read")
+    with served(root, "--require-token") as server:
+        url = f"{server.url}/v1/datasets/d"
+        for wrong in ("", token[:-1] + "!"):
+            monkeypatch.setenv("PENSTOCK_TOKEN", wrong)
+            with pytest.raises(
+                UserError, match=r"access denied \(401 .*\); set PENSTOCK_TOKEN to a token of"
+            ) as caught:
+                manifest.load(url)
+            assert not wrong or wrong not in str(caught.value)
+        monkeypatch.setenv("PENSTOCK_TOKEN", token)
+        with Loader(url, batch_size=8, cache=tmp_path / "cache", order="shards", window=8) as loader:
+            assert next(loader).images.shape == (8, 3, 224, 224)
 
 
 @pytest.mark.proof

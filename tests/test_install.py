@@ -22,7 +22,7 @@ from PIL import features
 
 from conftest import ROOT, normal, pins
 from penstock import __version__
-from penstock.__main__ import COMMANDS, TOOLS, load
+from penstock.__main__ import COMMANDS, SERVICE, TOOLS, load
 from penstock.__main__ import main as penstock
 
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -85,8 +85,8 @@ def output(*words: str) -> str:
 
 def test_help_lists_each_command_with_the_beginning_of_its_own_help():
     listed = output("--help").partition("Commands:\n")[2]
-    assert [line.split()[0] for line in listed.splitlines()] == [*TOOLS, *COMMANDS]
-    for name, line in (TOOLS | COMMANDS).items():
+    assert [line.split()[0] for line in listed.splitlines()] == [*TOOLS, *SERVICE, *COMMANDS]
+    for name, line in (TOOLS | SERVICE | COMMANDS).items():
         assert line in listed
         assert (load(name).help or "").startswith(line.rstrip("."))
         assert output(name, "--help").startswith(f"Usage: penstock {name} [OPTIONS]")

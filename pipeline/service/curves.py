@@ -137,7 +137,7 @@ def of(run: Path) -> Curves:
 
 
 def newer(file: BufferedReader, after: int) -> Iterator[bytes]:
-    """Yield the whole lines of an open metrics.jsonl past the step `after`, and damaged ones, as they are. Closes it."""
+    """Yield the whole lines of an open metrics.jsonl past step `after`, and damaged ones, as they are; close it."""
     with file:
         start = file.seek(0, 2)
         while start:  # back from the end, since steps grow, and the newest are asked for most

@@ -111,7 +111,7 @@ def feed(context: click.Context, root: str, executor: str, **values: Any) -> Non
         print_line(values["as_json"], text, "serving", uri=uri, data_sets=count, pid=os.getpid())
         for second in itertools.count(
             1
-        ):  # until a signal; a wait without an end would hear one just before it too late
+        ):  # until a signal; an endless wait would not hear one that comes just before it
             time.sleep(1)
             if values["as_json"] and second % TELLS == 0:
                 print_event("status", time=time.time(), **server.status())

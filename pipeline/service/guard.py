@@ -41,7 +41,7 @@ def failure(kind: str, message: str) -> flight.FlightError:
 
 
 class Admission(flight.ServerMiddlewareFactory):
-    """Refuses calls without the token, if there is one, and all but views and status, before a byte of their data is used."""
+    """Refuses calls without the token, if there is one, and all but two kinds, before a byte of their data is used."""
 
     def __init__(self, token: str | None) -> None:
         super().__init__()

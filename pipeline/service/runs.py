@@ -1,4 +1,4 @@
-"""The folder of a run: its checkpoints by their headers, its evaluations, and other files, without the trainer's code."""
+"""The folder of a run: its checkpoints by their headers, its evaluations, and other files; without the trainer."""
 
 import os
 import re
@@ -7,13 +7,10 @@ import struct
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import (
-    NotRequired,  # pydantic takes typing's only from Python 3.12 on
-    TypeVar,
-)
+from typing import NotRequired, TypeVar
 
 import msgspec
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline import UserError, storage, typed
 from pipeline.typed import Count
@@ -137,8 +134,8 @@ def evaluations(run: Path) -> list[Evaluation]:
     for file in files_of(run, EVALUATION):
         rates = _rates(run / file, *storage.stamp(run / file))
         errors = {view: rates[view] for view in VIEWS if view in rates}  # type: ignore[literal-required]
-        about = {key: rates[key] for key in ("step", "split", "dataset")}  # type: ignore[literal-required]
-        views.append(Evaluation(file=file, errors=errors, **about))
+        step, split, dataset = rates["step"], rates["split"], rates["dataset"]
+        views.append(Evaluation(file=file, step=step, split=split, dataset=dataset, errors=errors))
     return views
 
 

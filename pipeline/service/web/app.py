@@ -9,11 +9,23 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import access, datasets, files, forms, holdings, jobs, pages, problem, runs, workers
+from pipeline.service.web import (
+    access,
+    datasets,
+    files,
+    forms,
+    holdings,
+    jobs,
+    metrics,
+    pages,
+    problem,
+    runs,
+    workers,
+)
 from pipeline.service.web.context import Service
 
 ROUTERS = (
-    *(access.router, jobs.router, datasets.router, runs.router, workers.router),
+    *(access.router, jobs.router, datasets.router, runs.router, workers.router, metrics.router),
     *(pages.router, holdings.router, forms.router),
     files.router,  # last: it takes every name in a data set
 )
@@ -47,6 +59,7 @@ def create(service: Service) -> FastAPI:
         app.include_router(router)
     problem.install(app)
     access.protect(app, service)
+    metrics.observe(app, service)  # outermost, to count refusals too
     _describe_problems(app)
     return app
 

@@ -64,14 +64,22 @@ def file(service: Here, request: Request, name: str, path: str) -> Response:
             return RedirectResponse(f"{path.rpartition('/')[2]}/")
         return _folder(service.site, request, name, path)
     stored, record = _opened(service.site, name, path)
-    etag, asked, kind = f'"{record.sha256}"', request.headers, TYPES.get(os.path.splitext(path)[1], OTHER_TYPE)
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+    return sent(request, stored, f'"{record.sha256}"', TYPES.get(os.path.splitext(path)[1], OTHER_TYPE))
+
+
+def sent(request: Request, stored: BufferedReader, etag: str, kind: str, **more: str) -> Response:
+    """Return the bytes of an open file, all or some ranges of them, or 304; the answer closes it.
+
+    Raises Problem: it has none of the bytes asked for.
+    """
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"} | more
+    asked, size = request.headers, os.fstat(stored.fileno()).st_size
     with ExitStack() as stack:
         stack.enter_context(stored)
         if {etag, "*"} & {tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")}:
             return Response(status_code=304, headers=headers)
         heeded = request.method == "GET" and asked.get("if-range", etag) == etag
-        answer = _Stored(stored, headers, kind, _satisfiable(asked.get("range", ""), record.bytes) if heeded else "")
+        answer = _Stored(stored, headers, kind, _satisfiable(asked.get("range", ""), size) if heeded else "")
         stack.pop_all()  # the answer closes the file
         return answer
 

@@ -210,12 +210,14 @@ def curves(trained: Sequence[dict[str, Any]], validated: Sequence[dict[str, Any]
     if not trained and not validated:
         return []
 
-    def curve(name: str, lines: Sequence[dict[str, Any]], *path: str, factor: float = 1) -> charts.Curve:
-        return charts.Curve(name, [(line["step"], factor * _at(line, path)) for line in lines])
+    def curve(name: str, lines: Sequence[dict[str, Any]], *path: str, percent: bool = False) -> charts.Curve:
+        values = [_at(line, path) for line in lines]
+        values = [round(100 * value, 2) for value in values] if percent else values
+        return charts.Curve(name, [(line["step"], value) for line, value in zip(lines, values)])
 
     causes = [name for name in KNOBS if any(line["time"].get("stall_by", {}).get(name, 0) > LIMIT for line in trained)]
-    stall = [curve("all", trained, "time", "stall", factor=100)]
-    stall += [curve(name, trained, "time", "stall_by", name, factor=100) for name in causes]
+    stall = [curve("all", trained, "time", "stall", percent=True)]
+    stall += [curve(name, trained, "time", "stall_by", name, percent=True) for name in causes]
     losses = [curve("training", trained, "loss"), curve("validation", validated, "nll")]
     errors = [curve("top-1", validated, "top1_error"), curve("top-5", validated, "top5_error")]
     return [

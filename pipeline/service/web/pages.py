@@ -163,9 +163,9 @@ def _grids(site: Site, job: Job) -> list[tuple[str, charts.Markup]]:
 
 
 @router.get("/login")
-def login(request: Request, next: Annotated[str, Query(max_length=2000)] = "/", failed: bool = False) -> Response:
+def login(request: Request, next: Annotated[str, Query(max_length=2000)] = "/", error: bool = False) -> Response:
     """Ask for a token."""
-    return render(request, "login.html", next=next, failed=failed, bare=True)
+    return render(request, "login.html", next=next, failed=error or "failed" in request.query_params, bare=True)
 
 
 @router.get("/docs")
