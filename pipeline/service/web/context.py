@@ -1,4 +1,4 @@
-"""What the endpoints work with: the site, the database, the scheduler, and the stream of events."""
+"""The context of the endpoints: the site, the database, the scheduler, and the stream of events."""
 
 import asyncio
 from collections import deque
@@ -21,7 +21,7 @@ ALIVE = 10.0  # seconds of silence after which a stream says that it is alive
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server was started."""
+    """The options that the server was started with."""
 
     host: str = "127.0.0.1"
     port: int = 8080

@@ -51,7 +51,7 @@ def _page(request: Request, service: Service, values: dict[str, str], kind: str 
     known: dict[str, Any] = {"datasets": site.dataset_names(), "runs": site.run_names(), "raw_roots": site.raw_roots}
     known |= {"choices": {name: fields[name].metadata["choices"] for name in CHOICES}, "key": secrets.token_hex(16)}
     known["recipes"] = sorted(path.stem for path in RECIPES.glob("*.toml"))
-    known["gpus"] = len(service.scheduler.slots.gpus)
+    known["gpus"] = len(service.queue.slots.gpus)
     status = 422 if error else 200
     return render(request, "new.html", status, kind=kind, values=values, error=error, wrong=wrong, **known)
 
@@ -97,4 +97,4 @@ def cancel(service: Here, number: jobs.Number) -> Response:
 @router.post("/jobs/{number}/retry")
 def retry(service: Here, number: jobs.Number) -> Response:
     """Submit a job anew, and lead to the new one."""
-    return RedirectResponse(f"/jobs/{service.scheduler.retry(number).id}", 303)
+    return RedirectResponse(f"/jobs/{service.queue.retry(number).id}", 303)

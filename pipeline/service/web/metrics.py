@@ -1,4 +1,4 @@
-"""What a monitor asks: /metrics in Prometheus' format, /healthz, and /readyz."""
+"""The questions of a monitor: /metrics in Prometheus' format, /healthz, and /readyz."""
 
 import time
 from collections.abc import Iterator, Mapping

@@ -79,7 +79,7 @@ def overview(request: Request, service: Here) -> Response:
 
 def _slots(service: Service) -> dict[str, tuple[int, int]]:
     """Return the slots in use and all of them, by kind; kinds without any are left out."""
-    taken, slots = service.scheduler.taken(), service.scheduler.slots
+    taken, slots = service.queue.taken(), service.queue.slots
     every = {"cpu": slots.cpu, "gpu": len(slots.gpus)}
     return {name: (taken.get(name, 0), number) for name, number in every.items() if number}
 
@@ -103,7 +103,7 @@ def job_list(
 def job_page(request: Request, service: Here, number: jobs.Number) -> Response:
     """Show a job: how far and how fast it is, its shards, what it skipped, its log."""
     after = service.database.last_event()
-    job = service.scheduler.job(number)
+    job = service.queue.job(number)
     values: dict[str, Any] = {
         "job": job,
         "stalls": stalls(job),
