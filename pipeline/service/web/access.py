@@ -1,4 +1,4 @@
-"""Who may ask for what: tokens and sessions, the request's host and origin, and the headers of every answer."""
+"""Access: tokens and sessions, the request's host and origin, and the headers of every answer."""
 
 import asyncio
 import ipaddress

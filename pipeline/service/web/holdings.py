@@ -8,6 +8,7 @@ import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
+from pipeline.doubts import doubts
 from pipeline.manifest import Manifest
 from pipeline.online.stall import KNOBS, LIMIT
 from pipeline.service.database import Job
@@ -33,7 +34,7 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 def dataset_list(request: Request, service: Here) -> Response:
     """Show all data sets."""
     after = service.database.last_event()
-    return render(request, "datasets.html", after=after, active=False, datasets=datasets.summaries(service.site))
+    return render(request, "datasets.html", after=after, active=False, sets=datasets.summaries(service.site))
 
 
 @router.get("/datasets/{name}")
@@ -53,6 +54,7 @@ def dataset_page(
     base = str(request.base_url).rstrip("/")
     values = {
         "one": datasets.summary(manifest, name),
+        "warnings": doubts(manifest),
         "statistics": manifest.statistics_summary,
         "samples": _samples(manifest, split, draw),
         "components": _components(manifest, name),
@@ -64,7 +66,7 @@ def dataset_page(
     return render(request, "dataset.html", split=split, epoch=epoch, draw=draw, base=base, **values)
 
 
-def _samples(manifest: Manifest, split: str, draw: int) -> list[dict[str, Any]]:
+def _samples(manifest: Manifest, split: str, draw: int) -> list[datasets.Sample]:
     """Return DRAWN samples of a split, a function of `draw`."""
     number = manifest.splits[split].samples
     ids = random.Random(draw).sample(range(number), min(DRAWN, number))
@@ -160,12 +162,13 @@ def run_page(request: Request, service: Here, name: str) -> Response:
     job = _newest(service, name)
     busy = any(one.target == name for one in service.database.jobs(("queued", "running"), limit=500))
     names = [figure["file"] for figure in runs.figures(service.site, name)]
-    values = {
+    values: dict[str, Any] = {
         "run": run,
         "job": job,
         "busy": busy,
         "newest": trained[-1] if trained else {},
-        "best": min((line["top1_error"] for line in validated), default=None),
+        "evaluations": [(one, view, rates) for one in run["evaluations"] for view, rates in one["errors"].items()],
+        "recipe": _recipe(run["recipe"]),
         "cause": cause(trained[-1]["time"]) if trained else "",
         "curves": curves(trained, validated),
         "checkpoints": runs.checkpoints(service.site, name),
@@ -180,6 +183,22 @@ def _newest(service: Service, name: str) -> Job | None:
     return next((job for job in found if job.kind == "train"), found[0] if found else None)
 
 
+def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys of a training recipe that people ask for, and their values."""
+    train, optim, model = (recipe.get(part, {}) for part in ("train", "optim", "model"))
+    layers = ", ".join(f"{name} {layer.get('width') or 'classes'}" for name, layer in model.get("layers", {}).items())
+    values = {
+        "Network": layers and f"{layers}; {model.get('columns')} columns",
+        "Batch": train.get("batch_size"),
+        "Epochs": train.get("epochs"),
+        "Learning rate": optim.get("lr"),
+        "Schedule": optim.get("schedule"),
+        "Momentum, decay": optim and f"{optim.get('momentum')}, {optim.get('decay')}",
+        "Seed": train.get("seed"),
+    }
+    return [(name, str(value)) for name, value in values.items() if value]
+
+
 def cause(time: dict[str, Any]) -> str:
     """Return what the device waited for most, with the remedy; "" where it hardly waited."""
     worst = max(time.get("stall_by") or {"": 0.0}, key=lambda name: time["stall_by"][name])
@@ -191,12 +210,14 @@ def curves(trained: Sequence[dict[str, Any]], validated: Sequence[dict[str, Any]
     if not trained and not validated:
         return []
 
-    def curve(name: str, lines: Sequence[dict[str, Any]], *path: str, factor: float = 1) -> charts.Curve:
-        return charts.Curve(name, [(line["step"], factor * _at(line, path)) for line in lines])
+    def curve(name: str, lines: Sequence[dict[str, Any]], *path: str, percent: bool = False) -> charts.Curve:
+        values = [_at(line, path) for line in lines]
+        values = [round(100 * value, 2) for value in values] if percent else values
+        return charts.Curve(name, [(line["step"], value) for line, value in zip(lines, values)])
 
     causes = [name for name in KNOBS if any(line["time"].get("stall_by", {}).get(name, 0) > LIMIT for line in trained)]
-    stall = [curve("all", trained, "time", "stall", factor=100)]
-    stall += [curve(name, trained, "time", "stall_by", name, factor=100) for name in causes]
+    stall = [curve("all", trained, "time", "stall", percent=True)]
+    stall += [curve(name, trained, "time", "stall_by", name, percent=True) for name in causes]
     losses = [curve("training", trained, "loss"), curve("validation", validated, "nll")]
     errors = [curve("top-1", validated, "top1_error"), curve("top-5", validated, "top5_error")]
     return [

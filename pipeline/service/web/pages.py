@@ -69,19 +69,22 @@ def overview(request: Request, service: Here) -> Response:
         "failed": [job for job in failed if newer[job.kind, job.target] == job.id],  # a later one has not mended it
         "over": [job for job in over if job.state != "failed"][:6],
         "slots": _slots(service),
-        "datasets": datasets.summaries(service.site),
+        "sets": datasets.summaries(service.site),
         "runs": runs.summaries(service),
     }
-    values["empty"] = not (unfinished or over or values["datasets"] or values["runs"])
+    values["empty"] = not (unfinished or over or any(values["sets"].values()) or values["runs"])
     place: dict[str, Any] = {"base": str(request.base_url).rstrip("/"), "raw_roots": service.site.raw_roots}
     return render(request, "overview.html", after=after, active=bool(unfinished), **place, **values)
 
 
 def _slots(service: Service) -> dict[str, tuple[int, int]]:
-    """Return the slots in use and all of them, by kind; kinds without any are left out."""
-    taken, slots = service.queue.taken(), service.queue.slots
-    every = {"cpu": slots.cpu, "gpu": len(slots.gpus)}
-    return {name: (taken.get(name, 0), number) for name, number in every.items() if number}
+    """Return the slots in use and all of them, by name; those for feeds only where there is one."""
+    taken, total = service.queue.taken(), service.queue.slots.total()
+    return {
+        name: (taken.get(name, 0), number)
+        for name, number in total.items()
+        if number and (taken.get(name) or name != "feed")
+    }
 
 
 @router.get("/jobs")
@@ -160,9 +163,9 @@ def _grids(site: Site, job: Job) -> list[tuple[str, charts.Markup]]:
 
 
 @router.get("/login")
-def login(request: Request, next: Annotated[str, Query(max_length=2000)] = "/", failed: bool = False) -> Response:
+def login(request: Request, next: Annotated[str, Query(max_length=2000)] = "/", error: bool = False) -> Response:
     """Ask for a token."""
-    return render(request, "login.html", next=next, failed=failed, bare=True)
+    return render(request, "login.html", next=next, failed=error or "failed" in request.query_params, bare=True)
 
 
 @router.get("/docs")
