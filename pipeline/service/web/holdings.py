@@ -13,7 +13,7 @@ from pipeline.manifest import Manifest
 from pipeline.online.stall import KNOBS, LIMIT
 from pipeline.service.database import WAITING
 from pipeline.service.web import charts, datasets, runs, workers
-from pipeline.service.web.context import Here, Service
+from pipeline.service.web.context import Here
 from pipeline.service.web.pages import render
 from pipeline.service.web.problem import Problem
 
@@ -132,7 +132,7 @@ def snippets(name: str, base: str, manifest: Manifest, split: str, secret: bool)
         (
             "Penstock's loader, in Python",
             "from penstock.pipeline.online import Loader\n\n"
-            f'with Loader("{url}", "{split}", batch_size=16) as loader:\n'
+            f'with Loader("{url}", "{split}", batch_size=16, cache="shards") as loader:\n'
             "    for batch in loader:  # goes on for ever\n"
             "        print(batch.images.shape, batch.labels.shape)",
         ),
