@@ -188,6 +188,22 @@ def signed(body: dict) -> bytes:
     return manifest.canonical_json(body | {"checksum": manifest.sha256(manifest.canonical_json(body))})
 
 
+def test_the_server_closes_every_file(get: Get, server: Server, url: str, shard: bytes):
+    """After whole answers, parts, errors, answers without a body, and clients that go away."""
+
+    def files() -> list[str]:
+        folder = Path(f"/proc/{server.process.pid}/fd")
+        return [name for name in (os.path.realpath(path) for path in folder.iterdir()) if name.endswith(".tar")]
+
+    get(f"{url}/{SHARD}"), get(f"{url}/{SHARD}", range="bytes=0-9,20-29"), get(f"{url}/{SHARD}", range="bytes=-0")
+    get(f"{url}/{SHARD}", if_none_match=f'"{hashlib.sha256(shard).hexdigest()}"')
+    server.client.head(f"{url}/{SHARD}")
+    for _ in range(5):
+        with server.client.stream("GET", f"{url}/{SHARD}") as answer:
+            next(answer.iter_raw(1000))
+    server.until(lambda: not files())
+
+
 def test_other_programs_read_it(dataset: Path, url: str, shard: bytes, tmp_path: Path):
     """webdataset by curl; curl itself, which goes on with a part of a file; fsspec: folders, and a range of a file."""
     own = [(dataset / f"train/train-{i:06d}.tar").as_posix() for i in range(2)]

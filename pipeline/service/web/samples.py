@@ -28,7 +28,7 @@ _decoding = threading.Semaphore(2)  # pictures at a time
 
 
 class Contents:
-    """What is computed of a manifest once: its identity, the records of its samples, their numbers by class."""
+    """Values computed of a manifest once: its identity, the records of its samples, their numbers by class."""
 
     def __init__(self, data: Manifest) -> None:
         self.data = data
