@@ -63,8 +63,11 @@ class Stream:
             self._database.listeners.remove(tell)
 
     async def after(self, number: int, job: int | None = None) -> AsyncIterator[Event | None]:
-        """Yield all events after a number, of all jobs or of one; None after a while without any. Never ends."""
-        self.readers += 1
+        """Yield all events after a number, of all jobs or of one; None after a while without any. Never ends.
+
+        A number beyond the newest event, of a database that is gone, means: from now on.
+        """
+        number, self.readers = min(number, self._last), self.readers + 1
         try:
             while True:
                 changed, last, whole = self._changed, self._last, True  # before the look: no event falls between

@@ -21,6 +21,7 @@ from pipeline.service.web.problem import Problem, responses
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Number = Annotated[int, Path(ge=1, le=2**53)]
+UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: by nginx
 MOST_STREAMS = 128  # of events, open at a time
 LATEST = 2**20  # bytes of a log that `text=true` shows: its end
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -208,7 +209,7 @@ def _streamed(service: Service, after: int, job: int | None) -> Response:
             if job is not None and event and event.kind == "ended":
                 return
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=UNBUFFERED)
 
 
 def _sse(event: Event) -> str:
