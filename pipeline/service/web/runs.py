@@ -19,6 +19,7 @@ from pipeline.service.site import Missing, Site
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.files import sent
 from pipeline.service.web.problem import responses
+from pipeline.service.web.samples import contents
 from pipeline.volumes import open_regular
 
 SHEET, REPORT, METRICS = r"[\w-]+\.png", r"report\.html", r"metrics\.jsonl"
@@ -177,7 +178,7 @@ def _identities(site: Site) -> dict[str, str]:
     names = dict[str, str]()
     for name in site.dataset_names():
         try:
-            names[site.dataset(name).identity] = name
+            names[contents(site.dataset(name)).identity] = name
         except UserError:  # damaged, or deleted since: its own page says so
             continue
     return names
