@@ -129,6 +129,7 @@ def test_numbers_of_answers(server: Server):
     before = scraped(server)
     texts = [server.client.get(f"/v1/runs/{name}").text for name in ("a", "b", "c")]
     assert server.client.get("/nowhere").status_code == 404
+    assert server.client.get("/v1/jobs", headers={"Authorization": "Bearer wrong"}).status_code == 401
     listed = server.client.get("/v1/jobs").text
     after = scraped(server)
 
@@ -140,6 +141,7 @@ def test_numbers_of_answers(server: Server):
     assert grown(count, method="GET", route="/v1/runs/{name}", status="404") == 3
     assert grown(count, method="GET", route="/v1/jobs", status="200") == 1
     assert grown(count, method="GET", route="other", status="404") == 1
+    assert grown(count, method="GET", route="other", status="401") == 1  # refused before a route is looked for
     assert grown(size, route="/v1/runs/{name}") == sum(len(text.encode()) for text in texts)
     assert grown(size, route="/v1/jobs") == len(listed.encode())
     assert not [key for key in after if "nowhere" in str(key)]

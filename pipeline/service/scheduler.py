@@ -260,6 +260,7 @@ class Scheduler:
 
     def _queue_again(self, job: Job, reason: str, failure: bool) -> None:
         again: dict[str, Any] = {"state": "queued", "failures": job.failures + failure, "pid": None, "gpus": None}
+        table = database.jobs
         with self._database.writing() as connection:
             wanted = sql.and_(table.c.id == job.id, table.c.cancelling.is_(None))
             if connection.execute(sql.update(table).where(wanted).values(again)).rowcount:
