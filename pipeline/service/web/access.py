@@ -40,9 +40,10 @@ router = APIRouter(include_in_schema=False)
 
 
 def protect(app: FastAPI, service: Service) -> None:
-    """Let every request pass through `Access` and `Bounded`, before all else; `app` has its error handlers already."""
+    """Let every request pass through `Access`, then through `Bounded`; of what is added later, it comes after that."""
     app.state.failed_logins = deque(maxlen=1000)
-    app.middleware_stack = Access(Bounded(app.build_middleware_stack()), service)
+    app.add_middleware(Bounded)
+    app.add_middleware(Access, service=service)
 
 
 class Access:
