@@ -1,9 +1,13 @@
 """The dashboard's pages, over a real server, without a browser: parsed as HTML, and followed link by link."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conftest import picture
+from conftest import ROOT, picture
+from pipeline import manifest
 from pipeline.service import tokens
 from pipeline.service.database import Database
 from pipeline.service.web import charts
@@ -22,7 +27,7 @@ HOSTILE = '<script>alert("1")</script> & <b>'
 CLASS = "a<script>&'b"  # a folder's name has no slash
 FILE = "<img src=x onerror=alert(1)>.jpg"
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}  # have no end tag
-SETTING = {"size": "32", "samples_per_shard": "8", "holdout": "0.2", "max_skipped": "5"}
+SETTING = {"size": "256", "samples_per_shard": "8", "holdout": "0.2", "max_skipped": "5"}
 
 
 class Page(HTMLParser):
@@ -230,6 +235,30 @@ def test_samples_are_drawn_anew_by_a_link(server: Server):
     page(server, "/datasets/d?split=test", 404)
 
 
+@pytest.mark.proof
+def test_what_a_data_set_says_of_its_use_is_true(server: Server, tmp_path: Path):
+    """The programs on its page run as they stand, but for the name of the package, and that they come to an end."""
+    texts = re.findall("<pre[^>]*><code>(.*?)</code>", server.client.get("/datasets/d").text, re.DOTALL)
+    loader, web = (unescape(text) for text in texts if text.startswith(("from penstock", "import webdataset")))
+    loader = loader.replace("penstock.pipeline", "pipeline").replace(
+        "in loader:", "in __import__('itertools').islice(loader, 2):"
+    )
+    (curl,) = (unescape(text).split() for text in texts if text.startswith("curl"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    outputs = []
+    for command in ([sys.executable, "-c", loader], [sys.executable, "-c", web], curl):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines())
+    data = manifest.load(server.root / "datasets/d")
+    number = data.splits["train"].samples
+    assert outputs[0] == [f"torch.Size([{n}, 3, 224, 224]) torch.Size([{n}])" for n in (16, number - 16)]
+    assert len(outputs[1]) == number
+    assert (tmp_path / "train-000000.tar").read_bytes() == (
+        server.root / "datasets/d/train/train-000000.tar"
+    ).read_bytes()
+
+
 def test_forms_make_the_jobs_that_they_say(server: Server, raw: Path):
     build = {"raw": str(raw), "dataset": "formed", "layout": "", "exif": "apply", "allow_incomplete": "on", **SETTING}
     first = post(server, "/new/build", key="k1", **build)
@@ -237,7 +266,7 @@ def test_forms_make_the_jobs_that_they_say(server: Server, raw: Path):
     made = server.job(int(first.rpartition("/")[2]))["params"]
     expected = {"kind": "build", "dataset": "formed", "raw": str(raw), "exif": "apply", "allow_incomplete": True}
     assert expected.items() <= made.items()
-    assert made["size"] == 32
+    assert made["size"] == 256
     assert made["holdout"] == 0.2
     assert "layout" not in made
     train = post(

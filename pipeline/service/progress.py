@@ -27,7 +27,10 @@ def fold(progress: Progress, lines: Iterable[bytes], now: float) -> Progress:
             elif text:
                 _add(progress, "notes", text)
         else:
-            _fold(progress, event)
+            try:
+                _fold(progress, event)
+            except (AttributeError, KeyError, TypeError, ValueError):  # of another program, or of another version
+                _add(progress, "notes", printable(line.decode("utf-8", "replace").strip(), LONGEST))
     _estimate(progress, now)
     return progress
 

@@ -18,10 +18,11 @@ from pipeline.service import child, database
 from pipeline.service.database import WAITING, Database, Job, add_event, end_job
 from pipeline.service.kinds import Kind, command, parse
 from pipeline.service.progress import fold
-from pipeline.service.queue import MOST_QUEUED, Queue
+from pipeline.service.queue import Queue
 
 PERIOD, QUIET = 0.2, 1.0  # seconds between two looks, with and without running jobs
 BETWEEN = 0.5  # seconds between two events of the progress of a job
+ALL = 10**6  # jobs that are not over: more than there may be
 PIECE = 2**20  # bytes of a log that are read at a time
 FAULTS = 2  # the exit code of our commands for a user's mistake: no second attempt would help
 FOUND = {"verify": 1}  # and the exit code of a command that has found what it looked for
@@ -55,7 +56,7 @@ class Scheduler:
         self.queue.changed.set()
         if self._thread.is_alive():
             self._thread.join()
-        running, until = self._database.jobs(("running",)), time.monotonic() + self._grace
+        running, until = self._database.jobs(("running",), limit=ALL), time.monotonic() + self._grace
         if not jobs_too:
             return len(running)
         for job in running:
@@ -88,18 +89,13 @@ class Scheduler:
     def look(self) -> bool:
         """Follow the running jobs, start what can be started; return whether jobs run."""
         self._wrappers = [wrapper for wrapper in self._wrappers if wrapper.poll() is None]
-        for job in reversed(self._database.jobs(("running",), limit=MOST_QUEUED)):
+        for job in reversed(self._database.jobs(("running",), limit=ALL)):
             self._follow(job)
-        unfinished = self._database.jobs(WAITING, limit=2 * MOST_QUEUED)[::-1]
-        taken, gpus = self._occupied(unfinished)
-        busy, before = any(job.state == "running" for job in unfinished), list[tuple[Job, Kind]]()
+        unfinished = self._understood(self._database.jobs(WAITING, limit=ALL)[::-1])
+        taken, gpus = self._occupied([job for job, _ in unfinished if job.state == "running"])
+        busy, before = any(job.state == "running" for job, _ in unfinished), list[tuple[Job, Kind]]()
         blocked: set[str] = set()  # slots that an earlier job waits for, and no later one gets
-        for job in unfinished:
-            try:
-                kind = parse(job.params)
-            except UserError as error:  # of another version
-                self._finish(job, FAULTS, str(error))
-                continue
+        for job, kind in unfinished:
             if job.state == "queued":
                 reason = self._obstacle(job, kind, before, taken, blocked)
                 if reason is None:
@@ -112,8 +108,18 @@ class Scheduler:
             before.append((job, kind))
         return busy
 
-    def _occupied(self, unfinished: list[Job]) -> tuple[Counter[str], set[int]]:
-        running = [job for job in unfinished if job.state == "running"]
+    def _understood(self, jobs: list[Job]) -> list[tuple[Job, Kind]]:
+        """Return jobs with their kinds; end those that another version has queued, and this one does not know."""
+        found = []
+        for job in jobs:
+            try:
+                found.append((job, parse(job.params)))
+            except UserError as error:
+                child.end_all(self.queue.folder(job.id))
+                self._finish(job, FAULTS, str(error))
+        return found
+
+    def _occupied(self, running: list[Job]) -> tuple[Counter[str], set[int]]:
         taken = sum((Counter(self.queue.needs(job)) for job in running), Counter())
         return taken, {number for job in running for number in job.gpus}
 
@@ -155,8 +161,10 @@ class Scheduler:
             wrapper = child.start(folder, attempt, command(words), own)
             self._wrappers.append(wrapper)
             process = child.identity(wrapper.pid)
-        except (UserError, OSError) as error:
+        except UserError as error:
             return self._finish(job, FAULTS, str(error))
+        except OSError as error:  # a full disk, no more processes: may pass
+            return self._failed(job, None, str(error))
         self._set(job, pid=process.pid, pid_started=process.started)
 
     def _follow(self, job: Job) -> None:
@@ -251,9 +259,14 @@ class Scheduler:
             end_job(connection, job, "failed", code, f"{reason}{tries}")
 
     def _queue_again(self, job: Job, reason: str, failure: bool) -> None:
+        again: dict[str, Any] = {"state": "queued", "failures": job.failures + failure, "pid": None, "gpus": None}
+        table = database.jobs
         with self._database.writing() as connection:
-            self._update(connection, job, state="queued", pid=None, gpus=None, failures=job.failures + failure)
-            add_event(connection, job.id, "queued", {"reason": reason})
+            wanted = sql.and_(table.c.id == job.id, table.c.cancelling.is_(None))
+            if connection.execute(sql.update(table).where(wanted).values(again)).rowcount:
+                add_event(connection, job.id, "queued", {"reason": reason})
+            else:  # cancelled while its end was looked at
+                end_job(connection, job, "cancelled", None, None)
 
     # ---- Rows. ----
 

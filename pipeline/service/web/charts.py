@@ -43,7 +43,7 @@ def lines(title: str, curves: Sequence[Curve], unit: str = "", log: bool = False
     up = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, log)
     parts = [_rule(up(y), figure(y)) for y in y_ticks]
     parts += [_text(across(x), HEIGHT - BOTTOM + 16, figure(x), "middle") for x in x_ticks if min(xs) <= x <= max(xs)]
-    parts.append(_text(LEFT - 12, HEIGHT - BOTTOM + 16, "step", "end"))
+    parts.append(_text(0, HEIGHT - BOTTOM + 16, "step"))
     place = LEFT
     for number, curve in enumerate(curves):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve.points)

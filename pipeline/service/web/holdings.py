@@ -11,16 +11,16 @@ from fastapi.responses import HTMLResponse, Response
 from pipeline.doubts import doubts
 from pipeline.manifest import Manifest
 from pipeline.online.stall import KNOBS, LIMIT
-from pipeline.service.database import Job
+from pipeline.service.database import WAITING
 from pipeline.service.web import charts, datasets, runs, workers
-from pipeline.service.web.context import Here, Service
+from pipeline.service.web.context import Here
 from pipeline.service.web.pages import render
 from pipeline.service.web.problem import Problem
 
 DRAWN = 12  # samples on a page
 SHOWN = 5  # classes with the most, and with the fewest images
 NAMES = 200  # of skipped images
-AMOUNTS = (-3, -1.5, 0, 1.5, 3)  # standard deviations along a component
+AMOUNTS = (-1, -0.5, 0, 0.5, 1)  # standard deviations along a component
 SHEETS = {
     "kernels.png": "The kernels of the first layer, both columns",
     "predictions.png": "Validation images, and what the network takes them for",
@@ -60,7 +60,7 @@ def dataset_page(
         "components": _components(manifest, name),
         "amounts": AMOUNTS,
         "skipped": datasets.skipped(manifest, limit=NAMES),
-        "snippets": snippets(name, base, manifest),
+        "snippets": snippets(name, base, manifest, split, service.settings.tokens_required),
         **_classes(manifest, split),
     }
     return render(request, "dataset.html", split=split, epoch=epoch, draw=draw, base=base, **values)
@@ -77,12 +77,16 @@ def _classes(manifest: Manifest, split: str) -> dict[str, Any]:
     """Return a split's classes with images of each: all in a chart, and tables of the most and the fewest."""
     numbers = datasets.histogram(manifest, split)
     order = np.argsort(-numbers, kind="stable")
-    rows = [_class(manifest, int(label), int(numbers[label]), int(numbers.max(initial=1))) for label in order]
-    if len(rows) <= 2 * SHOWN:
-        return {"histogram": "", "tables": [(f"Images of each class in {split}", rows)]}
+
+    def rows(labels: np.ndarray) -> list[dict[str, Any]]:
+        return [_class(manifest, int(label), int(numbers[label]), int(numbers.max(initial=1))) for label in labels]
+
+    if len(order) <= 2 * SHOWN:
+        return {"histogram": "", "tables": [(f"Images of each class in {split}", rows(order))]}
     words = f"{numbers.min():,} to {numbers.max():,} images, the median is {np.median(numbers):,.0f}"
     drawn = charts.bars("Images of each class", numbers[order].tolist(), words, "classes, the largest first")
-    return {"histogram": drawn, "tables": [("Most images", rows[:SHOWN]), ("Fewest images", rows[: -SHOWN - 1 : -1])]}
+    tables = [("Most images", rows(order[:SHOWN])), ("Fewest images", rows(order[: -SHOWN - 1 : -1]))]
+    return {"histogram": drawn, "words": words, "tables": tables}
 
 
 def _class(manifest: Manifest, label: int, images: int, most: int) -> dict[str, Any]:
@@ -102,45 +106,47 @@ def _components(manifest: Manifest, name: str) -> list[dict[str, Any]]:
     values, vectors = np.maximum(summary["eigenvalues"], 0), np.array(summary["eigenvectors"])
     found = []
     for k, (value, vector) in enumerate(zip(values, vectors.T)):
-        shifts = [np.add(summary["mean_color"], a * np.sqrt(value) * vector) for a in np.linspace(-3, 3, 13)]
+        shifts = [np.add(summary["mean_color"], a * np.sqrt(value) * vector) for a in np.linspace(-1, 1, 15)]
         found.append(
             {
                 "share": 100 * value / (sum(values) or 1),
                 "deviation": float(np.sqrt(value)),
                 "vector": vector.tolist(),
                 "path": f"/v1/datasets/{name}/statistics/component.png?component={k}&amount=",
-                "swatch": charts.swatch(f"Component {k + 1}, from −3 to +3 standard deviations", shifts),
+                "swatch": charts.swatch(f"Component {k + 1}, from −1 to +1 standard deviation", shifts),
             }
         )
     return found
 
 
-def snippets(name: str, base: str, manifest: Manifest) -> list[tuple[str, str]]:
-    """Return titles and texts: how programs read the data set from this server."""
+def snippets(name: str, base: str, manifest: Manifest, split: str, secret: bool) -> list[tuple[str, str]]:
+    """Return titles and texts: how programs read a data set from this server; `secret`: with a token."""
     url = f"{base}/v1/datasets/{name}"
-    split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     shards = [shard.name for shard in manifest.splits[split].shards]
-    number = f"{{000000..{len(shards) - 1:06d}}}"
-    size = manifest.recipe.size
+    numbers = f"{{000000..{len(shards) - 1:06d}}}" if len(shards) > 1 else "000000"
+    header = '-H "Authorization: Bearer $PENSTOCK_TOKEN" ' if secret else ""
+    urls = f"{url}/{split}/{split}-{numbers}.tar"
+    urls = f"pipe:curl -sf {header}{urls}" if secret else urls
     return [
         ("Penstock's trainer, on this server", f"penstock submit train {name} RUN --recipe tiny"),
         (
             "Penstock's loader, in Python",
             "from penstock.pipeline.online import Loader\n\n"
-            f'loader = Loader("{url}", "{split}", batch_size=128, epochs=90)\n'
-            "for batch in loader:\n    batch.images, batch.labels  # (128, 3, 224, 224) float32, (128,) int64",
+            f'with Loader("{url}", "{split}", batch_size=16, cache="shards") as loader:\n'
+            "    for batch in loader:  # goes on for ever\n"
+            "        print(batch.images.shape, batch.labels.shape)",
         ),
         (
             "webdataset",
-            f'import webdataset\n\nurls = "{url}/{split}/{split}-{number}.tar"\n'
-            f'for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("pil"):\n'
-            f'    sample["jpg"], sample["cls"]  # a {size}×{size} picture, its label',
+            f"import webdataset\n\nurls = {urls!r}\n"
+            'for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"):\n'
+            '    print(sample["__key__"], sample["jpg"].shape, sample.get("cls"))',
         ),
         (
             "timm, on a copy of the folder",
             f'import timm.data\n\ndataset = timm.data.create_dataset("wds/{name}", root="{name}", split="{split}")',
         ),
-        ("A file", f"curl -C - -O {url}/{shards[0]}"),
+        ("A file", f"curl -C - -O {header}{url}/{shards[0]}"),
     ]
 
 
@@ -159,12 +165,11 @@ def run_page(request: Request, service: Here, name: str) -> Response:
     run, lines = runs.summary(service, name), runs.metrics(service.site, name)
     trained = [line for line in lines if line["kind"] == "train"]
     validated = [line for line in lines if line["kind"] == "validation"]
-    job = _newest(service, name)
-    busy = any(one.target == name for one in service.database.jobs(("queued", "running"), limit=500))
+    busy = any(one.target == name for one in service.database.jobs(WAITING, limit=1000))
     names = [figure["file"] for figure in runs.figures(service.site, name)]
     values: dict[str, Any] = {
         "run": run,
-        "job": job,
+        "job": service.queue.job(run["job"]) if run["job"] else None,
         "busy": busy,
         "newest": trained[-1] if trained else {},
         "evaluations": [(one, view, rates) for one in run["evaluations"] for view, rates in one["errors"].items()],
@@ -175,12 +180,6 @@ def run_page(request: Request, service: Here, name: str) -> Response:
         "figures": [(file, SHEETS.get(file, file)) for file in sorted(names, key=[*SHEETS, *names].index)],
     }
     return render(request, "run.html", after=after, active=busy, **values)
-
-
-def _newest(service: Service, name: str) -> Job | None:
-    """Return the newest training of a run, or else its newest job."""
-    found = [job for job in service.database.jobs(limit=1000) if job.target == name and job.kind != "build"]
-    return next((job for job in found if job.kind == "train"), found[0] if found else None)
 
 
 def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:
