@@ -18,7 +18,7 @@ from pipeline.online.stall import LIMIT
 from pipeline.service import database
 from pipeline.service.database import OVER, WAITING, Job
 from pipeline.service.site import Site
-from pipeline.service.web import access, charts, datasets, jobs, runs
+from pipeline.service.web import charts, datasets, jobs, runs
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.problem import Problem
 
@@ -37,7 +37,7 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
     """Return a page. Buttons are left out for whom the token allows reading alone."""
     state = request.state  # of a request that was refused before its token was looked at: without a scope
-    values |= {"writes": getattr(state, "scope", "none") == "write", "signed_in": access.COOKIE in request.cookies}
+    values |= {"writes": getattr(state, "scope", "none") == "write", "signed_in": getattr(state, "session", False)}
     text = PAGES.get_template(template).render(here=request.url.path, version=VERSION, now=time.time(), **values)
     return HTMLResponse(text, status, {"Cache-Control": "no-cache, private"})
 
@@ -165,7 +165,7 @@ def _grids(site: Site, job: Job) -> list[tuple[str, charts.Markup]]:
 @router.get("/login")
 def login(request: Request, next: Annotated[str, Query(max_length=2000)] = "/", error: bool = False) -> Response:
     """Ask for a token."""
-    return render(request, "login.html", next=next, failed=error or "failed" in request.query_params, bare=True)
+    return render(request, "login.html", next=next, failed=error, bare=True)
 
 
 @router.get("/docs")
