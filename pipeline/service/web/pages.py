@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from pipeline.online.stall import LIMIT
 from pipeline.service import database
 from pipeline.service.database import OVER, WAITING, Job
+from pipeline.service.kinds import KINDS
 from pipeline.service.site import Site
 from pipeline.service.web import charts, datasets, jobs, runs
 from pipeline.service.web.context import Here, Service
@@ -117,6 +118,7 @@ def job_page(request: Request, service: Here, number: jobs.Number) -> Response:
         "command": shlex.join(jobs.view(job)["command"]),
         "skipped": job.progress.get("skipped") or {},
         "skipped_files": [],
+        "evaluations": [(job.params.get("split") or "val", *row) for row in (job.progress.get("errors") or {}).items()],
     }
     if job.kind == "build" and job.state == "succeeded" and job.target in service.site.dataset_names():
         values["skipped_files"] = datasets.skipped(service.site.dataset(job.target), limit=NAMES)["skipped"]
@@ -176,7 +178,8 @@ def docs(request: Request, service: Here) -> Response:
         for verb, one in methods.items():
             group = (one.get("tags") or ["server"])[0]
             operations.setdefault(group, []).append({"verb": verb.upper(), "path": path, **one})
-    return render(request, "docs.html", operations=operations, base=str(request.base_url).rstrip("/"))
+    kinds = {name: [*kind.model_fields.items()] for name, kind in KINDS.items()}
+    return render(request, "docs.html", operations=operations, kinds=kinds, base=str(request.base_url).rstrip("/"))
 
 
 # ---- How values are shown. ----
