@@ -20,13 +20,13 @@ TOOLS = {
     "feed": "Decode for trainers on other machines.",
 }
 SERVICE = {
-    "serve": "Serve jobs, data sets, runs and workers of a folder.",
+    "serve": "Serve jobs, data sets, runs and workers of the folder DIR.",
     "token": "Create, list and revoke the tokens of a server.",
-    "submit": "Submit a job to a server.",
-    "jobs": "List the jobs of a server.",
+    "submit": "Submit a job to the server at PENSTOCK_URL.",
+    "jobs": "List the jobs of the server at PENSTOCK_URL.",
     "logs": "Print the log of a job.",
     "cancel": "Cancel a job.",
-    "retry": "Run a job again that failed or was cancelled.",
+    "retry": "Submit a job again that failed or was cancelled.",
 }
 
 

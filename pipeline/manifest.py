@@ -253,17 +253,16 @@ class Manifest:
 def load(root: str | os.PathLike[str] | Location, shards: bool = True) -> Manifest:
     """Load the manifest of the dataset directory `root`, a path or a URL; check that all files have their sizes.
 
-    `shards=False`: they and their indices may be missing. tools/verify_shards.py and the loader check the content.
-    Raises DatasetError, one line that names the file; UserError where the object store of `root` cannot be reached.
+    `shards=False`: they and their indices may be missing. Raises DatasetError, which names the file, and StorageError.
     """
     path = (root := storage.location(root)) / FILE_NAME
     try:
         data = storage.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not storage.is_dir(root):
-            remedy = f"build one with: python tools/build_shards.py RAW {root}"
-            remedy = "correct the URL" if storage.is_served(root) else remedy
-            raise DatasetError(f"{root}: no such directory; {remedy}{volumes.hint(root)}") from error
+            build = f"build one with: python tools/build_shards.py RAW {root}{volumes.hint(root)}"
+            remedy = "correct the URL" if storage.is_served(root) else build
+            raise DatasetError(f"{root}: no such directory; {remedy}") from error
         unfinished = storage.is_dir(root / ".build")
         reason = "its build has not finished; run the same command again" if unfinished else "not a dataset directory"
         raise DatasetError(f"{path}: missing ({reason}){volumes.hint(root)}") from error

@@ -22,6 +22,7 @@ from conftest import ROOT, SHARDS, build, digests, gone, one_line, until
 from pipeline import UserError, cluster
 from pipeline.online import Loader
 from pipeline.online.endpoints import parse
+from serving import served
 
 pytestmark = [pytest.mark.skipif(find_spec("ray") is None, reason="needs the package ray"), pytest.mark.proof]
 COMMAND = (str(ROOT / "tools/build_shards.py"),)
@@ -136,6 +137,17 @@ def test_a_node_is_killed_in_the_middle_of_a_build_and_the_bytes_are_the_same(
     )
     assert digests(root) == digests(plain)
     assert gone(process.pid)
+
+
+def test_a_build_on_a_cluster_is_a_job_that_survives_its_server(pictures: Path, plain: Path, head: Any, tmp_path: Path):
+    cluster = {"executor": "ray", "ray_address": head.address, "samples_per_shard": 8}
+    with served(tmp_path, "--raw-root", pictures) as server:
+        job = server.submit("build", dataset="d", raw=str(pictures), **cluster)
+        server.until(lambda: (server.job(job["id"])["progress"].get("shards") or [0])[0] > 0)
+        server.again()
+        over = server.ended(job["id"], 120)
+    assert (over["state"], over["attempt"]) == ("succeeded", 1), over["reason"]
+    assert digests(tmp_path / "datasets/d") == digests(plain)
 
 
 def test_workers_are_found_by_their_name_and_come_back_after_a_kill(

@@ -26,6 +26,8 @@ from pipeline.offline.verify import check
 from pipeline.online import Loader
 from pipeline.online import webdataset as pairs
 from pipeline.online.cache import ShardCache
+from pipeline.service import tokens
+from pipeline.service.database import Database, url_of
 from serving import Server, served
 from stored import damage, remake
 
@@ -160,9 +162,9 @@ def test_damage_is_not_served(get: Get, server: Server, root: Path):
         manifest.load(url).read("mean.png")
 
 
-def test_a_file_that_is_replaced_while_it_is_read(server: Server, root: Path):
+def test_a_file_that_is_replaced_or_grows_while_it_is_read(server: Server, root: Path):
     """Who has begun to read gets the old file to its end; a data set of the same name has its own hashes."""
-    folder, size = Path(shutil.copytree(root, server.root / "datasets/old")), 64 * 2**20
+    folder, size = Path(shutil.copytree(root, server.root / "datasets/old")), 64 * 2**20 + 5
     body = json.loads((folder / "dataset.json").read_bytes())
     big = hashlib.sha256(bytes(size)).hexdigest()
     body["files"]["big.bin"] = {"bytes": size, "sha256": big}
@@ -177,13 +179,35 @@ def test_a_file_that_is_replaced_while_it_is_read(server: Server, root: Path):
     assert pieces.hexdigest() == big
     body["files"]["big.bin"]["sha256"] = hashlib.sha256(b"\1" * size).hexdigest()
     (folder / "dataset.json").write_bytes(signed(body))
+    with server.client.stream("GET", f"{server.url}/v1/datasets/old/big.bin") as answer:
+        with open(folder / "big.bin", "ab") as file:
+            file.write(b"more")
+        assert sum(map(len, answer.iter_raw())) == size
+    os.truncate(folder / "big.bin", size)
     etag = server.client.head(f"{server.url}/v1/datasets/old/big.bin").headers["ETag"]
+    assert "Traceback" not in server.errors()
     assert etag == f'"{body["files"]["big.bin"]["sha256"]}"'
 
 
 def signed(body: dict) -> bytes:
     body = {key: value for key, value in body.items() if key != "checksum"}
     return manifest.canonical_json(body | {"checksum": manifest.sha256(manifest.canonical_json(body))})
+
+
+def test_the_server_closes_every_file(get: Get, server: Server, url: str, shard: bytes):
+    """After whole answers, parts, errors, answers without a body, and clients that go away."""
+
+    def files() -> list[str]:
+        folder = Path(f"/proc/{server.process.pid}/fd")
+        return [name for name in (os.path.realpath(path) for path in folder.iterdir()) if name.endswith(".tar")]
+
+    get(f"{url}/{SHARD}"), get(f"{url}/{SHARD}", range="bytes=0-9,20-29"), get(f"{url}/{SHARD}", range="bytes=-0")
+    get(f"{url}/{SHARD}", if_none_match=f'"{hashlib.sha256(shard).hexdigest()}"')
+    server.client.head(f"{url}/{SHARD}")
+    for _ in range(5):
+        with server.client.stream("GET", f"{url}/{SHARD}") as answer:
+            next(answer.iter_raw(1000))
+    server.until(lambda: not files())
 
 
 def test_other_programs_read_it(dataset: Path, url: str, shard: bytes, tmp_path: Path):
@@ -278,6 +302,25 @@ def test_a_data_set_that_is_replaced_under_a_loader(dataset: Path, server: Serve
     with pytest.raises(UserError, match=r"/changing/train/train-000000.tar: changed or damaged"), cache.lease([0]):
         pass
     cache.close()
+
+
+def test_a_server_that_asks_for_tokens(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A token for reading is enough; without one, or with a wrong one, the first request says what to set."""
+    root = tmp_path / "server"
+    shutil.copytree(dataset, root / "datasets/d")
+    _, token = tokens.create(Database(url_of(root, None)), "read")
+    with served(root, "--require-token") as server:
+        url = f"{server.url}/v1/datasets/d"
+        for wrong in ("", token[:-1] + "!"):
+            monkeypatch.setenv("PENSTOCK_TOKEN", wrong)
+            with pytest.raises(
+                UserError, match=r"access denied \(401 .*\); set PENSTOCK_TOKEN to a token of"
+            ) as caught:
+                manifest.load(url)
+            assert not wrong or wrong not in str(caught.value)
+        monkeypatch.setenv("PENSTOCK_TOKEN", token)
+        with Loader(url, batch_size=8, cache=tmp_path / "cache", order="shards", window=8) as loader:
+            assert next(loader).images.shape == (8, 3, 224, 224)
 
 
 @pytest.mark.proof

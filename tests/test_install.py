@@ -22,7 +22,7 @@ from PIL import features
 
 from conftest import ROOT, normal, pins
 from penstock import __version__
-from penstock.__main__ import COMMANDS, TOOLS, load
+from penstock.__main__ import COMMANDS, SERVICE, TOOLS, load
 from penstock.__main__ import main as penstock
 
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

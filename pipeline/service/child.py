@@ -179,8 +179,8 @@ def main(attempt: str, lock: str, *command: str) -> None:
     _write(folder / PROCESS, json.dumps(identity(os.getpid())))
     try:
         process = subprocess.Popen(command)
-        for number in early:
-            process.send_signal(number)
+        for missed in early:
+            process.send_signal(missed)
         code = process.wait()
     except OSError as error:
         print(f"Error: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)

@@ -133,7 +133,8 @@ def _done(progress: Progress, event: dict[str, Any]) -> None:
     if errors:
         progress["errors"] = errors
     if progress.get("total"):
-        progress["done"] = event.get("step", progress["total"])  # a plateau may end a run early
+        early = event.get("step") if progress["unit"] == "steps" else None  # where a plateau has ended a run
+        progress["done"] = progress["total"] if early is None else early
 
 
 def _add(progress: Progress, key: str, text: str) -> None:

@@ -7,7 +7,7 @@ import struct
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import NotRequired, TypeVar
+from typing import Any, NamedTuple, NotRequired, TypeVar
 
 import msgspec
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
@@ -107,6 +107,36 @@ def _header(path: Path, size: int, changed: str) -> _Described:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         header = file.read(length) if length <= min(HEADER, size) else b""
     return typed.from_json(typed.from_json(header, _Header).metadata.penstock, _Described)
+
+
+class _Timing(TypedDict):
+    steps: NotRequired[Count]
+    epochs: NotRequired[float]
+
+
+class _Recipe(TypedDict):
+    train: NotRequired[_Timing]
+
+
+class _Start(TypedDict):
+    dataset: NotRequired[str]
+
+
+class Plan(NamedTuple):
+    """A run's recipe.json and history.json, and the parts of them that are shown apart."""
+
+    recipe: dict[str, Any]
+    history: list[dict[str, Any]]
+    timing: _Timing
+    identity: str | None  # of the data set
+
+
+def plan(run: Path) -> Plan:
+    """Return the plan of a run; of files that are missing, nothing. Raises UserError: one is damaged."""
+    recipe, history = run / "recipe.json", run / "history.json"
+    timing, starts = content(recipe, _Recipe).get("train", _Timing()), content(history, list[_Start])
+    identity = starts[-1].get("dataset") if starts else None
+    return Plan(content(recipe, dict[str, Any]), content(history, list[dict[str, Any]]), timing, identity)
 
 
 def content(path: Path, kind: type[T]) -> T:

@@ -257,11 +257,11 @@ class Scheduler:
         self._end(job, "failed", code, f"{reason}{tries}")
 
     def _queue_again(self, job: Job, reason: str, failure: bool) -> None:
-        table, values = database.jobs, {"state": "queued", "pid": None, "gpus": None}
+        again: dict[str, Any] = {"state": "queued", "failures": job.failures + failure, "pid": None, "gpus": None}
+        table = database.jobs
         with self._database.writing() as connection:
             wanted = sql.and_(table.c.id == job.id, table.c.cancelling.is_(None))
-            values |= {"failures": job.failures + failure}
-            if connection.execute(sql.update(table).where(wanted).values(values)).rowcount:
+            if connection.execute(sql.update(table).where(wanted).values(again)).rowcount:
                 add_event(connection, job.id, "queued", {"reason": reason})
             else:  # cancelled while its end was looked at
                 end_job(connection, job, "cancelled", None, None)

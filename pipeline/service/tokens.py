@@ -3,8 +3,9 @@
 import hashlib
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from pipeline.cli import Command, printable
 from pipeline.service.database import Database, sessions, tokens, url_of
 
 PREFIX = "pst_"
+NAME = 200  # characters of a token's name
 DAY = 86400.0
 SESSION = DAY / 2  # seconds that a login of the dashboard lasts
 ROOT = click.option(
@@ -39,11 +41,13 @@ class Token:
         return self.revoked is None and (self.expires is None or time.time() < self.expires)
 
 
-def create(database: Database, scope: str, name: str = "", days: float | None = None) -> tuple[int, str]:
-    """Make a token; return its number, and its text, which is kept nowhere."""
+def create(database: Database, scope: str, name: str = "", days: int | None = None) -> tuple[int, str]:
+    """Make a token; return its number, and its text, which is kept nowhere. Raises UserError: the name is long."""
+    if len(name) > NAME:
+        raise UserError(f"--name has {len(name)} characters; {NAME} at most")
     text, now = PREFIX + secrets.token_urlsafe(32), time.time()
-    values = {"name": name, "scope": scope, "digest": digest(text), "created": now}
-    values["expires"] = now + days * DAY if days else None
+    expires = now + days * DAY if days else None
+    values = {"name": name, "scope": scope, "digest": digest(text), "created": now, "expires": expires}
     with database.writing() as connection:
         number = connection.execute(sql.insert(tokens).values(values).returning(tokens.c.id)).scalar_one()
     return int(number), text
@@ -113,10 +117,15 @@ def token() -> None:
     """Create, list and revoke the tokens of a server."""
 
 
-def _opened(root: Path, url: str | None) -> Database:
+@contextmanager
+def _opened(root: Path, url: str | None) -> Iterator[Database]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; make it, or name the --root of `penstock serve`")
-    return Database(url_of(root.resolve(), url))
+    database = Database(url_of(root.resolve(), url))
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 @token.command("create", cls=Command)
@@ -126,12 +135,11 @@ def _opened(root: Path, url: str | None) -> Database:
     "--scope", type=click.Choice(["read", "write"]), required=True, help="read: look at everything; write: all."
 )
 @click.option("--name", default="", metavar="TEXT", help="Words that tell it from others.")
-@click.option(
-    "--days", type=click.FloatRange(0, 36500, min_open=True), help="Days that it is valid.  [default: for ever]"
-)
-def create_command(root: Path, url: str | None, scope: str, name: str, days: float | None) -> None:
+@click.option("--days", type=click.IntRange(1, 36500), help="Days that it is valid.  [default: for ever]")
+def create_command(root: Path, url: str | None, scope: str, name: str, days: int | None) -> None:
     """Make a token, and print it, once: it is kept nowhere."""
-    number, text = create(_opened(root, url), scope, name[:200], days)
+    with _opened(root, url) as database:
+        number, text = create(database, scope, name, days)
     click.echo(f"token {number}, {scope}; for PENSTOCK_TOKEN, or the dashboard's login:", err=True)
     click.echo(text)
 
@@ -141,10 +149,11 @@ def create_command(root: Path, url: str | None, scope: str, name: str, days: flo
 @URL
 def list_command(root: Path, url: str | None) -> None:
     """List all tokens; their texts are not known."""
-    for each in listed(_opened(root, url)):
-        state = "revoked" if each.revoked else "valid" if each.is_valid else "expired"
-        made = datetime.fromtimestamp(each.created, UTC).strftime("%Y-%m-%d")
-        click.echo(f"{each.id}\t{each.scope}\t{state}\t{made}\t{printable(each.name)}")
+    with _opened(root, url) as database:
+        for each in listed(database):
+            state = "revoked" if each.revoked else "valid" if each.is_valid else "expired"
+            dates = [time.strftime("%Y-%m-%d", time.gmtime(t)) if t else "-" for t in (each.created, each.expires)]
+            click.echo("\t".join((str(each.id), each.scope, state, *dates, printable(each.name))))
 
 
 @token.command("revoke", cls=Command)
@@ -153,5 +162,6 @@ def list_command(root: Path, url: str | None) -> None:
 @click.argument("number", type=click.IntRange(min=1))
 def revoke_command(root: Path, url: str | None, number: int) -> None:
     """Revoke a token: whoever has it, or a login by it, is refused from now on."""
-    revoke(_opened(root, url), number)
+    with _opened(root, url) as database:
+        revoke(database, number)
     click.echo(f"token {number} is revoked")

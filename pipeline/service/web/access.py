@@ -1,12 +1,11 @@
-"""Who may ask for what: tokens and sessions, the request's host and origin, and the headers of every answer."""
+"""Access: tokens and sessions, the request's host and origin, and the headers of every answer."""
 
 import asyncio
 import ipaddress
+import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import TypeAlias
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
@@ -16,142 +15,120 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeline.service import tokens
 from pipeline.service.tokens import SESSION, Token
 from pipeline.service.web.context import Here, Service
-from pipeline.service.web.limits import BODY, Bounded
+from pipeline.service.web.limits import Bounded
 from pipeline.service.web.problem import Problem, response
 
 COOKIE = "penstock_session"
 OPEN = ("/healthz", "/login", "/static/")  # paths that need no token
 SAFE = ("GET", "HEAD", "OPTIONS")
-LOGINS, MINUTE = 10, 60.0  # failed ones in so many seconds, of all clients
-RECHECK = 10.0  # seconds after which a stream of events looks whether its token is still valid
+LOGINS, MINUTE = 10, 60.0  # failed ones of a client in so many seconds
+RECHECK = 5.0  # seconds between two looks whether the token of a stream of events is still valid
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")  # that a foreign page can send
-POLICY = "; ".join(
-    (
-        *("default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:", "connect-src 'self'"),
-        *("form-action 'self'", "frame-ancestors 'none'", "base-uri 'none'"),
-    )
-)
+LOCAL = r"/(?![/\\])[!-\[\]-~]{0,2000}"  # an address on this server: ASCII without spaces and backslashes
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Cache-Control": "no-store",
 }
-Recheck: TypeAlias = Callable[[], Awaitable[Token | None]]
 router = APIRouter(include_in_schema=False)
 
 
 def protect(app: FastAPI, service: Service) -> None:
-    """Let every request pass through `Access` and `Bounded`."""
-    app.state.failed_logins = deque(maxlen=LOGINS)
+    """Let every request pass through `Access`, then through `Bounded`; of what is added later, it comes after that."""
+    app.state.failed_logins = deque(maxlen=1000)
     app.add_middleware(Bounded)
-    app.add_middleware(Access, service=service, owner=app)
+    app.add_middleware(Access, service=service)
 
 
 class Access:
-    """ASGI middleware: refuses who may not ask, sets request.state.scope ("read" or "write"), adds HEADERS."""
+    """ASGI middleware: refuses who may not ask, and adds HEADERS to answers that have none of these names.
 
-    def __init__(self, app: ASGIApp, service: Service, owner: FastAPI) -> None:
-        self._app, self._service, self._owner = app, service, owner
+    It sets request.state.scope ("read", "write", or on paths of OPEN "none"), .token (a Token or None), and .session:
+    there is a login. A stream of events ends within RECHECK after its token; other answers under way are finished.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        scope.setdefault("app", self._owner)
-        guarded = _Sender(send)
-        try:
-            await self._admit(scope, guarded)
-        except Problem as refusal:
-            answer = self._answer(Request(scope), refusal)
-            return await answer(scope, receive, guarded)
-        await self._app(scope, receive, guarded)
+        request, over = Request(scope), False
 
-    async def _admit(self, scope: Scope, sender: "_Sender") -> None:
-        headers = Headers(scope=scope)
-        self._require_host(headers.get("host", ""))
-        if scope["method"] not in SAFE:
-            _require_own_origin(headers)
-        if int(headers.get("content-length", "0")) > BODY:
-            raise Problem(413, f"the body is longer than {BODY:,} bytes", {"Connection": "close"})
-        state = scope.setdefault("state", {})
-        state["scope"], state["token"] = ("none" if self._service.settings.tokens_required else "write"), None
-        if token := await self._token(scope, headers):
-            state["scope"], state["token"] = token.scope, token
-            sender.recheck = lambda: self._token(scope, headers)
-        path = scope["path"]
-        if state["scope"] == "none" and not (path in OPEN or path.startswith(OPEN[-1])):
-            raise Problem(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-        if state["scope"] == "read" and scope["method"] not in SAFE and path not in ("/login", "/logout"):
+        async def sent(message: Message) -> None:
+            nonlocal over
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            over = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        async def received() -> Message:
+            return await self._while_valid(request, receive)
+
+        try:
+            await self._admit(request)
+        except Problem as refusal:
+            return await _refusal(request, refusal)(scope, receive, sent)
+        stream = request.state.token is not None and scope["path"].endswith("/events")
+        await self._app(scope, received if stream else receive, sent)
+        if stream and not over:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _admit(self, request: Request) -> None:
+        """Raise Problem unless the request is allowed."""
+        path, writes, state = request.scope["path"], request.method not in SAFE, request.state
+        needed = self._service.settings.tokens_required
+        if not needed:
+            _require_local_host(request.headers.get("host", ""))
+        if writes:
+            _require_own_origin(request.headers)
+        state.token = await self._token(request)
+        state.scope = state.token.scope if state.token else "none" if needed else "write"
+        state.session = state.token is not None and "authorization" not in request.headers
+        if state.scope == "none" and path not in OPEN and not path.startswith(OPEN[-1]):
+            raise _unauthorized("a token is needed: Authorization: Bearer TOKEN")
+        if state.scope == "read" and writes and path not in ("/login", "/logout"):
             raise Problem(403, "this token allows reading alone; ask with one of --scope write")
 
-    async def _token(self, scope: Scope, headers: Headers) -> Token | None:
-        """Return the token of a request, or of its session. Raises Problem: it has one that is not valid."""
-        given = headers.get("authorization")
-        if given is not None:
-            kind, _, text = given.partition(" ")
-            token = await asyncio.to_thread(tokens.verify, self._service.database, text.strip())
-            if kind.lower() != "bearer" or token is None:
-                remedy = "see `penstock token list`"
-                raise Problem(401, f"the token is wrong, expired or revoked; {remedy}", {"WWW-Authenticate": "Bearer"})
-            return token
-        secret = Request(scope).cookies.get(COOKIE)
-        return await asyncio.to_thread(tokens.session, self._service.database, secret) if secret else None
+    async def _token(self, request: Request) -> Token | None:
+        """Return the token of a request, or of its session. Raises Problem: it has a token that is not valid."""
+        database, header = self._service.database, request.headers.get("authorization")
+        if header is None:
+            secret = request.cookies.get(COOKIE)
+            return await asyncio.to_thread(tokens.session, database, secret) if secret else None
+        kind, _, text = header.partition(" ")
+        token = await asyncio.to_thread(tokens.verify, database, text.strip()) if kind.lower() == "bearer" else None
+        if token is None:
+            raise _unauthorized("the token is wrong, expired or revoked; see `penstock token list`")
+        return token
 
-    def _require_host(self, host: str) -> None:
-        """Raise Problem where a name that is not ours leads to a server without tokens (DNS rebinding)."""
-        if self._service.settings.tokens_required:
-            return
-        name = urlsplit(f"//{host}").hostname if host and not set(host) & set("/?#@\\ ") else None
-        if name != "localhost" and not _is_loopback(name or ""):
-            raise Problem(421, f"Host: {host:.80}: this server is at a loopback address; ask localhost or 127.0.0.1")
-
-    def _answer(self, request: Request, refusal: Problem) -> Response:
-        page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1")
-        if refusal.status == 401 and page and request.method == "GET":
-            target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-            return RedirectResponse(f"/login?next={quote(target, safe='')}", 303)
-        return response(request, refusal.status, refusal.detail, refusal.headers)
+    async def _while_valid(self, request: Request, receive: Receive) -> Message:
+        """Receive what the client sends; its end, too, once its token is no longer valid."""
+        message = asyncio.ensure_future(receive())
+        try:
+            while not (await asyncio.wait({message}, timeout=RECHECK))[0]:
+                if await self._token(request) is None:
+                    return {"type": "http.disconnect"}
+            return message.result()
+        except Problem:
+            return {"type": "http.disconnect"}
+        finally:
+            message.cancel()
 
 
-class _Sender:
-    """Adds HEADERS to an answer, where it has none of that name; ends a stream whose token is no longer valid."""
-
-    def __init__(self, send: Send) -> None:
-        self._send, self._checked, self._streams, self._over = send, time.monotonic(), False, False
-        self.recheck: Recheck | None = None
-
-    async def __call__(self, message: Message) -> None:
-        if self._over:
-            return
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
-                headers.setdefault(name, value)
-            self._streams = headers.get("content-type", "").startswith("text/event-stream")
-        elif self._streams and self.recheck and time.monotonic() - self._checked > RECHECK:
-            self._checked = time.monotonic()
-            try:
-                valid = await self.recheck() is not None
-            except Problem:
-                valid = False
-            if not valid:
-                message, self._over = {"type": "http.response.body", "body": b"", "more_body": False}, True
-        await self._send(message)
-
-
-def _require_own_origin(headers: Headers) -> None:
-    """Raise Problem where a page of another site makes a browser send this. Programs send no Origin."""
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    if origin is not None:
-        own = urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
-    else:
-        form = headers.get("content-type", "").partition(";")[0].strip().lower() in FORMS
-        own = site in ("same-origin", "none") and not form
-    if not own:
-        raise Problem(403, f"the request comes from another site ({origin or 'a form without Origin'})")
+def _require_local_host(host: str) -> None:
+    """Raise Problem where a name that is not ours leads to a server without tokens (DNS rebinding)."""
+    name = re.fullmatch(r"\[?([0-9A-Za-z.:-]*?)\]?(:\d*)?", host)
+    if not name or not (name[1].lower() == "localhost" or _is_loopback(name[1])):
+        raise Problem(421, f"Host: {host:.80}: this server is at a loopback address; ask localhost or 127.0.0.1")
 
 
 def _is_loopback(name: str) -> bool:
@@ -161,22 +138,50 @@ def _is_loopback(name: str) -> bool:
         return False
 
 
+def _require_own_origin(headers: Headers) -> None:
+    """Raise Problem where a page of another site makes a browser send this; programs send neither Origin nor forms."""
+    origin, site, host = headers.get("origin"), headers.get("sec-fetch-site"), headers.get("host", "").lower()
+    form = headers.get("content-type", "").partition(";")[0].strip().lower() in FORMS
+    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+        raise Problem(403, f"Origin: {origin:.80}: the request comes from another site")
+    if site not in (None, "same-origin", "none"):
+        raise Problem(403, f"Sec-Fetch-Site: {site:.80}: the request comes from another site")
+    if form and origin is None and site is None:
+        raise Problem(403, "a form comes from a page, with an Origin; programs send Content-Type: application/json")
+
+
+def _unauthorized(detail: str) -> Problem:
+    return Problem(401, detail, {"WWW-Authenticate": "Bearer"})
+
+
+def _refusal(request: Request, refusal: Problem) -> Response:
+    """Return the answer to a request that is refused; a page's is the page of the login."""
+    path = request.scope["path"]
+    page = "text/html" in request.headers.get("accept", "") and not path.startswith("/v1")
+    if refusal.status == 401 and page and request.method in ("GET", "HEAD"):
+        target = quote(path) + f"?{request.url.query}" * bool(request.url.query)
+        return RedirectResponse(f"/login?{urlencode({'next': target})}", 303)
+    return response(request, refusal.status, refusal.detail, refusal.headers)
+
+
 @router.post("/login")
 async def login(service: Here, request: Request) -> Response:
     """Begin a session by a token, in a cookie."""
-    failed: deque[float] = request.app.state.failed_logins
+    failed: deque[tuple[float, str]] = request.app.state.failed_logins
+    now, client = time.monotonic(), request.client.host if request.client else ""
+    if sum(who == client and now - when < MINUTE for when, who in failed) >= LOGINS:
+        raise Problem(429, f"{LOGINS} logins have failed within a minute; wait", {"Retry-After": f"{MINUTE:.0f}"})
     form = parse_qs((await request.body()).decode("ascii", "replace"))
-    target = _local(form.get("next", ["/"])[0])
-    if len(failed) == LOGINS and time.monotonic() - failed[0] < MINUTE:
-        raise Problem(429, f"{LOGINS} logins have failed within a minute; wait", {"Retry-After": "60"})
+    target = form.get("next", [""])[0]
+    target = target if re.fullmatch(LOCAL, target) else "/"
     token = await asyncio.to_thread(tokens.verify, service.database, form.get("token", [""])[0].strip())
     if token is None:
-        failed.append(time.monotonic())
-        return RedirectResponse(f"/login?{urlencode({'failed': 1, 'next': target})}", 303)
+        failed.append((now, client))
+        return RedirectResponse(f"/login?{urlencode({'error': 1, 'next': target})}", 303)
     secret = await asyncio.to_thread(tokens.begin_session, service.database, token)
     answer = RedirectResponse(target, 303)
-    flags = {"httponly": True, "secure": service.settings.tls or request.url.scheme == "https", "path": "/"}
-    answer.set_cookie(COOKIE, secret, max_age=int(SESSION), samesite="strict", **flags)  # type: ignore[arg-type]
+    secure = service.settings.tls or request.url.scheme == "https"
+    answer.set_cookie(COOKIE, secret, int(SESSION), secure=secure, httponly=True, samesite="strict")
     return answer
 
 
@@ -186,11 +191,5 @@ def logout(service: Here, request: Request) -> Response:
     if secret := request.cookies.get(COOKIE):
         tokens.end_session(service.database, secret)
     answer = RedirectResponse("/login", 303)
-    answer.delete_cookie(COOKIE, path="/")
+    answer.delete_cookie(COOKIE)
     return answer
-
-
-def _local(target: str) -> str:
-    """Return a path of this server; "/" for anything else."""
-    plain = target.isprintable() and target.isascii() and "\\" not in target
-    return target if plain and target.startswith("/") and not target.startswith("//") else "/"

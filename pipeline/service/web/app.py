@@ -9,11 +9,24 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from penstock import __version__
-from pipeline.service.web import access, datasets, files, jobs, metrics, problem, runs, workers
+from pipeline.service.web import (
+    access,
+    datasets,
+    files,
+    forms,
+    holdings,
+    jobs,
+    metrics,
+    pages,
+    problem,
+    runs,
+    workers,
+)
 from pipeline.service.web.context import Service
 
 ROUTERS = (
     *(access.router, jobs.router, datasets.router, runs.router, workers.router, metrics.router),
+    *(pages.router, holdings.router, forms.router),
     files.router,  # last: it takes every name in a data set
 )
 
@@ -41,7 +54,7 @@ def create(service: Service) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.error_page = service, pages.error_page
     for router in ROUTERS:
         app.include_router(router)
     problem.install(app)

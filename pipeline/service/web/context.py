@@ -1,4 +1,4 @@
-"""What the endpoints work with: the site, the database, the scheduler, and the stream of events."""
+"""The context of the endpoints: the site, the database, the scheduler, and the stream of events."""
 
 import asyncio
 from collections import deque
@@ -21,7 +21,7 @@ ALIVE = 10.0  # seconds of silence after which a stream says that it is alive
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server was started."""
+    """The options that the server was started with."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -63,8 +63,11 @@ class Stream:
             self._database.listeners.remove(tell)
 
     async def after(self, number: int, job: int | None = None) -> AsyncIterator[Event | None]:
-        """Yield all events after a number, of all jobs or of one; None after a while without any. Never ends."""
-        self.readers += 1
+        """Yield all events after a number, of all jobs or of one; None after a while without any. Never ends.
+
+        A number beyond the newest event, of a database that is gone, means: from now on.
+        """
+        number, self.readers = min(number, self._last), self.readers + 1
         try:
             while True:
                 changed, last, whole = self._changed, self._last, True  # before the look: no event falls between

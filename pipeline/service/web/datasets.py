@@ -100,7 +100,7 @@ class Sample(TypedDict):
 
 
 class Check(BaseModel):
-    """How to verify: `quick` decodes nothing."""
+    """The options of a check: `quick` decodes nothing."""
 
     model_config = ConfigDict(extra="forbid")
     quick: bool = False

@@ -1,13 +1,20 @@
-"""What a monitor asks: /metrics in Prometheus' format, /healthz, and /readyz."""
+"""The questions of a monitor: /metrics in Prometheus' format, /healthz, and /readyz."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sql
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +26,7 @@ from pipeline.service.web.context import Here, Service
 from pipeline.service.web.problem import Problem, responses
 
 LATE = 30.0  # seconds since the scheduler's last look, after which the server is not ready
+BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 30)  # seconds
 RATES = {"build": "rate", "train": "images_per_second"}  # in the progress of running jobs: images/s
 router = APIRouter(tags=["monitoring"])
 
@@ -33,8 +41,7 @@ async def health() -> str:
 def ready(service: Here) -> str:
     """Say that the database answers and the scheduler works."""
     try:
-        with service.database.reading() as connection:
-            connection.execute(sql.select(1))
+        service.database.last_event()
     except sql.exc.SQLAlchemyError as error:
         raise Problem(503, f"the database does not answer: {str(error).splitlines()[0]}") from error
     if (silent := time.monotonic() - service.scheduler.looked) > LATE:
@@ -49,12 +56,13 @@ def metrics(request: Request) -> Response:
 
 
 def observe(app: FastAPI, service: Service) -> None:
-    """Let the app count its answers, and have a registry for `/metrics`."""
+    """Let the app, which is complete, count its answers, refusals too, and have a registry for `/metrics`."""
+    disable_created_metrics()  # no gauge beside each counter
     registry = CollectorRegistry()
-    registry.register(_Jobs(service))  # type: ignore[arg-type]
+    registry.register(_Jobs(service))
     ProcessCollector(registry=registry)
     app.state.registry = registry
-    app.add_middleware(Observer, registry=registry)
+    app.middleware_stack = Observer(app.middleware_stack or app.build_middleware_stack(), registry)
 
 
 class _Jobs:
@@ -67,8 +75,8 @@ class _Jobs:
         """Yield the families of gauges."""
         service = self._service
         yield from _counted(service)
-        slots, taken = service.scheduler.slots, service.scheduler.taken()
-        sizes = {"cpu": slots.cpu, "gpu": len(slots.gpus)}
+        slots, taken = service.queue.slots, service.queue.taken()
+        sizes = slots.total()
         yield _gauge("penstock_slots", "Jobs that may run at a time.", ["slot"], {(n,): k for n, k in sizes.items()})
         used = {(name,): taken.get(name, 0) for name in sizes}
         yield _gauge("penstock_slots_used", "Slots that running jobs have.", ["slot"], used)
@@ -113,7 +121,7 @@ def _speeds(running: list[Job]) -> Iterator[GaugeMetricFamily]:
         yield _gauge(f"penstock_feed_{name}", words, ["job"], values)
 
 
-def _gauge(name: str, words: str, labels: list[str], values: dict[Any, float]) -> GaugeMetricFamily:
+def _gauge(name: str, words: str, labels: list[str], values: Mapping[Any, float]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, words, labels=labels)
     for label, value in values.items():
         family.add_metric(list(label), value)
@@ -127,7 +135,9 @@ class Observer:
         self._app = app
         labels = ["method", "route", "status"]
         words = "From a request to the end of its answer; streams of events are left out."
-        self._seconds = Histogram("penstock_http_request_duration_seconds", words, labels, registry=registry)
+        self._seconds = Histogram(
+            "penstock_http_request_duration_seconds", words, labels, registry=registry, buckets=BUCKETS
+        )
         words = "Bytes of the bodies of answers."
         self._bytes = Counter("penstock_http_response_bytes", words, ["route"], registry=registry)
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import sqlalchemy as sql
 from fastapi import APIRouter, Query, Request
@@ -12,9 +12,10 @@ from fastapi.responses import Response, StreamingResponse
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline import UserError
+from pipeline.manifest import Manifest
 from pipeline.service import curves, database, runs
 from pipeline.service.database import Job, job_of
-from pipeline.service.runs import CHECKPOINT, Checkpoint, Evaluation, content, evaluations, files_of, steps
+from pipeline.service.runs import CHECKPOINT, Checkpoint, Evaluation, Plan, evaluations, files_of, plan, steps
 from pipeline.service.site import Missing, Site
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.files import sent
@@ -26,6 +27,7 @@ OWN_PAGE = {  # its scripts are inline, and it is nobody's origin
     "Content-Security-Policy": "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data:"
 }
+_hashed: dict[Any, tuple[Manifest, str]] = {}  # by folder, the identity of a manifest, which takes long to compute
 router = APIRouter(prefix="/v1", tags=["runs"])
 
 
@@ -41,7 +43,7 @@ class Error(TypedDict):
     top1_error: float
 
 
-class RunView(TypedDict):
+class RunSummary(TypedDict):
     """A run, from its files; None where they do not say."""
 
     name: str
@@ -62,13 +64,21 @@ class RunView(TypedDict):
     best: Error | None
     error: str | None  # a file that is damaged
     report: bool
+
+
+class RunView(RunSummary):
+    """A run, with what its files hold as they do."""
+
     recipe: dict[str, Any]
     history: list[dict[str, Any]]
     evaluations: list[Evaluation]
 
 
+SUMMARY = frozenset(RunSummary.__annotations__)
+
+
 class RunList(TypedDict):
-    runs: list[RunView]
+    runs: list[RunSummary]
 
 
 class CheckpointList(TypedDict):
@@ -82,13 +92,14 @@ class FigureList(TypedDict):
 # ---- What pages show. ----
 
 
-def summaries(service: Service) -> list[RunView]:
+def summaries(service: Service) -> list[RunSummary]:
     """Return all runs, by their names."""
-    names, views = service.site.run_names(), list[RunView]()
-    trainings, identities = _trainings(service, names), _identities(service.site)
+    names, views = service.site.run_names(), list[RunSummary]()
+    trainings, identities = _trainings(service, names), _identities(service.site) if names else {}
     for name in names:
         try:
-            views.append(_view(service.site.run(name), trainings.get(name), identities))
+            view = _view(service.site.run(name), trainings.get(name), identities)
+            views.append(cast(RunSummary, {key: value for key, value in view.items() if key in SUMMARY}))
         except Missing:  # deleted since, or a link that leads out
             continue
     return views
@@ -121,27 +132,23 @@ def figures(site: Site, name: str) -> list[Figure]:
 def _view(run: Path, job: Job | None, identities: dict[str, str]) -> RunView:
     lines = curves.of(run).read()
     trained, validated, best = lines.training.last, lines.validation.last, lines.best
-    recipe, history, rated, error = dict[str, Any](), list[dict[str, Any]](), list[Evaluation](), lines.error
+    told, rated, error = Plan({}, [], {}, None), list[Evaluation](), lines.error
     try:
-        recipe = content(run / "recipe.json", dict[str, Any])
-        history = content(run / "history.json", list[dict[str, Any]])
-        rated = evaluations(run)
+        told, rated = plan(run), evaluations(run)
     except UserError as damaged:
         error = error or str(damaged)
-    identity = history[-1].get("dataset") if history else None
     saved = runs.checkpoints(run)
     newest = max((checkpoint["step"] or 0 for checkpoint in saved), default=0)
-    timing = recipe.get("train", {})
     return RunView(
         name=run.name,
         state=job.state if job else None,
         job=job.id if job else None,
-        dataset=identities.get(str(identity)),
-        identity=identity,
+        dataset=identities.get(told.identity or ""),
+        identity=told.identity,
         step=max(newest, trained.step if trained else 0),
-        steps=timing.get("steps") or (job and job.progress.get("total")) or steps(run, saved),
+        steps=told.timing.get("steps") or (job and job.progress.get("total")) or steps(run, saved),
         epoch=trained.epoch if trained else None,
-        epochs=timing.get("epochs"),
+        epochs=told.timing.get("epochs"),
         loss=trained.loss if trained else None,
         lr=trained.lr if trained else None,
         images_per_second=trained.time.images_per_second if trained else None,
@@ -151,8 +158,8 @@ def _view(run: Path, job: Job | None, identities: dict[str, str]) -> RunView:
         best=Error(step=best.step, top1_error=best.top1_error) if best else None,
         error=error,
         report=bool(files_of(run, REPORT)),
-        recipe=recipe,
-        history=history,
+        recipe=told.recipe,
+        history=told.history,
         evaluations=rated,
     )
 
@@ -172,9 +179,13 @@ def _identities(site: Site) -> dict[str, str]:
     names = dict[str, str]()
     for name in site.dataset_names():
         try:
-            names[site.dataset(name).identity] = name
+            data = site.dataset(name)
         except UserError:  # damaged, or deleted since: its own page says so
             continue
+        known = _hashed.get(data.root)
+        if known is None or known[0] is not data:
+            known = _hashed[data.root] = data, data.identity
+        names[known[1]] = name
     return names
 
 
@@ -249,10 +260,10 @@ def figure(service: Here, request: Request, name: str, file: str) -> Response:
 )
 def report(service: Here, request: Request, name: str) -> Response:
     """Return the run's page, which shows itself in a sandbox."""
-    return _sent(request, service.site.run(name), "report.html", REPORT, "text/html", OWN_PAGE)
+    return _sent(request, service.site.run(name), "report.html", REPORT, "text/html", **OWN_PAGE)
 
 
-def _sent(request: Request, folder: Path, name: str, pattern: str, kind: str, more: dict[str, str] = {}) -> Response:
+def _sent(request: Request, folder: Path, name: str, pattern: str, kind: str, **more: str) -> Response:
     """Return a file of a run. Its ETag is of its inode, bytes and time: files of a run are replaced, or grow."""
     file = _opened(folder, name, pattern)
     status = os.fstat(file.fileno())

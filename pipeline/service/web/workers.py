@@ -3,10 +3,11 @@
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from fastapi import APIRouter
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
@@ -16,10 +17,17 @@ from pipeline.service.database import Job
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.problem import responses
 
+if TYPE_CHECKING:
+    from pipeline.online.endpoints import Endpoint
+
 PATIENCE = 2.0  # seconds for an answer
 KEPT = 2.0  # seconds for which answers are shown again
 LATE = 20.0  # seconds without an event of its status, after which a feed job is silent
 MOST = 64  # workers that are asked at a time
+NUMBERS = ("rate", "queue", "bytes_held", "views", "clients", "threads", "seconds")
+FEED = "--feed"  # the source of workers that the server's command names
+T = TypeVar("T")
+R = TypeVar("R")
 router = APIRouter(prefix="/v1", tags=["workers"])
 _asking = threading.Lock()
 
@@ -61,14 +69,12 @@ def workers(service: Service) -> list[WorkerView]:
         return jobs + list(_asked(addresses, service.site.feed_token, span))
 
 
-def status(address: str, token: str | None = None, ca: bytes | None = None, timeout: float = PATIENCE) -> dict[str, Any]:
-    """Return a worker's account of itself (`online.connection.Status`). Raises UserError: why it gives none."""
+def status(endpoint: "Endpoint", token: str | None = None, ca: bytes | None = None) -> dict[str, Any]:
+    """Return a worker's account of itself, `online.connection.Status`. Raises UserError: why it gives none."""
     from pipeline.online.connection import Connection, Failure  # here, because it takes long to import
-    from pipeline.online.endpoints import parse
 
-    _, (parsed,) = parse([address])
     try:
-        return dict(Connection(parsed.endpoints()[0], token, ca).status(timeout))
+        return dict(Connection(endpoint, token, ca).status(PATIENCE))
     except Failure as failure:
         raise UserError(failure.reason) from failure
 
@@ -83,29 +89,49 @@ def _of_job(job: Job) -> WorkerView:
 
 
 def _view(address: str, source: str, told: dict[str, Any], error: str | None = None) -> WorkerView:
-    keys = ("rate", "queue", "bytes_held", "views", "clients", "threads", "seconds")
-    numbers: dict[str, Any] = {key: told.get(key) for key in keys}
-    about: dict[str, Any] = {"state": "silent" if error else "serving", "error": error}
-    return WorkerView(address=address, source=source, datasets=told.get("datasets", []), **about, **numbers)
+    view: dict[str, Any] = {key: told.get(key) for key in NUMBERS} | {"datasets": told.get("datasets", [])}
+    view |= {"address": address, "source": source, "state": "silent" if error else "serving", "error": error}
+    return cast(WorkerView, view)
 
 
 @lru_cache(1)
 def _asked(addresses: tuple[str, ...], token_file: Path, span: int) -> tuple[WorkerView, ...]:
     """Ask the workers at these addresses, all at once; `span` numbers the seconds in which the answers are used."""
     from pipeline.online.connection import TOKEN_FILE, secrets
+    from pipeline.online.endpoints import parse
 
     try:
         token, ca = secrets()
         if TOKEN_FILE not in os.environ and token_file.is_file():
             token = token_file.read_text().strip()
     except (UserError, OSError) as error:
-        return tuple(_view(address, "--feed", {}, str(error)) for address in addresses)
+        return tuple(_view(address, FEED, {}, str(error)) for address in addresses)
 
-    def ask(address: str) -> WorkerView:
-        try:
-            return _view(address, "--feed", status(address, token, ca))
-        except UserError as error:
-            return _view(address, "--feed", {}, str(error))
+    def resolve(address: str) -> "list[Endpoint]":
+        return [endpoint for parsed in parse([address])[1] for endpoint in parsed.endpoints()]
 
-    with ThreadPoolExecutor(min(len(addresses), MOST)) as pool:
-        return tuple(pool.map(ask, addresses))
+    views, endpoints = list[WorkerView](), list["Endpoint"]()
+    for address, resolved in zip(addresses, _outcomes(resolve, addresses)):
+        if isinstance(resolved, UserError):
+            views.append(_view(address, FEED, {}, str(resolved)))
+        else:
+            endpoints += resolved
+    for endpoint, told in zip(endpoints, _outcomes(lambda one: status(one, token, ca), endpoints)):
+        if isinstance(told, UserError):
+            views.append(_view(endpoint.name, FEED, {}, str(told)))
+        else:
+            views.append(_view(endpoint.name, FEED, told))
+    return tuple(views)
+
+
+def _outcomes(ask: Callable[[T], R], items: Sequence[T]) -> list[R | UserError]:
+    """Return for each item what `ask` returns, or why it fails; of those that take too long, that."""
+    pool = ThreadPoolExecutor(MOST, "penstock-workers")
+    futures = [pool.submit(ask, item) for item in items]
+    done, _ = wait(futures, PATIENCE + 0.5)
+    pool.shutdown(wait=False, cancel_futures=True)
+    outcomes = list[R | UserError]()
+    for future in futures:
+        error = future.exception() if future in done else UserError(f"no answer within {PATIENCE:.0f} s")
+        outcomes.append(error if isinstance(error, UserError) else future.result())
+    return outcomes
