@@ -166,7 +166,7 @@ def _legend(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Return where each text of a legend begins, in as many rows as they take."""
     x, y, places = LEFT, 14, []
     for text in texts:
-        width = 36 + round(6.4 * len(text))
+        width = 36 + round(7.2 * len(text))
         if x > LEFT and x + width > WIDTH:
             x, y = LEFT, y + 16
         places.append((x, y))
