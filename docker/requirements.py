@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 BUILD_EXTRAS = ("s3", "parquet", "ray")
-TRAIN_EXTRAS = (*BUILD_EXTRAS, "service", "http", "retrieval", "export")
+TRAIN_EXTRAS = (*BUILD_EXTRAS, "service", "retrieval", "export")
 # tools/build_shards.py imports none of these: the image `build` is smaller by gigabytes without them
 TRAINER_ONLY = {
     *("torch", "nvidia-dali-cuda130", "webdataset", "safetensors", "tensorboardX", "braceexpand", "plotly", "jinja2")

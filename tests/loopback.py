@@ -16,7 +16,8 @@ from fastapi.responses import Response
 
 from pipeline.service import tokens
 from pipeline.service.database import Database, url_of
-from pipeline.service.scheduler import Scheduler, Slots
+from pipeline.service.queue import Queue, Slots
+from pipeline.service.scheduler import Scheduler
 from pipeline.service.serve import config
 from pipeline.service.site import Site
 from pipeline.service.web import app
@@ -29,16 +30,20 @@ BIG = 32 * 2**20  # bytes of the answer of /v1/big, more than all the buffers of
 class Loopback:
     """A running server. `calls` has what its own POST endpoints have been sent; `client` is an httpx.Client of it."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, certificate: Path | None, **settings: Any) -> None:
         site = Site(Path(os.path.realpath(folder)), ())
+        site.root.mkdir(exist_ok=True)
         site.make()
         self.database = Database(url_of(site.root, None))
-        self.service = Service(site, self.database, Scheduler(site, self.database, Slots(), 1.0), Settings(**settings))
+        queue = Queue(site, self.database, Slots())
+        scheduler = Scheduler(queue, self.database, 1.0)
+        self.service = Service(site, self.database, queue, scheduler, Settings(**settings))
         self.calls: list[bytes] = []
         listening = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listening.getsockname()[1]
         self.app = self._application()
-        self.server = uvicorn.Server(config(self.app))
+        tls = {"ssl_certfile": certificate, "ssl_keyfile": certificate} if certificate else {}
+        self.server = uvicorn.Server(config(self.app, **tls))
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()
         self.until(lambda: self.server.started)
@@ -74,10 +79,6 @@ class Loopback:
         @web.get("/v1/big", response_model=None)
         def big() -> Response:
             return Response(bytes(BIG), media_type="application/octet-stream")
-
-        @web.get("/v1/fails", response_model=None)
-        def fails() -> None:
-            raise RuntimeError("a defect")
 
         return web
 
@@ -130,9 +131,9 @@ def rest(raw: socket.socket) -> bytes:
 
 
 @contextmanager
-def loopback(folder: Path, **settings: Any) -> Iterator[Loopback]:
-    """Yield a server of `folder`; it has ended afterwards."""
-    server = Loopback(folder, **settings)
+def loopback(folder: Path, certificate: Path | None = None, **settings: Any) -> Iterator[Loopback]:
+    """Yield a server of `folder`, over TLS with a certificate (PEM, with its key); it has ended afterwards."""
+    server = Loopback(folder, certificate, **settings)
     try:
         yield server
     finally:

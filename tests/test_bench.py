@@ -16,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import picture
 from networks import drawn, images, narrow
 from pipeline import UserError, manifest
+from pipeline.service.database import Database, add_event, url_of
 from stored import jpegs
 from tools.bench import common, load, steps, train
 from tools.bench.__main__ import COMMANDS, main
+from tools.bench.clients import Clients, Stream
 from tools.bench.common import ENVIRONMENTS, Figures, Row
 from tools.bench.peers_build import Job
 from trainer.layers import plan
@@ -111,6 +113,26 @@ def test_a_dataset_of_so_many_images(count: int, shards: int, dataset: Path, tmp
         assert jpegs(tmp_path / "large", "train") == [*islice(cycle(jpegs(tmp_path / "part", "train")), 100)]
 
 
+def test_lost_and_doubled_events_are_those_that_the_database_tells(tmp_path: Path):
+    """Six events of two jobs; a stream that begins after the first one, and one that misses two and doubles one."""
+    database = Database(url_of(tmp_path, None))
+    for job in (1, 1, 2, 1, 1, 1):
+        with database.writing() as connection:
+            add_event(connection, job, "progress", {})
+    told = database.events(0)
+    database.close()
+    clients = Clients(0, tmp_path, 0, 0, 1.0)
+    clients.job = 1
+    clients.streams = whole, broken = [Stream(), Stream()]
+    whole.after, broken.after = told[0].id, 0
+    for stream, heard in ((whole, told[1:]), (broken, [told[0], told[2], told[4], told[4], told[5]])):
+        for event in heard:
+            line = json.dumps({"id": event.id, "job": event.job, "kind": "ended" if event.id == 6 else event.kind})
+            assert stream.hear(f"data: {line}\n".encode(), 1) == (event.id == 6)
+    figures = clients.figures(1.0)
+    assert (figures["events"], figures["lost"], figures["out_of_order"]) == (4 + 5, 2, 1)
+
+
 # Commands
 
 
@@ -152,6 +174,24 @@ def test_build(tmp_path: Path):
     assert f"not run: {rows.pop('opencv')['failed']}" in out
     assert set(rows) == {"decode-encode", "penstock", "penstock-baseline"}
     assert [[run["images"] for run in row["runs"]] for row in rows.values()] == [[12]] * 3
+
+
+@pytest.mark.proof
+def test_serve(tmp_path: Path):
+    for number in range(6):
+        folder = tmp_path / "raw" / ("cats", "dogs")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(f"bench{number}", 300 + number, 280).save(folder / f"{number}.jpg", quality=90)
+    options = ("--images", 12, "--repetitions", 1, "--dashboards", 5, "--readers", 2)
+    out = bench("serve", tmp_path / "raw", *options, "--json", tmp_path / "serve.json")
+    (command, alone, watched) = (row["runs"][0] for row in json.loads((tmp_path / "serve.json").read_text())["rows"])
+    assert [run["images"] for run in (command, alone, watched)] == [12] * 3
+    assert "clients" not in alone
+    clients = watched["clients"]
+    assert (clients["failed"], clients["lost"], clients["out_of_order"]) == ({}, 0, 0), out
+    assert clients["events"] >= 5
+    assert set(clients["answers"]) == {"api", "page", "range"}
+    assert "failed requests: 0\n" in out
 
 
 @pytest.mark.proof

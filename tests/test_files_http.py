@@ -162,9 +162,9 @@ def test_damage_is_not_served(get: Get, server: Server, root: Path):
         manifest.load(url).read("mean.png")
 
 
-def test_a_file_that_is_replaced_while_it_is_read(server: Server, root: Path):
+def test_a_file_that_is_replaced_or_grows_while_it_is_read(server: Server, root: Path):
     """Who has begun to read gets the old file to its end; a data set of the same name has its own hashes."""
-    folder, size = Path(shutil.copytree(root, server.root / "datasets/old")), 64 * 2**20
+    folder, size = Path(shutil.copytree(root, server.root / "datasets/old")), 64 * 2**20 + 5
     body = json.loads((folder / "dataset.json").read_bytes())
     big = hashlib.sha256(bytes(size)).hexdigest()
     body["files"]["big.bin"] = {"bytes": size, "sha256": big}
@@ -179,7 +179,13 @@ def test_a_file_that_is_replaced_while_it_is_read(server: Server, root: Path):
     assert pieces.hexdigest() == big
     body["files"]["big.bin"]["sha256"] = hashlib.sha256(b"\1" * size).hexdigest()
     (folder / "dataset.json").write_bytes(signed(body))
+    with server.client.stream("GET", f"{server.url}/v1/datasets/old/big.bin") as answer:
+        with open(folder / "big.bin", "ab") as file:
+            file.write(b"more")
+        assert sum(map(len, answer.iter_raw())) == size
+    os.truncate(folder / "big.bin", size)
     etag = server.client.head(f"{server.url}/v1/datasets/old/big.bin").headers["ETag"]
+    assert "Traceback" not in server.errors()
     assert etag == f'"{body["files"]["big.bin"]["sha256"]}"'
 
 

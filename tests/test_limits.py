@@ -1,8 +1,11 @@
 """Bounds of the server, over real connections: what is too much is refused, and what it held is free again."""
 
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -167,6 +170,7 @@ def test_the_system_is_told_to_send_at_once_and_to_give_up_a_host_that_is_gone(s
     with server.connection():
         server.until(lambda: server.connections == 1)
         (protocol,) = server.server.server_state.connections
+        assert protocol.transport.get_write_buffer_limits() == (0, 0)  # what is unread is watched to the last byte
         own = protocol.transport.get_extra_info("socket")
         assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == limits.TAKES_WITHIN * 1000
@@ -201,6 +205,14 @@ def test_what_is_no_request_is_refused(server: Loopback, request_: bytes, expect
     assert server.client.get("/v1/scope").status_code == 200
 
 
+def test_what_follows_an_answer_and_is_no_request_has_none(server: Loopback):
+    with server.connection(CHUNKED.replace(HOST, HOST + b"Origin: null\r\n")) as raw:
+        answer = raw.recv(2**16)
+        assert status(answer) == 403
+        raw.sendall(b"no number\r\n")
+        assert (answer + rest(raw)).count(b"HTTP/1.1") == 1
+
+
 def test_old_and_unusual_requests_are_answered(server: Loopback):
     assert status(server.exchange(b"GET /v1/scope HTTP/1.0\r\n" + HOST + b"\r\n")) == 200
     assert status(server.exchange(b"GET /v1/scope HTTP/1.0\r\n\r\n")) == 421  # without a host
@@ -212,3 +224,26 @@ def test_old_and_unusual_requests_are_answered(server: Loopback):
         raw.sendall(b"ok")
         assert status(raw.recv(1000)) == 200
     assert server.calls == [b"ok"]
+
+
+def test_tls_has_the_same_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pem = tmp_path / "pem"
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run([*words.split(), "-keyout", pem, "-out", pem], check=True, capture_output=True, timeout=60)
+    context = ssl.create_default_context(cafile=str(pem))
+    context.check_hostname = False
+    ask = b"GET /v1/big HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    with loopback(tmp_path / "root", pem) as server:
+        with context.wrap_socket(server.connection()) as raw:
+            raw.sendall(ask)
+            assert len(rest(raw)) > BIG
+        monkeypatch.setattr(limits, "ASKS_WITHIN", 0.3)
+        with context.wrap_socket(server.connection()) as raw:
+            raw.sendall(b"GET /")
+            assert status(rest(raw)) == 408
+        with context.wrap_socket(server.connection(buffer=4096)) as raw:
+            server.until(lambda: server.connections == 1)
+            monkeypatch.setattr(limits, "TAKES_WITHIN", 0.3)
+            raw.sendall(ask)
+            server.until(lambda: server.server.server_state.tasks)
+            server.until(lambda: server.connections == 0 and not server.server.server_state.tasks)

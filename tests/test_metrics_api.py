@@ -22,9 +22,9 @@ from pipeline.service.site import Site
 from pipeline.service.web import app, metrics
 from pipeline.service.web.context import Service
 from serving import Server, served
-from workers import loader, started
+from workers import Worker, loader, started
 
-TOKEN = "0123456789abcdef"
+TOKEN, NOWHERE = "0123456789abcdef", "nowhere.invalid"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -36,12 +36,9 @@ def read(data: Path, address: str) -> int:
     return number
 
 
-def workers(server: Server) -> list[dict]:
-    return server.client.get("/v1/workers").raise_for_status().json()["workers"]
-
-
-def by_address(server: Server) -> dict[str, dict]:
-    return {row["address"]: row for row in workers(server)}
+def workers(server: Server) -> dict[str, dict]:
+    """Return the workers by their addresses."""
+    return {row["address"]: row for row in server.client.get("/v1/workers").raise_for_status().json()["workers"]}
 
 
 def scraped(server: Server) -> Samples:
@@ -52,30 +49,43 @@ def scraped(server: Server) -> Samples:
     return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}
 
 
+@pytest.fixture(name="crew", scope="module")
+def two_workers(dataset: Path) -> Iterator[list[Worker]]:
+    with started(dataset.parent, 2, token=TOKEN, threads=2) as workers:
+        yield workers
+
+
 @pytest.fixture(name="server", scope="module")
-def feeding(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of the data set, without jobs."""
+def observing(dataset: Path, crew: list[Worker], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the data set, that knows the workers, and one that is nowhere."""
     root = tmp_path_factory.mktemp("site")
     shutil.copytree(dataset, root / "datasets/d")
-    with served(root) as server:
+    (root / "token").write_text(TOKEN)
+    feeds = [word for worker in crew for word in ("--feed", worker.address)]
+    with served(root, *feeds, "--feed", NOWHERE, PENSTOCK_FEED_TOKEN_FILE=str(root / "token")) as server:
         yield server
 
 
-def test_a_feed_job_tells_the_views_that_a_loader_read(server: Server, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PENSTOCK_FEED_TOKEN_FILE", str(server.root / "feed.token"))
+@pytest.fixture(name="token", autouse=True)
+def token_of_the_loader(server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PENSTOCK_FEED_TOKEN_FILE", str(server.root / "token"))
+    return server.root / "token"
+
+
+def test_a_feed_job_tells_the_views_that_a_loader_read(server: Server):
     job = server.submit("feed", threads=1)
-    address = server.until(lambda: server.job(job["id"])["progress"].get("uri"))
-    (worker,) = workers(server)
-    assert (worker["address"], worker["source"], worker["state"]) == (address, f"job {job['id']}", "serving")
+    source, address = f"job {job['id']}", server.until(lambda: server.job(job["id"])["progress"].get("uri"))
+    worker = workers(server)[address]
+    assert (worker["source"], worker["state"]) == (source, "serving")
     number = read(server.root / "datasets/d", address)
-    told = server.until(lambda: (rows := workers(server))[0]["views"] and rows[0])
+    told = server.until(lambda: (row := workers(server)[address])["views"] and row)
     assert (told["views"], told["threads"], told["error"]) == (number, 1, None)
     assert told["datasets"] == ["d"]
     assert_numbers_of_jobs(server)
     assert scraped(server)["penstock_feed_requests", (("job", str(job["id"])),)] == 0
     server.client.post(f"/v1/jobs/{job['id']}/cancel").raise_for_status()
     server.ended(job["id"])
-    assert workers(server) == []
+    assert source not in {row["source"] for row in workers(server).values()}
     assert_numbers_of_jobs(server)
 
 
@@ -95,28 +105,23 @@ def assert_numbers_of_jobs(server: Server) -> None:
     assert now["process_resident_memory_bytes", ()] > 10**6
 
 
-def test_workers_of_other_machines_are_asked(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_workers_of_other_machines_are_asked(server: Server, dataset: Path, crew: list[Worker], token: Path):
     """One that does not answer is there with the reason."""
-    token = tmp_path / "token"
+    one, other = crew
+    assert sorted(row["state"] for row in workers(server).values()) == ["serving", "serving", "silent"]
+    number = read(dataset, one.address)
+    other.kill()
+    rows = server.until(lambda: (rows := workers(server))[other.address]["error"] and rows)
+    assert {row["source"] for row in rows.values()} == {"--feed"}
+    serving, killed, nowhere = (rows[address] for address in (one.address, other.address, NOWHERE))
+    assert (serving["state"], serving["views"], serving["error"]) == ("serving", number, None)
+    assert (killed["state"], killed["views"]) == (nowhere["state"], nowhere["views"]) == ("silent", None)
+    assert "refused" in killed["error"].lower()
+    assert nowhere["error"]
+    token.write_text(TOKEN[::-1])
+    refused = server.until(lambda: workers(server)[one.address]["error"])
+    assert refused == "this worker has another token: give both sides the same file"
     token.write_text(TOKEN)
-    monkeypatch.setenv("PENSTOCK_FEED_TOKEN_FILE", str(token))
-    with started(dataset.parent, 2, token=TOKEN, threads=2) as (one, other):
-        feeds = ["--feed", one.address, "--feed", f"grpc://{other.address}", "--feed", "nowhere.invalid"]
-        with served(tmp_path / "root", *feeds) as server:
-            assert sorted(row["state"] for row in workers(server)) == ["serving", "serving", "silent"]
-            number = read(dataset, one.address)
-            other.kill()
-            rows = server.until(lambda: (rows := by_address(server))[feeds[3]]["error"] and rows)
-            assert sorted(rows) == sorted(feeds[1::2])
-            assert {row["source"] for row in rows.values()} == {"--feed"}
-            serving, killed, nowhere = (rows[address] for address in feeds[1::2])
-            assert (serving["state"], serving["views"], serving["error"]) == ("serving", number, None)
-            assert (killed["state"], killed["views"]) == (nowhere["state"], nowhere["views"]) == ("silent", None)
-            assert "refused" in killed["error"].lower()
-            assert nowhere["error"]
-            token.write_text(TOKEN[::-1])
-            refused = server.until(lambda: by_address(server)[one.address]["error"])
-            assert refused == "this worker has another token: give both sides the same file"
 
 
 def test_numbers_of_answers(server: Server):
@@ -124,6 +129,7 @@ def test_numbers_of_answers(server: Server):
     before = scraped(server)
     texts = [server.client.get(f"/v1/runs/{name}").text for name in ("a", "b", "c")]
     assert server.client.get("/nowhere").status_code == 404
+    assert server.client.get("/v1/jobs", headers={"Authorization": "Bearer wrong"}).status_code == 401
     listed = server.client.get("/v1/jobs").text
     after = scraped(server)
 
@@ -135,6 +141,7 @@ def test_numbers_of_answers(server: Server):
     assert grown(count, method="GET", route="/v1/runs/{name}", status="404") == 3
     assert grown(count, method="GET", route="/v1/jobs", status="200") == 1
     assert grown(count, method="GET", route="other", status="404") == 1
+    assert grown(count, method="GET", route="other", status="401") == 1  # refused before a route is looked for
     assert grown(size, route="/v1/runs/{name}") == sum(len(text.encode()) for text in texts)
     assert grown(size, route="/v1/jobs") == len(listed.encode())
     assert not [key for key in after if "nowhere" in str(key)]

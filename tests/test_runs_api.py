@@ -27,7 +27,7 @@ CSP = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; st
 
 @pytest.fixture(name="trained", scope="module")
 def a_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A server's folder with a data set, and a run of it that was evaluated. Read only."""
+    """A server's folder with a data set, and the run `r` of it that was evaluated. Read only, but for other runs."""
     root = tmp_path_factory.mktemp("site")
     data, run = root / "datasets/d", root / "runs/r"
     shutil.copytree(dataset, data)
@@ -51,16 +51,14 @@ def answer(server: Server, path: str, **params: Any) -> Any:
     return server.client.get(f"/v1/runs{path}", params=params).raise_for_status().json()
 
 
-def copied(trained: Path, root: Path) -> Path:
-    """Return a copy of the run, to be changed, in a server's folder of its own."""
-    shutil.copytree(trained / "runs", root / "runs")
-    (root / "datasets").mkdir()
-    return root / "runs/r"
+def copied(trained: Path, name: str) -> Path:
+    """Return a copy of the run, to be changed, beside it."""
+    return Path(shutil.copytree(trained / "runs/r", trained / "runs" / name))
 
 
 def test_a_run_is_what_the_trainer_says(server: Server, trained: Path):
     run, lines = trained / "runs/r", read(trained / "runs/r")
-    (listed,) = answer(server, "")["runs"]
+    (listed,) = (one for one in answer(server, "")["runs"] if one["name"] == "r")
     view = answer(server, "/r")
     assert listed == {key: view[key] for key in view if key not in ("recipe", "history", "evaluations")}
     last, validations = lines[-2], [line for line in lines if line["kind"] == "validation"]
@@ -140,41 +138,34 @@ def test_nothing_else_is_served(server: Server, path: str):
     assert refused.headers["content-type"] == "application/problem+json"
 
 
-def test_links_are_not_followed(trained: Path, tmp_path: Path):
-    run, secret = copied(trained, tmp_path), tmp_path / "secret"
+def test_links_are_not_followed(server: Server, trained: Path, tmp_path: Path):
+    run, secret = copied(trained, "linked"), tmp_path / "secret"
     secret.write_bytes(b"secret")
-    for name in ("checkpoints/step-00000099.safetensors", "figures/secret.png"):
-        (run / name).symlink_to(secret)
+    (run / "checkpoints/step-00000099.safetensors").symlink_to(secret)
     (run / "report.html").unlink()
     (run / "report.html").symlink_to(secret)
-    shutil.copytree(run, tmp_path / "outside/run")
-    (tmp_path / "runs/outside").symlink_to(tmp_path / "outside/run")
-    (tmp_path / "runs/inside").symlink_to("r")
-    (tmp_path / "elsewhere").mkdir()
-    shutil.move(run / "figures", tmp_path / "elsewhere")
-    (run / "figures").symlink_to(tmp_path / "elsewhere/figures")
+    shutil.move(run / "figures", tmp_path / "figures")
+    (run / "figures").symlink_to(tmp_path / "figures")
     os.mkfifo(run / "checkpoints/step-00000100.safetensors")
-    root = tmp_path / "root"
-    root.mkdir()
-    shutil.move(tmp_path / "runs", root / "runs")
-    with served(root) as server:
-        assert answer(server, "/r/figures") == {"figures": []}
-        steps = [view["step"] for view in answer(server, "/r/checkpoints")["checkpoints"]]
-        assert max(steps) == STEPS
-        assert answer(server, "/r")["report"] is False
-        for path in ("r/report", "r/figures/secret.png", "r/figures/kernels.png", "outside", "outside/report"):
-            assert server.client.get(f"/v1/runs/{path}").status_code == 404, path
-        for name in ("step-00000099", "step-00000100"):
-            assert server.client.get(f"/v1/runs/r/checkpoints/{name}.safetensors").status_code == 404
+    shutil.copytree(trained / "runs/r", tmp_path / "run")
+    (trained / "runs/outside").symlink_to(tmp_path / "run")
+    assert answer(server, "/linked/figures") == {"figures": []}
+    assert answer(server, "/linked")["report"] is False
+    steps = [view["step"] for view in answer(server, "/linked/checkpoints")["checkpoints"]]
+    assert max(steps) == STEPS
+    assert "outside" not in [one["name"] for one in answer(server, "")["runs"]]
+    names = [f"linked/checkpoints/step-{step:08}.safetensors" for step in (99, 100)]
+    for path in (*names, "linked/report", "linked/figures/kernels.png", "outside", "outside/report"):
+        assert server.client.get(f"/v1/runs/{path}").status_code == 404, path
 
 
-def test_metrics_that_grow(trained: Path, tmp_path: Path):
+def test_metrics_that_grow(trained: Path):
     """A torn line does not count until it is whole; a file that a resumed run has written anew is read anew."""
-    run, site = copied(trained, tmp_path), Site(tmp_path)
+    run, site = copied(trained, "grows"), Site(trained)
     path, whole = run / "metrics.jsonl", read(run)
 
     def shown() -> list[dict[str, Any]]:
-        return metrics(site, "r")
+        return metrics(site, "grows")
 
     assert [line["step"] for line in shown()] == [line["step"] for line in whole]
     assert shown()[0] == {key: value for key, value in whole[0].items() if key != "layers"}
@@ -184,7 +175,7 @@ def test_metrics_that_grow(trained: Path, tmp_path: Path):
         file.flush()
         assert len(shown()) == len(whole)
         file.write(line[50:] + "\n")
-    assert [line["step"] for line in metrics(site, "r", STEPS)] == [STEPS + 1]
+    assert [line["step"] for line in metrics(site, "grows", STEPS)] == [STEPS + 1]
     anew = path.with_suffix(".tmp")
     anew.write_text("".join(json.dumps(line) + "\n" for line in whole if line["step"] <= 3))
     os.replace(anew, path)
@@ -193,51 +184,48 @@ def test_metrics_that_grow(trained: Path, tmp_path: Path):
     assert shown() == []
 
 
-def test_metrics_of_a_long_run_are_thinned(trained: Path, tmp_path: Path):
-    run, site = copied(trained, tmp_path), Site(tmp_path)
+def test_metrics_of_a_long_run_are_thinned(trained: Path):
+    run, site = copied(trained, "long"), Site(trained)
     line = next(line for line in read(run) if line["kind"] == "train")
     count = 5 * MOST + 1
     text = "".join(json.dumps(line | {"step": step, "loss": step}) + "\n" for step in range(1, count + 1))
     (run / "metrics.jsonl").write_text(text)
-    lines = metrics(site, "r")
+    lines = metrics(site, "long")
     steps = [line["step"] for line in lines]
     assert MOST <= len(steps) <= 2 * MOST
     assert (steps[0], steps[-1]) == (1, count)
     assert steps == [line["loss"] for line in lines]
     assert len({later - earlier for earlier, later in pairwise(steps[:-1])}) == 1  # even, but for the last
-    assert metrics(site, "r", count - 1)[0]["step"] == count
+    assert metrics(site, "long", count - 1)[0]["step"] == count
 
 
-def test_damaged_files(trained: Path, tmp_path: Path):
+def test_damaged_files(server: Server, trained: Path):
     """The rest of the run is shown, with the reason."""
-    run = copied(trained, tmp_path)
+    run = copied(trained, "damaged")
     number = len(read(run)) + 1
     checkpoint = checkpoints.files(run)[-1]
     checkpoint.write_bytes(b"\xff" * 100)
     checkpoints.best_file(run).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with open(run / "metrics.jsonl", "a") as file:
         file.write("nonsense\n")
-    with served(tmp_path) as server:
-        view = answer(server, "/r")
-        assert view["step"] == STEPS
-        assert view["error"].startswith(f"metrics.jsonl: line {number} is damaged (")
-        steps = {view["file"]: view["step"] for view in answer(server, "/r/checkpoints")["checkpoints"]}
-        assert steps[checkpoint.name] == STEPS
-        assert steps["best.safetensors"] is None
-        (run / "metrics.jsonl").unlink()
-        (run / "recipe.json").write_text("[")
-        view = answer(server, "/r")
+    view = answer(server, "/damaged")
+    assert view["step"] == STEPS
+    assert view["error"].startswith(f"metrics.jsonl: line {number} is damaged (")
+    steps = {view["file"]: view["step"] for view in answer(server, "/damaged/checkpoints")["checkpoints"]}
+    assert steps[checkpoint.name] == STEPS
+    assert steps["best.safetensors"] is None
+    (run / "metrics.jsonl").unlink()
+    for text in ("[", '{"train": {"steps": "many"}}'):
+        (run / "recipe.json").write_text(text)
+        view = answer(server, "/damaged")
         assert view["error"].startswith("recipe.json: is damaged (")
-        assert view["recipe"] == {}
-        assert view["loss"] is None
+        assert (view["recipe"], view["loss"]) == ({}, None)
 
 
-def test_the_state_is_that_of_the_newest_training(dataset: Path, trained: Path, tmp_path: Path):
-    copied(trained, tmp_path)
-    shutil.copytree(dataset, tmp_path / "datasets/d")
-    with served(tmp_path) as server:
-        job = server.submit("train", dataset="d", run="r", resume=True, set={"train.steps": "9"})
-        server.client.post(f"/v1/jobs/{job['id']}/cancel").raise_for_status()
-        assert server.ended(job["id"])["state"] == "cancelled"
-        view = answer(server, "/r")
-        assert (view["state"], view["job"], view["dataset"]) == ("cancelled", job["id"], "d")
+def test_the_state_is_that_of_the_newest_training(server: Server, trained: Path):
+    copied(trained, "resumed")
+    job = server.submit("train", dataset="d", run="resumed", resume=True, set={"train.steps": "9"})
+    server.client.post(f"/v1/jobs/{job['id']}/cancel").raise_for_status()
+    assert server.ended(job["id"])["state"] == "cancelled"
+    view = answer(server, "/resumed")
+    assert (view["state"], view["job"], view["dataset"]) == ("cancelled", job["id"], "d")

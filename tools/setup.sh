@@ -64,7 +64,7 @@ fi
 # 5. everything else
 say "installing torch, DALI and the rest (about 2 GB on disk; more with torch's CUDA build)"
 quietly pip uninstall -y penstock # the distribution's name before penstock-imagenet
-quietly pip install -c constraints.txt --no-build-isolation -e '.[dev,s3,parquet,ray,service,http,retrieval,export]'
+quietly pip install -c constraints.txt --no-build-isolation -e '.[dev,s3,parquet,ray,service,retrieval,export]'
 .venv/bin/python - <<'PY' || fail "Pillow-SIMD lacks a format. Run: rm -r .venv, then the same command again"
 import sys
 from PIL import features

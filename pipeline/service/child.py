@@ -13,11 +13,12 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 MARK = "PENSTOCK_JOB"  # environment variable of all processes of a job; its value is the job's folder
 LOG, LOCK, PROCESS = "log", "lock", "process"
 CANNOT_RUN = 126  # exit code, as a shell's
+ENDING = 5.0  # seconds for a killed process to give back its files, after it has gone from sight
 
 
 class Process(NamedTuple):
@@ -41,10 +42,10 @@ class Process(NamedTuple):
 def start(folder: Path, attempt: int, command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """Start a command under its wrapper, with `folder` as its working directory, and return the wrapper.
 
-    Raises BlockingIOError: a wrapper of the job is alive; OSError: no process, or no file, can be made.
+    Raises OSError: a wrapper of the job is alive, or no process, or no file, can be made.
     """
     with open(folder / LOCK, "ab") as lock, open(folder / LOG, "a+b") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the wrapper inherits: there is no moment without it
+        _take(lock)  # which the wrapper inherits: there is no moment without it
         if log.tell() and os.pread(log.fileno(), 1, log.tell() - 1) != b"\n":  # the last line of a killed command
             log.write(b"\n")
         begin = {"event": "begin", "attempt": attempt, "time": time.time(), "command": command[1:]}
@@ -61,6 +62,18 @@ def start(folder: Path, attempt: int, command: list[str], environment: dict[str,
             pass_fds=[lock.fileno()],
             start_new_session=True,
         )
+
+
+def _take(lock: IO[bytes]) -> None:
+    """Lock a file. Raises BlockingIOError: another process keeps it, and is not about to end."""
+    until = time.monotonic() + ENDING
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def running(folder: Path) -> Process | None:
@@ -95,8 +108,10 @@ def exit_code(folder: Path, attempt: int) -> int | None:
 def end_all(folder: Path) -> list[int]:
     """Kill every process of a job, of whatever group, and return their pids."""
     ended: list[int] = []
-    mark = f"{MARK}={folder}".encode()
-    while left := [pid for pid in _pids() if pid != os.getpid() and mark in _environ(pid)]:
+    mark, empty = f"{MARK}={folder}".encode(), 0
+    while empty < 2:  # for a moment a process that begins another program shows no environment
+        left = [pid for pid in _pids() if pid != os.getpid() and mark in _environ(pid)]
+        empty = 0 if left else empty + 1
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -157,12 +172,16 @@ def _write(path: Path, text: str) -> None:
 
 def main(attempt: str, lock: str, *command: str) -> None:
     """Run the command in this process's folder, and leave its exit code there. `lock` is an open file, and held."""
+    early: list[int] = []  # signals to the group, which the command may not have been in yet
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda n, frame: None)  # no SIG_IGN, which the command would inherit
+        signal.signal(number, lambda n, frame: early.append(n))  # no SIG_IGN, which the command would inherit
     folder = Path.cwd()
     _write(folder / PROCESS, json.dumps(identity(os.getpid())))
     try:
-        code = subprocess.Popen(command).wait()
+        process = subprocess.Popen(command)
+        for missed in early:
+            process.send_signal(missed)
+        code = process.wait()
     except OSError as error:
         print(f"Error: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         code = CANNOT_RUN

@@ -14,7 +14,7 @@ from pipeline.typed import Count
 from pipeline.volumes import open_regular
 
 FILE_NAME = "metrics.jsonl"
-MOST = 2_000  # lines of a kind; up to twice as many are kept
+MOST = 1_000  # lines of a kind; up to twice as many are kept
 PIECE = 2**20  # bytes that are read at a time, and of a line at most
 TAIL = 256  # bytes before the position, by which the file is known again
 
@@ -130,7 +130,7 @@ class Curves:
                 self.best = line
 
 
-@lru_cache(64)
+@lru_cache(256)
 def of(run: Path) -> Curves:
     """Return the curves of a run, kept between calls."""
     return Curves(run / FILE_NAME)

@@ -27,7 +27,10 @@ def fold(progress: Progress, lines: Iterable[bytes], now: float) -> Progress:
             elif text:
                 _add(progress, "notes", text)
         else:
-            _fold(progress, event)
+            try:
+                _fold(progress, event)
+            except (AttributeError, KeyError, TypeError, ValueError):  # of another program, or of another version
+                _add(progress, "notes", printable(line.decode("utf-8", "replace").strip(), LONGEST))
     _estimate(progress, now)
     return progress
 
@@ -57,7 +60,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 def _fold(progress: Progress, event: dict[str, Any]) -> None:
     name = event["event"]
     if name == "begin":  # an attempt: its command counts anew what an earlier one had done
-        for key in ("error", "rate", "eta", "done", "failed", "failures", "skipped", "uri", "status", "first"):
+        for key in ("error", "rate", "eta", "done", "total", "failed", "failures", "skipped", "uri", "status", "first"):
             progress.pop(key, None)
         progress["command"] = ["penstock", *event["command"][2:]]
     elif name == "plan":

@@ -18,12 +18,14 @@ from pipeline.service import child, database
 from pipeline.service.database import WAITING, Database, Job, add_event, end_job
 from pipeline.service.kinds import Kind, command, parse
 from pipeline.service.progress import fold
-from pipeline.service.queue import MOST_QUEUED, Queue
+from pipeline.service.queue import Queue
 
 PERIOD, QUIET = 0.2, 1.0  # seconds between two looks, with and without running jobs
 BETWEEN = 0.5  # seconds between two events of the progress of a job
+ALL = 10**6  # jobs that are not over: more than there may be
 PIECE = 2**20  # bytes of a log that are read at a time
-FAULTS = 2  # the exit code of our commands for a user's mistake: no second attempt would help
+FAULTS = 2  # the exit code of our commands for an error: of the user, as long as they have not begun to work
+WORKED = {"total", "uri"}  # keys of the progress that tell it; then a lost worker or network, which may come back
 FOUND = {"verify": 1}  # and the exit code of a command that has found what it looked for
 
 
@@ -55,7 +57,7 @@ class Scheduler:
         self.queue.changed.set()
         if self._thread.is_alive():
             self._thread.join()
-        running, until = self._database.jobs(("running",)), time.monotonic() + self._grace
+        running, until = self._database.jobs(("running",), limit=ALL), time.monotonic() + self._grace
         if not jobs_too:
             return len(running)
         for job in running:
@@ -88,18 +90,13 @@ class Scheduler:
     def look(self) -> bool:
         """Follow the running jobs, start what can be started; return whether jobs run."""
         self._wrappers = [wrapper for wrapper in self._wrappers if wrapper.poll() is None]
-        for job in reversed(self._database.jobs(("running",), limit=MOST_QUEUED)):
+        for job in reversed(self._database.jobs(("running",), limit=ALL)):
             self._follow(job)
-        unfinished = self._database.jobs(WAITING, limit=2 * MOST_QUEUED)[::-1]
-        taken, gpus = self._occupied(unfinished)
-        busy, before = any(job.state == "running" for job in unfinished), list[tuple[Job, Kind]]()
+        unfinished = self._understood(self._database.jobs(WAITING, limit=ALL)[::-1])
+        taken, gpus = self._occupied([job for job, _ in unfinished if job.state == "running"])
+        busy, before = any(job.state == "running" for job, _ in unfinished), list[tuple[Job, Kind]]()
         blocked: set[str] = set()  # slots that an earlier job waits for, and no later one gets
-        for job in unfinished:
-            try:
-                kind = parse(job.params)
-            except UserError as error:  # of another version
-                self._finish(job, FAULTS, str(error))
-                continue
+        for job, kind in unfinished:
             if job.state == "queued":
                 reason = self._obstacle(job, kind, before, taken, blocked)
                 if reason is None:
@@ -112,8 +109,18 @@ class Scheduler:
             before.append((job, kind))
         return busy
 
-    def _occupied(self, unfinished: list[Job]) -> tuple[Counter[str], set[int]]:
-        running = [job for job in unfinished if job.state == "running"]
+    def _understood(self, jobs: list[Job]) -> list[tuple[Job, Kind]]:
+        """Return jobs with their kinds; end those that another version has queued, and this one does not know."""
+        found = []
+        for job in jobs:
+            try:
+                found.append((job, parse(job.params)))
+            except UserError as error:
+                child.end_all(self.queue.folder(job.id))
+                self._end(job, "failed", FAULTS, str(error))
+        return found
+
+    def _occupied(self, running: list[Job]) -> tuple[Counter[str], set[int]]:
         taken = sum((Counter(self.queue.needs(job)) for job in running), Counter())
         return taken, {number for job in running for number in job.gpus}
 
@@ -155,8 +162,10 @@ class Scheduler:
             wrapper = child.start(folder, attempt, command(words), own)
             self._wrappers.append(wrapper)
             process = child.identity(wrapper.pid)
-        except (UserError, OSError) as error:
-            return self._finish(job, FAULTS, str(error))
+        except UserError as error:
+            return self._end(job, "failed", FAULTS, str(error))
+        except OSError as error:  # a full disk, no more processes: may pass
+            return self._failed(job, None, str(error))
         self._set(job, pid=process.pid, pid_started=process.started)
 
     def _follow(self, job: Job) -> None:
@@ -225,21 +234,19 @@ class Scheduler:
         if process := child.running(self.queue.folder(job.id)):
             process.signal(number)
 
-    def _finish(self, job: Job, code: int | None, reason: str | None = None) -> None:
+    def _finish(self, job: Job, code: int | None) -> None:
         """End a job whose command has ended with `code`; None: it was killed."""
-        reason = reason or job.progress.get("error")
+        reason = job.progress.get("error") or f"ended with exit code {code}"
         if code == 0:
-            state, reason = "succeeded", None
+            self._end(job, "succeeded", code)
         elif job.cancelling:
-            state, reason = "cancelled", None
-        elif code in (FAULTS, FOUND.get(job.kind)):
-            state = "failed"
-            if code == FOUND.get(job.kind):
-                reason = f"{job.progress.get('failed', 'some')} files failed"
+            self._end(job, "cancelled", code)
+        elif code == FOUND.get(job.kind):
+            self._end(job, "failed", code, f"{job.progress.get('failed', 'some')} files failed")
+        elif code == FAULTS and not job.progress.keys() & WORKED:
+            self._end(job, "failed", code, reason)
         else:
-            return self._failed(job, code, reason or f"ended with exit code {code}")
-        with self._database.writing() as connection:
-            end_job(connection, job, state, code, reason)
+            self._failed(job, code, reason)
 
     def _failed(self, job: Job, code: int | None, reason: str) -> None:
         """Try a job again that ended by no fault of its user, or end it where that has been done often enough."""
@@ -247,15 +254,23 @@ class Scheduler:
             self._not_before[job.id] = time.monotonic() + 2**job.failures
             return self._queue_again(job, reason, failure=True)
         tries = f" ({job.attempt} attempts)" if job.attempt > 1 else ""
-        with self._database.writing() as connection:
-            end_job(connection, job, "failed", code, f"{reason}{tries}")
+        self._end(job, "failed", code, f"{reason}{tries}")
 
     def _queue_again(self, job: Job, reason: str, failure: bool) -> None:
+        again: dict[str, Any] = {"state": "queued", "failures": job.failures + failure, "pid": None, "gpus": None}
+        table = database.jobs
         with self._database.writing() as connection:
-            self._update(connection, job, state="queued", pid=None, gpus=None, failures=job.failures + failure)
-            add_event(connection, job.id, "queued", {"reason": reason})
+            wanted = sql.and_(table.c.id == job.id, table.c.cancelling.is_(None))
+            if connection.execute(sql.update(table).where(wanted).values(again)).rowcount:
+                add_event(connection, job.id, "queued", {"reason": reason})
+            else:  # cancelled while its end was looked at
+                end_job(connection, job, "cancelled", None, None)
 
     # ---- Rows. ----
+
+    def _end(self, job: Job, state: str, code: int | None, reason: str | None = None) -> None:
+        with self._database.writing() as connection:
+            end_job(connection, job, state, code, reason)
 
     def _set(self, job: Job, **values: Any) -> None:
         with self._database.writing() as connection:

@@ -76,11 +76,11 @@ class Site:
 
     def run_names(self) -> list[str]:
         """Return the names of all runs, in their order."""
-        return [name for name in _names(self.runs) if any((self.runs / name / file).exists() for file in RUN_FILES)]
+        return [name for name in _names(self.runs) if _is_run(self.runs / name)]
 
     def run(self, name: str) -> Path:
         """Return the folder of a run. Raises Missing."""
-        if name not in self.run_names() or not self._inside(self.runs / name):
+        if not is_name(name) or not self._inside(self.runs / name) or not _is_run(self.runs / name):
             raise Missing(f"{name:.80}: no such run; there are: {_listed(self.run_names())}")
         return self.runs / name
 
@@ -109,6 +109,10 @@ class Site:
 def is_name(text: str) -> bool:
     """Return whether a data set or a run may have this name."""
     return re.fullmatch(NAME, text) is not None and not text.endswith(ENDINGS)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / file).exists() for file in RUN_FILES)
 
 
 def _names(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import click
 if not __package__:  # run as a folder: Python put tools/bench in front, where our modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-COMMANDS = ("build", "load", "first-batch", "feed", "train", "gpu", "retrieval", "peers")
+COMMANDS = ("build", "load", "first-batch", "feed", "train", "gpu", "retrieval", "serve", "peers")
 MODULES = {"first-batch": "load", "gpu": "train", "peers": "common"}  # else of the command's own name
 
 

@@ -40,16 +40,17 @@ router = APIRouter(include_in_schema=False)
 
 
 def protect(app: FastAPI, service: Service) -> None:
-    """Let every request pass through `Access` and `Bounded`, before all else; `app` has its error handlers already."""
+    """Let every request pass through `Access`, then through `Bounded`; of what is added later, it comes after that."""
     app.state.failed_logins = deque(maxlen=1000)
-    app.middleware_stack = Access(Bounded(app.build_middleware_stack()), service)
+    app.add_middleware(Bounded)
+    app.add_middleware(Access, service=service)
 
 
 class Access:
     """ASGI middleware: refuses who may not ask, and adds HEADERS to answers that have none of these names.
 
     It sets request.state.scope ("read", "write", or on paths of OPEN "none"), .token (a Token or None), and .session:
-    there is a login.
+    there is a login. A stream of events ends within RECHECK after its token; other answers under way are finished.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline.manifest import FILE_NAME, DatasetError, FileRecord, Manifest
@@ -97,8 +97,17 @@ class _Stored(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         own = [(b"range", self._ranges.encode())] if self._ranges else []
         headers = [pair for pair in scope["headers"] if pair[0] not in (b"range", b"if-range")]
+        left = int(self.headers["content-length"])
+
+        async def bounded(message: Message) -> None:
+            nonlocal left
+            if message["type"] == "http.response.body" and not own:  # of a file that has grown, no more than promised
+                message["body"] = message["body"][:left]
+                left -= len(message["body"])
+            await send(message)
+
         with self._file:
-            await super().__call__(dict(scope) | {"headers": headers + own}, receive, send)
+            await super().__call__(dict(scope) | {"headers": headers + own}, receive, bounded)
 
 
 def _satisfiable(header: str, size: int) -> str:

@@ -1,13 +1,13 @@
 """Jobs over HTTP: submit, list, cancel, retry; their logs and events."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from os import PathLike
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request
-from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline.service import child
@@ -16,7 +16,9 @@ from pipeline.service.kinds import AnyKind, Kind
 from pipeline.service.kinds import parse as parse_kind
 from pipeline.service.progress import describe
 from pipeline.service.web.context import Here, Service
+from pipeline.service.web.files import sent
 from pipeline.service.web.problem import Problem, responses
+from pipeline.volumes import open_regular
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -144,18 +146,9 @@ def log(service: Here, request: Request, number: Number, text: bool = False) -> 
     path = service.queue.folder(service.queue.job(number).id) / child.LOG
     if text or not path.exists():
         return PlainTextResponse("".join(f"{line}\n" for line in tail(service, number)))
-    kind = "text/plain; charset=utf-8"
-    if "range" in request.headers:
-        return FileResponse(path, media_type=kind)
-    size = path.stat().st_size  # now; without a range FileResponse would send what is added meanwhile, too
-    return StreamingResponse(_first(path, size), media_type=kind, headers={"Content-Length": str(size)})
-
-
-def _first(path: PathLike[str], size: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while size and (piece := file.read(min(size, LATEST))):
-            yield piece
-            size -= len(piece)
+    stored = open_regular(path)
+    size = os.fstat(stored.fileno()).st_size  # the log grows, and nothing else ever happens to it
+    return sent(request, stored, f'"{size}"', "text/plain; charset=utf-8")
 
 
 def tail(service: Service, number: int, most: int = 10_000) -> list[str]:

@@ -12,6 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline import UserError
+from pipeline.manifest import Manifest
 from pipeline.service import curves, database, runs
 from pipeline.service.database import Job, job_of
 from pipeline.service.runs import CHECKPOINT, Checkpoint, Evaluation, Plan, evaluations, files_of, plan, steps
@@ -26,6 +27,7 @@ OWN_PAGE = {  # its scripts are inline, and it is nobody's origin
     "Content-Security-Policy": "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data:"
 }
+_hashed: dict[Any, tuple[Manifest, str]] = {}  # by folder, the identity of a manifest, which takes long to compute
 router = APIRouter(prefix="/v1", tags=["runs"])
 
 
@@ -93,7 +95,7 @@ class FigureList(TypedDict):
 def summaries(service: Service) -> list[RunSummary]:
     """Return all runs, by their names."""
     names, views = service.site.run_names(), list[RunSummary]()
-    trainings, identities = _trainings(service, names), _identities(service.site)
+    trainings, identities = _trainings(service, names), _identities(service.site) if names else {}
     for name in names:
         try:
             view = _view(service.site.run(name), trainings.get(name), identities)
@@ -177,9 +179,13 @@ def _identities(site: Site) -> dict[str, str]:
     names = dict[str, str]()
     for name in site.dataset_names():
         try:
-            names[site.dataset(name).identity] = name
+            data = site.dataset(name)
         except UserError:  # damaged, or deleted since: its own page says so
             continue
+        known = _hashed.get(data.root)
+        if known is None or known[0] is not data:
+            known = _hashed[data.root] = data, data.identity
+        names[known[1]] = name
     return names
 
 

@@ -21,7 +21,7 @@ from pipeline.volumes import open_regular
 SKIPPED_FILE = "skipped.jsonl"
 MID_GREY = 128  # grey levels: added to an input, whose mean is about zero, to show it
 MOST = 3.0  # standard deviations along a component
-KEPT = 2  # data sets whose samples stay in memory: ImageNet's take 51 MB
+KEPT = 8  # data sets whose records stay in memory: those of ImageNet take 51 MB
 _known: "OrderedDict[int, Contents]" = OrderedDict()
 _lock = threading.Lock()
 _decoding = threading.Semaphore(2)  # pictures at a time
