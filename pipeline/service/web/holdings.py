@@ -134,7 +134,7 @@ def snippets(name: str, base: str, manifest: Manifest, split: str, secret: bool)
         (
             "Penstock's loader, in Python",
             "from penstock.pipeline.online import Loader\n\n"
-            f'with Loader("{url}", "{split}", batch_size=16, cache="shards") as loader:\n'
+            f'url = "{url}"\nwith Loader(url, "{split}", batch_size=16, cache="shards") as loader:\n'
             "    for batch in loader:  # goes on for ever\n"
             "        print(batch.images.shape, batch.labels.shape)",
         ),

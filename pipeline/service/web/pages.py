@@ -61,7 +61,7 @@ def overview(request: Request, service: Here) -> Response:
     """Show what runs, what waits, what failed and why; data sets, runs and workers."""
     after = service.database.last_event()  # before anything is read, so that no change falls between
     unfinished = service.database.jobs(WAITING, limit=500)[::-1]
-    over = service.database.jobs(OVER, limit=200)
+    over = service.database.jobs(OVER, limit=60)
     failed = [job for job in over if job.state == "failed" and time.time() - (job.ended or 0) < DAY]
     newer = {(job.kind, job.target): job.id for job in [*over[::-1], *unfinished]}
     values: dict[str, Any] = {
