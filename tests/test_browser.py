@@ -144,7 +144,7 @@ def test_two_browsers_at_once(browser, shared: Path, tmp_path: Path):
         for watched in (one, other):  # a curve of several points, and the first validation
             watched.sees(".charts polyline")
             watched.page.wait_for_function(
-                "document.querySelector('.charts polyline')?.getAttribute('points').split(' ').length >= 6"
+                "() => document.querySelector('.charts polyline')?.getAttribute('points').split(' ').length >= 6"
             )
             watched.sees(".charts polyline.c1")
         one.page.get_by_role("button", name="Cancel").click()

@@ -205,6 +205,14 @@ def test_what_is_no_request_is_refused(server: Loopback, request_: bytes, expect
     assert server.client.get("/v1/scope").status_code == 200
 
 
+def test_what_follows_an_answer_and_is_no_request_has_none(server: Loopback):
+    with server.connection(CHUNKED.replace(HOST, HOST + b"Origin: null\r\n")) as raw:
+        answer = raw.recv(2**16)
+        assert status(answer) == 403
+        raw.sendall(b"no number\r\n")
+        assert (answer + rest(raw)).count(b"HTTP/1.1") == 1
+
+
 def test_old_and_unusual_requests_are_answered(server: Loopback):
     assert status(server.exchange(b"GET /v1/scope HTTP/1.0\r\n" + HOST + b"\r\n")) == 200
     assert status(server.exchange(b"GET /v1/scope HTTP/1.0\r\n\r\n")) == 421  # without a host

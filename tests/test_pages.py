@@ -11,6 +11,7 @@ from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
 
@@ -19,7 +20,7 @@ import pytest
 from conftest import ROOT, picture
 from pipeline import manifest
 from pipeline.service import tokens
-from pipeline.service.database import Database
+from pipeline.service.database import Database, jobs
 from pipeline.service.web import charts
 from serving import Server, served
 
@@ -125,8 +126,32 @@ def server(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         server.ended(failing["id"])
         log = root / "jobs" / str(failing["id"]) / "log"
         log.write_bytes(log.read_bytes() + f"{HOSTILE}\n".encode())
+        insert(
+            server, "evaluate", "succeeded", errors={"centre": {"top1_error": 12.34, "top5_error": 5.67, "samples": 6}}
+        )
+        insert(
+            server,
+            "verify",
+            "failed",
+            failed=1,
+            failures=[{"file": HOSTILE, "reason": HOSTILE}],
+            unit="shards",
+            total=4,
+        )
+        insert(server, "figures", "cancelled", task="pictures", done=3, total=9, unit="images", rate=1.5, eta=4.0)
         server.submit("feed")
         yield server
+
+
+def insert(server: Server, kind: str, state: str, **progress: Any) -> None:
+    """Put a job that is over into the server's database."""
+    data = Database(f"sqlite:///{server.root}/penstock.db")
+    params = {"kind": kind, "dataset": "d"} | ({} if kind == "verify" else {"run": "drawn"})
+    times = {"created": 1e9, "started": 1e9 + 1, "ended": 1e9 + 9_000}
+    values = {"kind": kind, "state": state, "target": "elsewhere", "params": params, "progress": progress, "attempt": 2}
+    with data.writing() as connection:
+        connection.execute(jobs.insert().values(reason=HOSTILE if state == "failed" else None, **values, **times))
+    data.close()
 
 
 def metrics() -> list[dict]:
@@ -201,6 +226,17 @@ def test_text_of_users_is_never_markup(server: Server):
     assert FILE in page(server, "/jobs/1").words
     answer = page(server, f"/jobs/{HOSTILE.replace('/', '')}", 422)
     assert "<b>" in answer.words
+
+
+def test_jobs_of_other_kinds_are_shown_with_what_they_found(server: Server):
+    assert "12.3 %" in page(server, "/jobs/3").words
+    verify = page(server, "/jobs/4").words
+    assert verify.count(HOSTILE) >= 3  # the reason, and of a file its name and what is wrong with it
+    assert "1 failed" in verify
+    cancelled = page(server, "/jobs/5").words
+    assert "3 of 9 images" in cancelled
+    assert "left" not in cancelled
+    assert "attempt" in cancelled.lower()
 
 
 def test_a_build_is_shown_with_its_shards_and_what_it_skipped(server: Server):

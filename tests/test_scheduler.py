@@ -129,6 +129,15 @@ def test_a_server_may_die_at_any_transaction(
     assert at > 5
 
 
+@pytest.mark.parametrize(("script", "attempts"), [("exit 2", 1), (f"{WORK}; exit 2", 2), ("exit 3", 2)])
+def test_errors_of_a_user_are_not_tried_again(work: list[str], tmp_path: Path, script: str, attempts: int):
+    """Those come before the command begins to work; later ones, as of a lost worker, may pass."""
+    work[0] = f"echo 'Error: so it is' >&2; {script}"
+    queue, server = begun(tmp_path)
+    job = over(queue, server, queue.submit(parse({"kind": "feed", "retries": 1}))[0].id)
+    assert (job.state, job.attempt, job.reason) == ("failed", attempts, "so it is" + " (2 attempts)" * (attempts > 1))
+
+
 SIGNALLED = """
 import os, signal, subprocess
 popen = subprocess.Popen

@@ -24,7 +24,8 @@ PERIOD, QUIET = 0.2, 1.0  # seconds between two looks, with and without running 
 BETWEEN = 0.5  # seconds between two events of the progress of a job
 ALL = 10**6  # jobs that are not over: more than there may be
 PIECE = 2**20  # bytes of a log that are read at a time
-FAULTS = 2  # the exit code of our commands for a user's mistake: no second attempt would help
+FAULTS = 2  # the exit code of our commands for an error: of the user, as long as they have not begun to work
+WORKED = {"total", "uri"}  # keys of the progress that tell it; then a lost worker or network, which may come back
 FOUND = {"verify": 1}  # and the exit code of a command that has found what it looked for
 
 
@@ -116,7 +117,7 @@ class Scheduler:
                 found.append((job, parse(job.params)))
             except UserError as error:
                 child.end_all(self.queue.folder(job.id))
-                self._finish(job, FAULTS, str(error))
+                self._end(job, "failed", FAULTS, str(error))
         return found
 
     def _occupied(self, running: list[Job]) -> tuple[Counter[str], set[int]]:
@@ -162,7 +163,7 @@ class Scheduler:
             self._wrappers.append(wrapper)
             process = child.identity(wrapper.pid)
         except UserError as error:
-            return self._finish(job, FAULTS, str(error))
+            return self._end(job, "failed", FAULTS, str(error))
         except OSError as error:  # a full disk, no more processes: may pass
             return self._failed(job, None, str(error))
         self._set(job, pid=process.pid, pid_started=process.started)
@@ -233,21 +234,19 @@ class Scheduler:
         if process := child.running(self.queue.folder(job.id)):
             process.signal(number)
 
-    def _finish(self, job: Job, code: int | None, reason: str | None = None) -> None:
+    def _finish(self, job: Job, code: int | None) -> None:
         """End a job whose command has ended with `code`; None: it was killed."""
-        reason = reason or job.progress.get("error")
+        reason = job.progress.get("error") or f"ended with exit code {code}"
         if code == 0:
-            state, reason = "succeeded", None
+            self._end(job, "succeeded", code)
         elif job.cancelling:
-            state, reason = "cancelled", None
-        elif code in (FAULTS, FOUND.get(job.kind)):
-            state = "failed"
-            if code == FOUND.get(job.kind):
-                reason = f"{job.progress.get('failed', 'some')} files failed"
+            self._end(job, "cancelled", code)
+        elif code == FOUND.get(job.kind):
+            self._end(job, "failed", code, f"{job.progress.get('failed', 'some')} files failed")
+        elif code == FAULTS and not job.progress.keys() & WORKED:
+            self._end(job, "failed", code, reason)
         else:
-            return self._failed(job, code, reason or f"ended with exit code {code}")
-        with self._database.writing() as connection:
-            end_job(connection, job, state, code, reason)
+            self._failed(job, code, reason)
 
     def _failed(self, job: Job, code: int | None, reason: str) -> None:
         """Try a job again that ended by no fault of its user, or end it where that has been done often enough."""
@@ -255,8 +254,7 @@ class Scheduler:
             self._not_before[job.id] = time.monotonic() + 2**job.failures
             return self._queue_again(job, reason, failure=True)
         tries = f" ({job.attempt} attempts)" if job.attempt > 1 else ""
-        with self._database.writing() as connection:
-            end_job(connection, job, "failed", code, f"{reason}{tries}")
+        self._end(job, "failed", code, f"{reason}{tries}")
 
     def _queue_again(self, job: Job, reason: str, failure: bool) -> None:
         again: dict[str, Any] = {"state": "queued", "failures": job.failures + failure, "pid": None, "gpus": None}
@@ -269,6 +267,10 @@ class Scheduler:
                 end_job(connection, job, "cancelled", None, None)
 
     # ---- Rows. ----
+
+    def _end(self, job: Job, state: str, code: int | None, reason: str | None = None) -> None:
+        with self._database.writing() as connection:
+            end_job(connection, job, state, code, reason)
 
     def _set(self, job: Job, **values: Any) -> None:
         with self._database.writing() as connection:

@@ -50,7 +50,7 @@ class Access:
     """ASGI middleware: refuses who may not ask, and adds HEADERS to answers that have none of these names.
 
     It sets request.state.scope ("read", "write", or on paths of OPEN "none"), .token (a Token or None), and .session:
-    there is a login.
+    there is a login. A stream of events ends within RECHECK after its token; other answers under way are finished.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:

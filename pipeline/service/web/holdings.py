@@ -12,6 +12,7 @@ from pipeline.doubts import doubts
 from pipeline.manifest import Manifest
 from pipeline.online.stall import KNOBS, LIMIT
 from pipeline.service.database import WAITING
+from pipeline.service.runs import Evaluation
 from pipeline.service.web import charts, datasets, runs, workers
 from pipeline.service.web.context import Here
 from pipeline.service.web.pages import render
@@ -21,6 +22,7 @@ DRAWN = 12  # samples on a page
 SHOWN = 5  # classes with the most, and with the fewest images
 NAMES = 200  # of skipped images
 AMOUNTS = (-1, -0.5, 0, 0.5, 1)  # standard deviations along a component
+EVALUATION = "evaluation.json"  # of the run's own data set
 SHEETS = {
     "kernels.png": "The kernels of the first layer, both columns",
     "predictions.png": "Validation images, and what the network takes them for",
@@ -132,7 +134,7 @@ def snippets(name: str, base: str, manifest: Manifest, split: str, secret: bool)
         (
             "Penstock's loader, in Python",
             "from penstock.pipeline.online import Loader\n\n"
-            f'with Loader("{url}", "{split}", batch_size=16, cache="shards") as loader:\n'
+            f'url = "{url}"\nwith Loader(url, "{split}", batch_size=16, cache="shards") as loader:\n'
             "    for batch in loader:  # goes on for ever\n"
             "        print(batch.images.shape, batch.labels.shape)",
         ),
@@ -172,7 +174,7 @@ def run_page(request: Request, service: Here, name: str) -> Response:
         "job": service.queue.job(run["job"]) if run["job"] else None,
         "busy": busy,
         "newest": trained[-1] if trained else {},
-        "evaluations": [(one, view, rates) for one in run["evaluations"] for view, rates in one["errors"].items()],
+        "evaluations": [row for one in run["evaluations"] for row in _errors(one)],
         "recipe": _recipe(run["recipe"]),
         "cause": cause(trained[-1]["time"]) if trained else "",
         "curves": curves(trained, validated),
@@ -180,6 +182,12 @@ def run_page(request: Request, service: Here, name: str) -> Response:
         "figures": [(file, SHEETS.get(file, file)) for file in sorted(names, key=[*SHEETS, *names].index)],
     }
     return render(request, "run.html", after=after, active=busy, **values)
+
+
+def _errors(one: Evaluation) -> list[tuple[str, str, dict[str, float]]]:
+    """Return an evaluation's rows: where it was computed, views, error rates."""
+    other = "" if one["file"] == EVALUATION else " of another data set"
+    return [(f"{one['split']}{other}, step {one['step']:,}", view, rates) for view, rates in one["errors"].items()]
 
 
 def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:

@@ -52,6 +52,7 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # 5 s, as long as clients keep a connection: they would meet its end
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

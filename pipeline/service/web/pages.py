@@ -17,8 +17,9 @@ from jinja2 import Environment, FileSystemLoader
 from pipeline.online.stall import LIMIT
 from pipeline.service import database
 from pipeline.service.database import OVER, WAITING, Job
+from pipeline.service.kinds import KINDS
 from pipeline.service.site import Site
-from pipeline.service.web import access, charts, datasets, jobs, runs
+from pipeline.service.web import charts, datasets, jobs, runs
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.problem import Problem
 
@@ -37,7 +38,7 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
     """Return a page. Buttons are left out for whom the token allows reading alone."""
     state = request.state  # of a request that was refused before its token was looked at: without a scope
-    values |= {"writes": getattr(state, "scope", "none") == "write", "signed_in": access.COOKIE in request.cookies}
+    values |= {"writes": getattr(state, "scope", "none") == "write", "signed_in": getattr(state, "session", False)}
     text = PAGES.get_template(template).render(here=request.url.path, version=VERSION, now=time.time(), **values)
     return HTMLResponse(text, status, {"Cache-Control": "no-cache, private"})
 
@@ -60,7 +61,7 @@ def overview(request: Request, service: Here) -> Response:
     """Show what runs, what waits, what failed and why; data sets, runs and workers."""
     after = service.database.last_event()  # before anything is read, so that no change falls between
     unfinished = service.database.jobs(WAITING, limit=500)[::-1]
-    over = service.database.jobs(OVER, limit=200)
+    over = service.database.jobs(OVER, limit=60)
     failed = [job for job in over if job.state == "failed" and time.time() - (job.ended or 0) < DAY]
     newer = {(job.kind, job.target): job.id for job in [*over[::-1], *unfinished]}
     values: dict[str, Any] = {
@@ -117,6 +118,7 @@ def job_page(request: Request, service: Here, number: jobs.Number) -> Response:
         "command": shlex.join(jobs.view(job)["command"]),
         "skipped": job.progress.get("skipped") or {},
         "skipped_files": [],
+        "evaluations": [(job.params.get("split") or "val", *row) for row in (job.progress.get("errors") or {}).items()],
     }
     if job.kind == "build" and job.state == "succeeded" and job.target in service.site.dataset_names():
         values["skipped_files"] = datasets.skipped(service.site.dataset(job.target), limit=NAMES)["skipped"]
@@ -165,7 +167,7 @@ def _grids(site: Site, job: Job) -> list[tuple[str, charts.Markup]]:
 @router.get("/login")
 def login(request: Request, next: Annotated[str, Query(max_length=2000)] = "/", error: bool = False) -> Response:
     """Ask for a token."""
-    return render(request, "login.html", next=next, failed=error or "failed" in request.query_params, bare=True)
+    return render(request, "login.html", next=next, failed=error, bare=True)
 
 
 @router.get("/docs")
@@ -176,7 +178,8 @@ def docs(request: Request, service: Here) -> Response:
         for verb, one in methods.items():
             group = (one.get("tags") or ["server"])[0]
             operations.setdefault(group, []).append({"verb": verb.upper(), "path": path, **one})
-    return render(request, "docs.html", operations=operations, base=str(request.base_url).rstrip("/"))
+    kinds = {name: [*kind.model_fields.items()] for name, kind in KINDS.items()}
+    return render(request, "docs.html", operations=operations, kinds=kinds, base=str(request.base_url).rstrip("/"))
 
 
 # ---- How values are shown. ----
