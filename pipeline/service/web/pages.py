@@ -262,6 +262,7 @@ def number(value: float) -> str:
 PAGES = Environment(
     loader=FileSystemLoader(HERE / "templates"),
     autoescape=True,
+    auto_reload=False,
     trim_blocks=True,
     lstrip_blocks=True,
 )
