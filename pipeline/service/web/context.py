@@ -8,12 +8,14 @@ from itertools import takewhile
 from typing import Annotated
 
 from fastapi import Depends, Request
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.service.database import Database, Event
 from pipeline.service.queue import Queue
 from pipeline.service.scheduler import Scheduler
 from pipeline.service.site import Site
 
+AGAIN = 1.0  # seconds between two looks at a database that does not answer
 RECENT = 5_000  # events in memory
 PIECE = 1_000  # events of one SELECT
 ALIVE = 10.0  # seconds of silence after which a stream says that it is alive
@@ -51,16 +53,22 @@ class Stream:
         try:
             while True:
                 committed.clear()
-                while new := await asyncio.to_thread(self._database.events, self._last):
-                    self._recent.extend(new)
-                    while len(self._recent) > RECENT:
-                        self._floor = self._recent.popleft().id
-                    self._last = new[-1].id
-                    self._changed.set()
-                    self._changed = asyncio.Event()
-                await committed.wait()
+                try:
+                    while new := await asyncio.to_thread(self._database.events, self._last):
+                        self._add(new)
+                    await committed.wait()
+                except SQLAlchemyError:  # a lost database, which may come back; the scheduler's thread tells of it
+                    await asyncio.sleep(AGAIN)
         finally:
             self._database.listeners.remove(tell)
+
+    def _add(self, new: list[Event]) -> None:
+        self._recent.extend(new)
+        while len(self._recent) > RECENT:
+            self._floor = self._recent.popleft().id
+        self._last = new[-1].id
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def after(self, number: int, job: int | None = None) -> AsyncIterator[Event | None]:
         """Yield all events after a number, of all jobs or of one; None after a while without any. Never ends.

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
@@ -79,6 +80,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     def user_error(request: Request, error: UserError) -> Response:
         return response(request, 404 if isinstance(error, Missing) else 422, str(error))
+
+    @app.exception_handler(SQLAlchemyError)
+    def no_database(request: Request, error: SQLAlchemyError) -> Response:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        return response(request, 503, f"the database does not answer: {reason}; try again", {"Retry-After": "1"})
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
