@@ -70,6 +70,7 @@ def overview(request: Request, service: Here) -> Response:
         "failed": [job for job in failed if newer[job.kind, job.target] == job.id],  # a later one has not mended it
         "over": [job for job in over if job.state != "failed"][:6],
         "slots": _slots(service),
+        "feeds": len(service.settings.feeds),
         "sets": datasets.summaries(service.site),
         "runs": runs.summaries(service),
     }
