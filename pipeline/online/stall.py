@@ -4,12 +4,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
-from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:
-    import torch  # which the server, too, would have to import for KNOBS
+import torch
 
-Events: TypeAlias = "tuple[torch.cuda.Event, torch.cuda.Event]"
 KNOBS = {  # cause → options of `Loader` to change
     "reading": "readers=4, order='shards', or a faster disk",
     "decoding": "more CPU cores, or on a GPU hardware_share=0.7",
@@ -113,9 +110,9 @@ class Meter:
     """Adds up the waiting of a loader's consumer; on a GPU by CUDA events, so that the host does not wait for it."""
 
     _total: Wait = Wait()
-    _events: deque[Events] = field(default_factory=deque)
+    _events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
 
-    def add(self, wait: Wait, events: "Events | None" = None) -> None:
+    def add(self, wait: Wait, events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None) -> None:
         """Add the waiting for one batch; `events` stand on the consumer's stream before and after it."""
         self._total += wait if events is None else replace(wait, device=0.0)
         if events is not None:
