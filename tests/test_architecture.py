@@ -113,7 +113,7 @@ def test_the_house_stays_small():
     # client, runs, curves), its API and pages (service/web), data sets over HTTP (stores, served), their benchmark
     assert len(FILES) <= 152
     # 14,815, 16,925, 17,948 and 20,406 before these
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 26_400
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 26_700
     assert len(TESTS) <= 106
 
 

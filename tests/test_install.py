@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -15,12 +16,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import PIL
 import pytest
 from click.testing import CliRunner
 from PIL import features
 
-from conftest import ROOT, normal, pins
+from conftest import ROOT, normal, pins, until
 from penstock import __version__
 from penstock.__main__ import COMMANDS, SERVICE, TOOLS, load
 from penstock.__main__ import main as penstock
@@ -201,6 +203,31 @@ def test_the_command_works_from_any_folder(environment: Path):
     code = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); sys.argv[1:] = ['--help']\n"
     done = run(environment, "python", "-c", code + "from penstock_imagenet import main; main()")
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "False", "")
+
+
+@pytest.mark.proof
+def test_the_server_works_from_any_folder(environment: Path, tmp_path: Path):
+    """Its pages and their files are installed, and so is what its jobs run."""
+    raw = tmp_path / "raw"
+    assert run(environment, "penstock", "make-raw", raw, "--classes", 2, "--train", 20, "--val", 2).returncode == 0
+    line = [environment / "bin/penstock", "serve", "--root", tmp_path / "site", "--raw-root", raw, "--port", 0]
+    words, pipe = [str(word) for word in line], subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=CLEAN) as server:
+        try:
+            assert server.stdout
+            url = server.stdout.readline().partition(" at ")[2].split()[0]
+            page = httpx.get(url, headers={"Accept": "text/html"})
+            assert page.status_code == 200
+            for name in re.findall(r'(?:href|src)="(/static/[^"]+)"', page.text):
+                assert httpx.get(url + name).status_code == 200
+            job = httpx.post(f"{url}/v1/jobs", json={"kind": "build", "dataset": "d", "raw": str(raw)}).json()
+            until(server, lambda: bool(httpx.get(f"{url}/v1/jobs/{job['id']}").json()["ended"]))
+            assert httpx.get(f"{url}/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+            split = httpx.get(f"{url}/v1/datasets/d").json()["splits"]["train"]
+            assert split["samples"] + split["skipped"] == 40
+        finally:
+            server.terminate()
+    assert server.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.proof

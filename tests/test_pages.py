@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -295,6 +296,25 @@ def test_what_a_data_set_says_of_its_use_is_true(server: Server, tmp_path: Path)
     ).read_bytes()
 
 
+def test_a_damaged_sample_hides_no_other(server: Server, raw: Path):
+    """Nor does a split without training pictures, or a data set of whole ones, lead to pictures that are not there."""
+    data = manifest.load(server.root / "datasets/d")
+    shutil.copytree(server.root / "datasets/d", server.root / "datasets/hurt")
+    first = data.samples("train")[0]
+    with open(server.root / "datasets/hurt" / data.splits["train"].shards[first["shard"]].name, "r+b") as shard:
+        shard.seek(int(first["offset"]) + 100)
+        shard.write(b"\0" * 50)
+    answers = [page(server, f"/datasets/hurt?draw={draw}") for draw in range(8)]
+    numbers = [(one.words.count("damaged at sample 0"), len(one.all("figure"))) for one in answers]
+    assert (1, 12 - 1 + 4) in numbers
+    assert (0, 12 + 4) in numbers
+    options = {"raw": str(raw), "crop": "none", "size": 40, "max_skipped": "5"}
+    assert server.ended(server.submit("build", dataset="whole", **options)["id"])["state"] == "succeeded"
+    images = [image["src"] for image in page(server, "/datasets/whole").all("img")]
+    assert all(server.client.get(image).status_code == 200 for image in images)
+    assert len([image for image in images if image.endswith("/stored")]) == 12
+
+
 def test_forms_make_the_jobs_that_they_say(server: Server, raw: Path):
     build = {"raw": str(raw), "dataset": "formed", "layout": "", "exif": "apply", "allow_incomplete": "on", **SETTING}
     first = post(server, "/new/build", key="k1", **build)
@@ -336,7 +356,7 @@ def test_forms_make_the_jobs_that_they_say(server: Server, raw: Path):
 def test_a_form_that_is_refused_keeps_its_values(
     server: Server, raw: Path, kind: str, fields: dict, field: str, words: str
 ):
-    jobs = server.client.get("/v1/jobs").json()["jobs"]
+    numbers = [job["id"] for job in server.client.get("/v1/jobs").json()["jobs"]]
     fields = {name: str(raw) if value == "RAW" else value for name, value in fields.items()}
     answer = server.client.post(f"/new/{kind}", data=fields, headers={"Origin": server.url})
     assert answer.status_code == 422
@@ -346,7 +366,7 @@ def test_a_form_that_is_refused_keeps_its_values(
     kept = {one["name"]: one for one in found.all("input", "textarea") if one.get("id", "").startswith(kind)}
     assert all(kept[name].get("value", value) == value for name, value in fields.items())
     assert [name for name, one in kept.items() if "aria-invalid" in one] == [field]
-    assert server.client.get("/v1/jobs").json()["jobs"] == jobs
+    assert [job["id"] for job in server.client.get("/v1/jobs").json()["jobs"]] == numbers
 
 
 def test_an_empty_server_says_how_to_begin_and_readers_see_no_buttons(tmp_path: Path):
@@ -398,6 +418,13 @@ def test_what_is_no_form_is_refused(server: Server):
     page(server, "/jobs/999", 404)
     page(server, "/nothing", 404)
     page(server, "/static/..%2fpages.py", 404)
+
+
+def test_a_server_starts_without_torch():
+    """Which takes a second or two, and 250 MB."""
+    code = "import sys, pipeline.service.serve; print(sorted({'torch', 'pyarrow', 'nvidia'} & {*sys.modules}))"
+    line = [sys.executable, "-c", code]
+    assert subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # ---- Charts ----

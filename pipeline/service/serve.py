@@ -24,7 +24,7 @@ PORT = 8080
 SHUTDOWN = 2  # seconds for answers under way, once the server ends
 
 
-@click.command(cls=Command, interrupted="jobs go on, and the next server takes them over")
+@click.command(cls=Command)
 @ROOT
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0: all of them.")
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: a free one.")

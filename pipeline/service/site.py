@@ -65,14 +65,12 @@ class Site:
         if not is_name(name) or not self._inside(root) or not (root / FILE_NAME).is_file():
             raise Missing(f"{name:.80}: no such data set; there are: {_listed(self.dataset_names())}")
         stamp = storage.stamp(root / FILE_NAME)
-        with self._lock:
-            known = self._manifests.get(name)
-        if known and known[0] == stamp:
+        if (known := self._manifests.get(name)) and known[0] == stamp:
             return known[1]
-        loaded = manifest.load(root)
-        with self._lock:
-            self._manifests[name] = stamp, loaded
-        return loaded
+        with self._lock:  # one thread loads what many ask for at once
+            if not (known := self._manifests.get(name)) or known[0] != stamp:
+                known = self._manifests[name] = stamp, manifest.load(root)
+            return known[1]
 
     def run_names(self) -> list[str]:
         """Return the names of all runs, in their order."""

@@ -1,4 +1,4 @@
-"""What asks a server while it is measured: dashboards, shard readers and a program. None asks twice what failed."""
+"""Clients of a server that is measured: dashboards, shard readers and a program. None asks twice what failed."""
 
 import json
 import re

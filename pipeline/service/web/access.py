@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, quote, urlencode
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,7 @@ from pipeline.service import tokens
 from pipeline.service.tokens import SESSION, Token
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.limits import Bounded
-from pipeline.service.web.problem import Problem, response
+from pipeline.service.web.problem import Problem, no_database, response
 
 COOKIE = "penstock_session"
 OPEN = ("/healthz", "/login", "/static/")  # paths that need no token
@@ -77,6 +78,8 @@ class Access:
             await self._admit(request)
         except Problem as refusal:
             return await _refusal(request, refusal)(scope, receive, sent)
+        except SQLAlchemyError as error:
+            return await no_database(request, error)(scope, receive, sent)
         stream = request.state.token is not None and scope["path"].endswith("/events")
         await self._app(scope, received if stream else receive, sent)
         if stream and not over:

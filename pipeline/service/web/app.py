@@ -55,6 +55,8 @@ def create(service: Service) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service, app.state.error_page = service, pages.error_page
+    for name in pages.PAGES.list_templates():  # else many first requests compile them at once
+        pages.PAGES.get_template(name)
     for router in ROUTERS:
         app.include_router(router)
     problem.install(app)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 MOST_POINTS = 400  # of a curve
 MOST_CELLS = 2_000
 MOST_BARS = 100
+COLUMNS = 60  # of a grid of shards
 WIDTH, HEIGHT = 480, 212  # units of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 22  # margins
 Point = tuple[float, float]
@@ -39,22 +40,28 @@ def lines(title: str, curves: Sequence[Curve], unit: str = "", log: bool = False
     log = log and min(ys) > 0
     x_ticks = ticks(min(xs), max(xs), 5, whole=True)
     y_ticks = decades(min(ys), max(ys)) if log else ticks(min(0.0, *ys), max(*ys, least), 4)
+    texts = [f"{curve.name} {figure(curve.points[-1][1])}{unit}" for curve in curves]
+    places = _legend(texts)
     across = _scale(min(xs), max(*xs, min(xs) + 1), LEFT, WIDTH - RIGHT)
-    up = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, log)
+    up = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, places[-1][1] + 12, log)
     parts = [_rule(up(y), figure(y)) for y in y_ticks]
     parts += [_text(across(x), HEIGHT - BOTTOM + 16, figure(x), "middle") for x in x_ticks if min(xs) <= x <= max(xs)]
     parts.append(_text(0, HEIGHT - BOTTOM + 16, "step"))
-    place = LEFT
-    for number, curve in enumerate(curves):
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve.points)
-        x, y = curve.points[-1]
-        dot = f'<circle class="c{number}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.5"/>'
-        text = f"{curve.name} {figure(curve.points[-1][1])}{unit}"
-        parts.append(f'<polyline class="c{number}" points="{path}"/>{dot}')
-        parts.append(f'<path class="c{number}" d="M{place} 10h18"/>' + _text(place + 22, 14, text))
-        place += 36 + round(6.4 * len(text))
-    newest = "; ".join(f"{c.name} {figure(c.points[-1][1])}{unit} at step {c.points[-1][0]:,.0f}" for c in curves)
-    return _svg(title, newest, WIDTH, HEIGHT, parts, "chart")
+    for number, (curve, (x, y)) in enumerate(zip(curves, places)):
+        parts += _curve(f"c{number}", [(across(step), up(value)) for step, value in curve.points])
+        parts.append(f'<path class="c{number}" d="M{x} {y - 4}h18"/>' + _text(x + 22, y, texts[number]))
+    newest = [f"{text} at step {curve.points[-1][0]:,.0f}" for text, curve in zip(texts, curves)]
+    return _svg(title, "; ".join(newest), WIDTH, HEIGHT, parts, "chart")
+
+
+def _curve(style: str, points: Sequence[Point]) -> list[str]:
+    """Return a curve with a dot at its end; a curve of one point is seen, too."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    x, y = points[-1]
+    return [
+        f'<polyline class="{style}" points="{path}"/>',
+        f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>',
+    ]
 
 
 def bars(title: str, values: Sequence[float], description: str, x_name: str) -> Markup:
@@ -96,14 +103,15 @@ def grid(title: str, filled: Sequence[bool]) -> Markup:
     """Return a cell for each shard, filled where it is done; past MOST_CELLS a cell is the share of neighbours done."""
     step = math.ceil(len(filled) / MOST_CELLS) or 1
     shares = [sum(part) / len(part) for part in (filled[i : i + step] for i in range(0, len(filled), step))]
-    columns = max(24, math.ceil(math.sqrt(len(shares) * 4)))
+    columns = min(COLUMNS, len(shares))
     parts = []
     for number, share in enumerate(shares):
         y, x = divmod(number, columns)
         level = "done" if share == 1 else "part" if share else "open"
         parts.append(f'<rect class="{level}" x="{x * 10}" y="{y * 10}" width="8.4" height="8.4" rx="1.2"/>')
     done = f"{sum(filled):,} of {len(filled):,} done" + (f"; a cell is {step} shards" if step > 1 else "")
-    return _svg(title, done, columns * 10 - 1.6, math.ceil(len(shares) / columns) * 10 - 1.6, parts, "grid")
+    width, height = columns * 10, math.ceil(len(shares) / columns) * 10
+    return _svg(title, done, width, height, parts, "grid", f' width="{width * 1.2:g}"')
 
 
 def swatch(title: str, colours: Sequence[Sequence[float]]) -> Markup:
@@ -152,6 +160,18 @@ def figure(value: float) -> str:
         if abs(value) >= size:
             return f"{value / min(size, 1e3 if letter == 'k' else size):.3g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _legend(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return where each text of a legend begins, in as many rows as they take."""
+    x, y, places = LEFT, 14, []
+    for text in texts:
+        width = 36 + round(7.2 * len(text))
+        if x > LEFT and x + width > WIDTH:
+            x, y = LEFT, y + 16
+        places.append((x, y))
+        x += width
+    return places
 
 
 def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Callable[[float], float]:

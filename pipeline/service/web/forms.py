@@ -8,7 +8,6 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import RedirectResponse, Response
 
-import pipeline
 from pipeline import UserError
 from pipeline.manifest import BuildRecipe
 from pipeline.service.kinds import KINDS
@@ -20,7 +19,7 @@ from pipeline.service.web.problem import Problem
 FIELDS = 100  # of a form at most
 ON_PAGE = ("build", "train", "verify", "feed")  # kinds with a form on /new; others have a button where they belong
 CHOICES = ("crop", "filter", "subsampling", "exif")  # fields of a build recipe that have a few values
-RECIPES = Path(pipeline.__file__).parent.parent / "trainer" / "recipes"  # beside us in the checkout and in a wheel
+RECIPES = Path(__file__).parents[3] / "trainer" / "recipes"  # beside us in the checkout and in a wheel
 router = APIRouter(include_in_schema=False)
 
 

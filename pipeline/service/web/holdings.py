@@ -8,14 +8,14 @@ import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
+from pipeline import UserError
 from pipeline.doubts import doubts
 from pipeline.manifest import Manifest
-from pipeline.online.stall import KNOBS, LIMIT
 from pipeline.service.database import WAITING
 from pipeline.service.runs import Evaluation
 from pipeline.service.web import charts, datasets, runs, workers
 from pipeline.service.web.context import Here
-from pipeline.service.web.pages import render
+from pipeline.service.web.pages import STALL, render
 from pipeline.service.web.problem import Problem
 
 DRAWN = 12  # samples on a page
@@ -68,11 +68,16 @@ def dataset_page(
     return render(request, "dataset.html", split=split, epoch=epoch, draw=draw, base=base, **values)
 
 
-def _samples(manifest: Manifest, split: str, draw: int) -> list[datasets.Sample]:
-    """Return DRAWN samples of a split, a function of `draw`."""
+def _samples(manifest: Manifest, split: str, draw: int) -> list[dict[str, Any]]:
+    """Return DRAWN samples of a split, a function of `draw`; of one that is damaged the reason, as "error"."""
     number = manifest.splits[split].samples
-    ids = random.Random(draw).sample(range(number), min(DRAWN, number))
-    return [datasets.sample(manifest, split, i) for i in ids]
+    samples: list[dict[str, Any]] = []
+    for i in random.Random(draw).sample(range(number), min(DRAWN, number)):
+        try:
+            samples.append({**datasets.sample(manifest, split, i)})
+        except (UserError, OSError) as error:  # or its shard is not there
+            samples.append({"id": i, "error": str(error)})
+    return samples
 
 
 def _classes(manifest: Manifest, split: str) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def snippets(name: str, base: str, manifest: Manifest, split: str, secret: bool)
         (
             "Penstock's loader, in Python",
             "from penstock.pipeline.online import Loader\n\n"
-            f'with Loader("{url}", "{split}", batch_size=16, cache="shards") as loader:\n'
+            f'url = "{url}"\nwith Loader(url, "{split}", batch_size=16, cache="shards") as loader:\n'
             "    for batch in loader:  # goes on for ever\n"
             "        print(batch.images.shape, batch.labels.shape)",
         ),
@@ -207,9 +212,9 @@ def _recipe(recipe: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def cause(time: dict[str, Any]) -> str:
-    """Return what the device waited for most, with the remedy; "" where it hardly waited."""
-    worst = max(time.get("stall_by") or {"": 0.0}, key=lambda name: time["stall_by"][name])
-    return f"{worst}: {KNOBS.get(worst, '')}" if time["stall"] > LIMIT else ""
+    """Return what the device waited for most; "" where it hardly waited."""
+    shares = time.get("stall_by") or {"batches": time["stall"]}
+    return max(shares, key=lambda name: shares[name]) if time["stall"] > STALL else ""
 
 
 def curves(trained: Sequence[dict[str, Any]], validated: Sequence[dict[str, Any]]) -> list[tuple[str, charts.Markup]]:
@@ -222,7 +227,8 @@ def curves(trained: Sequence[dict[str, Any]], validated: Sequence[dict[str, Any]
         values = [round(100 * value, 2) for value in values] if percent else values
         return charts.Curve(name, [(line["step"], value) for line, value in zip(lines, values)])
 
-    causes = [name for name in KNOBS if any(line["time"].get("stall_by", {}).get(name, 0) > LIMIT for line in trained)]
+    shares = [(name, share) for line in trained for name, share in line["time"].get("stall_by", {}).items()]
+    causes = dict.fromkeys(name for name, share in shares if share > STALL)
     stall = [curve("all", trained, "time", "stall", percent=True)]
     stall += [curve(name, trained, "time", "stall_by", name, percent=True) for name in causes]
     losses = [curve("training", trained, "loss"), curve("validation", validated, "nll")]

@@ -14,7 +14,6 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader
 
-from pipeline.online.stall import LIMIT
 from pipeline.service import database
 from pipeline.service.database import OVER, WAITING, Job
 from pipeline.service.kinds import KINDS
@@ -30,6 +29,7 @@ DAY = 86_400  # seconds
 LINES = 200  # of a log
 RATES = 240  # points of a job's speed
 NAMES = 200  # of skipped images
+STALL = 0.01  # share of the time; above it a log line names the cause, as online/stall.py has it, with torch
 SPEEDS = ("images_per_second", "rate", "megabytes_per_second", "eta")  # of no interest once a job is over
 PAGE = 100  # jobs on a page of their list
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -61,7 +61,7 @@ def overview(request: Request, service: Here) -> Response:
     """Show what runs, what waits, what failed and why; data sets, runs and workers."""
     after = service.database.last_event()  # before anything is read, so that no change falls between
     unfinished = service.database.jobs(WAITING, limit=500)[::-1]
-    over = service.database.jobs(OVER, limit=200)
+    over = service.database.jobs(OVER, limit=60)
     failed = [job for job in over if job.state == "failed" and time.time() - (job.ended or 0) < DAY]
     newer = {(job.kind, job.target): job.id for job in [*over[::-1], *unfinished]}
     values: dict[str, Any] = {
@@ -70,6 +70,7 @@ def overview(request: Request, service: Here) -> Response:
         "failed": [job for job in failed if newer[job.kind, job.target] == job.id],  # a later one has not mended it
         "over": [job for job in over if job.state != "failed"][:6],
         "slots": _slots(service),
+        "feeds": len(service.settings.feeds),
         "sets": datasets.summaries(service.site),
         "runs": runs.summaries(service),
     }
@@ -212,7 +213,7 @@ def figures(job: Job) -> list[str]:
 
 def stalls(job: Job) -> str:
     """Return what the device of a running training waits for; "" where it does not."""
-    waits = job.state == "running" and job.progress.get("stall", 0) > LIMIT
+    waits = job.state == "running" and job.progress.get("stall", 0) > STALL
     return job.progress.get("stall_text", "") if waits else ""
 
 
@@ -262,6 +263,7 @@ def number(value: float) -> str:
 PAGES = Environment(
     loader=FileSystemLoader(HERE / "templates"),
     autoescape=True,
+    auto_reload=False,
     trim_blocks=True,
     lstrip_blocks=True,
 )

@@ -70,6 +70,12 @@ def response(request: Request, status: int, detail: str, headers: dict[str, str]
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
+def no_database(request: Request, error: SQLAlchemyError) -> Response:
+    """Return the problem of a database that is lost, or full."""
+    reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    return response(request, 503, f"the database does not answer: {reason}; try again", {"Retry-After": "1"})
+
+
 def install(app: FastAPI) -> None:
     """Let every error of the app be a problem."""
 
@@ -81,10 +87,7 @@ def install(app: FastAPI) -> None:
     def user_error(request: Request, error: UserError) -> Response:
         return response(request, 404 if isinstance(error, Missing) else 422, str(error))
 
-    @app.exception_handler(SQLAlchemyError)
-    def no_database(request: Request, error: SQLAlchemyError) -> Response:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        return response(request, 503, f"the database does not answer: {reason}; try again", {"Retry-After": "1"})
+    app.exception_handler(SQLAlchemyError)(no_database)
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -19,6 +19,7 @@ from pipeline.service.site import Missing
 from pipeline.volumes import open_regular
 
 SKIPPED_FILE = "skipped.jsonl"
+MENDING = "mend it by a job of the kind verify with `repair`"
 MID_GREY = 128  # grey levels: added to an input, whose mean is about zero, to show it
 MOST = 3.0  # standard deviations along a component
 KEPT = 8  # data sets whose records stay in memory: those of ImageNet take 51 MB
@@ -69,12 +70,17 @@ class Contents:
         """Return the JPEG of a sample and its key. Raises DatasetError: it is damaged."""
         record = self.record(split, number)
         path = self.data.root / f"{split}/{split}-{record['shard']:06d}.tar"
-        with open_regular(path) as shard:
-            start = int(record["offset"]) - TAR_BLOCK
-            read = os.pread(shard.fileno(), TAR_BLOCK + int(record["size"]), start)
+        try:
+            with open_regular(path) as shard:
+                start = int(record["offset"]) - TAR_BLOCK
+                read = os.pread(shard.fileno(), TAR_BLOCK + int(record["size"]), start)
+        except OSError as error:
+            raise DatasetError(
+                f"{path}: {error.strerror}; mend it by a job of the kind verify with `repair`"
+            ) from error
         jpeg, key = read[TAR_BLOCK:], read[:100].partition(b"\0")[0].decode("ascii", "replace")
         if zlib.crc32(jpeg) != record["crc32"]:
-            raise DatasetError(f"{path}: damaged at sample {number}; mend it by a job of the kind verify with `repair`")
+            raise DatasetError(f"{path}: damaged at sample {number}; {MENDING}")
         return jpeg, key.removesuffix(".jpg")
 
     def pixels(self, split: str, number: int) -> np.ndarray:

@@ -31,7 +31,8 @@ function told(event) {
     const { job, data } = JSON.parse(event.data);
     document.getElementById("announcement").textContent = `Job ${job}: ${data.state ?? "running"}`;
   }
-  timer ??= setTimeout(refresh, Math.max(0, looked + PAUSE - Date.now()));
+  const wait = Math.max(0, looked + PAUSE - Date.now()) + Math.random() * PAUSE; // not all who hear it at once
+  timer ??= setTimeout(refresh, wait);
 }
 
 async function refresh() {
