@@ -18,6 +18,7 @@ RECIPE = (
     *("size", "crop", "filter", "quality", "subsampling", "exif", "seed", "samples_per_shard", "holdout", "limit"),
 )
 MOST_RETRIES = 10
+UNFINISHED = ".build/plan.json"  # of a data set: a build has begun, and has not ended
 HEADER = 64 * 2**20  # bytes of a checkpoint's header at most
 Name = Annotated[str, Field(pattern=rf"^{NAME}$", description="Letters, digits, and . _ - after the first of them.")]
 Raw = Annotated[str, Field(min_length=1, max_length=4096, description="A folder or URL below a --raw-root.")]
@@ -59,6 +60,10 @@ class Kind(BaseModel):
     def words(self, site: Site, since: float | None = None) -> list[str]:
         """Return the words after `penstock`; of a job that was begun before, at `since`, those that go on with it."""
         raise NotImplementedError
+
+    def has_begun(self, site: Site, progress: dict[str, Any]) -> bool:
+        """Return whether a command that failed had begun to work: what it lacked then, as a worker, may come back."""
+        return bool(progress.get("done") or progress.get("uri"))
 
     def check(self, site: Site, gpus: int) -> None:
         """Raise UserError where the server cannot run the job."""
@@ -119,6 +124,9 @@ class _Build(Kind):
         if self.classes_of:
             given["classes_of"] = str(site.datasets / self.classes_of)
         return ["build", *_options(given), "--json", "--", site.raw(self.raw), str(dataset)]
+
+    def has_begun(self, site: Site, progress: dict[str, Any]) -> bool:
+        return (site.datasets / self.dataset / UNFINISHED).exists()
 
     def check(self, site: Site, gpus: int) -> None:
         super().check(site, gpus)

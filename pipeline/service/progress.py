@@ -60,7 +60,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 def _fold(progress: Progress, event: dict[str, Any]) -> None:
     name = event["event"]
     if name == "begin":  # an attempt: its command counts anew what an earlier one had done
-        for key in ("error", "rate", "eta", "done", "total", "failed", "failures", "skipped", "uri", "status", "first"):
+        for key in ("error", "rate", "eta", "done", "failed", "failures", "skipped", "uri", "status", "first"):
             progress.pop(key, None)
         progress["command"] = ["penstock", *event["command"][2:]]
     elif name == "plan":

@@ -24,8 +24,7 @@ PERIOD, QUIET = 0.2, 1.0  # seconds between two looks, with and without running 
 BETWEEN = 0.5  # seconds between two events of the progress of a job
 ALL = 10**6  # jobs that are not over: more than there may be
 PIECE = 2**20  # bytes of a log that are read at a time
-FAULTS = 2  # the exit code of our commands for an error: of the user, as long as they have not begun to work
-WORKED = {"total", "uri"}  # keys of the progress that tell it; then a lost worker or network, which may come back
+FAULTS = 2  # the exit code of our commands for an error: of the user, where they have not begun to work
 FOUND = {"verify": 1}  # and the exit code of a command that has found what it looked for
 
 
@@ -243,7 +242,7 @@ class Scheduler:
             self._end(job, "cancelled", code)
         elif code == FOUND.get(job.kind):
             self._end(job, "failed", code, f"{job.progress.get('failed', 'some')} files failed")
-        elif code == FAULTS and not job.progress.keys() & WORKED:
+        elif code == FAULTS and not parse(job.params).has_begun(self.queue.site, job.progress):
             self._end(job, "failed", code, reason)
         else:
             self._failed(job, code, reason)
