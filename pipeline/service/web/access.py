@@ -46,6 +46,10 @@ def protect(app: FastAPI, service: Service) -> None:
     app.add_middleware(Bounded)
     app.add_middleware(Access, service=service)
 
+    @app.exception_handler(500)
+    def defect(request: Request, error: Exception) -> Response:  # outside of `Access`; stderr has the traceback
+        return response(request, 500, "a defect of the server, whose stderr says more; please report it", HEADERS)
+
 
 class Access:
     """ASGI middleware: refuses who may not ask, and adds HEADERS to answers that have none of these names.
