@@ -76,6 +76,10 @@ class Loopback:
         def scope(request: Request) -> dict[str, str]:
             return {"scope": request.state.scope}
 
+        @web.get("/v1/defect", response_model=None)
+        def defect() -> None:
+            raise RuntimeError("a defect of the tests")
+
         @web.get("/v1/big", response_model=None)
         def big() -> Response:
             return Response(bytes(BIG), media_type="application/octet-stream")

@@ -24,6 +24,7 @@ PERIOD, QUIET = 0.2, 1.0  # seconds between two looks, with and without running 
 BETWEEN = 0.5  # seconds between two events of the progress of a job
 ALL = 10**6  # jobs that are not over: more than there may be
 PIECE = 2**20  # bytes of a log that are read at a time
+ATTEMPTS = 100  # of a job at most
 FAULTS = 2  # the exit code of our commands for an error: of the user, where they have not begun to work
 FOUND = {"verify": 1}  # and the exit code of a command that has found what it looked for
 
@@ -190,6 +191,8 @@ class Scheduler:
         elif job.id in self._seen:  # lost while the server looked on: that counts as a failure
             killed = f" with {len(left)} of its processes" if left else ""
             self._failed(job, None, f"killed{killed}; out of memory?")
+        elif job.attempt >= ATTEMPTS:  # perhaps it takes the server with it each time
+            self._end(job, "failed", None, f"lost with the server {job.attempt} times; out of memory?")
         else:
             self._queue_again(job, "lost while no server ran", failure=False)
 

@@ -125,7 +125,7 @@ class Access:
                 if await self._token(request) is None:
                     return {"type": "http.disconnect"}
             return message.result()
-        except Problem:
+        except (Problem, SQLAlchemyError):
             return {"type": "http.disconnect"}
         finally:
             message.cancel()
