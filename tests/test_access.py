@@ -279,7 +279,10 @@ def test_all_answers_have_the_headers(guarded: Loopback):
             (200, client.get("/v1/scope")),
             (404, client.get("/none")),
             (404, client.get("/none", headers=PAGE)),
-            (500, httpx.get(client.base_url.join("/v1/defect"))),  # after which the server ends the connection
+            (
+                500,
+                httpx.get(client.base_url.join("/v1/defect"), headers=client.headers),
+            ),  # after which the server ends the connection
             (405, client.request("OPTIONS", "/v1/scope")),
             (405, client.head("/v1/scope")),
             (413, client.post("/v1/record", content=bytes(70_000))),
