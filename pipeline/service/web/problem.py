@@ -86,6 +86,11 @@ def install(app: FastAPI) -> None:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         return response(request, 503, f"the database does not answer: {reason}; try again", {"Retry-After": "1"})
 
+    @app.exception_handler(OSError)
+    def no_file(request: Request, error: OSError) -> Response:
+        lost = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return response(request, 503, f"a file of the server cannot be used: {lost}", {"Retry-After": "10"})
+
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
         return response(request, 422, explained(error.errors()))
