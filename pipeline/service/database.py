@@ -131,7 +131,10 @@ class Database:
             if self._engine.dialect.name == "sqlite":
                 event.listen(self._engine, "connect", _prepare_sqlite)
             metadata.create_all(self._engine)
-        except (sql.exc.SQLAlchemyError, ImportError) as error:
+            with self.reading() as connection:  # tables of another version lack a column
+                for table in metadata.sorted_tables:
+                    connection.execute(sql.select(table).limit(1)).all()
+        except (sql.exc.SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             raise UserError(f"--database {_without_password(url)}: {reason}") from error
         self._turn = threading.Lock()
@@ -226,5 +229,5 @@ def _prepare_sqlite(connection: Any, record: object) -> None:
 def _without_password(url: str) -> str:
     try:
         return sql.make_url(url).render_as_string(hide_password=True)
-    except sql.exc.ArgumentError:
+    except (sql.exc.ArgumentError, ValueError):  # the latter: a port that is no number
         return "URL"

@@ -258,7 +258,9 @@ def parse(params: dict[str, Any]) -> Kind:
 def explained(errors: Any) -> str:
     """Return pydantic's first error as a line: the parameter, its value, and what is wrong with it."""
     first = errors[0]
-    names = [str(name) for name in first["loc"] if name not in ("body", *KINDS)]
+    names = [str(name) for name in first["loc"]]
+    names = names[names[:1] == ["body"] :]
+    names = names[bool(names) and names[0] in KINDS :]  # but `feed` is a parameter of training, too
     value = "" if isinstance(first["input"], dict | list) else f" {first['input']!r:.100}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{'.'.join(names) or 'body'}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}{more}"

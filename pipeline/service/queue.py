@@ -1,6 +1,7 @@
 """The queue of jobs: what may be asked for from outside, and the slots in which jobs run."""
 
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -129,8 +130,10 @@ def slots_of(text: str | None, visible: Mapping[str, str] = os.environ) -> Slots
     here = visible.get("CUDA_VISIBLE_DEVICES")
     names = here.split(",") if here else [] if here == "" else [str(i) for i in range(len(_devices()))]
     given = dict(part.strip().partition("=")[::2] for part in text.split(",")) if text else {}
-    if not given.keys() <= {"cpu", "gpu", "feed"} or not all(value.isdecimal() for value in given.values()):
-        raise UserError(f"--slots {text}: not like cpu=1,gpu=0,feed=4")
+    if not given.keys() <= {"cpu", "gpu", "feed"} or not all(
+        re.fullmatch("[0-9]{1,9}", value) for value in given.values()
+    ):
+        raise UserError(f"--slots {text:.80}: not like cpu=1,gpu=0,feed=4")
     cpu, gpu, feed = (int(given.get(name, usual)) for name, usual in (("cpu", 1), ("gpu", len(names)), ("feed", FEEDS)))
     if not 1 <= cpu <= 1024 or gpu > len(names) or feed > 1024:
         raise UserError(f"--slots {text}: at least one cpu slot, and at most {len(names)} of GPUs, which are here")

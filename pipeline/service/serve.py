@@ -3,8 +3,11 @@
 import ipaddress
 import os
 import shlex
+import signal
 import socket
+import ssl
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -53,6 +56,7 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
     for text, path in zip(values["raw_roots"], roots):
         if not storage.is_remote(path) and not os.path.isdir(path):
             raise UserError(f"--raw-root {text}: no such folder")
+    _require_certificate(values["tls_cert"], values["tls_key"])
     site = Site(Path(os.path.realpath(root)), roots)
     files.require_writable(site.root)
     site.root.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,8 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
         database = Database(url_of(site.root, url))
         if settings["tokens_required"] and not any(token.is_valid for token in listed(database)):
             remedy = f"penstock token create --root {shlex.quote(str(root))} --scope write"
-            raise UserError(f"--host {host}: other machines can ask there, and no token is valid; make one: {remedy}")
+            asked = f"--host {host}: other machines can ask there" if not loopback else "--require-token"
+            raise UserError(f"{asked}: no token is valid; make one: {remedy}")
         listening = _listening(host, port)
         port, scheme = listening.getsockname()[1], "https" if values["tls_cert"] else "http"
         queue = Queue(site, database, slots)
@@ -74,6 +79,7 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
         server = uvicorn.Server(config(web, **tls))
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"serving {printable(str(site.root))} at {scheme}://{shown}:{port} (pid {os.getpid()})")
+        _end_at_hangup(server)
         try:
             server.run([listening])
         finally:
@@ -92,12 +98,37 @@ def config(web: Any, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(web, lifespan="on", timeout_graceful_shutdown=SHUTDOWN, **quiet, **bounds, **options)
 
 
+def _end_at_hangup(server: uvicorn.Server) -> None:
+    """Let a server end at SIGHUP as at SIGTERM, which uvicorn handles itself; under nohup it stays ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+
+    def hung_up(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before)  # by which uvicorn raises it again in the end
+        server.handle_exit(number, frame)
+
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, hung_up)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host}: no address of that name; name an address of this machine") from error
     return all(ipaddress.ip_address(info[4][0]).is_loopback for info in infos)
+
+
+def _require_certificate(certificate: str | None, key: str | None) -> None:
+    """Raise UserError where TLS could not begin with these files."""
+    if key and not certificate:
+        raise UserError("--tls-key needs --tls-cert, its certificate")
+    if certificate:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        except OSError as error:
+            names = f"--tls-cert {certificate}" + f" --tls-key {key}" * bool(key)
+            reason = "not a certificate and its key (PEM)" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UserError(f"{names}: {reason}; name other files") from error
 
 
 def _listening(host: str, port: int) -> socket.socket:

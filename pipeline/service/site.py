@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import UserError, manifest, storage
+from pipeline.cli import printable
 from pipeline.manifest import FILE_NAME, Manifest
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"  # of a data set or of a run
@@ -94,9 +95,9 @@ class Site:
         below = any(f"{path}/".startswith(f"{root}/".replace("//", "/", root == "/")) for root in roots)
         if not below or ".." in path.split("/"):
             allowed = _listed(list(self.raw_roots)) if roots else "none; name some by `penstock serve --raw-root DIR`"
-            raise UserError(f"{text}: not below a folder of raw images of this server ({allowed})")
+            raise UserError(f"{printable(text)}: not below a folder of raw images of this server ({allowed})")
         if not storage.is_remote(path) and not os.path.exists(path):
-            raise UserError(f"{text}: no such file or folder")
+            raise UserError(f"{printable(text)}: no such file or folder")
         return path
 
     def _inside(self, path: Path) -> bool:

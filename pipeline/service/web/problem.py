@@ -89,6 +89,11 @@ def install(app: FastAPI) -> None:
 
     app.exception_handler(SQLAlchemyError)(no_database)
 
+    @app.exception_handler(OSError)
+    def no_file(request: Request, error: OSError) -> Response:
+        lost = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return response(request, 503, f"a file of the server cannot be used: {lost}", {"Retry-After": "10"})
+
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
         return response(request, 422, explained(error.errors()))
