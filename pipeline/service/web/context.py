@@ -75,25 +75,22 @@ class Stream:
 
         A number beyond the newest event, of a database that is gone, means: from now on.
         """
-        number, self.readers = min(number, self._last), self.readers + 1
-        try:
-            while True:
-                changed, last, whole = self._changed, self._last, True  # before the look: no event falls between
-                if number >= self._floor:
-                    new = [event for event in self._newer(number) if job in (None, event.job)]
-                else:
-                    new = await asyncio.to_thread(self._database.events, number, job, PIECE)
-                    whole = len(new) < PIECE
-                for event in new:
-                    yield event
-                number = max(number, new[-1].id if new else 0, last if whole else 0)
-                if whole:
-                    try:
-                        await asyncio.wait_for(changed.wait(), ALIVE)
-                    except TimeoutError:
-                        yield None
-        finally:
-            self.readers -= 1
+        number = min(number, self._last)
+        while True:
+            changed, last, whole = self._changed, self._last, True  # before the look: no event falls between
+            if number >= self._floor:
+                new = [event for event in self._newer(number) if job in (None, event.job)]
+            else:
+                new = await asyncio.to_thread(self._database.events, number, job, PIECE)
+                whole = len(new) < PIECE
+            for event in new:
+                yield event
+            number = max(number, new[-1].id if new else 0, last if whole else 0)
+            if whole:
+                try:
+                    await asyncio.wait_for(changed.wait(), ALIVE)
+                except TimeoutError:
+                    yield None
 
     def _newer(self, number: int) -> list[Event]:
         return list(takewhile(lambda event: event.id > number, reversed(self._recent)))[::-1]

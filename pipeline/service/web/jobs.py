@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline.service import child
@@ -17,7 +18,7 @@ from pipeline.service.kinds import parse as parse_kind
 from pipeline.service.progress import describe
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.files import sent
-from pipeline.service.web.problem import Problem, responses
+from pipeline.service.web.problem import Problem, response, responses
 from pipeline.volumes import open_regular
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -192,9 +193,6 @@ async def all_events(
 
 
 def _streamed(service: Service, after: int, job: int | None) -> Response:
-    if service.stream.readers >= MOST_STREAMS:
-        raise Problem(503, f"{MOST_STREAMS} streams of events are open; close some", {"Retry-After": "10"})
-
     async def lines() -> AsyncIterator[str]:
         yield f": events after {after}\n\n"
         async for event in service.stream.after(after, job):
@@ -202,7 +200,25 @@ def _streamed(service: Service, after: int, job: int | None) -> Response:
             if job is not None and event and event.kind == "ended":
                 return
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=UNBUFFERED)
+    return _Streamed(service, lines())
+
+
+class _Streamed(StreamingResponse):
+    """Server-sent events; a problem where too many streams are open when this one would begin."""
+
+    def __init__(self, service: Service, lines: AsyncIterator[str]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=UNBUFFERED)
+        self._stream = service.stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._stream.readers >= MOST_STREAMS:
+            words = f"{MOST_STREAMS} streams of events are open; close some"
+            return await response(Request(scope), 503, words, {"Retry-After": "10"})(scope, receive, send)
+        self._stream.readers += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.readers -= 1
 
 
 def _sse(event: Event) -> str:
