@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,6 @@ from pipeline.service.web.problem import Problem
 
 HERE = Path(__file__).parent
 STATIC = {"style.css": "text/css", "live.js": "text/javascript", "icon.svg": "image/svg+xml"}
-VERSION = hashlib.sha256(b"".join((HERE / "static" / name).read_bytes() for name in STATIC)).hexdigest()[:12]
 DAY = 86_400  # seconds
 LINES = 200  # of a log
 RATES = 240  # points of a job's speed
@@ -39,8 +39,14 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
     """Return a page. Buttons are left out for whom the token allows reading alone."""
     state = request.state  # of a request that was refused before its token was looked at: without a scope
     values |= {"writes": getattr(state, "scope", "none") == "write", "signed_in": getattr(state, "session", False)}
-    text = PAGES.get_template(template).render(here=request.url.path, version=VERSION, now=time.time(), **values)
+    text = PAGES.get_template(template).render(here=request.url.path, version=_version(), now=time.time(), **values)
     return HTMLResponse(text, status, {"Cache-Control": "no-cache, private"})
+
+
+@cache
+def _version() -> str:
+    """Return a part of the addresses of our static files, which browsers keep until it changes."""
+    return hashlib.sha256(b"".join((HERE / "static" / name).read_bytes() for name in STATIC)).hexdigest()[:12]
 
 
 def error_page(request: Request, status: int, detail: str) -> Response:
