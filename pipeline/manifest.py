@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
@@ -168,11 +169,10 @@ class Manifest:
     files: Mapping[str, FileRecord]
     built_with: Mapping[str, str]
 
-    @property
+    @cached_property  # which a server asks for at each look
     def identity(self) -> str:
         """Return the SHA-256 (hex) over format, recipe, classes, splits and statistics: equal for equal data."""
-        body = self._body()
-        return sha256(canonical_json({key: body[key] for key in IDENTITY_KEYS}))
+        return sha256(canonical_json({key: value for key, value in self._body().items() if key in IDENTITY_KEYS}))
 
     def split(self, name: str) -> Split:
         if name not in self.splits:

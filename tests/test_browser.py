@@ -86,7 +86,7 @@ def loaded(watched: Watched, selector: str) -> int:
     return watched.page.locator(selector).count()
 
 
-def is_fit(watched: Watched, path: str) -> None:
+def assert_fits(watched: Watched, path: str) -> None:
     """Assert that a page fits its window, that its texts can be read, and that it has no fault."""
     watched.go(path)
     assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path}: wider than the window"
@@ -182,7 +182,7 @@ def test_every_page_fits_and_can_be_read(browser, server: Server, width: int, sc
     watched = Watched(browser, server, viewport={"width": width, "height": 900}, color_scheme=scheme)
     paths = ("/", "/jobs", "/jobs/1", "/jobs/2", "/jobs/3", "/jobs/4", "/jobs/5", "/jobs/6", "/datasets", "/datasets/d")
     for path in (*paths, "/runs", "/runs/r", "/workers", "/new", "/docs", "/login"):
-        is_fit(watched, path)
+        assert_fits(watched, path)
     watched.page.context.close()
 
 

@@ -205,6 +205,15 @@ def test_what_is_no_request_is_refused(server: Loopback, request_: bytes, expect
     assert server.client.get("/v1/scope").status_code == 200
 
 
+def test_a_body_with_two_ends_is_refused_and_ends_the_connection(server: Loopback):
+    """What one reader of the two headers takes for the body's rest is to another one a request of its own."""
+    smuggled = b"0\r\n\r\nGET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
+    answer = server.exchange(CHUNKED.replace(HOST, HOST + b"Content-Length: 5\r\n") + smuggled)
+    assert status(answer) == 400
+    assert answer.count(b"HTTP/1.1") == 1
+    assert not server.calls
+
+
 def test_what_follows_an_answer_and_is_no_request_has_none(server: Loopback):
     with server.connection(CHUNKED.replace(HOST, HOST + b"Origin: null\r\n")) as raw:
         answer = raw.recv(2**16)

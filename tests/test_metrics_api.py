@@ -161,6 +161,8 @@ def test_health(server: Server):
     for path in ("/healthz", "/readyz"):
         answer = server.client.get(path)
         assert (answer.status_code, answer.text) == (200, "ok")
+        head = server.client.head(path)
+        assert (head.status_code, head.headers["content-length"], head.content) == (200, "2", b"")
 
 
 def test_a_server_that_is_not_ready(tmp_path: Path):

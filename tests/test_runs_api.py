@@ -159,6 +159,18 @@ def test_links_are_not_followed(server: Server, trained: Path, tmp_path: Path):
         assert server.client.get(f"/v1/runs/{path}").status_code == 404, path
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(server: Server, trained: Path):
+    """It is a folder, here, in the place of a file; for root any file can be read."""
+    (trained / "runs/shut/metrics.jsonl").mkdir(parents=True)
+    listed = {one["name"]: one for one in answer(server, "")["runs"]}
+    assert "metrics.jsonl: is a directory" in listed["shut"]["error"]
+    assert listed["r"]["error"] is None
+    page = server.client.get("/runs", headers={"Accept": "text/html"})
+    assert page.status_code == 200
+    assert "is a directory" in page.text
+    shutil.rmtree(trained / "runs/shut")
+
+
 def test_metrics_that_grow(trained: Path):
     """A torn line does not count until it is whole; a file that a resumed run has written anew is read anew."""
     run, site = copied(trained, "grows"), Site(trained)

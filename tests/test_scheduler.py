@@ -85,7 +85,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def played(root: Path, at: int, committed: bool, cancel: bool, **params: object) -> tuple[bool, Job]:
     """Run a job under a server that dies once, and then under its successor; return whether it died, and the job."""
     queue, server = begun(root)
-    number = queue.submit(parse({"kind": "feed", **params}))[0].id
+    number = queue.submit(parse({"kind": "feed", **params})).id
     queue, server = begun(root, at, committed)
     try:
         while cancel and not queue.job(number).progress.get("done"):
@@ -134,7 +134,7 @@ def test_errors_of_a_user_are_not_tried_again(work: list[str], tmp_path: Path, s
     """Those come before the command begins to work; later ones, as of a lost worker, may pass."""
     work[0] = f"echo 'Error: so it is' >&2; {script}"
     queue, server = begun(tmp_path)
-    job = over(queue, server, queue.submit(parse({"kind": "feed", "retries": 1}))[0].id)
+    job = over(queue, server, queue.submit(parse({"kind": "feed", "retries": 1})).id)
     assert (job.state, job.attempt, job.reason) == ("failed", attempts, "so it is" + " (2 attempts)" * (attempts > 1))
 
 
@@ -162,7 +162,7 @@ def test_a_job_cancelled_while_its_loss_is_looked_at_is_not_begun_again(
 ):
     work[0] = "exec sleep 100"
     queue, server = begun(tmp_path)
-    number = queue.submit(parse({"kind": "feed"}))[0].id
+    number = queue.submit(parse({"kind": "feed"})).id
     server.look()
     process = server._wrappers[0]
     process.kill()
@@ -191,14 +191,14 @@ def test_a_command_waits_for_the_lock_of_one_that_has_just_been_killed(tmp_path:
 def test_jobs_of_another_version_are_ended_and_others_go_on(work: list[str], tmp_path: Path):
     work[0] = "exec sleep 100"
     queue, server = begun(tmp_path)
-    old = queue.submit(parse({"kind": "feed"}))[0].id
-    waiting = queue.submit(parse({"kind": "feed"}))[0].id
+    old = queue.submit(parse({"kind": "feed"})).id
+    waiting = queue.submit(parse({"kind": "feed"})).id
     server.look()
     with sqlite3.connect(tmp_path / "penstock.db") as connection:
         connection.execute("UPDATE jobs SET params = ?", (json.dumps({"kind": "feed", "colour": 1}),))
     connection.close()
     work[0] = WORK
-    new = queue.submit(parse({"kind": "feed"}))[0].id
+    new = queue.submit(parse({"kind": "feed"})).id
     assert over(queue, server, new).state == "succeeded"
     for number in (old, waiting):
         assert queue.job(number).state == "failed"

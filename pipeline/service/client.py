@@ -24,7 +24,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TIMEOUT = 30.0  # s that an answer may take
 PAUSE = 0.5  # s between two looks at a job, and before a lost request is sent again
 PATIENCE = 120.0  # s without an answer until who follows a job gives up
-OVER = ("succeeded", "failed", "cancelled")
+OVER = ("succeeded", "failed", "cancelled")  # as database.py has them, which takes long to import
 ARGUMENTS = ("raw", "dataset", "run")  # the parameters of a job that have no --, in the order of the command line
 Job: TypeAlias = dict[str, Any]  # as the server has it in JSON
 

@@ -1,8 +1,7 @@
 """The kinds of jobs: the parameters of each, and the command of ours that it runs."""
 
-import json
-import struct
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from pipeline import UserError
 from pipeline.manifest import FILE_NAME, BuildRecipe
+from pipeline.service import runs
 from pipeline.service.site import NAME, Site, is_name
 
 # the fields of BuildRecipe that are options of the command
@@ -19,7 +19,6 @@ RECIPE = (
 )
 MOST_RETRIES = 10
 UNFINISHED = ".build/plan.json"  # of a data set: a build has begun, and has not ended
-HEADER = 64 * 2**20  # bytes of a checkpoint's header at most
 Name = Annotated[str, Field(pattern=rf"^{NAME}$", description="Letters, digits, and . _ - after the first of them.")]
 Raw = Annotated[str, Field(min_length=1, max_length=4096, description="A folder or URL below a --raw-root.")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:%-]{0,99}$")]
@@ -30,7 +29,7 @@ Gpus = Annotated[int, Field(ge=0, le=2, description="GPUs; by default as many of
 Needs: TypeAlias = dict[str, int]  # "cpu", "gpu" or "feed" → slots
 
 
-class Kind(BaseModel):
+class Kind(BaseModel, ABC):
     """Parameters of a job. `reads` and `writes` name what other jobs must not change, or use, at the same time."""
 
     model_config = ConfigDict(extra="forbid")
@@ -57,9 +56,9 @@ class Kind(BaseModel):
         taken = min(2 if self.kind == "train" else 1, gpus) if wanted is None else wanted
         return {"gpu": taken} if taken else {"cpu": 1}
 
+    @abstractmethod
     def words(self, site: Site, since: float | None = None) -> list[str]:
         """Return the words after `penstock`; of a job that was begun before, at `since`, those that go on with it."""
-        raise NotImplementedError
 
     def has_begun(self, site: Site, progress: dict[str, Any]) -> bool:
         """Return whether a command that failed had begun to work: what it lacked then, as a worker, may come back."""
@@ -176,8 +175,9 @@ class Train(Kind):
 
     def words(self, site: Site, since: float | None = None) -> list[str]:
         run, options = site.runs / self.run, ["--data", str(site.datasets / self.dataset)]
-        begun = newest_checkpoint(run) if self.resume or since is not None else None
-        if begun and since is not None and begun.stat().st_mtime >= since and is_complete(begun):  # but for its page
+        begun = runs.newest(run) if self.resume or since is not None else None
+        recent = begun and since is not None and begun.stat().st_mtime >= since
+        if begun and recent and runs.is_complete(begun):  # but for its page
             return ["figures", str(run), *options, "--json"]
         options += ["--out", str(run), "--json", *([f"--feed={','.join(self.feed)}"] if self.feed else [])]
         if self.resume or not begun:
@@ -189,7 +189,7 @@ class Train(Kind):
 
     def check(self, site: Site, gpus: int) -> None:
         super().check(site, gpus)
-        begun = newest_checkpoint(site.runs / self.run)
+        begun = runs.newest(site.runs / self.run)
         if begun and not self.resume:
             raise UserError(f'run {self.run}: exists already; go on with it by "resume": true, or take another name')
         if self.resume and (self.recipe or self.init):
@@ -269,24 +269,6 @@ def explained(errors: Any) -> str:
 def command(words: list[str]) -> list[str]:
     """Return the line that runs a command of ours in this Python."""
     return [sys.executable, "-m", "penstock", *words]
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run; None where it has none."""
-    return max((run / "checkpoints").glob("step-*.safetensors"), default=None)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is the last one of its run, and was validated, by its header alone."""
-    with open(checkpoint, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        header = file.read(size) if size <= HEADER else b""
-    try:
-        described = json.loads(json.loads(header)["__metadata__"]["penstock"])
-        progress = described["progress"]
-        return bool(progress["over"] or (described["step"] >= progress["steps"] and not progress["pending"]))
-    except (ValueError, KeyError, TypeError):  # damaged: for the command to say
-        return False
 
 
 def _is_finished(dataset: Path, since: float) -> bool:

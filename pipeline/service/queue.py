@@ -14,9 +14,9 @@ import sqlalchemy as sql
 from sqlalchemy import Connection
 
 from pipeline import UserError
-from pipeline.service import database
+from pipeline.service import database, runs
 from pipeline.service.database import OVER, Database, Job, add_event, end_job
-from pipeline.service.kinds import Kind, Needs, newest_checkpoint, parse
+from pipeline.service.kinds import Kind, Needs, parse
 from pipeline.service.site import Missing, Site
 
 MOST_QUEUED = 1_000
@@ -43,8 +43,8 @@ class Queue:
         self.site, self.slots, self.changed = site, slots, threading.Event()
         self._database = data
 
-    def submit(self, kind: Kind, key: str | None = None) -> tuple[Job, bool]:
-        """Queue a job, and return it and True; the earlier job of the same `key`, if any, and False.
+    def submit(self, kind: Kind, key: str | None = None) -> Job:
+        """Queue a job, and return it, or the earlier job of the same `key`, if there is one.
 
         Raises UserError: the server cannot run it, or too many wait.
         """
@@ -53,7 +53,7 @@ class Queue:
             if key and (known := self._by_key(connection, key)):
                 if known.params != kind.model_dump(exclude_none=True):
                     raise UserError(f"Idempotency-Key {key}: belongs to job {known.id}, which has other parameters")
-                return known, False
+                return known
             waiting = connection.execute(sql.select(sql.func.count()).where(database.jobs.c.state == "queued")).scalar()
             if (waiting or 0) >= MOST_QUEUED:
                 raise UserError(f"{waiting:,} jobs wait already; at most {MOST_QUEUED:,}: cancel some, or wait")
@@ -64,7 +64,7 @@ class Queue:
             number = connection.execute(added).scalar_one()
             add_event(connection, number, "queued", {})
         self.changed.set()
-        return self.job(number), True
+        return self.job(number)
 
     def cancel(self, number: int) -> Job:
         """Cancel a job: at once if it waits; if it runs, its command is asked to save and to end. Raises UserError."""
@@ -87,10 +87,10 @@ class Queue:
         if job.state not in ("failed", "cancelled"):
             raise UserError(f"job {number}: is {job.state}; only one that failed or was cancelled is run again")
         params = job.params
-        if job.kind == "train" and newest_checkpoint(self.site.runs / params["run"]):
+        if job.kind == "train" and runs.newest(self.site.runs / params["run"]):
             params = {name: value for name, value in params.items() if name not in ("recipe", "init", "set")}
             params["resume"] = True
-        return self.submit(parse(params))[0]
+        return self.submit(parse(params))
 
     def job(self, number: int) -> Job:
         """Return a job. Raises Missing."""

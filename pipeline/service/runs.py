@@ -77,6 +77,8 @@ class _Header(msgspec.Struct):
 
 class _Progress(TypedDict):
     steps: Count
+    over: NotRequired[bool]  # a plateau has ended the run
+    pending: NotRequired[bool]  # the validation of this step is due
 
 
 class _Described(TypedDict):
@@ -90,6 +92,20 @@ def steps(run: Path, saved: list[Checkpoint]) -> int | None:
     """Return the steps of the whole run, as its newest checkpoint that is not damaged says."""
     described = (_described(run / "checkpoints" / checkpoint["file"]) for checkpoint in reversed(saved))
     return next((one["progress"]["steps"] for one in described if one), None)
+
+
+def newest(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run; None where it has none."""
+    return max((run / "checkpoints").glob("step-*.safetensors"), default=None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is the last one of its run, and was validated; a damaged one is not."""
+    if (described := _described(checkpoint)) is None:
+        return False
+    progress = described["progress"]
+    ended = described["step"] >= progress["steps"] and not progress.get("pending")
+    return ended or progress.get("over", False)
 
 
 def _described(path: Path) -> _Described | None:

@@ -73,7 +73,7 @@ def serve(root: Path, host: str, port: int, url: str | None, **values: Any) -> N
         port, scheme = listening.getsockname()[1], "https" if values["tls_cert"] else "http"
         queue = Queue(site, database, slots)
         scheduler = Scheduler(queue, database, values["grace"])
-        service = Service(site, database, queue, scheduler, Settings(host, port, bool(values["tls_cert"]), **settings))
+        service = Service(site, database, queue, scheduler, Settings(bool(values["tls_cert"]), **settings))
         web = app.create(service)
         tls = {"ssl_certfile": values["tls_cert"], "ssl_keyfile": values["tls_key"]}
         server = uvicorn.Server(config(web, **tls))

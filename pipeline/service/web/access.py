@@ -97,6 +97,8 @@ class Access:
             _require_local_host(request.headers.get("host", ""))
         if writes:
             _require_own_origin(request.headers)
+        if {"content-length", "transfer-encoding"} <= {*request.headers.keys()}:  # two ends of one body
+            raise Problem(400, "Content-Length and Transfer-Encoding contradict each other", {"Connection": "close"})
         state.token = await self._token(request)
         state.scope = state.token.scope if state.token else "none" if needed else "write"
         state.session = state.token is not None and "authorization" not in request.headers

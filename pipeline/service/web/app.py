@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
 from penstock import __version__
@@ -58,6 +59,9 @@ def create(service: Service) -> FastAPI:
     for name in pages.PAGES.list_templates():  # else many first requests compile them at once
         pages.PAGES.get_template(name)
     for router in ROUTERS:
+        for route in router.routes:  # FastAPI, unlike Starlette, does not answer HEAD where it answers GET
+            if isinstance(route, APIRoute) and route.methods == {"GET"} and not route.include_in_schema:
+                route.methods.add("HEAD")
         app.include_router(router)
     problem.install(app)
     access.protect(app, service)

@@ -25,8 +25,6 @@ ALIVE = 10.0  # seconds of silence after which a stream says that it is alive
 class Settings:
     """The options that the server was started with."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
     tls: bool = False
     tokens_required: bool = False
     feeds: tuple[str, ...] = ()  # addresses of decoding workers that are no jobs of this server

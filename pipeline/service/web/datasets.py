@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from penstock import __version__
+from pipeline import UserError
 from pipeline.doubts import doubts
 from pipeline.manifest import Manifest
 from pipeline.service.site import Site
@@ -18,6 +19,7 @@ from pipeline.service.web import jobs
 from pipeline.service.web.context import Here
 from pipeline.service.web.problem import responses
 from pipeline.service.web.samples import MOST, contents, png
+from pipeline.volumes import explained
 
 Name = Annotated[str, Path(max_length=100)]
 Split = Annotated[str, Path(max_length=40)]
@@ -114,7 +116,7 @@ def summary(data: Manifest, name: str) -> Summary:
     }
     return Summary(
         name=name,
-        identity=contents(data).identity,
+        identity=data.identity,
         bytes=sum(record.bytes for record in data.files.values()),
         classes=len(data.classes),
         splits=splits,
@@ -129,8 +131,10 @@ def summaries(site: Site) -> Summaries:
     for name in site.dataset_names():
         try:
             whole.append(summary(site.dataset(name), name))
-        except ValueError as error:  # UserError: one damaged data set hides no other
+        except UserError as error:  # one damaged data set hides no other
             damaged[name] = str(error)
+        except OSError as error:
+            damaged[name] = explained(error)
     return Summaries(datasets=whole, damaged=damaged)
 
 
@@ -304,7 +308,7 @@ def verify(service: Here, response: Response, name: Name, check: Check) -> jobs.
 
 def _picture(request: Request, data: Manifest, draw: Callable[[], bytes], kind: str = "image/png") -> Response:
     """Return a picture that is a function of the data set, the URL and our version: by these is its ETag."""
-    etag = f'"{contents(data).identity[:32]}-{__version__}"'
+    etag = f'"{data.identity[:32]}-{__version__}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=0, must-revalidate"}
     if {etag, "*"} & {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}:
         return Response(status_code=304, headers=headers)

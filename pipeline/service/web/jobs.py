@@ -96,7 +96,7 @@ def submit(
 def create(service: Service, params: Kind | dict[str, Any], key: str | None = None) -> Job:
     """Queue a job of these parameters, and return it. Raises UserError."""
     kind = parse_kind(params) if isinstance(params, dict) else params
-    return service.queue.submit(kind, key)[0]
+    return service.queue.submit(kind, key)
 
 
 @router.get("/jobs", responses=responses(422))

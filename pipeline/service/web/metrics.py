@@ -31,24 +31,24 @@ RATES = {"build": "rate", "train": "images_per_second"}  # in the progress of ru
 router = APIRouter(tags=["monitoring"])
 
 
+@router.head("/healthz", include_in_schema=False, response_class=PlainTextResponse)
 @router.get("/healthz", responses=responses(), response_class=PlainTextResponse)
 async def health() -> str:
     """Say that the process answers."""
     return "ok"
 
 
+@router.head("/readyz", include_in_schema=False, response_class=PlainTextResponse)
 @router.get("/readyz", responses=responses(503), response_class=PlainTextResponse)
 def ready(service: Here) -> str:
     """Say that the database answers and the scheduler works."""
-    try:
-        service.database.last_event()
-    except sql.exc.SQLAlchemyError as error:
-        raise Problem(503, f"the database does not answer: {str(error).splitlines()[0]}") from error
+    service.database.last_event()
     if (silent := time.monotonic() - service.scheduler.looked) > LATE:
         raise Problem(503, f"the scheduler has not looked at its jobs for {silent:,.0f} s; start the server again")
     return "ok"
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", responses=responses(), response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
     """Return all numbers in Prometheus' text format."""
@@ -62,7 +62,7 @@ def observe(app: FastAPI, service: Service) -> None:
     registry.register(_Jobs(service))
     ProcessCollector(registry=registry)
     app.state.registry = registry
-    app.middleware_stack = Observer(app.middleware_stack or app.build_middleware_stack(), registry)
+    app.add_middleware(Observer, registry=registry)
 
 
 class _Jobs:

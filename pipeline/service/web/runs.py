@@ -12,7 +12,6 @@ from fastapi.responses import Response, StreamingResponse
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from pipeline import UserError
-from pipeline.manifest import Manifest
 from pipeline.service import curves, database, runs
 from pipeline.service.database import Job, job_of
 from pipeline.service.runs import CHECKPOINT, Checkpoint, Evaluation, Plan, evaluations, files_of, plan, steps
@@ -20,14 +19,13 @@ from pipeline.service.site import Missing, Site
 from pipeline.service.web.context import Here, Service
 from pipeline.service.web.files import sent
 from pipeline.service.web.problem import responses
-from pipeline.volumes import open_regular
+from pipeline.volumes import explained, open_regular
 
 SHEET, REPORT, METRICS = r"[\w-]+\.png", r"report\.html", r"metrics\.jsonl"
 OWN_PAGE = {  # its scripts are inline, and it is nobody's origin
     "Content-Security-Policy": "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data:"
 }
-_hashed: dict[Any, tuple[Manifest, str]] = {}  # by folder, the identity of a manifest, which takes long to compute
 router = APIRouter(prefix="/v1", tags=["runs"])
 
 
@@ -102,6 +100,9 @@ def summaries(service: Service) -> list[RunSummary]:
             views.append(cast(RunSummary, {key: value for key, value in view.items() if key in SUMMARY}))
         except Missing:  # deleted since, or a link that leads out
             continue
+        except OSError as error:  # one that cannot be read hides no other
+            known = {"name": name, "step": 0, "report": False, "error": explained(error)}
+            views.append(cast(RunSummary, dict.fromkeys(SUMMARY) | known))
     return views
 
 
@@ -179,13 +180,9 @@ def _identities(site: Site) -> dict[str, str]:
     names = dict[str, str]()
     for name in site.dataset_names():
         try:
-            data = site.dataset(name)
-        except UserError:  # damaged, or deleted since: its own page says so
+            names[site.dataset(name).identity] = name
+        except (UserError, OSError):  # damaged, or deleted since: its own page says so
             continue
-        known = _hashed.get(data.root)
-        if known is None or known[0] is not data:
-            known = _hashed[data.root] = data, data.identity
-        names[known[1]] = name
     return names
 
 

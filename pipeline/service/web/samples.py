@@ -29,15 +29,11 @@ _decoding = threading.Semaphore(2)  # pictures at a time
 
 
 class Contents:
-    """Values computed of a manifest once: its identity, the records of its samples, their numbers by class."""
+    """Values computed of a data set once: what was skipped, the records of its samples, their numbers by class."""
 
     def __init__(self, data: Manifest) -> None:
         self.data = data
         self._records: dict[str, np.ndarray] = {}
-
-    @cached_property
-    def identity(self) -> str:
-        return self.data.identity
 
     @cached_property
     def skipped(self) -> list[dict[str, Any]]:
