@@ -114,7 +114,7 @@ def test_the_house_stays_small():
     assert len(FILES) <= 152
     # 14,815, 16,925, 17,948 and 20,406 before these
     assert sum(len(path.read_text().splitlines()) for path in FILES) <= 26_700
-    assert len(TESTS) <= 109
+    assert len(TESTS) <= 110
 
 
 def test_no_imports_go_in_circles():
