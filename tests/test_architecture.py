@@ -24,6 +24,8 @@ OWN = (
     "archives",
     "decode",
     "image",
+    "records",
+    "tier",
 )  # modules of pipeline itself
 ALLOWED = {  # module or package → what of ours it may import, beside pipeline's errors and itself
     "pipeline.volumes": set(),
@@ -40,6 +42,8 @@ ALLOWED = {  # module or package → what of ours it may import, beside pipeline
     "pipeline.archives": {"storage", "files", "cli", "manifest"},
     "pipeline.decode": set(),
     "pipeline.image": {"decode", "manifest"},
+    "pipeline.records": set(),
+    "pipeline.tier": {"storage", "manifest", "typed", "records"},
     "pipeline.offline": set(OWN),
     "pipeline.online": set(OWN) - {"decode", "image"},
     "pipeline.service": {*OWN, "online"},

@@ -2,7 +2,6 @@
 
 import threading
 import weakref
-from base64 import b85decode
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,18 +19,8 @@ from torch import Tensor
 
 from pipeline.online.batch import Batch, Crops, Transform, Undecodable
 from pipeline.online.normalise import in_place, normalise_planes
+from pipeline.records import JPEG
 
-# 37 × 29 pixels, 4:2:0, for `fingerprint`
-JPEG = b85decode(
-    b"|JeWF01!$>Nk#wx0RR9200961|JwjV01XKW3knDg3knMk4h;_zAQcl55)&sJ9v2`kDKRiEDJ?8BI!Zn>HbyrrEkIX6ModmpQ&KWMT47pHU`k"
-    b"O^PygEhLjevB4iga*CKVMXPc<zyPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPft%zPf!2A01*fP9RMW*0U`hb5"
-    b"di}c0sq7R82|tS0RaI30000000000000051_S~F|HJ?)5C8!K0|EpE1poj500000009631Oo*TAu$pnK~V-"
-    b"2ae=WD7D8c>|HJ?o0RRI50RR91000000000000RUC0S5oX03{Is0R#d71P1^B000000000100IL95g`Q<6EPJ*LQzv<k^kBN3<CiG0ucid06"
-    b"zf1YL?h?1FCEY_D|&AD9xf9Oz-Hh%&=ye033QG&!p>Hz-"
-    b"jBMcFpMA@M79pvkRS%TJB5=o@eTCoM+WgTW_)B(q$Ts)uXR<?`ew3@VMLoIMZEJ{ldsuDb8Wo<7GM3hY)dey5&}@Qw?|6_f>y!#^D--DFX%c"
-    b"^!Y;2*g(RnIAla;D%yQkwTGKug)25On(jbI&vfGDpD&!Qd_2a~bxtqGIR2(#s@RxpcgK?Cqq~;%0N6^RO|5Nsrs7)Cd#9pIYSFlyL4Go(yi^"
-    b"4_yqa#Y!;?_8ptz8FWd>-??XdFW*;jBPHas1@Kd4wAqmQx578g8&kJfiW2&<%D1e4`ItN+;"
-)
 KEPT = 8  # arrays of batches that the consumer has let go, for later batches: more than are ever under way
 
 
