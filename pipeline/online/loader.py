@@ -1,5 +1,6 @@
 """Loader: streams a dataset directory to the device. Its options are checked here, once."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,10 @@ from pipeline.online.plain import ImageNet
 from pipeline.online.prefetch import Decoder, Prefetch, Sampler
 from pipeline.online.samples import BadSamples, Pictures, SampleReader
 from pipeline.online.stall import Meter, waited
+from pipeline.online.supply import TIERS, Supply
+from pipeline.online.tuner import Setting, Tuner
 
+_log = logging.getLogger("penstock")
 STATE = 1  # version of `Loader.state_dict`
 
 
@@ -62,6 +66,10 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         max_bad: int = 0,  # samples that may fail, and are replaced (`samples.BadSamples`)
         cache: "str | os.PathLike[str] | None" = None,  # of a remote data set: the folder for its shards
         cache_bytes: int = 200 * 10**9,  # how much they may take there
+        tier: str = "auto",  # of pictures: "jpeg", "raw", "device"; auto: the best there is, and it is tuned
+        max_stall: float = 0.01,  # share of the time that the consumer may wait before something is turned
+        device_bytes: int | None = None,  # of tier "device", on each; None: free memory, less 12 GiB (a CPU's: half)
+        told: Callable[[str], None] = _log.info,  # takes a line for each choice
         workers: Sequence[str] = (),  # addresses of decoding workers (`endpoints.parse`); "local": this process too
         patience: float = 60.0,  # seconds without an answer of any worker, after which the loader gives up
         **options: Any,
@@ -72,9 +80,15 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         if depth > 1024:
             raise UserError(f"depth={depth}: must be at most 1024, for each batch takes memory")
         require_one_of(("split", "replicate"), feed=feed)
+        require_one_of(TIERS, tier=tier)
         require_one_of(DTYPES, output=output)
-        if not 0 <= hardware_share <= 1:
-            raise UserError(f"hardware_share={hardware_share}: must be between 0 and 1")
+        for name, share in {"hardware_share": hardware_share, "max_stall": max_stall}.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"{name}={share}: must be between 0 and 1")
+        if workers and tier not in ("auto", "jpeg"):
+            raise UserError(
+                f"tier={tier!r}: decoding workers decode the shards' JPEGs; take tier='jpeg', or no workers"
+            )
         if not 0 <= rank < ranks:
             raise UserError(f"rank={rank}: must be between 0 and ranks − 1 = {ranks - 1}")
         self.manifest = data if isinstance(data, Manifest) else manifest.load(data, shards=not workers)
@@ -99,33 +113,34 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             reason = "the shards are not here; leave local out of the workers, or copy them"
             raise UserError(f"{self.manifest.root}: {reason}")
         self._decoding = tuple(dict.fromkeys(self.devices))  # one named twice decodes once
-        self._normaliser = Normaliser(self.recipe, self._decoding, output, bool(self._addresses))
-        self._decoder: Callable[[], Decoder]
-        most, self._threads = -(-batch_size // ranks), threads
-        if self._addresses:
-            self._decoder = self._remote_decoder
-        elif self.devices[0].type == "cpu":
-            self._decoder = partial(turbo.Decoder, self.recipe, self._normaliser.in_decoder, most, threads)
-        else:
-            from pipeline.online import graph  # slow, and a CPU has no need of DALI
-
-            graph_options = graph.GraphOptions(self.recipe.decoded, self.recipe.resize, threads, hardware_share)
-            self._decoder = partial(graph.Decoder, self._decoding, graph_options, most, feed == "replicate")
-        self._depth, self._max_bad = depth, max_bad
+        self._normaliser = Normaliser(
+            self.recipe, self._decoding, output, self.manifest.recipe.size, bool(self._addresses)
+        )
+        most, views = -(-batch_size // ranks), self._normaliser.in_decoder
+        own = self.manifest, split, self.recipe, self._decoding, self._reader, most, feed == "replicate", views
+        self._supply = Supply(*own, device_bytes, told)
+        first = "jpeg" if self._addresses else self._supply.choose(tier)
+        self._setting = Setting(first, threads, readers, depth, hardware_share)
+        self._tuner, self._told, self._max_bad = None, told, max_bad
+        if tier == "auto" and self.recipe.training and not self._addresses:
+            tiers, cores = self._supply.tunable(first), len(os.sched_getaffinity(0))
+            on_gpu = self.devices[0].type == "cuda"
+            self._tuner = Tuner(self._setting, tiers=tiers, cores=cores, on_gpu=on_gpu, max_stall=max_stall)
         self.meter = Meter()
         self._begin(step, ())
 
     def _begin(self, step: int, bad: Iterable[int]) -> None:
         self._next = step
+        jpegs = self._setting.tier == "jpeg"
         self._bad = BadSamples(self.manifest, self.split, self._max_bad, bad, self.recipe.training)
         self._prefetch = Prefetch(
             self._sampler,
-            None if self._addresses else Pictures(self._reader, self._bad, self.recipe, self._size),
-            self._decoder(),
+            None if self._addresses else Pictures(self._reader, self._bad, self.recipe, self._size, jpegs),
+            self._remote_decoder() if self._addresses else self._supply.decoder(self._setting),
             self._normaliser.prepare,
             step=step,
             end=None if self.recipe.training else self.order.steps_per_epoch,
-            depth=self._depth,
+            depth=self._setting.depth,
             upcoming=self._cache.ahead if self._cache else None,
         )
 
@@ -155,7 +170,21 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._next = batch.step + 1
         self._prefetch.taken()  # only now: after an interruption above, this batch is still the next one
         batch.tensors = []
+        if self._tuner:
+            self._tune(self._tuner, batch)
         return batch
+
+    def _tune(self, tuner: Tuner, batch: Batch) -> None:
+        """Let the tuner look at the waiting so far; make later batches as it says, which are the same ones."""
+        changed = tuner.after(batch.step, len(batch.ids), self.meter.total, time.perf_counter())
+        for line in tuner.said:
+            self._told(line)
+        tuner.said.clear()
+        if changed:
+            self._setting = changed
+            self._prefetch.close()
+            self._reader.resize(changed.readers)
+            self._begin(self._next, self._bad.ids)
 
     @property
     def bad(self) -> list[int]:
@@ -216,7 +245,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         template = parts.template(self.manifest, self.split, self.recipe, self.order.seed, self._max_bad)
 
         def local() -> parts.Parts:
-            begin = partial(turbo.Decoder, normalised=False, most=parts.MOST, threads=self._threads)
+            begin = partial(turbo.Decoder, normalised=False, most=parts.MOST, threads=self._setting.threads)
             return parts.Parts(self.manifest, self.split, self.recipe, self._reader, begin)
 
         return remote.Decoder(
@@ -228,7 +257,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             self._bad,
             self._reader,
             self._decoding,
-            self._depth,
+            self._setting.depth,
             self._patience,
         )
 

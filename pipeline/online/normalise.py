@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.online import yuv
 from pipeline.online.batch import Batch, Crops, Transform, ViewBox
+from pipeline.records import KINDS, record_bytes
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8")}
 CHANNELS = np.array([0xFF, 0xFF00, 0xFF0000], np.int32)[:, None, None]  # of a word of RGBX, red first
@@ -36,20 +38,18 @@ def normalise_aligned(
 
 
 def normalise_planes(
-    view: np.ndarray,
+    levels: np.ndarray,
     offset: np.ndarray,
     factor: np.ndarray,
     mean_deviation: np.ndarray | None,
     out: np.ndarray,
-    levels: np.ndarray,
     planes: np.ndarray,
 ) -> None:
-    """Write one (h, w, 4) uint8 view, RGBX, to `out` (3, h, w) float32: the values of `normalise`, in numpy.
+    """Write the grey levels of a view, (3, h, w) of any integers, to `out` (3, h, w) float32: `normalise` in numpy.
 
-    `offset` and `factor` (3, 1, 1) are those of `in_place`; `mean_deviation` is (3, h, w), or None; `levels` and
-    `planes` (3, h, w), int32 and float32, are memory to compute in.
+    `offset` and `factor` (3, 1, 1) are of the scale of the levels, as `scaled` has them; `mean_deviation` is (3, h, w),
+    or None; `planes` (3, h, w) float32 is memory to compute in.
     """
-    np.bitwise_and(view.view("<i4")[..., 0], CHANNELS, out=levels)
     planes[...] = levels
     np.subtract(planes, offset, out=planes)
     if mean_deviation is None:
@@ -59,12 +59,12 @@ def normalise_planes(
         np.subtract(planes, mean_deviation, out=out)
 
 
-def in_place(crops: Crops) -> tuple[np.ndarray, np.ndarray]:
-    """Return offset and 1/std, (n, 3, 1, 1) float32, for channels that stay in their place in a word of RGBX.
+def scaled(crops: Crops, in_words: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return offset and 1/std, (n, 3, 1, 1) float32; `in_words`: of channels in their place in a word of RGBX.
 
     Green is there 2⁸ times its level, blue 2¹⁶ times. Powers of two change no other bit of a product or a difference.
     """
-    scale = np.array([1, 2**8, 2**16], np.float32)
+    scale = np.array([1, 2**8, 2**16] if in_words else [1, 1, 1], np.float32)
     return (crops.offset * scale)[..., None, None], (np.float32(1) / crops.std / scale)[..., None, None]
 
 
@@ -82,8 +82,11 @@ class Normaliser:
     where the images are used. `output` is a key of `DTYPES`; "uint8" leaves the views as they were cut.
     """
 
-    def __init__(self, recipe: Transform, devices: tuple[torch.device, ...], output: str, remote: bool = False) -> None:
-        self._recipe, self._devices, self._output = recipe, devices, DTYPES[output]
+    def __init__(
+        self, recipe: Transform, devices: tuple[torch.device, ...], output: str, size: int, remote: bool = False
+    ) -> None:
+        """`size`: pixels of a side of the pictures that records hold."""
+        self._recipe, self._devices, self._output, self._size = recipe, devices, DTYPES[output], size
         self._on_cpu = devices[0].type == "cpu"
         self.in_decoder = self._on_cpu and not remote and not recipe.several and output != "uint8"
         self._deviations = {
@@ -94,10 +97,14 @@ class Normaliser:
 
     def prepare(self, batch: Batch, views: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return, in the decoding thread, what `images` needs on each device."""
-        if self.in_decoder or self._output == torch.uint8:
+        if views[0].is_floating_point():  # the decoder has done it
             return [(view.to(self._output),) for view in views]
         crops = batch.crops
         arrays = [torch.from_numpy(array) for array in (crops.offset, crops.std, crops.start, crops.flip)]
+        if self._on_cpu:
+            views = [self._cut_out(view, *arrays[2:]) for view in views]
+        if self._output == torch.uint8 and views[0].dim() == 4:
+            return [(view,) for view in views]
         if self._on_cpu:
             return [(self._normalised(batch.step, view, arrays, view.device).contiguous(),) for view in views]
         return [(view, *(array.to(device) for array in arrays)) for view, device in zip(views, self._devices)]
@@ -107,6 +114,8 @@ class Normaliser:
         """Return, in the consumer's thread and on its stream, (n, 3, view, view) or (n, views, 3, view, view)."""
         boxes, side = self._recipe.several, self._recipe.view
         pictures, *arrays = tensors
+        if pictures.dim() == 2 and (boxes or self._output == torch.uint8):
+            pictures = self._cut_out(pictures, *arrays[2:])
         if self._output == torch.uint8:
             views = [_cut(pictures, box, side).permute(0, 3, 1, 2) for box in boxes]
             return torch.stack(views, dim=1) if boxes else pictures.permute(0, 3, 1, 2)
@@ -117,6 +126,8 @@ class Normaliser:
         boxes, side, aligned = self._recipe.several, self._recipe.view, self._recipe.aligned
         offset, std, start, flip = arrays
         deviation = self._deviations.get((self._recipe.divisor(step), device))
+        if pictures.dim() == 2:
+            return self._fused(pictures, start, flip, offset, std, deviation, self._output)
         if boxes:
             views = []
             for box in boxes:
@@ -127,6 +138,33 @@ class Normaliser:
         crop_boxes = (start, flip) if aligned else ()
         run = fused(function) if device.type == "cuda" else function
         return run(pictures, offset, std, deviation, self._output, *crop_boxes)
+
+    def _cut_out(self, pictures: Tensor, start: Tensor, flip: Tensor) -> Tensor:
+        """Return views or whole pictures, (n, h, w, 3) uint8, of records (n, bytes); of those themselves."""
+        if pictures.dim() == 4:
+            return pictures
+        if pictures.is_cuda:
+            return self._fused(pictures, start, flip, None, None, None, torch.uint8).permute(0, 2, 3, 1)
+        return yuv.cut(pictures, self._kind(pictures), self._size, start, flip, self._recipe.decoded)
+
+    def _fused(
+        self,
+        records: Tensor,
+        start: Tensor,
+        flip: Tensor,
+        offset: Tensor | None,
+        std: Tensor | None,
+        deviation: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return `kernel.views` of the recipe."""
+        from pipeline.online import kernel  # needs Triton, which torch has where it has CUDA
+
+        crops, aligned = (self._size, start, flip, self._recipe.decoded), self._recipe.aligned
+        return kernel.views(records, self._kind(records), *crops, offset, std, deviation, aligned, dtype)
+
+    def _kind(self, records: Tensor) -> str:
+        return next(kind for kind in KINDS if records.shape[1] == record_bytes(kind, self._size))
 
 
 def _cut(images: Tensor, box: ViewBox, side: int) -> Tensor:

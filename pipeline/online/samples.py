@@ -59,10 +59,18 @@ class SampleReader(AbstractContextManager["SampleReader"]):
         self._paths = {number: data.root / name for number, name in shard_numbers(data, split).items()}
         self._opened = lru_cache(MAX_OPEN)(lambda number: _OpenShard(self._paths[number], self.remedy))
         self._leased, self._lease = lease is not None, lease or self._lease_local
-        self._readers = readers
         self.remedy = mending(data.root)
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="penstock-reader")
+        self._use(readers)
+
+    def _use(self, readers: int) -> None:
+        self._readers, self._pool = readers, ThreadPoolExecutor(readers, thread_name_prefix="penstock-reader")
+
+    def resize(self, readers: int) -> None:
+        """Read so many samples at a time from now on, while nobody reads."""
+        if readers != self._readers:
+            self._pool.shutdown()
+            self._use(readers)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -199,11 +207,15 @@ class Pictures:
     bad: BadSamples
     recipe: Transform
     size: int | None  # pixels of a side of every stored picture; None: each has its own height and width
+    stored: bool = True  # False: the decoder reads by itself, records instead of JPEGs
 
     def read(self, batch: Batch) -> None:
         """Set JPEGs, crops and, where bad samples are replaced, ids of a batch. Raises as `SampleReader.read`."""
         damaged: list[int] = []
-        batch.jpegs = self.reader.read(batch.ids, damaged if self.bad.limit else None)
+        if self.stored:
+            batch.jpegs = self.reader.read(batch.ids, damaged if self.bad.limit else None)
+        else:
+            batch.jpegs = [np.empty(0, np.uint8)] * len(batch.ids)
         known = [i for i, sample in enumerate(batch.ids.tolist()) if sample in self.bad.ids]
         self.replace(batch, sorted({*damaged, *known}), DAMAGED)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.online.batch import Batch, Crops, Transform, Undecodable
-from pipeline.online.normalise import in_place, normalise_planes
+from pipeline.online.normalise import CHANNELS, normalise_planes, scaled
 from pipeline.records import JPEG
 
 KEPT = 8  # arrays of batches that the consumer has let go, for later batches: more than are ever under way
@@ -30,7 +30,7 @@ class Job:
 
     batch: Batch
     views: np.ndarray
-    scaled: tuple[np.ndarray, np.ndarray]  # `normalise.in_place`
+    scaled: tuple[np.ndarray, np.ndarray]  # `normalise.scaled`
     deviation: np.ndarray | None  # (3, h, w) float32
     tasks: list[Future[None]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)  # positions of what does not decode
@@ -51,6 +51,7 @@ class Decoder:
     for which memory is taken at once; 0: as much as each needs.
     """
 
+    _in_words = True  # channels are normalised in their place in a word of RGBX
     under_way = 2  # batches that it has at a time: the threads never wait for the next
 
     def __init__(
@@ -59,7 +60,7 @@ class Decoder:
         """`shared`: what other decoders use, too."""
         self._recipe, self._normalised, self._threads = recipe, normalised, threads
         side, deviations = recipe.decoded, recipe.mean_deviations.items()
-        self._shape = (3, side, side) if normalised else (side, side, 3)
+        self._shape: tuple[int, ...] = (3, side, side) if normalised else (side, side, 3)
         self._dtype = np.dtype(np.float32 if normalised else np.uint8)
         self._least = most * side * side * 3 * self._dtype.itemsize
         self._deviations = {key: np.ascontiguousarray(array.transpose(2, 0, 1)) for key, array in deviations}
@@ -89,7 +90,7 @@ class Decoder:
     def begin(self, batch: Batch) -> Job:
         """Begin to decode a batch."""
         views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
-        job = Job(batch, views, in_place(batch.crops), deviation)
+        job = Job(batch, views, scaled(batch.crops, self._in_words), deviation)
         self._start(job, range(len(batch.ids)))
         return job
 
@@ -130,10 +131,13 @@ class Decoder:
         with suppress(IndexError):  # another thread may have taken the last
             memory = free.pop()
         if memory is None or memory.nbytes < size:
-            memory = np.empty(max(size, self._least), np.uint8)
+            memory = self._fresh(max(size, self._least))
         views = memory[:size].view(self._dtype).reshape(shape)
         weakref.finalize(views, free.append, memory)  # the tensor made of `views` keeps them
         return views
+
+    def _fresh(self, size: int) -> np.ndarray:
+        return np.empty(size, np.uint8)
 
     def _start(self, job: Job, positions: Iterable[int]) -> None:
         shared = iter(list(positions))  # each thread takes the next of them, which is atomic
@@ -149,10 +153,10 @@ class Decoder:
                 job.failed.append(i)
 
     def _decode(self, job: Job, i: int) -> None:
-        jpeg, crops, scratch = job.batch.jpegs[i], job.batch.crops, self._scratch
+        jpeg, crops, scratch, recipe = job.batch.jpegs[i], job.batch.crops, self._scratch, self._recipe
         flip, view = bool(crops.flip[i]), scratch.view if self._normalised else job.views[i]
-        if self._recipe.resize:
-            pixels = resized(scratch.crop_box(jpeg, crops, i, "RGBX"), self._recipe.decoded, flip)
+        if recipe.resize:
+            pixels = resized(scratch.crop_box(jpeg, crops, i, "RGBX"), recipe.decoded, flip)
             if self._normalised:
                 view = pixels
             else:
@@ -162,11 +166,15 @@ class Decoder:
             layouts = ("RGBX", "XBGR") if self._normalised else ("RGB", "BGR")
             copy(scratch.crop_box(jpeg, crops, i, layouts[flip]), view, flip)
         if self._normalised:
-            deviation, (offset, factor) = job.deviation, (array[i] for array in job.scaled)
-            if deviation is not None and self._recipe.aligned:
-                rows, columns = (slice(start, start + len(view)) for start in crops.start[i].tolist())
-                deviation = deviation[:, rows, columns][..., :: -1 if flip else 1]
-            normalise_planes(view, offset, factor, deviation, job.views[i], scratch.levels, scratch.planes)
+            levels = np.bitwise_and(view.view("<i4")[..., 0], CHANNELS, out=scratch.levels)
+            self._normalise(job, i, levels, flip, scratch.planes)
+
+    def _normalise(self, job: Job, i: int, levels: np.ndarray, flip: bool, planes: np.ndarray) -> None:
+        deviation, (offset, factor) = job.deviation, job.scaled
+        if deviation is not None and self._recipe.aligned:
+            rows, columns = (slice(start, start + levels.shape[1]) for start in job.batch.crops.start[i].tolist())
+            deviation = deviation[:, rows, columns][..., :: -1 if flip else 1]
+        normalise_planes(levels, offset[i], factor[i], deviation, job.views[i], planes)
 
 
 class _Scratch(threading.local):
@@ -197,14 +205,14 @@ class _Scratch(threading.local):
 
 
 def copy(rows: np.ndarray, out: np.ndarray, flip: bool) -> None:
-    """Copy rows of bytes to `out` (h, w, c) uint8; where `flip`, each row back to front, and so the channels.
+    """Copy rows of bytes to `out`, uint8; where `flip`, each row back to front, and so the channels of its pixels.
 
     Whole words of at most 8 bytes are swapped and put in reverse order: much faster than single bytes.
     """
     out = out.reshape(rows.shape)
     if flip:
-        word = next(size for size in (8, 4, 2, 1) if rows.shape[1] % size == 0)
-        out, rows = out.view(f">u{word}"), rows.view(f"<u{word}")[:, ::-1]
+        word = next(size for size in (8, 4, 2, 1) if rows.shape[-1] % size == 0)
+        out, rows = out.view(f">u{word}"), rows.view(f"<u{word}")[..., ::-1]
     out[...] = rows
 
 

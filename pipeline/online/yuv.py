@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def cut(records, kind, size, start, flip, side):
+    raise NotImplementedError
