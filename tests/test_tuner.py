@@ -1,0 +1,168 @@
+"""The tuner on simulated machines: consumers of any speed, any supply, noise, and a clock that nobody waits for."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+
+from pipeline.online.stall import Wait
+from pipeline.online.tuner import NONE, Setting, Tuner
+
+BATCH = 128
+START = Setting("jpeg", threads=2, readers=1, depth=2, hardware_share=0.9)
+SETTLED = 200  # steps
+
+
+@dataclass
+class Machine:
+    """Stages that work side by side, each with its images/s; the slowest one makes the consumer wait."""
+
+    stages: Callable[[Setting], dict[str, float]]  # images/s by cause, of a setting
+    consumer: float  # images/s
+    noise: float = 0.0
+    random: Random = field(default_factory=lambda: Random(1))
+    now: float = 0.0
+    wait: Wait = NONE
+    ready: deque[float] = field(default_factory=deque)  # when batches that are made ahead are there
+    made: float = 0.0  # when the last of them is
+
+    def rate(self, setting: Setting) -> float:
+        return min(self.consumer, *self.stages(setting).values())
+
+    def step(self, setting: Setting) -> None:
+        """Take a batch, which may have to be waited for, and consume it."""
+        stages = self.stages(setting)
+        slowest = min(stages, key=lambda name: stages[name])
+        while len(self.ready) < setting.depth:
+            self.made = max(self.made, self.now) + BATCH / stages[slowest] * self.noisy()
+            self.ready.append(self.made)
+        there = self.ready.popleft()
+        if there > self.now:
+            self.wait += Wait(**{slowest: there - self.now})
+            self.now = there
+        self.now += BATCH / self.consumer * self.noisy()
+
+    def noisy(self) -> float:
+        return 1 + self.noise * self.random.uniform(-1, 1)
+
+
+def run(machine: Machine, tuner: Tuner, steps: int, first: int = 0) -> dict[int, Setting]:
+    """Return the settings that the tuner chose, by the step after which it did."""
+    changes = {}
+    for step in range(first, first + steps):
+        machine.step(tuner.setting)
+        if changed := tuner.after(step, BATCH, machine.wait, machine.now):
+            changes[step] = changed
+            machine.ready.clear()  # the loader begins anew
+    return changes
+
+
+def tuner(*, tiers: tuple[str, ...] = ("jpeg", "raw"), start: Setting = START, on_gpu: bool = False) -> Tuner:
+    return Tuner(start, tiers=tiers, cores=8, on_gpu=on_gpu, max_stall=0.01)
+
+
+def usual(setting: Setting) -> dict[str, float]:
+    """A machine whose decoding is slow, reading slower the larger the records, and no transfer."""
+    readers = setting.readers if setting.tier == "jpeg" else max(setting.readers, setting.threads)
+    decoding = 900.0 * setting.threads if setting.tier == "jpeg" else 20_000.0 * setting.threads
+    return {"decoding": decoding, "reading": readers * (50_000.0 if setting.tier == "jpeg" else 8_000.0)}
+
+
+@pytest.mark.parametrize("consumer", [100, 1_000, 1_700, 2_500, 10_000, 20_000, 39_000, 200_000])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_it_settles_near_the_best_that_is_to_be_had(consumer: float, noise: float):
+    machine, tuned = Machine(usual, consumer, noise), tuner()
+    changes = run(machine, tuned, 700)
+    assert not [step for step in changes if step > SETTLED], tuned.said
+    best = max(machine.rate(setting) for setting in possible())
+    began, waited = machine.now, machine.wait.seconds
+    run(machine, tuned, 300, first=700)
+    stall = (machine.wait.seconds - waited) / (machine.now - began)
+    assert stall <= 0.015 or machine.rate(tuned.setting) >= 0.95 * best, (tuned.setting, tuned.said)
+
+
+def possible() -> list[Setting]:
+    """All settings that a machine without a GPU may come to."""
+    return [
+        Setting(tier, threads, readers, 2, 0.9)
+        for tier in ("jpeg", "raw")
+        for threads in (2, 4, 8)
+        for readers in (1, 2, 4, 8, 16)
+    ]
+
+
+def test_a_slow_consumer_is_left_alone():
+    machine, tuned = Machine(usual, 1_000, 0.1), tuner()
+    assert not run(machine, tuned, 1_000)
+    assert not tuned.said
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_machines_come_to_rest(seed: int):
+    """Nothing that was tried in vain comes back, and no setting that was left for a better one."""
+    random = Random(seed)
+    speeds = {cause: 10 ** random.uniform(2.5, 4.5) for cause in ("decoding", "reading", "transfer")}
+    raw, device, helps = random.uniform(0.5, 20), random.uniform(0.5, 20), random.choice([0.0, 0.5, 1.0])
+
+    def stages(setting: Setting) -> dict[str, float]:
+        factor = {"jpeg": 1.0, "raw": raw, "device": raw * device}[setting.tier]
+        return {
+            "decoding": speeds["decoding"]
+            * factor
+            * setting.threads**helps
+            * (1.3 if setting.hardware_share == 0.5 else 1),
+            "reading": speeds["reading"] * setting.readers**helps / factor,
+            "transfer": speeds["transfer"] * setting.depth**0.2,
+        }
+
+    machine = Machine(stages, 10 ** random.uniform(2.5, 4.5), noise=0.1, random=random)
+    tuned = tuner(tiers=("jpeg", "raw", "device"), on_gpu=True)
+    changes = run(machine, tuned, 500)
+    assert not [step for step in changes if step > SETTLED], tuned.said
+    visited = [START, *changes.values()]
+    assert machine.rate(tuned.setting) >= 0.85 * max(map(machine.rate, visited)), tuned.said  # no better one was left
+    tried = [line for line in tuned.said if "gave nothing" in line]
+    assert len({line.partition(": ")[2].partition(" gave")[0] for line in tried}) == len(tried)
+
+
+def test_it_says_what_it_turned_and_what_that_gave():
+    machine, tuned = Machine(usual, 10_000), tuner()
+    run(machine, tuned, 400)
+    first, *_ = tuned.said
+    assert first.endswith("images/s"), first
+    assert "tier jpeg → raw: stall 82.0 %, 1,800 images/s → 0.0 %, 10,000 images/s" in first
+    assert len(tuned.said) == 1
+
+
+def test_what_gave_nothing_is_taken_back_and_the_rest_is_told_once():
+    machine, tuned = Machine(lambda setting: {"reading": 2_000.0, "decoding": 5_000.0}, 4_000), tuner(tiers=("jpeg",))
+    run(machine, tuned, 1_000)
+    assert tuned.setting == START
+    vain, told = tuned.said
+    assert "readers 1 → 2 gave nothing" in vain
+    assert "nothing is left to turn (reading: " in told
+
+
+def test_pauses_of_the_consumer_are_no_verdict():
+    """Validations amid the measurements: the same settings as without."""
+    quiet, tuned = Machine(usual, 10_000), tuner()
+    run(quiet, tuned, 400)
+    paused, other = Machine(usual, 10_000), tuner()
+    for step in range(400):
+        run(paused, other, 1, first=step)
+        if step % 7 == 3:
+            paused.now += 20
+    assert other.setting == tuned.setting
+    assert [line.partition(":")[2][:20] for line in other.said] == [line.partition(":")[2][:20] for line in tuned.said]
+
+
+def test_a_stall_that_comes_later_begins_another_episode():
+    machine, tuned = Machine(usual, 1_000), tuner()
+    run(machine, tuned, 2_000)
+    machine.consumer = 15_000
+    changes = run(machine, tuned, 1_000, first=2_000)
+    assert changes
+    assert max(changes) < 2_000 + SETTLED
+    assert tuned.setting.tier == "raw"
