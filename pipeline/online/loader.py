@@ -187,6 +187,11 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             self._begin(self._next, self._bad.ids)
 
     @property
+    def tier(self) -> str:
+        """The tier that batches come from now: "jpeg", "raw" or "device"."""
+        return self._setting.tier
+
+    @property
     def bad(self) -> list[int]:
         """The ids of the samples that were replaced."""
         return sorted(self._bad.ids)

@@ -1,0 +1,328 @@
+"""The tiers of supply: the bytes of the decoder from each, in every option; damage; what is chosen, and said."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from conftest import build, one_line
+from pipeline import UserError, manifest, records, tier
+from pipeline.online import Batch, Loader
+from pipeline.online.samples import SampleReader
+from pipeline.online.tiers import Records
+from stored import damage
+from tools.raw_tier import main as raw_tier
+
+STEPS = 12  # of 6 an epoch
+SIZE = 7  # samples of a batch
+ALL = 10**9  # bytes of memory
+
+
+def make(root: Path, kind: str) -> None:
+    result = CliRunner().invoke(raw_tier, [str(root), "--format", kind, "--workers", "1"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def rgb(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `dataset` with its records as RGB. Read only."""
+    root = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("rgb") / "dataset"))
+    make(root, "rgb")
+    return root
+
+
+@pytest.fixture(scope="module")
+def yuv(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `dataset` with its records as 4:2:0 planes. Read only."""
+    root = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("yuv") / "dataset"))
+    make(root, "yuv420")
+    return root
+
+
+@pytest.fixture
+def tiny(small: Path, tmp_path: Path) -> Path:
+    """A copy of `small`, pictures of 32 pixels, with both tiers, to damage."""
+    root = Path(shutil.copytree(small, tmp_path / "dataset"))
+    for kind in records.KINDS:
+        make(root, kind)
+    return root
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert (one.step, one.epoch, one.ids.tolist()) == (other.step, other.epoch, other.ids.tolist())
+    assert torch.equal(one.labels, other.labels)
+    assert one.images.dtype == other.images.dtype
+    assert torch.equal(one.images, other.images)
+
+
+TIERS: list[tuple[str, dict[str, Any]]] = [  # data set, and options of the loader
+    ("rgb", {"tier": "raw"}),
+    ("yuv", {"tier": "raw", "threads": 1}),
+    ("yuv", {"tier": "device", "device_bytes": ALL}),
+    ("yuv", {"tier": "device", "device_bytes": 17 * 98_304 + 1}),
+    ("rgb", {"tier": "device", "device_bytes": ALL, "threads": 3}),  # whose records are decoded from the shards
+    ("rgb", {"tier": "auto", "max_stall": 0.0}),
+]
+VIEWS: list[tuple[str, dict[str, Any]]] = [  # split, and options of the views
+    ("train", {}),
+    ("train", {"output": "uint8"}),
+    ("train", {"mean": "aligned", "output": "bfloat16"}),
+    ("train", {"mean": "colour", "lighting": "off", "view": 255, "crop_chunk": 3}),
+    ("train", {"order": "shards", "window": 20, "positions": "paper", "view": 131, "output": "uint8"}),
+    ("val", {"views": "centre"}),
+    ("val", {"views": "ten", "mean": "aligned"}),
+    ("val", {"views": "ten", "output": "uint8"}),
+    ("val", {"views": "nine"}),
+]
+
+
+@pytest.mark.parametrize(("split", "views"), VIEWS)
+def test_every_tier_gives_the_decoders_bytes(dataset: Path, rgb: Path, yuv: Path, split: str, views: dict[str, Any]):
+    """Over two epochs, so that what is resident after the first is used in the second."""
+    roots = {"rgb": rgb, "yuv": yuv}
+    with Loader(dataset, split, batch_size=SIZE, tier="jpeg", **views) as loader:
+        expected = list(islice(loader, STEPS))
+    assert expected
+    for name, options in TIERS:
+        with Loader(roots[name], split, batch_size=SIZE, **options, **views) as loader:
+            for batch, other in zip(expected, islice(loader, STEPS), strict=True):
+                assert_same(batch, other)
+
+
+@pytest.mark.parametrize(("views", "output"), [("random", "float32"), ("random", "uint8"), ("centre", "float32")])
+def test_raw_pictures_are_resized_as_decoded_ones(rgb: Path, views: str, output: str):
+    split = "train" if views == "random" else "val"
+    given: dict[str, Any] = {"batch_size": SIZE, "recipe": "imagenet", "views": views, "output": output}
+    with Loader(rgb, split, tier="jpeg", **given) as jpeg, Loader(rgb, split, tier="raw", **given) as raw:
+        batches = list(islice(jpeg, 6))
+        for batch, other in zip(batches, islice(raw, 6), strict=True):
+            assert_same(batch, other)
+
+
+@pytest.mark.parametrize("kind", ["alexnet", "imagenet"])
+def test_a_rank_gets_its_part(rgb: Path, kind: str):
+    given: dict[str, Any] = {"batch_size": SIZE, "rank": 1, "ranks": 3, "recipe": kind}
+    with Loader(rgb, tier="jpeg", **given) as jpeg, Loader(rgb, tier="raw", **given) as raw:
+        for batch, other in islice(zip(jpeg, raw), 7):
+            assert_same(batch, other)
+
+
+def test_a_state_of_one_tier_goes_on_in_another(dataset: Path, rgb: Path, yuv: Path):
+    """Two steps of each in turn, from the middle of one epoch to the next."""
+    with Loader(dataset, batch_size=SIZE, tier="jpeg") as loader:
+        expected = iter(list(islice(loader, 2 * len(TIERS) + 4)))
+    state = None
+    for name, options in [("rgb", {"tier": "jpeg"}), *TIERS, ("yuv", {"tier": "jpeg"})]:
+        with Loader({"rgb": rgb, "yuv": yuv}[name], batch_size=SIZE, **options) as loader:
+            if state:
+                loader.load_state_dict(state)
+            for batch, other in zip(islice(expected, 2), loader):
+                assert_same(batch, other)
+            state = loader.state_dict()
+    assert next(expected, None) is None
+
+
+def test_nothing_is_read_once_all_is_resident(tiny: Path):
+    with Loader(tiny, batch_size=SIZE, view=28, tier="device", device_bytes=ALL) as loader:
+        steps = loader.steps_per_epoch
+        with Loader(tiny, batch_size=SIZE, view=28, tier="jpeg") as jpeg:
+            expected = list(islice(jpeg, 3 * steps))
+        for batch, other in zip(islice(expected, steps + 4), loader):  # what is prepared ahead is of the second epoch
+            assert_same(batch, other)
+        for path in [*tiny.rglob("*.raw"), *tiny.rglob("*.tar")]:
+            os.truncate(path, 0)
+        for batch, other in zip(expected[steps + 4 :], loader):
+            assert_same(batch, other)
+
+
+# ---- damage ----
+
+
+def read_all(data: manifest.Manifest, kind: str, reader: SampleReader) -> list[bytes]:
+    found = Records(data, "val", kind, tier.load(data, kind), reader)
+    out = np.empty(found.bytes, np.uint8)
+    pictures = []
+    for sample in range(data.split("val").samples):
+        found.read(sample, out)
+        pictures.append(out.tobytes())
+    found.close()
+    return pictures
+
+
+@pytest.mark.parametrize("kind", records.KINDS)
+def test_every_flipped_byte_is_found_and_the_shards_picture_taken(
+    tiny: Path, kind: str, caplog: pytest.LogCaptureFixture
+):
+    """Each byte of a file of nine pictures and their digests in turn, one bit of it."""
+    data = manifest.load(tiny)
+    path = tier.folder(tiny, kind) / "val-000000.raw"
+    content = bytearray(path.read_bytes())
+    reader = SampleReader(data, "val")
+    expected = read_all(data, kind, reader)
+    assert not caplog.records
+    step = 7  # bytes; coprime to every size in the file
+    with open(path, "r+b") as file:
+        for at in range(0, len(content), step):
+            os.pwrite(file.fileno(), bytes([content[at] ^ 1 << at % 8]), at)
+            assert read_all(data, kind, reader) == expected, at
+            os.pwrite(file.fileno(), content[at : at + 1], at)
+    reader.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(range(0, len(content), step))
+    pattern = (
+        rf"{path}: damaged at sample \d \(key \w+\); its pictures come from the shard; mend it: python \S+ {tiny} "
+    )
+    assert all(re.match(pattern, line) for line in lines), lines[0]
+    assert f"--format {kind}" in lines[0]
+
+
+@pytest.mark.parametrize("harm", ["cut", "remove", "zero"])
+def test_a_file_that_changes_while_it_is_used_costs_no_batch(tiny: Path, harm: str, caplog: pytest.LogCaptureFixture):
+    path = tier.folder(tiny, "rgb") / "train-000000.raw"
+    with (
+        Loader(tiny, batch_size=SIZE, view=28, tier="raw") as raw,
+        Loader(tiny, batch_size=SIZE, view=28, tier="jpeg") as jpeg,
+    ):
+        if harm == "remove":
+            path.unlink()
+        else:
+            os.truncate(path, 0)
+            os.truncate(path, 5000 if harm == "cut" else 10**6)
+        for batch, other in islice(zip(jpeg, raw), 14):
+            assert_same(batch, other)
+    words = {"cut": "cut short", "remove": "No such file", "zero": "(damaged|cut short)"}[harm]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) <= 1 if harm == "remove" else len(lines) == 1  # an open file is still there
+    assert all(re.match(rf"{path}: {words},? at sample", line) for line in lines), lines
+
+
+def test_a_picture_that_is_damaged_everywhere_is_named_or_replaced(tiny: Path):
+    path = tier.folder(tiny, "rgb") / "val-000000.raw"
+    damage(tiny, 4, split="val")
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), b"damage", 4 * 3072)
+    given: dict[str, Any] = {"batch_size": 2, "views": "centre", "view": 28}
+    with pytest.raises(UserError) as caught, Loader(tiny, "val", tier="raw", **given) as loader:
+        list(loader)
+    one_line(caught, "sample 4 (key val_checks_0001)", "max_bad=0", "--repair RAW")
+    with (
+        Loader(tiny, "val", tier="raw", max_bad=1, **given) as raw,
+        Loader(tiny, "val", tier="jpeg", max_bad=1, **given) as jpeg,
+    ):
+        for batch, other in zip(jpeg, raw, strict=True):
+            assert_same(batch, other)
+        assert raw.bad == jpeg.bad == [4]
+
+
+def test_what_a_run_before_found_bad_is_replaced_from_records_too(tiny: Path):
+    """Their records are whole, but the batches stay those that the other tier gave."""
+    given: dict[str, Any] = {"batch_size": SIZE, "view": 28, "max_bad": 2}
+    with Loader(tiny, tier="jpeg", **given) as jpeg, Loader(tiny, tier="raw", **given) as raw:
+        state = jpeg.state_dict() | {"bad": [3, 20]}
+        jpeg.load_state_dict(state)
+        raw.load_state_dict(state)
+        for batch, other in islice(zip(jpeg, raw), 8):
+            assert_same(batch, other)
+            assert not {3, 20} & set(other.ids.tolist())
+
+
+# ---- choice ----
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught, Loader(*arguments, **options):
+        pass
+    return one_line(caught)
+
+
+def test_a_tier_that_is_not_to_be_had_is_refused_with_what_to_do(dataset: Path, raw: Path, tmp_path: Path, tiny: Path):
+    assert refused(dataset, tier="raw").endswith(f"make it: python tools/raw_tier.py {dataset} --format rgb")
+    assert "must be one of auto, jpeg, raw, device" in refused(dataset, tier="disk")
+    assert "decoding workers" in refused(dataset, tier="raw", workers=["localhost:1"])
+    assert "max_stall=2: must be between 0 and 1" in refused(dataset, max_stall=2)
+    assert "recipe='imagenet'" in refused(dataset, tier="device", recipe="imagenet")
+    other, whole = tmp_path / "other", tmp_path / "whole"
+    assert build(raw, other, "--size", 32, "--subsampling", "4:4:4", "--workers", 1).exit_code == 0
+    assert "stored with 4:4:4" in refused(other, tier="device", view=28)
+    assert build(raw, whole, "--size", 32, "--crop", "none", "--workers", 1).exit_code == 0
+    assert "differ in size" in refused(whole, tier="raw", recipe="imagenet")
+    made = tier.load(manifest.load(tiny), "rgb")
+    shutil.rmtree(tiny / "raw-yuv420")
+    for codec, files, words in (
+        ("0" * 64, made.files, "other pixels than this machine's"),
+        (made.codec, dict(list(made.files.items())[1:]), "made from other shards"),
+    ):
+        changed = tier.Tier(made.root, made.kind, made.size, codec, made.built_with, files)
+        (made.root / tier.FILE_NAME).write_bytes(changed.to_json())
+        assert words in refused(tiny, tier="raw", view=28)
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+def chosen(root: Path, told: list[str], **options: Any) -> str:
+    with Loader(root, batch_size=SIZE, view=28, told=told.append, **options) as loader:
+        return loader.tier
+
+
+def test_auto_takes_what_is_there_and_says_why_it_does_not(tiny: Path, small: Path, told: list[str]):
+    assert chosen(small, told) == "jpeg"
+    assert chosen(tiny, told) == "raw"
+    assert chosen(tiny, told, workers=["localhost:1"]) == "jpeg"
+    assert not told
+    path = tiny / "raw-rgb" / "train-000001.raw"
+    os.truncate(path, 10)
+    assert chosen(tiny, told) == "jpeg"
+    (line,) = told
+    assert line.startswith(f"not used: {path}: has 10 bytes")
+    assert line.endswith(f"make it: python tools/raw_tier.py {tiny} --format rgb")
+
+
+def test_the_tier_in_memory_says_what_fits(tiny: Path, told: list[str]):
+    samples, record = manifest.load(tiny).split("train").samples, 32 * 32 * 3 // 2
+    assert chosen(tiny, told, tier="device", device_bytes=ALL) == "device"
+    assert chosen(tiny, told, tier="device", device_bytes=10 * record) == "device"
+    shutil.rmtree(tiny / "raw-yuv420")
+    assert chosen(tiny, told, tier="device", device_bytes=0) == "device"
+    assert chosen(tiny, told, tier="device") == "device"
+    every, some, none, own = told
+    assert every == f"tier device: {samples} of {samples} samples fit in 1,000,000,000 bytes of cpu"
+    assert some.endswith(f"the rest from raw-yuv420 on disk: {samples * record:,} bytes would hold all")
+    assert none.startswith(f"tier device: 0 of {samples} ")
+    assert "the rest from the shards" in none
+    assert own.startswith(f"tier device: {samples} of {samples} ")
+
+
+@pytest.fixture
+def hurried(rgb: Path) -> Iterator[tuple[Loader, list[str]]]:
+    """A loader that nothing keeps waiting, which tunes itself."""
+    lines = list[str]()
+    with Loader(rgb, batch_size=SIZE, threads=1, told=lines.append, max_stall=0.0) as loader:
+        yield loader, lines
+
+
+def test_a_loader_that_tunes_itself_gives_the_same_batches(hurried: tuple[Loader, list[str]], dataset: Path):
+    loader, lines = hurried
+    with Loader(dataset, batch_size=SIZE, tier="jpeg") as jpeg:
+        for batch, other in islice(zip(jpeg, loader), 120):
+            assert_same(batch, other)
+    assert lines
+    assert all(line.startswith("step ") and "stall" in line for line in lines), lines
+
+
+def test_lines_go_to_the_log_by_default(tiny: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "penstock")
+    with Loader(tiny, batch_size=SIZE, view=28, tier="device", device_bytes=ALL) as loader:
+        next(loader)
+    assert [record.getMessage()[:12] for record in caplog.records] == ["tier device:"]
