@@ -9,6 +9,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from pipeline.cli import JSON, Command, print_event, print_line, printable, prog
 from pipeline.doubts import Duplicates, doubts, duplicates
 from pipeline.files import TAR_BLOCK, require_writable
 from pipeline.manifest import FILE_NAME, BuildRecipe, DatasetError, Manifest
+from pipeline.offline import verify_tiers
 from pipeline.offline.plan import Plan, make_plan
 from pipeline.offline.repair import repair, restore
 from pipeline.offline.verify import Failures, check, load
-from pipeline.storage import location
+from pipeline.records import KINDS
+from pipeline.storage import is_dir, location
 from tools.build_shards import SOURCE, WORKERS, chosen_sources
 
 Copy = tuple[str, int, np.void]  # split, id and record (of SAMPLE) of a sample whose raw bytes another one has, too
@@ -97,6 +100,11 @@ def _check(manifest: Manifest, quick: bool, workers: int, as_json: bool) -> Fail
         print_event("plan", shards=total, quick=quick)
     with progress_bars(as_json) as show:
         failures = check(manifest, quick=quick, workers=workers, progress=lambda: show("shards", next(done), total))
+        if not {failure.file for failure in failures} & manifest.files.keys():
+            files = partial(show, "raw files")
+            failures += verify_tiers.check(manifest, quick=quick, workers=workers, progress=files)
+        elif tiers := [kind for kind in KINDS if is_dir(manifest.root / f"raw-{kind}")]:
+            print_line(as_json, f"note: raw tiers ({', '.join(tiers)}) are not checked until the shards hold")
     for failure in failures:
         name = failure.file if failure.file.isprintable() else ascii(failure.file)
         text = f"{name}: {printable(failure.reason)}"

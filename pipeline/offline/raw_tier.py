@@ -1,4 +1,4 @@
-"""Builds the raw tier: every stored picture decoded once, a file for each shard, the manifest last; and checks it."""
+"""Builds the raw tier: every stored picture decoded once, a file for each shard, the manifest last."""
 
 import errno
 import hashlib
@@ -54,7 +54,7 @@ def build(dataset: Manifest, kind: str, workers: int, progress: Callable[[int, i
     root.mkdir(exist_ok=True)
     with locked(root, "another process makes this tier"):
         sweep(root)
-        tasks = list(_tasks(dataset, kind, root))
+        tasks = list(tasks_of(dataset, kind, root))
         codec = records.fingerprint(kind)
         finished = dict(_finished(root, tasks, codec))
         missing = [task for task in tasks if task.path.name not in finished]
@@ -119,7 +119,8 @@ def _folder(dataset: Manifest, kind: str) -> Path:
     return tier.folder(root, kind)
 
 
-def _tasks(dataset: Manifest, kind: str, root: Path) -> Iterator[FileTask]:
+def tasks_of(dataset: Manifest, kind: str, root: Path) -> Iterator[FileTask]:
+    """Yield the files of a tier, one for each shard of every split."""
     assert isinstance(dataset.root, Path)
     for name, split in dataset.splits.items():
         samples, end = dataset.samples(name), 0
