@@ -100,7 +100,7 @@ class _Scratch(threading.local):
 
 
 class _FromRecords(turbo.Decoder):
-    """What the decoders below share: threads that each read a record and make something of it."""
+    """A decoder whose threads each read a record and make something of it."""
 
     _in_words = False
 
