@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -266,37 +265,29 @@ def test_a_tier_that_is_not_to_be_had_is_refused_with_what_to_do(dataset: Path, 
         assert words in refused(tiny, tier="raw", view=28)
 
 
-@pytest.fixture
-def told() -> list[str]:
-    return []
+def chosen(root: Path, **options: Any) -> tuple[str, list[str]]:
+    with Loader(root, batch_size=SIZE, view=28, **options) as loader:
+        return loader.tier, loader.news
 
 
-def chosen(root: Path, told: list[str], **options: Any) -> str:
-    with Loader(root, batch_size=SIZE, view=28, told=told.append, **options) as loader:
-        return loader.tier
-
-
-def test_auto_takes_what_is_there_and_says_why_it_does_not(tiny: Path, small: Path, told: list[str]):
-    assert chosen(small, told) == "jpeg"
-    assert chosen(tiny, told) == "raw"
-    assert chosen(tiny, told, workers=["localhost:1"]) == "jpeg"
-    assert not told
+def test_auto_takes_what_is_there_and_says_why_it_does_not(tiny: Path, small: Path):
+    assert chosen(small) == ("jpeg", [])
+    assert chosen(tiny) == ("raw", [])
     path = tiny / "raw-rgb" / "train-000001.raw"
     os.truncate(path, 10)
-    assert chosen(tiny, told) == "jpeg"
-    (line,) = told
+    name, (line,) = chosen(tiny)
+    assert name == "jpeg"
     assert line.startswith(f"not used: {path}: has 10 bytes")
     assert line.endswith(f"make it: python tools/raw_tier.py {tiny} --format rgb")
 
 
-def test_the_tier_in_memory_says_what_fits(tiny: Path, told: list[str]):
+def test_the_tier_in_memory_says_what_fits(tiny: Path):
     samples, record = manifest.load(tiny).split("train").samples, 32 * 32 * 3 // 2
-    assert chosen(tiny, told, tier="device", device_bytes=ALL) == "device"
-    assert chosen(tiny, told, tier="device", device_bytes=10 * record) == "device"
+    _, (every,) = chosen(tiny, tier="device", device_bytes=ALL)
+    _, (some,) = chosen(tiny, tier="device", device_bytes=10 * record)
     shutil.rmtree(tiny / "raw-yuv420")
-    assert chosen(tiny, told, tier="device", device_bytes=0) == "device"
-    assert chosen(tiny, told, tier="device") == "device"
-    every, some, none, own = told
+    _, (none,) = chosen(tiny, tier="device", device_bytes=0)
+    _, (own,) = chosen(tiny, tier="device")
     assert every == f"tier device: {samples} of {samples} samples fit in 1,000,000,000 bytes of cpu"
     assert some.endswith(f"the rest from raw-yuv420 on disk: {samples * record:,} bytes would hold all")
     assert none.startswith(f"tier device: 0 of {samples} ")
@@ -304,21 +295,17 @@ def test_the_tier_in_memory_says_what_fits(tiny: Path, told: list[str]):
     assert own.startswith(f"tier device: {samples} of {samples} ")
 
 
-@pytest.fixture
-def hurried(rgb: Path) -> Iterator[tuple[Loader, list[str]]]:
-    """A loader that nothing keeps waiting, which tunes itself."""
-    lines = list[str]()
-    with Loader(rgb, batch_size=SIZE, threads=1, told=lines.append, max_stall=0.0) as loader:
-        yield loader, lines
-
-
-def test_a_loader_that_tunes_itself_gives_the_same_batches(hurried: tuple[Loader, list[str]], dataset: Path):
-    loader, lines = hurried
-    with Loader(dataset, batch_size=SIZE, tier="jpeg") as jpeg:
+def test_a_loader_that_tunes_itself_gives_the_same_batches(rgb: Path, dataset: Path):
+    """Nothing keeps it waiting, and so it turns whatever there is."""
+    with (
+        Loader(rgb, batch_size=SIZE, threads=1, max_stall=0.0) as loader,
+        Loader(dataset, batch_size=SIZE, tier="jpeg") as jpeg,
+    ):
         for batch, other in islice(zip(jpeg, loader), 120):
             assert_same(batch, other)
-    assert lines
-    assert all(line.startswith("step ") and "stall" in line for line in lines), lines
+        assert loader.news
+        assert all(line.startswith("step ") and "stall" in line for line in loader.news), loader.news
+        assert not jpeg.news
 
 
 def test_lines_go_to_the_log_by_default(tiny: Path, caplog: pytest.LogCaptureFixture):

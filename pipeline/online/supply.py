@@ -1,4 +1,4 @@
-"""Where a loader's pictures come from: the tiers that its data set has, and the decoder of each."""
+"""The tiers that a data set has, the one to begin with, and the decoder of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

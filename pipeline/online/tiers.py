@@ -249,6 +249,7 @@ class RecordDecoder(_FromRecords):
 
     def _given(self, job: turbo.Job, views: Tensor) -> list[Tensor]:
         assert isinstance(job, _RecordJob)
+        job.batch.kind = self.kind
         result = [self._on(device, job.batch.ids, job.rows, views) for device in self._devices]
         for device in self._devices:
             if device.type == "cuda":  # what is copied is for later batches
