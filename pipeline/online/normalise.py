@@ -101,7 +101,8 @@ class Normaliser:
         crops = batch.crops
         arrays = [torch.from_numpy(array) for array in (crops.offset, crops.std, crops.start, crops.flip)]
         if self._on_cpu and batch.kind:
-            views = [yuv.cut(view, batch.kind, self._size, *arrays[2:], self._recipe.decoded) for view in views]
+            crop_boxes = self._size, arrays[2], arrays[3], self._recipe.decoded
+            views = [yuv.cut(view, batch.kind, *crop_boxes) for view in views]
             batch.kind = ""
         if self._output == torch.uint8 and not batch.kind:
             return [(view,) for view in views]
@@ -148,7 +149,8 @@ class Normaliser:
         """Return what a decoder would give of a GPU's records: views, or whole pictures, (n, h, w, 3) uint8."""
         from pipeline.online import kernel
 
-        crops = self._size, *arrays[2:], self._recipe.decoded
+        _, _, start, flip = arrays
+        crops = self._size, start, flip, self._recipe.decoded
         views = kernel.views(records, kind, *crops, None, None, None, False, torch.uint8)
         return views.permute(0, 2, 3, 1)
 
