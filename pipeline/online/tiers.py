@@ -150,9 +150,10 @@ class Decoder(_FromRecords):
         return [views if self._normalised else views.permute(0, 2, 3, 1)]
 
     def _make(self, job: turbo.Job, i: int) -> float:
-        own, crops, size = self._own, job.batch.crops, self._records.size
+        own, size = self._own, self._records.size
         seconds = self._records.read(job.batch.ids.item(i), own.record)
-        (top, left), (height, width), flip = crops.start[i].tolist(), crops.shape[i].tolist(), bool(crops.flip.item(i))
+        top, left, height, width, mirrored = job.boxes[i]
+        flip = mirrored == 1
         if top + height > size or left + width > size:
             raise ValueError(f"{height} × {width} at {top}, {left} of {size} × {size}")
         levels = own.picture[:, top : top + height, left : left + width]
