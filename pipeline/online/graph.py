@@ -47,7 +47,7 @@ class Graph:
 
     def __init__(self, options: GraphOptions, batch_size: int, device: torch.device) -> None:
         assert options.size or not options.whole
-        self._side, self._device = options.size if options.whole else options.view, device
+        self._side, self._device = options.size if options.whole and options.size else options.view, device
         self._inputs = () if options.whole else INPUTS
         self._pipeline = _built(options, batch_size, device.index if device.type == "cuda" else None)
         self._inside: deque[tuple[list[np.ndarray], Crops]] = deque()  # DALI reads their memory, without a copy
