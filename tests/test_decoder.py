@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from conftest import ROOT, picture, saved
 from pipeline import manifest
-from pipeline.online import Loader, graph, turbo
+from pipeline.online import Loader, graph, turbo, yuv
 from pipeline.online.augment import AlexNet, ViewOptions
 from pipeline.online.batch import Batch, Crops, Transform, Undecodable
 from pipeline.online.plain import ImageNet
@@ -137,13 +138,59 @@ def test_devices_share_out_a_batch_or_decode_all_of_it(dataset: Path, replicate:
         assert torch.equal(cpu.result()[1][0], whole)
 
 
-@pytest.mark.parametrize(("resize", "share"), [(False, 0.0), (True, 0.9)])
-def test_dalis_graph_of_a_gpu_takes_its_arguments(monkeypatch: pytest.MonkeyPatch, resize: bool, share: float):
+GPU_OPTIONS = [
+    graph.GraphOptions(224, threads=3, hardware_share=0.0),
+    graph.GraphOptions(224, resize=True),
+    graph.GraphOptions(224, size=256),
+    graph.GraphOptions(224, size=256, whole=True, hardware_share=0.65),
+]
+
+
+@pytest.mark.parametrize("options", GPU_OPTIONS, ids=["slice", "resize", "hints", "whole"])
+def test_dalis_graph_of_a_gpu_takes_its_arguments(monkeypatch: pytest.MonkeyPatch, options: graph.GraphOptions):
     """Names and types of arguments are checked where a graph is constructed, which needs no GPU, unlike its build."""
-    built = []
+    built, decoders = [], {}
     monkeypatch.setattr(Pipeline, "build", lambda pipeline: built.append(pipeline))
-    graph.Graph(graph.GraphOptions(224, resize, 3, share), 8, torch.device("cuda:0"))
+    for name in ("image", "image_slice"):
+        function = getattr(fn.decoders, name)
+        monkeypatch.setattr(
+            fn.decoders,
+            name,
+            lambda *inputs, f=function, n=name, **words: decoders.update({n: words}) or f(*inputs, **words),
+        )
+    graph.Graph(options, 8, torch.device("cuda:0"))
     assert [pipeline.device_id for pipeline in built] == [0]
+    ((name, words),) = decoders.items()
+    assert (name, words["device"]) == ("image" if options.whole else "image_slice", "mixed")
+    assert words["hw_decoder_load"] == options.hardware_share
+    assert {words[f"preallocate_{side}_hint"] for side in ("width", "height")} == {options.size}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_whole_pictures_are_the_decoders_and_their_views_the_same(dataset: Path, devices: int):
+    """Records of kind "pixels", also of a batch of one and of none; what has another size is named, as what is bad."""
+    recipe = AlexNet(ViewOptions(), manifest.load(dataset).statistics(), 256, 3)
+    pictures = [*jpegs(dataset, "train")[:5], saved(picture("grey", 256, 256).convert("L"), "JPEG")]
+    crops = drawn_crops(recipe, pictures)
+    options = graph.GraphOptions(224, size=256, whole=True, threads=2)
+    decoder = graph.Decoder((CPU,) * devices, options, 6, False)
+    records = decoded(decoder, pictures, crops)
+    assert decoder.kind == "pixels"
+    assert (records == np.stack([jpeg_pixels(jpeg).reshape(-1) for jpeg in pictures])).all()
+    start, flip = torch.from_numpy(crops.start), torch.from_numpy(crops.flip)
+    views = yuv.cut(torch.from_numpy(records), "pixels", 256, start, flip, 224)
+    assert (views.numpy() == decoded(turbo.Decoder(recipe, False, 6, 1), pictures, crops)).all()
+    assert decoded(decoder, pictures[:1], crops[:1]).shape == (1, 256 * 256 * 3)
+    assert decoded(decoder, [], crops[:0]).shape == (0, 256 * 256 * 3)
+    large, small = (saved(picture("large", side, side), "JPEG") for side in (257, 240))
+    for bad, positions in (([large], [0]), ([pictures[0], small, b"", pictures[1], large], [1, 2, 4])):
+        with pytest.raises(Undecodable) as caught:
+            decoded(decoder, bad, crops[: len(bad)])
+        assert caught.value.positions == positions
+        caught.value.batch.jpegs[:] = [np.frombuffer(pictures[0], np.uint8)] * len(bad)
+        decoder.retry()
+        assert len(decoder.result()[1]) == devices
+    decoder.close()
 
 
 def test_memory_is_used_again_once_a_batch_is_gone(dataset: Path):

@@ -12,7 +12,8 @@ from networks import apart, drawn, images, masks_of, narrow
 from pipeline import manifest
 from pipeline.online import Loader
 from runs import TINY, options
-from tools.bench.steps import FP32, RATES, Grouped, settings
+from tools.bench.steps import RATES, Grouped, settings
+from tools.bench.supply import FP32
 from tools.bench.train import VARIANTS
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders

@@ -162,20 +162,22 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(terminal, "monotonic", lambda: now)
     for name, value in (("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1"), ("TERM", "xterm-256color")):
         monkeypatch.setenv(name, value)
-    calm = "stall  0.0 %"
+    calm, news = "stall  0.0 %", ["step 1090: tier jpeg → raw: stall 9.0 %, 12 images/s → 0.0 %, 13 images/s"]
     with Terminal(10_000, 1000) as console:
         stalls = (5, 1100, calm), (10, 1200, calm), (11, 1300, FED), (11, 1300, STALLED), (12, 1400, STALLED)
         for minutes, step, stall in stalls:
             now = 1000.0 + 60 * minutes
             console.step(step)
-            console.train(trained(step, loss=6.90775, epoch=7), stall)
+            console.train(trained(step, loss=6.90775, epoch=7), stall, news)
         console.validation(validated(1400))
         console.validation(validated(1500) | {"unreadable": 2})
         console.print("checkpoint: a[b]/c")
-        console.train(trained(10_000, loss=0.5, epoch=89), STALLED[:62] + ")")
+        console.train(trained(10_000, loss=0.5, epoch=89), STALLED[:62] + ")", [])
     captured = capsys.readouterr()
     assert captured.err == ""
+    assert not news
     assert captured.out.splitlines() == [
+        "loader: step 1090: tier jpeg → raw: stall 9.0 %, 12 images/s → 0.0 %, 13 images/s",
         "step  1100/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall  0.0 %",
         "step  1200/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall  0.0 %  ETA 7:20:00",
         "step  1300/10000  epoch 7   loss 6.9078  lr 0.01     250 images/s  stall 33.0 % (workers)  ETA 5:19:00",
@@ -199,7 +201,7 @@ with Terminal(400, 100) as console:
         time.sleep(0.005)
         console.step(done)
         if done % 100 == 0:
-            console.train({{"step": done, "epoch": 3, "loss": 1.5, "lr": 0.01, "time": {TIME}}}, {STALLED!r})
+            console.train({{"step": done, "epoch": 3, "loss": 1.5, "lr": 0.01, "time": {TIME}}}, {STALLED!r}, [])
             console.validation({validated(7)!r})
     console.print("checkpoint: a[b]/c")
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import manifest
 from pipeline.online import Loader
 from pipeline.online.normalise import Normaliser
 from pipeline.online.samples import SampleReader
@@ -149,18 +150,18 @@ def cause(name: str) -> Wait:
 @pytest.mark.parametrize("name", CAUSES)
 def test_every_remedy_of_a_log_line_can_be_pasted(dataset: Path, run: Path, tmp_path: Path, name: str):
     """To the command that begins a run, or goes on with one; what begins with no option is advice."""
-    recipe = recipes.load("tiny", ["data.readers=64"])  # the most that there may be
-    text = cause(name).text(2.0, loaders.stall_remedies(recipe))
+    recipe = recipes.load("tiny", ["data.readers=64", 'data.tier="jpeg"'])  # the most that there may be
+    text = cause(name).text(2.0, loaders.stall_remedies(recipe, manifest.load(dataset)))
     assert (
         text
         == {
             "reading": "stall 50.0 % (reading: --set data.readers=64, or a faster disk)",
-            "decoding": "stall 50.0 % (decoding: more CPU cores)",
+            "decoding": f"stall 50.0 % (decoding: python tools/raw_tier.py {dataset} --format rgb, or more CPU cores)",
             "transfer": "stall 50.0 % (transfer: --set data.depth=4)",
         }[name]
     )
     options = [word for pair in re.findall(r"(--set) (\S+?)[,)]", text) for word in pair]
-    assert len(options) == 2 * text.count("--")
+    assert len(options) == 2 * text.count("--set")
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     before = checkpoints.load(run)
     for result in (

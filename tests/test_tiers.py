@@ -1,10 +1,10 @@
 """The tiers of supply: the bytes of the decoder from each, in every option; damage; what is chosen, and said."""
 
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from pipeline import UserError, manifest, records, tier
 from pipeline.online import Batch, Loader
 from pipeline.online.samples import SampleReader
 from pipeline.online.tiers import Records
+from runs import resume, train
 from stored import damage
 from tools.raw_tier import main as raw_tier
+from trainer import checkpoint as checkpoints
+from trainer import metrics
 
 STEPS = 12  # of 6 an epoch
 SIZE = 7  # samples of a batch
@@ -199,7 +202,7 @@ def test_a_file_that_changes_while_it_is_used_costs_no_batch(tiny: Path, harm: s
             os.truncate(path, 5000 if harm == "cut" else 10**6)
         for batch, other in islice(zip(jpeg, raw), 14):
             assert_same(batch, other)
-    words = {"cut": "cut short", "remove": "No such file", "zero": "(damaged|cut short)"}[harm]
+    words = {"cut": "cut short", "remove": "No such file or directory", "zero": "(damaged|cut short)"}[harm]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) <= 1 if harm == "remove" else len(lines) == 1  # an open file is still there
     assert all(re.match(rf"{path}: {words},? at sample", line) for line in lines), lines
@@ -266,37 +269,29 @@ def test_a_tier_that_is_not_to_be_had_is_refused_with_what_to_do(dataset: Path, 
         assert words in refused(tiny, tier="raw", view=28)
 
 
-@pytest.fixture
-def told() -> list[str]:
-    return []
+def chosen(root: Path, **options: Any) -> tuple[str, list[str]]:
+    with Loader(root, batch_size=SIZE, view=28, **options) as loader:
+        return loader.tier, loader.news
 
 
-def chosen(root: Path, told: list[str], **options: Any) -> str:
-    with Loader(root, batch_size=SIZE, view=28, told=told.append, **options) as loader:
-        return loader.tier
-
-
-def test_auto_takes_what_is_there_and_says_why_it_does_not(tiny: Path, small: Path, told: list[str]):
-    assert chosen(small, told) == "jpeg"
-    assert chosen(tiny, told) == "raw"
-    assert chosen(tiny, told, workers=["localhost:1"]) == "jpeg"
-    assert not told
+def test_auto_takes_what_is_there_and_says_why_it_does_not(tiny: Path, small: Path):
+    assert chosen(small) == ("jpeg", [])
+    assert chosen(tiny) == ("raw", [])
     path = tiny / "raw-rgb" / "train-000001.raw"
     os.truncate(path, 10)
-    assert chosen(tiny, told) == "jpeg"
-    (line,) = told
+    name, (line,) = chosen(tiny)
+    assert name == "jpeg"
     assert line.startswith(f"not used: {path}: has 10 bytes")
     assert line.endswith(f"make it: python tools/raw_tier.py {tiny} --format rgb")
 
 
-def test_the_tier_in_memory_says_what_fits(tiny: Path, told: list[str]):
+def test_the_tier_in_memory_says_what_fits(tiny: Path):
     samples, record = manifest.load(tiny).split("train").samples, 32 * 32 * 3 // 2
-    assert chosen(tiny, told, tier="device", device_bytes=ALL) == "device"
-    assert chosen(tiny, told, tier="device", device_bytes=10 * record) == "device"
+    _, (every,) = chosen(tiny, tier="device", device_bytes=ALL)
+    _, (some,) = chosen(tiny, tier="device", device_bytes=10 * record)
     shutil.rmtree(tiny / "raw-yuv420")
-    assert chosen(tiny, told, tier="device", device_bytes=0) == "device"
-    assert chosen(tiny, told, tier="device") == "device"
-    every, some, none, own = told
+    _, (none,) = chosen(tiny, tier="device", device_bytes=0)
+    _, (own,) = chosen(tiny, tier="device")
     assert every == f"tier device: {samples} of {samples} samples fit in 1,000,000,000 bytes of cpu"
     assert some.endswith(f"the rest from raw-yuv420 on disk: {samples * record:,} bytes would hold all")
     assert none.startswith(f"tier device: 0 of {samples} ")
@@ -304,21 +299,17 @@ def test_the_tier_in_memory_says_what_fits(tiny: Path, told: list[str]):
     assert own.startswith(f"tier device: {samples} of {samples} ")
 
 
-@pytest.fixture
-def hurried(rgb: Path) -> Iterator[tuple[Loader, list[str]]]:
-    """A loader that nothing keeps waiting, which tunes itself."""
-    lines = list[str]()
-    with Loader(rgb, batch_size=SIZE, threads=1, told=lines.append, max_stall=0.0) as loader:
-        yield loader, lines
-
-
-def test_a_loader_that_tunes_itself_gives_the_same_batches(hurried: tuple[Loader, list[str]], dataset: Path):
-    loader, lines = hurried
-    with Loader(dataset, batch_size=SIZE, tier="jpeg") as jpeg:
+def test_a_loader_that_tunes_itself_gives_the_same_batches(rgb: Path, dataset: Path):
+    """Nothing keeps it waiting, and so it turns whatever there is."""
+    with (
+        Loader(rgb, batch_size=SIZE, threads=1, max_stall=0.0) as loader,
+        Loader(dataset, batch_size=SIZE, tier="jpeg") as jpeg,
+    ):
         for batch, other in islice(zip(jpeg, loader), 120):
             assert_same(batch, other)
-    assert lines
-    assert all(line.startswith("step ") and "stall" in line for line in lines), lines
+        assert loader.news
+        assert all(line.startswith("step ") and "stall" in line for line in loader.news), loader.news
+        assert not jpeg.news
 
 
 def test_lines_go_to_the_log_by_default(tiny: Path, caplog: pytest.LogCaptureFixture):
@@ -326,3 +317,53 @@ def test_lines_go_to_the_log_by_default(tiny: Path, caplog: pytest.LogCaptureFix
     with Loader(tiny, batch_size=SIZE, view=28, tier="device", device_bytes=ALL) as loader:
         next(loader)
     assert [record.getMessage()[:12] for record in caplog.records] == ["tier device:"]
+
+
+# ---- training ----
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in metrics.read(run)]
+
+
+def test_a_run_ends_with_the_same_weights_whatever_its_tier(yuv: Path, rgb: Path, tmp_path: Path):
+    """Losses and weights bit for bit: in one go, and begun with one tier and ended with another."""
+    steps = 6
+    assert train(rgb, tmp_path / "jpeg", steps, 'data.tier="jpeg"').exit_code == 0
+    expected = checkpoints.load(tmp_path / "jpeg")
+    for name, root, words in (
+        ("raw", rgb, ('data.tier="raw"',)),
+        ("device", yuv, ('data.tier="device"', "data.hardware_share=0.5")),
+        ("auto", rgb, ("data.max_stall=0.0",)),
+    ):
+        result = train(root, tmp_path / name, steps, *words)
+        assert result.exit_code == 0, result.output
+        assert lines_of(tmp_path / name) == lines_of(tmp_path / "jpeg")
+        for key, weights in checkpoints.load(tmp_path / name).weights.items():
+            assert torch.equal(weights, expected.weights[key]), (name, key)
+    half, other = tmp_path / "half", tmp_path / "other"
+    for run, first, second in ((other, "jpeg", "jpeg"), (half, "raw", "device")):
+        assert train(rgb, run, 4, f'data.tier="{first}"').exit_code == 0
+        ended = resume(rgb, run, f"train.steps={steps}", f'data.tier="{second}"', more=("--max-stall", 5))
+        assert ended.exit_code == 0, ended.output
+    assert "loader: tier device: 41 of 41 samples fit in " in ended.stdout
+    expected = checkpoints.load(other)
+    for key, weights in checkpoints.load(half).weights.items():
+        assert torch.equal(weights, expected.weights[key]), key
+    changes = checkpoints.load(half).history[-1]["changed"]
+    assert changes["data.tier"] == ["raw", "device"]
+    assert changes["data.max_stall"] == [0.01, 0.05]
+
+
+def test_a_run_says_why_its_tier_is_not_there_and_what_its_loader_does(dataset: Path, yuv: Path, tmp_path: Path):
+    refused = train(dataset, tmp_path / "refused", 1, 'data.tier="raw"')
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.endswith(f"missing; make it: python tools/raw_tier.py {dataset} --format rgb")
+    assert not (tmp_path / "refused").exists()
+    for value in ("-1", "101", "nan"):
+        assert train(dataset, tmp_path / "refused", 1, more=("--max-stall", value)).exit_code == 2
+    result = train(yuv, tmp_path / "run", 1, 'data.tier="device"', more=("--json",))
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    (told,) = [event for event in events if event["event"] == "loader"]
+    assert told["text"].startswith("tier device: 41 of 41 samples fit in ")

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from pipeline import UserError
+from pipeline import UserError, storage
 from pipeline.manifest import Manifest, mending
 from pipeline.online import Loader
 from pipeline.online.samples import BadSample
+from pipeline.records import KINDS
+from pipeline.tier import build_command
 from trainer.devices import local_rank
 from trainer.distributed import SINGLE, World
 from trainer.recipe import Recipe
@@ -55,10 +57,14 @@ def require_few_bad(bad: int, dataset: Manifest, split: str, recipe: Recipe) -> 
         raise BadSample(f"{dataset.root}: {count}; {mending(dataset.root)}")
 
 
-def stall_remedies(recipe: Recipe) -> dict[str, str]:
-    """Return the remedies in a log line of a run for a stall, by its cause."""
+def stall_remedies(recipe: Recipe, dataset: Manifest) -> dict[str, str]:
+    """Return the remedies in a log line of a run for a stall, by its cause: what is not turned by itself."""
+    there = [kind for kind in KINDS if storage.is_dir(dataset.root / f"raw-{kind}")]
+    decoding = STALLED["decoding"] if there else f"{build_command(dataset, 'rgb')}, or {STALLED['decoding']}"
+    if recipe.data.tier == "auto":
+        return STALLED | {"decoding": decoding}
     readers, depth = (f"--set data.{key}={min(2 * getattr(recipe.data, key), 64)}" for key in ("readers", "depth"))
-    return STALLED | {"reading": f"{readers}, or {STALLED['reading']}", "transfer": depth}
+    return STALLED | {"reading": f"{readers}, or {STALLED['reading']}", "decoding": decoding, "transfer": depth}
 
 
 def training(
@@ -87,6 +93,8 @@ def training(
         lighting_until=math.ceil(recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs),
         positions=recipe.data.positions,
         crop_chunk=recipe.data.crop_chunk,
+        tier="auto" if workers else recipe.data.tier,
+        device_bytes=recipe.data.device_bytes or None,
         workers=workers,
     )
 
@@ -118,6 +126,7 @@ def _loader(
     threads = max(1, len(os.sched_getaffinity(0)) // local_rank()[1])  # this process's share of the machine's cores
     options |= {"view": recipe.model.size, "mean": recipe.data.mean, "device": tuple(devices), "threads": threads}
     options |= {"readers": recipe.data.readers, "depth": recipe.data.depth}
+    options |= {"hardware_share": recipe.data.hardware_share, "max_stall": recipe.data.max_stall}
     # Other ranks wait in a collective meanwhile, which ends with an error after all of the patience.
     options["patience"] = world.patience / min(world.size, 2)
     return Loader(dataset, split, rank=world.rank, ranks=world.size, **options)

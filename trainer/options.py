@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pipeline import UserError, files, storage
+from trainer.distributed import PATIENCE
 
 
 class Local(click.Path):
@@ -39,6 +40,20 @@ FEED = click.option(
     metavar="HOST:PORT,...",
     callback=lambda ctx, param, text: tuple(name.strip() for name in text.split(",")) if text else (),
     help="Let these workers decode, of `penstock feed` (docs/service.md).",
+)
+MAX_STALL = click.option(
+    "--max-stall",
+    type=click.FloatRange(0, 100),
+    metavar="PERCENT",
+    callback=lambda ctx, param, share: () if share is None else (f"data.max_stall={share / 100}",),
+    help="Of the time that GPUs may wait, before the loader turns what makes them wait.  [default: 1]",
+)
+PATIENCE_OPTION = click.option(
+    "--patience",
+    type=click.IntRange(1, 10**6),
+    default=PATIENCE,
+    show_default=True,
+    help="Seconds that a process of torchrun waits for another, and a run for a worker of --feed.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON, for programs, instead of text for people.")
 

@@ -19,6 +19,7 @@ Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
 Divisor: TypeAlias = Annotated[float, Meta(ge=1, le=10**6)]
 Time: TypeAlias = Annotated[float, Meta(ge=0, le=MAX_COUNT)]  # epochs
 Times: TypeAlias = Annotated[tuple[Time, ...], Meta(max_length=MAX_DROPS)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Few: TypeAlias = Annotated[int, Meta(ge=1, le=64)]  # threads, or batches in memory
 Address: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]  # of a decoding worker
 Steps: TypeAlias = Annotated[int, Meta(ge=0, le=10**9)]
@@ -78,9 +79,14 @@ class DataRecipe:
     # damaged pictures that are passed over, of training and of validation: 0, for without one the data are not those
     # that the run's identity names
     max_bad: Count = 0
-    readers: Few = 1  # samples read at a time; neither this nor the depth changes a batch
+    # what follows changes no batch (but for the rounding of a GPU's JPEG decoder, which tier "jpeg" has there)
+    tier: Literal["auto", "jpeg", "raw", "device"] = "auto"  # of training; see docs/tiers.md
+    device_bytes: Count = 0  # of tier "device", on each; 0: what is free there, less 12 GiB (of a CPU's, half)
+    max_stall: Share = 0.01  # of the time; with more, tier "auto" turns what the cause names
+    readers: Few = 1  # samples read at a time
     depth: Few = 2  # batches made ready ahead of use
-    # of decoding workers, which change no batch either, as pipeline/online/endpoints.py reads them; for the command
+    hardware_share: Share = 0.9  # of the pictures, to a GPU's hardware decoder
+    # of decoding workers, as pipeline/online/endpoints.py reads them; for the command
     # train alone
     workers: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
 

@@ -54,8 +54,14 @@ class Terminal:
         if self._bar:
             self._bar.update(self._bar.row, completed=done)
 
-    def train(self, line: dict[str, Any], stall: str) -> None:
-        """Print a log line, as for `Metrics.train`; `stall` is `stall.Wait.text`."""
+    def train(self, line: dict[str, Any], stall: str, news: list[str]) -> None:
+        """Print the loader's `news`, which this empties, and a log line, as for `Metrics.train`.
+
+        `stall` is `stall.Wait.text`.
+        """
+        for text in news:
+            self.print(f"loader: {text}", "loader", text=text)
+        news.clear()
         speed = f"{line['time']['images_per_second']:6.0f} images/s"
         figures = f"epoch {line['epoch']:<3} loss {line['loss']:.4f}  lr {line['lr']:.2g}  {speed}  "
         if self._bar:

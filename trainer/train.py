@@ -21,13 +21,13 @@ from trainer import dropout, nonfinite
 from trainer import recipe as recipes
 from trainer import run as runs
 from trainer.devices import choose_devices
-from trainer.distributed import PATIENCE, SINGLE, Replicas, World, join
+from trainer.distributed import SINGLE, Replicas, World, join
 from trainer.evaluate import labelled
 from trainer.figures import draw_page
 from trainer.metrics import LogInterval
 from trainer.model import Masks
 from trainer.optim import Momentum, Rates, Schedule
-from trainer.options import DATA, DEVICES, FEED, JSON, PATH
+from trainer.options import DATA, DEVICES, FEED, JSON, MAX_STALL, PATH, PATIENCE_OPTION
 from trainer.parallel import TwoColumnNet, reference_precision
 from trainer.stop import BadData, Stopped, StopRequest, ended_by_data, remedies
 from trainer.validation import error_rates, judge
@@ -138,7 +138,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
                 runs.set_loader(settings, resumed, loader)
             writers = stack.enter_context(runs.opened(settings, history, steps)) if world.is_main else None
         watch = nonfinite.Watch(network, world)
-        window, stalled = resumed.progress["window"] if resumed else None, loaders.stall_remedies(recipe)
+        window, stalled = resumed.progress["window"] if resumed else None, loaders.stall_remedies(recipe, dataset)
         interval = LogInterval(devices[0], loader.meter, world, window, stalled)
         if writers:
             for text in runs.introduction(recipe, len(classes), validated, history):
@@ -244,7 +244,7 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
                         line["layers"] = nonfinite.update_ratios(network.parts(), optimiser.velocity, rates)
                         writers.checkpoints.raise_if_failed()
                         writers.metrics.train(line)
-                        writers.console.train(line, stall)
+                        writers.console.train(line, stall, loader.news)
 
             # save, then validate: a validation may end at any time
             if validating or ending or done % save_every == 0:
@@ -268,18 +268,13 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
 )
 @click.option("--other-data", is_flag=True, help="Resume on other data of the same classes, too.")
 @FEED
+@MAX_STALL
 @click.option("--init", type=PATH, metavar="CHECKPOINT", help="Begin with the layers of another run that fit.")
 @click.option("--init-layers", metavar="NAMES", help="Only these of them, such as conv1,conv2.")
 @DEVICES
 @JSON
 @click.option("--no-page", is_flag=True, help="Draw no page, RUN/report.html, at the end.")
-@click.option(
-    "--patience",
-    type=click.IntRange(1, 10**6),
-    default=PATIENCE,
-    show_default=True,
-    help="Seconds that a process of torchrun waits for another, and a run for a worker of --feed.",
-)
+@PATIENCE_OPTION
 def train(
     data: Path,
     run: Path,
@@ -288,6 +283,7 @@ def train(
     resume: bool,
     other_data: bool,
     workers: tuple[str, ...],
+    max_stall: tuple[str, ...],
     init: Path | None,
     init_layers: str | None,
     devices: str | None,
@@ -315,7 +311,7 @@ def train(
         world.require_equal_settings({**options, "--init-layers": init_layers})
         with world.raise_together():
             base = resumed.recipe if resumed else recipes.load("original" if recipe is None else recipe)
-            chosen = recipes.override(base, overrides)
+            chosen = recipes.override(base, (*max_stall, *overrides))
             if workers:
                 chosen = recipes.from_dict({"data": {"workers": list(workers)}}, chosen, "--feed")
             placement = choose_devices(devices, chosen.model.columns)

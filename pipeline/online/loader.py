@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
@@ -69,7 +69,6 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         tier: str = "auto",  # of pictures: "jpeg", "raw", "device"; auto: the best there is, and it is tuned
         max_stall: float = 0.01,  # share of the time that the consumer may wait before something is turned
         device_bytes: int | None = None,  # of tier "device", on each; None: free memory, less 12 GiB (a CPU's: half)
-        told: Callable[[str], None] = _log.info,  # takes a line for each choice
         workers: Sequence[str] = (),  # addresses of decoding workers (`endpoints.parse`); "local": this process too
         patience: float = 60.0,  # seconds without an answer of any worker, after which the loader gives up
         **options: Any,
@@ -118,10 +117,11 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         )
         most, views = -(-batch_size // ranks), self._normaliser.in_decoder
         own = self.manifest, split, self.recipe, self._decoding, self._reader, most, feed == "replicate", views
-        self._supply = Supply(*own, device_bytes, told)
+        self.news = list[str]()  # lines on what was chosen and turned, which are logged, too; for who empties it
+        self._supply = Supply(*own, device_bytes, self._tell)
         first = "jpeg" if self._addresses else self._supply.choose(tier)
         self._setting = Setting(first, threads, readers, depth, hardware_share)
-        self._tuner, self._told, self._max_bad = None, told, max_bad
+        self._tuner, self._max_bad = None, max_bad
         if tier == "auto" and self.recipe.training and not self._addresses:
             tiers, cores = self._supply.tunable(first), len(os.sched_getaffinity(0))
             on_gpu = self.devices[0].type == "cuda"
@@ -164,7 +164,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        images = [self._normaliser.images(batch.step, *pair) for pair in zip(batch.tensors, self._decoding)]
+        images = [self._normaliser.images(batch, *pair) for pair in zip(batch.tensors, self._decoding)]
         batch.replicas = tuple(images[self._decoding.index(device)] for device in self.devices)
         self.meter.add(wait, (before, after) if before and after else None)
         self._next = batch.step + 1
@@ -174,11 +174,15 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
             self._tune(self._tuner, batch)
         return batch
 
+    def _tell(self, line: str) -> None:
+        self.news.append(line)
+        _log.info("%s", line)
+
     def _tune(self, tuner: Tuner, batch: Batch) -> None:
         """Let the tuner look at the waiting so far; make later batches as it says, which are the same ones."""
         changed = tuner.after(batch.step, len(batch.ids), self.meter.total, time.perf_counter())
         for line in tuner.said:
-            self._told(line)
+            self._tell(line)
         tuner.said.clear()
         if changed:
             self._setting = changed

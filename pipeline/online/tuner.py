@@ -1,4 +1,4 @@
-"""What a loader turns when its consumer waits: one thing at a time, kept if it helped. Without a clock of its own."""
+"""Turns a loader's options while its consumer waits: one at a time, kept if it helped. Without a clock of its own."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ SHARES = (0.9, 0.7, 0.5, 0.95)  # of pictures, to a GPU's hardware decoder, in t
 
 @dataclass(frozen=True)
 class Setting:
-    """What may be turned without changing a batch; options of `Loader`."""
+    """Options of `Loader` that may be turned without changing a batch."""
 
     tier: str
     threads: int

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,40 +14,29 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import UserError, manifest
-from pipeline.online import Loader
 from pipeline.online.loader import Batch
-from tools.bench import common
-from tools.bench.common import CORES, Figures, Row
+from tools.bench import common, supply
+from tools.bench.common import Figures, Row
 from tools.bench.peers_build import Job, main
-from tools.bench.peers_load import dali_windows, stored_jpegs
+from tools.bench.supply import AHEAD, Timed, job_devices
 from trainer import data as loaders
-from trainer import layers, model, nonfinite, optim, parallel
+from trainer import layers, lrn, model, nonfinite, optim, parallel
 from trainer import recipe as recipes
 from trainer.model import Masks, Weights
 from trainer.recipe import Recipe
 from trainer.train import draw_masks, train_step
 
-FP32 = "fp32"  # the variant that the others are compared with
 CLASSES = 1000  # of the network, at least
 DEVIATION = 54.0  # grey levels, of a view less its mean image
-AHEAD = 6  # batches that a loader may have ready
 WARM_UP = {"cuda": 8, "cpu": 1}  # steps before the first turn; before each of the others there is one
 SIDES = {"cuda": 8192, "cpu": 1024}  # of matrices
 # Weights stay as they are but for the last bits: a batch learned by heart has gradients of denormals, slow on a CPU.
 RATES = ("optim.lr=1e-9", "optim.bias_lr=1e-9", "optim.decay=0.0")
+# of a column of `original`: maps, height and width of the values that are normalised and pooled
+MAPS = {"lrn": (48, 55, 55), "rnorm": (128, 27, 27), "pool": (48, 55, 55)}
 WIDTHS, UNITS = (64, 192, 384, 256, 256), 4096  # of torchvision's AlexNet
 # torch's out of memory is a RuntimeError, and so is what torch.compile cannot compile
 FAILURES = (RuntimeError, UserError, ImportError, AssertionError, OSError)
-
-
-@dataclass
-class Timed:
-    """A row that is set up: `step` returns its images (the operations of a matrix product)."""
-
-    step: Callable[[], int]
-    loader: Loader | None = None
-    precision: str = FP32
-    losses: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last step
 
 
 def settings(variant: str) -> tuple[str, ...]:
@@ -83,6 +72,7 @@ def set_up(job: Job, row: Row, stack: ExitStack, gpus: set[torch.device]) -> Tim
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
     timed: Timed = FUNCTIONS[row.function](job, row, stack)
+    choose_arithmetic(timed)
     for _ in range(WARM_UP[job_devices(job)[0].type]):
         timed.step()
     if gpus:
@@ -93,27 +83,30 @@ def set_up(job: Job, row: Row, stack: ExitStack, gpus: set[torch.device]) -> Tim
 def take_turn(timed: Timed, gpus: set[torch.device], least: float) -> Figures:
     """Take steps for at least so many seconds, after untimed steps."""
     # While other rows run, a loader makes ready all that it may have ahead; in a run it does only if it is the faster.
-    parallel.reference_precision(timed.precision)
+    choose_arithmetic(timed)
     for _ in range(AHEAD if timed.loader else 1):
         timed.step()
     synchronise(gpus)
     waited = timed.loader and timed.loader.meter.total
-    images, steps, began = 0, 0, time.perf_counter()
+    images, steps, began, of_host = 0, 0, time.perf_counter(), time.process_time()
     while not steps or time.perf_counter() < began + least:
         images, steps = images + timed.step(), steps + 1
     synchronise(gpus)
-    seconds = time.perf_counter() - began
+    seconds, cores = time.perf_counter() - began, time.process_time() - of_host
     if not bool(timed.losses.isfinite()):
         raise UserError("the loss is not a finite number")
     torch.cuda.empty_cache()  # for the next row
-    figures: Figures = {"images": images, "seconds": seconds, "steps": steps}
+    figures: Figures = {"images": images, "seconds": seconds, "steps": steps, "cores": cores / seconds}
     if timed.loader and waited:
         figures["stall"] = (timed.loader.meter.total - waited).shares(seconds)
     return figures
 
 
-def job_devices(job: Job) -> list[torch.device]:
-    return [torch.device(name) for name in job.options["devices"]]
+def choose_arithmetic(timed: Timed) -> None:
+    """Set torch's global options as the row has them."""
+    parallel.reference_precision(timed.precision)
+    torch.backends.cudnn.deterministic = timed.cudnn == "deterministic"
+    torch.backends.cudnn.benchmark = timed.cudnn == "benchmark"
 
 
 def synchronise(devices: set[torch.device]) -> None:
@@ -136,27 +129,6 @@ def matrix(job: Job, row: Row, stack: ExitStack) -> Timed:
     return Timed(step, precision=precision)
 
 
-def decode(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Decode random windows of JPEGs in memory by DALI alone, a share of them by a GPU's hardware decoder."""
-    jpegs = list(islice(stored_jpegs(job.source), AHEAD * job.batch))
-    windows = dali_windows(jpegs, job.batch, CORES, job_devices(job)[0].index, row.options["hardware_share"])
-    return Timed(lambda: next(windows).shape[0])
-
-
-def load(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Take batches from the loader, on every device of the group; nobody looks at them."""
-    options: Figures = {"batch_size": job.batch, "threads": CORES, "readers": 4, **row.options}
-    loader = stack.enter_context(Loader(job.source, device=tuple(dict.fromkeys(job_devices(job))), **options))
-    return Timed(lambda: len(next(loader).ids), loader)
-
-
-def supply(job: Job, row: Row, stack: ExitStack) -> Timed:
-    """Take the batches of a run of this recipe, on its devices; nobody looks at them."""
-    plan = recipes.load(job.options["recipe"], (f"train.batch_size={job.batch}",))
-    loader = stack.enter_context(loaders.training(manifest.load(job.source), plan, job_devices(job)))
-    return Timed(lambda: len(next(loader).ids), loader)
-
-
 def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     """Set up a step of STEPS, fed by the loader or with one batch of random numbers."""
     data, variant = manifest.load(job.source), row.options.get("variant") or job.options["variant"]
@@ -164,7 +136,8 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     plan = recipes.load(job.options["recipe"], (*RATES, *sizes, *settings(variant)))
     parallel.reference_precision(plan.train.precision)
     devices = job_devices(job)[: plan.model.columns if row.function == "columns" else 1]
-    train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices)
+    ideas = {name: row.options[name] for name in ("foreach", "whole") if name in row.options}
+    train, count = STEPS[row.function](plan, max(CLASSES, len(data.classes)), devices, **ideas)
     row.facts |= {"operations": count, "devices": len(set(devices))}
     loader = stack.enter_context(loaders.training(data, plan, devices)) if row.options.get("fed") else None
     batches = loader or repeat(synthetic(job.batch, plan.model.size, devices))
@@ -174,7 +147,7 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
         timed.losses = train(batch)
         return len(batch.ids)
 
-    timed = Timed(step, loader, plan.train.precision)
+    timed = Timed(step, loader, plan.train.precision, row.options.get("cudnn", ""))
     return timed
 
 
@@ -198,18 +171,86 @@ def operations(multiply_adds: Sequence[int]) -> int:
 Step = tuple[Callable[[Batch], Tensor], int]  # a step, which returns the losses; the operations of an image
 
 
-def penstock(network_class: Any, plan: Recipe, classes: int, devices: Sequence[torch.device]) -> Step:
-    """Take a run's own step: dropout masks, forward, backward, new weights, watch; each column on its device."""
+def penstock(
+    network_class: Any,
+    plan: Recipe,
+    classes: int,
+    devices: Sequence[torch.device],
+    foreach: bool = False,
+    whole: bool = False,
+) -> Step:
+    """Take a run's own step: dropout masks, forward, backward, new weights, watch; each column on its device.
+
+    Of `candidates`: `foreach`, the update; `whole`, all but drawing masks and watching as one CUDA graph.
+    """
     train = plan.train
+    momentum: Any = optim.Momentum
+    if foreach:
+        from tools.bench import candidates  # needs Triton
+
+        momentum = candidates.ForeachMomentum
     network = network_class(plan.model, classes, devices, train.compile, train.channels_last)
     network.load(model.initial_weights(plan.model, classes, train.seed))
-    optimiser, watch = optim.Momentum(network.parts(), plan.optim.momentum), nonfinite.Watch(network)
+    optimiser, watch = momentum(network.parts(), plan.optim.momentum), nonfinite.Watch(network)
     rates = optim.Schedule(plan, 1).rates(0)
 
     def step(batch: Batch) -> Tensor:
-        return train_step(network, optimiser, batch, draw_masks(network, train.seed, batch), rates, train, watch)
+        masks = draw_masks(network, train.seed, batch)
+        if whole:
+            return replayed(batch, masks)
+        return train_step(network, optimiser, batch, masks, rates, train, watch)
 
+    replayed = as_graph(lambda batch, masks: train_step(network, optimiser, batch, masks, rates, train))
     return step, operations([layer.multiply_adds for layer in layers.plan(plan.model, classes)])
+
+
+def as_graph(step: Callable[[Batch, list[Masks]], Tensor]) -> Callable[[Batch, list[Masks]], Tensor]:
+    """Return a step as one CUDA graph, which the first batch is captured with; the others are copied to its place."""
+    runs: list[Callable[[Sequence[Tensor]], Tensor]] = []
+
+    def run(batch: Batch, masks: list[Masks]) -> Tensor:
+        every = (batch.labels, *batch.replicas, *(mask for part in masks for mask in part.values()))
+        tensors = {id(tensor): tensor for tensor in every}  # columns on one device share theirs
+        if not runs:
+            from tools.bench import candidates  # needs Triton
+
+            own = {key: tensor.clone() for key, tensor in tensors.items()}
+            replicas = tuple(own[id(replica)] for replica in batch.replicas)
+            captive = replace(batch, labels=own[id(batch.labels)], replicas=replicas)
+            parts: list[Masks] = [{name: own[id(mask)] for name, mask in part.items()} for part in masks]
+            runs.append(candidates.captured(partial(step, captive, parts), list(own.values())))
+        return runs[0](list(tensors.values()))
+
+    return run
+
+
+def operation(job: Job, row: Row, stack: ExitStack) -> Timed:
+    """Compute an operation of MAPS forward and backward: as the trainer does, compiled, or by a candidate's kernel."""
+    device, (what, how) = job_devices(job)[0], (row.options["what"], row.options["how"])
+    precision, *words = job.options["variant"].split(",")
+    layout: Any = torch.channels_last if "channels_last" in words else torch.contiguous_format
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.randn((job.batch, *MAPS[what]), device=device).mul_(DEVIATION)
+    x = x.to(dtype, memory_format=layout).requires_grad_()
+    if how == "kernel":
+        from tools.bench import candidates  # needs Triton
+
+        kernels: dict[str, Callable[[Tensor], Tensor]] = {
+            "lrn": lambda x: candidates.lrn(x, 1),
+            "rnorm": candidates.same_map_norm,
+            "pool": candidates.pool_relu,
+        }
+        run = kernels[what]
+    else:
+        run = model.compiled(OPERATIONS[what], "segments" if how == "compiled" and device.type == "cuda" else "no")
+    g = torch.ones_like(run(x))
+
+    def step() -> int:
+        x.grad = None
+        run(x).backward(g)
+        return job.batch
+
+    return Timed(step, precision=precision)
 
 
 class Grouped(model.Grouped):
@@ -276,7 +317,13 @@ def alexnet_operations(classes: int = CLASSES) -> int:
 
 NETWORKS: dict[str, Any] = {"columns": parallel.TwoColumnNet, "grouped": Grouped}
 STEPS = {name: partial(penstock, network) for name, network in NETWORKS.items()} | {"torchvision": torchvision}
-FUNCTIONS: dict[str, Any] = {"matrix": matrix, "decode": decode, "load": load, "supply": supply}
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "lrn": lambda x: lrn.lrn(x, 1),
+    "rnorm": lrn.same_map_norm,
+    "pool": lambda x: F.relu(F.max_pool2d(x, 3, 2, ceil_mode=True)),
+}
+FUNCTIONS: dict[str, Any] = {"matrix": matrix, "operation": operation}
+FUNCTIONS |= {name: getattr(supply, name) for name in ("dali", "decode", "views", "load", "supply")}
 FUNCTIONS |= dict.fromkeys(STEPS, trained)
 
 if __name__ == "__main__":

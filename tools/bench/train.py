@@ -14,10 +14,13 @@ import torch
 
 from pipeline import UserError
 from pipeline.cli import Command
+from pipeline.records import KINDS
 from tools.bench import common
 from tools.bench.common import COUNT, Figures, Row, find_row, number, ratio, ratio_text
 from tools.bench.load import drawn, of_images
-from tools.bench.steps import FP32, settings
+from tools.bench.peers_build import SIDE
+from tools.bench.steps import settings
+from tools.bench.supply import FP32
 from trainer import data as loaders
 from trainer import recipe as recipes
 from trainer.devices import choose_devices
@@ -27,8 +30,9 @@ BATCHES = 20  # of an epoch, so that no batch is short
 LAST, SEGMENTS = "bf16,channels_last", "bf16,channels_last,segments"
 VARIANTS = (FP32, "fp32,channels_last", "tf32", "tf32,channels_last", "bf16", LAST, SEGMENTS, f"{LAST},graphs")
 BESIDE = (FP32, "bf16", SEGMENTS)  # variants that `gpu` measures with every row
+TRIED = (FP32, LAST)  # variants that candidates are measured in
 # of `gpu`, by the type of the device: batch sizes, shares of the hardware decoder, recipe, variants
-PLANS = {"cuda": ((128, 1024), (0, 0.5, 0.65, 0.9, 1), "original", VARIANTS), "cpu": ((8,), (0,), "tiny", BESIDE[:2])}
+PLANS = {"cuda": ((128, 1024), (0, 0.5, 0.7, 0.9, 1), "original", VARIANTS), "cpu": ((8,), (0,), "tiny", BESIDE[:2])}
 ROWS = (
     Row("matrix", "ceiling: a matrix product", "matrix"),
     Row("loader", "supply: the loader alone", "supply"),
@@ -38,11 +42,34 @@ ROWS = (
     Row("torchvision", "torchvision's AlexNet in plain torch, synthetic tensors", "torchvision", against=["loader"]),
     Row("torchvision-fed", "torchvision's AlexNet, fed", "torchvision", {"fed": True}, against=["torchvision"]),
 )
+CANDIDATES = (  # beside what they would replace; `candidates.py` has them
+    *(
+        Row(
+            f"{what} {how}",
+            f"{words}, {title}, forward and backward",
+            "operation",
+            {"what": what, "how": how},
+            against=near,
+        )
+        for what, words in (("lrn", "conv1's LRN"), ("rnorm", "conv2's rnorm"), ("pool", "conv1's pooling and ReLU"))
+        for how, title, near in (
+            ("trainer", "as it is", []),
+            ("compiled", "torch.compile", [f"{what} trainer"]),
+            ("kernel", "one kernel each way", [f"{what} trainer", f"{what} compiled"]),
+        )
+    ),
+    Row("columns", "Penstock's step, synthetic tensors", "columns"),
+    Row("foreach", "the step, its update in few launches", "columns", {"foreach": True}, against=["columns"]),
+    Row("whole-graph", "the step as one CUDA graph", "columns", {"whole": True}, against=["columns"]),
+    Row("deterministic", "the step, cuDNN deterministic", "columns", {"cudnn": "deterministic"}, against=["columns"]),
+    Row("autotuned", "the step, cuDNN's algorithms timed", "columns", {"cudnn": "benchmark"}, against=["columns"]),
+)
 STEP = [row for row in ROWS if row.name in ("matrix", "columns")]
 PLAIN = Row(FP32, "Penstock's step in plain fp32", "columns", {"variant": FP32})
 NAMES = [row.name for row in ROWS]
+GPU_NAMES = dict.fromkeys(["decode", "views", "load", *NAMES, FP32, *(row.name.split()[0] for row in CANDIDATES)])
 RATES = ("row", "group", "batch", "images/s, median (min to max)", "GFLOP/s", "of the matrix rate")
-HEADER = (*RATES, "stall", "peak memory", "compared")
+HEADER = (*RATES, "stall", "host cores", "peak memory", "compared")
 
 
 @dataclass
@@ -96,11 +123,12 @@ def train(
 @click.argument("dataset", type=click.Path(path_type=Path), required=False)
 @click.option("--device", help="A GPU; or cpu, which runs the same, smaller.  [default: cuda:0]")
 @seconds_option
-@common.report_options(["decode", "load", *NAMES, FP32])
+@common.report_options(list(GPU_NAMES))
 def gpu(dataset: Path | None, device: str | None, **report: Any) -> None:
-    """Measure a GPU: decoding alone, our loader, the trainer's step in every variant, and both at once.
+    """Measure a GPU: decoding alone, our loader from each tier, the trainer's step in every variant, both at once, and
+    ideas for the step.
 
-    Without DATASET pictures are drawn. It takes about a quarter of an hour.
+    Without DATASET pictures are drawn. Raw tiers are made in the folder for temporary files: 6 GB at batches of 1,024.
 
     \b
     Examples:
@@ -118,15 +146,12 @@ def gpu_groups(device: torch.device) -> list[Group]:
     """Return the groups of `bench gpu`."""
     sizes, shares, _, variants = PLANS[device.type]
     one = [str(device)] * 2
-    decodes = [
-        Row(f"decode {share:g}", f"ceiling: DALI alone, hardware share {share:g}", "decode", {"hardware_share": share})
-        for share in shares
-    ]
-    loads = [load_row(output) for output in ("uint8", "float32", "bfloat16")]
-    groups = [Group("supply", batch, one, [*decodes, *loads]) for batch in sizes]
+    groups = [Group("supply", batch, one, supply_rows(shares)) for batch in sizes]
     for batch, variant in product(sizes, variants):
         rows = list(ROWS) if variant in BESIDE else STEP
         groups.append(Group(variant, batch, one, rows if variant == FP32 else [*rows, PLAIN], variant))
+    for batch, variant in product(sizes, TRIED):
+        groups.append(Group(f"candidates, {variant}", batch, one, list(CANDIDATES), variant))
     if device.type == "cuda" and (count := torch.cuda.device_count()) > 1:
         two = [str(device), f"cuda:{((device.index or 0) + 1) % count}"]
         feeds = [load_row("uint8", feed=name) for name in ("split", "replicate")]
@@ -135,10 +160,32 @@ def gpu_groups(device: torch.device) -> list[Group]:
     return groups
 
 
-def load_row(output: str, **options: str) -> Row:
-    words = (output, *options.values())
-    title = f"Penstock's loader, {', '.join(words)}"
-    return Row(f"load {' '.join(words)}", title, "load", {"output": output, **options}, against=["decode 0.9"])
+def supply_rows(shares: Sequence[float]) -> list[Row]:
+    """Return rows of decoding, by the shares of the hardware decoder, of a batch's arithmetic, and of the loader."""
+    share = max(share for share in shares if share < 1)
+    alone = {"hardware_share": share}
+    rows = [
+        Row("decode dali", f"ceiling: DALI alone, windows, hardware share {share:g}", "dali", alone),
+        Row("decode windows", f"our decoder, windows, hardware share {share:g}", "decode", alone),
+        Row("decode hints", "the same, with hints of the size", "decode", alone | {"size": SIDE}),
+    ]
+    for each in shares:
+        options = {"whole": True, "size": SIDE, "hardware_share": each}
+        title = f"our decoder, whole pictures, hardware share {each:g}"
+        rows.append(Row(f"decode whole {each:g}", title, "decode", options, against=["decode windows"]))
+    rows.append(Row("views compiled", "arithmetic of views, by torch.compile", "views", {"kind": "views"}))
+    for kind in ("pixels", *KINDS):
+        title = f"cut and arithmetic of records, {kind}, one kernel"
+        rows.append(Row(f"views {kind}", title, "views", {"kind": kind}, against=["views compiled"]))
+    rows += [load_row(output) for output in ("uint8", "float32", "bfloat16")]
+    rows += [load_row("bfloat16", tier="raw", records=kind) for kind in KINDS]
+    return [*rows, load_row("bfloat16", tier="device")]
+
+
+def load_row(output: str, tier: str = "jpeg", **options: str) -> Row:
+    words = (output, *([] if tier == "jpeg" else [tier]), *options.values())
+    title, near = f"Penstock's loader, {', '.join(words)}", "decode windows" if tier == "jpeg" else "load bfloat16"
+    return Row(f"load {' '.join(words)}", title, "load", {"output": output, "tier": tier, **options}, against=[near])
 
 
 def run_groups(groups: Sequence[Group], dataset: Path | None, recipe: str, **report: Any) -> None:
@@ -187,7 +234,7 @@ def cells(group: Group, row: Row) -> tuple[str, ...]:
     """Return the row's cells of the table."""
     title = (row.title, group.title, f"{group.batch:,}")
     if row.failed:
-        return *title, f"not run: {row.failed}", *[""] * 5
+        return *title, f"not run: {row.failed}", *[""] * 6
     rates, matrix = row.rates(), find_row(group.rows, "matrix")
     work = rates if row is matrix else [rate * row.facts.get("operations", 0) for rate in rates]
     share = ratio(work, matrix.rates()) / row.facts["devices"] if matrix and row.facts.get("devices") else 0.0
@@ -199,6 +246,7 @@ def cells(group: Group, row: Row) -> tuple[str, ...]:
         number(median(work) / 1e9) if any(work) else "",
         f"{100 * share:.1f} %" if share else "",
         f"{100 * median(stalls):.1f} %" if stalls else "",
+        f"{median(run['cores'] for run in row.runs):.1f}",
         f"{row.facts['peak'] / 2**20:,.0f} MiB" if "peak" in row.facts else "",
         ", ".join(f"{ratio_text(rates, other.rates())} {name}" for name, other in others if other),
     )
