@@ -170,7 +170,7 @@ def test_a_note_that_does_not_fit_its_file_is_no_note(copy: Path, whole: dict[st
 @pytest.mark.proof
 def test_many_kills_at_random_moments(copy: Path, whole: dict[str, str]):
     random = Random(8)
-    for _ in range(12):
+    for _ in range(6):
         shutil.rmtree(copy / "raw-rgb", ignore_errors=True)
         for notes in sorted(random.sample(range(25), 2)):
             killed(copy, notes, "--workers", str(random.choice([1, 2])))
