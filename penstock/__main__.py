@@ -16,7 +16,7 @@ from trainer.__main__ import load as load_trainer
 TOOLS = {
     "build": "Build the dataset directory DATASET from the raw images in RAW.",
     "verify": "Check every promise of the dataset directory DATASET.",
-    "raw-tier": "Decode the pictures of DATASET once, so that views come much faster.",
+    "raw-tier": "Make the raw tier of the dataset directory DATASET.",
     "make-raw": "Write a small ILSVRC2012 of drawn pictures into OUT.",
     "feed": "Decode for trainers on other machines.",
 }

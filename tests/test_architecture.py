@@ -117,9 +117,9 @@ def test_the_house_stays_small():
     # client, runs, curves), its API and pages (service/web), data sets over HTTP (stores, served), their benchmark
     # of issue 21, decoded pictures: records, tier, raw_tier (offline and tools), verify_tiers, tiers, supply, tuner,
     # yuv, kernel, and kernels to be measured on a GPU
-    assert len(FILES) <= 163
+    assert len(FILES) <= 164
     # 14,815, 16,925, 17,948, 20,406 and 26,564 before these
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 28_400
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 29_000
     assert len(TESTS) <= 118
 
 

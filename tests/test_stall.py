@@ -109,10 +109,13 @@ def test_events_count_once_the_device_has_come_to_them():
     meter, late = Meter(), Event(900, reached=False)
     meter.add(Wait(1, 0, 0), (Event(100), Event(350)))  # type: ignore[arg-type]
     assert meter.total == meter.total == Wait(1, 0, 0, device=0.25)
+    assert meter.clock == 0.25
     meter.add(Wait(0, 2, 0), (Event(400), late))  # type: ignore[arg-type]
     assert meter.total == Wait(1, 2, 0, device=0.25)
+    assert meter.clock == 0.25
     late.reached = True
     assert meter.total == Wait(1, 2, 0, device=0.75)
+    assert meter.clock == 0.8  # of the device, from the first batch on
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         first = "jpeg" if self._addresses else self._supply.choose(tier)
         self._setting = Setting(first, threads, readers, depth, hardware_share)
         self._tuner, self._max_bad = None, max_bad
+        self._chosen: Setting | None = None  # by the tuner, for the batches to come
         if tier == "auto" and self.recipe.training and not self._addresses:
             tiers, cores = self._supply.tunable(first), len(os.sched_getaffinity(0))
             on_gpu = self.devices[0].type == "cuda"
@@ -155,6 +156,8 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
     def __next__(self) -> Batch:
         """Return the next batch. An error of its preparation is raised here."""
+        if self._chosen:  # now, not before: if that fails, the batch before has been handed over
+            self._turn(self._chosen)
         device = self.devices[0]
         before, asked = _event(device), time.perf_counter()
         batch = self._prefetch.next()
@@ -171,24 +174,27 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._prefetch.taken()  # only now: after an interruption above, this batch is still the next one
         batch.tensors = []
         if self._tuner:
-            self._tune(self._tuner, batch)
+            self._look(self._tuner, batch)
         return batch
 
     def _tell(self, line: str) -> None:
         self.news.append(line)
         _log.info("%s", line)
 
-    def _tune(self, tuner: Tuner, batch: Batch) -> None:
-        """Let the tuner look at the waiting so far; make later batches as it says, which are the same ones."""
-        changed = tuner.after(batch.step, len(batch.ids), self.meter.total, time.perf_counter())
+    def _look(self, tuner: Tuner, batch: Batch) -> None:
+        """Let the tuner look at the waiting so far."""
+        total, clock = self.meter.total, self.meter.clock
+        self._chosen = tuner.after(batch.step, len(batch.ids), total, time.perf_counter() if clock is None else clock)
         for line in tuner.said:
             self._tell(line)
         tuner.said.clear()
-        if changed:
-            self._setting = changed
-            self._prefetch.close()
-            self._reader.resize(changed.readers)
-            self._begin(self._next, self._bad.ids)
+
+    def _turn(self, chosen: Setting) -> None:
+        """Make the batches from now on in another way; they are the same ones."""
+        self._setting, self._chosen = chosen, None
+        self._prefetch.close()
+        self._reader.resize(chosen.readers)
+        self._begin(self._next, self._bad.ids)
 
     @property
     def tier(self) -> str:

@@ -111,6 +111,8 @@ class Meter:
 
     _total: Wait = Wait()
     _events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
+    _last: torch.cuda.Event | None = None  # that the device has reached
+    _clock: float = 0.0
 
     def add(self, wait: Wait, events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None) -> None:
         """Add the waiting for one batch; `events` stand on the consumer's stream before and after it."""
@@ -124,4 +126,14 @@ class Meter:
         while self._events and self._events[0][1].query():
             before, after = self._events.popleft()
             self._total += Wait(device=before.elapsed_time(after) / 1e3)
+            self._clock += (self._last or before).elapsed_time(after) / 1e3
+            self._last = after
         return self._total
+
+    @property
+    def clock(self) -> float | None:
+        """The device's own seconds from the first batch to the last in `total`; None without a GPU.
+
+        The host runs ahead of it, and so its clock says nothing of the steps.
+        """
+        return None if self._total.device is None else self._clock

@@ -13,7 +13,7 @@ WARM_UP = 8  # steps at the start
 MOST_TRIALS = 12  # of an episode
 QUIET = 500  # steps without a stall, after which another episode may begin
 GAIN = 1.05  # times the images/s, for which a change is kept
-PAUSE = 10  # times the median step: then the consumer did something else, unless it waited
+PAUSE, LEAST_PAUSE = 10, 1.0  # times the median step, and seconds: then the consumer did something else
 MOST_READERS = MOST_DEPTH = 16
 NONE = Wait()
 SHARES = (0.9, 0.7, 0.5, 0.95)  # of pictures, to a GPU's hardware decoder, in the order in which they are tried
@@ -60,7 +60,7 @@ class _Window:
 
     def measured(self) -> _Measured | None:
         """Return the outcome, once it is long enough. Steps with a pause of the consumer do not count."""
-        usual = PAUSE * median(self.seconds) if self.seconds else 0.0
+        usual = max(LEAST_PAUSE, PAUSE * median(self.seconds))
         steps = zip(self.seconds, self.waited, self.images)
         counted = [(s, images) for s, waited, images in steps if s <= usual or waited > s / 2]
         seconds = sum(s for s, _ in counted)
