@@ -142,7 +142,7 @@ def test_what_gave_nothing_is_taken_back_and_the_rest_is_told_once():
     assert tuned.setting == START
     vain, told = tuned.said
     assert "readers 1 → 2 gave nothing" in vain
-    assert "nothing is left to turn (reading: " in told
+    assert "images/s, reading; what is left: a faster disk" in told
 
 
 def test_pauses_of_the_consumer_are_no_verdict():
