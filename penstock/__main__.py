@@ -16,6 +16,7 @@ from trainer.__main__ import load as load_trainer
 TOOLS = {
     "build": "Build the dataset directory DATASET from the raw images in RAW.",
     "verify": "Check every promise of the dataset directory DATASET.",
+    "raw-tier": "Decode the pictures of DATASET once, so that views come much faster.",
     "make-raw": "Write a small ILSVRC2012 of drawn pictures into OUT.",
     "feed": "Decode for trainers on other machines.",
 }
@@ -40,6 +41,10 @@ def load(name: str) -> click.Command:
         from tools.verify_shards import main as verify
 
         return verify
+    if name == "raw-tier":
+        from tools.raw_tier import main as raw_tier
+
+        return raw_tier
     if name == "make-raw":
         from tools.make_raw import main as make_raw
 

@@ -115,10 +115,12 @@ def test_the_house_stays_small():
     # workers: service, parts, partqueue, remote, connection, endpoints, cluster, and their benchmark
     # of issue 20, the control plane: jobs (site, database, kinds, queue, scheduler, child, progress, tokens, serve,
     # client, runs, curves), its API and pages (service/web), data sets over HTTP (stores, served), their benchmark
-    assert len(FILES) <= 152
-    # 14,815, 16,925, 17,948 and 20,406 before these
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 26_700
-    assert len(TESTS) <= 110
+    # of issue 21, decoded pictures: records, tier, raw_tier (offline and tools), verify_tiers, tiers, supply, tuner,
+    # yuv, kernel, and kernels to be measured on a GPU
+    assert len(FILES) <= 163
+    # 14,815, 16,925, 17,948, 20,406 and 26,564 before these
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 28_400
+    assert len(TESTS) <= 118
 
 
 def test_no_imports_go_in_circles():

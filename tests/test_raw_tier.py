@@ -1,5 +1,6 @@
 """The raw tier's command and its verification: bytes, kills, full disks, refusals, and each change found."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,20 +19,35 @@ import simplejpeg
 import xxhash
 from click.testing import CliRunner, Result
 
-from conftest import LITTLE, ROOT, begun, build, digests, one_line, until, verify
+from conftest import LITTLE, ROOT, begun, build, digests, gone, one_line, patched, picture, until
+from conftest import verify as verify_with
 from damaged import canonical, mutate
-from pipeline import manifest, records, tier
+from pipeline import manifest, records, storage, tier
 from pipeline.manifest import DatasetError
 from pipeline.offline import verify_tiers
 from pipeline.offline.raw_tier import WORK_FOLDER
 from stored import damage, jpegs
 from tools.raw_tier import main as raw_tier
 
+SLOW = """
+import os, time
+from pipeline import records
+decode = records.record_of
+def slow(*picture):
+    time.sleep(float(os.environ["SECONDS"]))
+    return decode(*picture)
+records.record_of = slow
+"""
+
 
 def make(root: Path, *options: object) -> Result:
     result = CliRunner().invoke(raw_tier, [str(root), "--workers", "1", *map(str, options)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+
+def verify(root: Path, *options: object) -> Result:
+    return verify_with(root, "--workers", 1, *options)
 
 
 def refusal(root: object, *options: object) -> str:
@@ -64,7 +80,7 @@ def files(root: Path) -> dict[str, str]:
 
 @pytest.fixture
 def copy(many: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(many, tmp_path / "dataset"))
+    return Path(shutil.copytree(many, tmp_path / "copy"))
 
 
 def test_a_file_holds_the_pictures_of_its_shard_and_their_digests(root: Path):
@@ -99,13 +115,19 @@ def test_the_bytes_are_the_same_with_any_number_of_workers(copy: Path, whole: di
     assert files(copy) == whole
 
 
+def slowly(root: Path, seconds: float, *options: str) -> subprocess.Popen[str]:
+    """Begin the command, which takes so long for each of six pictures of a file."""
+    line = [sys.executable, str(ROOT / "tools/raw_tier.py"), str(root), *options]
+    return begun(line, env=patched(root.parent, SLOW, SECONDS=seconds))
+
+
 def killed(root: Path, notes: int, *options: str) -> int:
     """Kill the command and its workers once so many files are noted; return how many then are."""
-    line = [sys.executable, str(ROOT / "tools/raw_tier.py"), str(root), *options]
-    process = begun(line)
+    process = slowly(root, 0.01, *options)
     until(process, lambda: len(list(root.glob(f"raw-rgb/{WORK_FOLDER}/*.json"))) >= notes)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
+    assert gone(process.pid)
     return len(list(root.glob(f"raw-rgb/{WORK_FOLDER}/*.json")))
 
 
@@ -125,30 +147,45 @@ def test_a_killed_command_goes_on(copy: Path, whole: dict[str, str]):
     assert not (copy / "raw-rgb" / "tier.json").exists()
     unfinished = verify(copy)
     assert unfinished.exit_code == 1
-    assert "raw-rgb/tier.json: missing: the tier is unfinished; the same command again ends it" in unfinished.stdout
+    assert "raw-rgb/tier.json: missing: the tier is unfinished; mend it: python tools/raw_tier.py" in unfinished.stdout
     assert_goes_on(copy, whole)
+
+
+def test_a_note_that_does_not_fit_its_file_is_no_note(copy: Path, whole: dict[str, str]):
+    killed(copy, 6, "--workers", "1")
+    notes = sorted(copy.glob(f"raw-rgb/{WORK_FOLDER}/*.json"))
+    for note, key, value in zip(notes, ("shard_sha256", "codec", "bytes"), (b'"' + b"0" * 64 + b'"',) * 2 + (b"99",)):
+        content, count = re.subn(rb'("%s": )[^,\n]+' % key.encode(), rb"\g<1>" + value, note.read_bytes())
+        assert count == 1
+        note.write_bytes(content)
+        with open(note.parent.parent / note.stem, "r+b") as file:
+            file.write(b"no picture")
+    notes[3].write_text("[" * 10**5)
+    os.truncate(copy / "raw-rgb" / notes[4].stem, 99)
+    result = make(copy)
+    assert f": {28 - len(notes) + 5} of 28 files written, " in result.stdout
+    assert files(copy) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
 
 
 @pytest.mark.proof
 def test_many_kills_at_random_moments(copy: Path, whole: dict[str, str]):
     random = Random(8)
-    for _ in range(12):
+    for _ in range(6):
         shutil.rmtree(copy / "raw-rgb", ignore_errors=True)
         for notes in sorted(random.sample(range(25), 2)):
             killed(copy, notes, "--workers", str(random.choice([1, 2])))
         assert_goes_on(copy, whole)
 
 
-def test_ctrl_c_ends_in_a_line(copy: Path, whole: dict[str, str]):
-    process = begun([sys.executable, str(ROOT / "tools/raw_tier.py"), str(copy), "--workers", "2"])
-    until(process, lambda: any(copy.glob(f"raw-rgb/{WORK_FOLDER}/*.json")))
+def test_ctrl_c_ends_in_a_line_and_leaves_nothing_half_written(copy: Path, whole: dict[str, str]):
+    process = slowly(copy, 0.1, "--workers", "2")
+    until(process, lambda: any(copy.glob(f"raw-rgb/{WORK_FOLDER}/*.json")) and any(copy.glob("raw-rgb/*.tmp")))
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    if process.returncode:  # else it was faster
-        assert process.returncode == 130
-        assert errors == "Error: interrupted; what is finished stays; the same command goes on\n"
-        assert_goes_on(copy, whole)
+    assert process.returncode == 130
+    assert errors == "Error: interrupted; what is finished stays; the same command goes on\n"
     assert not list(copy.rglob("*.tmp"))
+    assert_goes_on(copy, whole)
 
 
 def test_a_finished_tier_is_left_alone_and_one_that_changed_is_mended(copy: Path, whole: dict[str, str]):
@@ -168,11 +205,47 @@ def test_a_finished_tier_is_left_alone_and_one_that_changed_is_mended(copy: Path
     assert files(copy) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
 
 
-def test_another_codec_makes_it_anew(copy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tier_of_another_codec_is_made_anew(copy: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    """Such a tier may be right for another machine: verification says only that it did not compare the pixels."""
+    decode = records.record_of
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "fingerprint", lambda kind: "1" * 64)
+        patch.setattr(records, "record_of", lambda *picture: 255 - decode(*picture))
+        assert make(copy).exit_code == 0
+    result = verify(copy)
+    assert (result.exit_code, result.stdout.count("raw-rgb: pixels not compared: decoded by a codec that ")) == (0, 1)
+    told, done = make(copy).stdout.splitlines()
+    reason = "decoded by a codec that gives other pixels than this machine's"
+    assert told == f"{copy}/raw-rgb/tier.json: {reason}; the tier is made anew"
+    assert ": 28 of 28 files written, " in done
+    assert files(copy) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
+
+
+def test_a_tier_of_other_shards_is_made_anew(copy: Path, root: Path):
+    """`copy` and `root` have files of the same names."""
     assert make(copy).exit_code == 0
-    monkeypatch.setattr(records, "fingerprint", lambda kind: "1" * 64)
-    assert ": 28 of 28 files written, " in make(copy).stdout
-    assert tier.load(manifest.load(copy), "rgb").codec == "1" * 64
+    shutil.move(copy / "raw-rgb", root / "raw-rgb")
+    line = f"{root}/raw-rgb/tier.json: made from other shards; "
+    (found, *more) = verify(root, "--quick").stdout.splitlines()
+    assert found.startswith(line.removeprefix(f"{root}/") + "mend it: ")
+    assert len(more) == 1
+    assert make(root).stdout.startswith(line + "the tier is made anew\n")
+    assert verify(root).exit_code == 0
+
+
+def test_a_tier_that_cannot_be_read_is_no_tier_to_make_anew(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its disk may be better tomorrow, its owner give access."""
+    assert make(root).exit_code == 0
+    before, read = files(root), storage.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "tier.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    assert refusal(root) == f"Error: {root}/raw-rgb/tier.json: Input/output error"
+    assert files(root) == before
 
 
 def test_json_events(copy: Path):
@@ -198,19 +271,19 @@ def test_what_no_tier_can_be_made_of_is_refused(raw: Path, copy: Path, tmp_path:
 
 
 def test_two_at_once_are_refused(copy: Path):
-    line = [sys.executable, str(ROOT / "tools/raw_tier.py"), str(copy), "--workers", "1"]
-    process = begun(line)
-    until(process, lambda: any(copy.glob(f"raw-rgb/{WORK_FOLDER}/*.json")))
+    process = slowly(copy, 0.1, "--workers", "1")
+    until(process, lambda: any(copy.glob("raw-rgb/*.tmp")))
     process.send_signal(signal.SIGSTOP)
     try:
-        assert refusal(copy).endswith("raw-rgb: another process makes this tier")
+        assert refusal(copy).endswith("raw-rgb: another process makes this tier; wait for it, or stop it")
     finally:
         process.kill()
         process.communicate(timeout=60)
 
 
 @pytest.mark.proof
-def test_a_full_disk(many: Path, disk: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(many: Path, disk: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch, workers: int):
     """Seen ahead; or by a quota, which the free space does not show, amid the work."""
     root = Path(shutil.copytree(many, disk / "dataset"))
     ballast = disk / "ballast"
@@ -218,73 +291,114 @@ def test_a_full_disk(many: Path, disk: Path, whole: dict[str, str], monkeypatch:
     ballast.write_bytes(bytes(free - 200_000))
     before = sorted(root.rglob("*"))
     line = refusal(root)
-    assert re.search(r"raw-rgb: needs [\d,]+ bytes more, and [\d,]+ are free; make room", line)
+    assert re.search(r"raw-rgb: needs 0\.5 MB, and 0\.2 MB are free; make room$", line)
     assert sorted(root.rglob("*")) == sorted([*before, root / "raw-rgb"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.statvfs_result and type("Usage", (), {"free": 10**12}))
-    line = refusal(root)
+    assert not verify_tiers.check(manifest.load(root), quick=True, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12))
+        line = refusal(root, "--workers", workers)
     assert line.endswith("No space left on device; what is finished stays; make room, and the same command goes on")
     assert any(root.rglob("*.raw"))
     assert not list(root.rglob("*.tmp"))
     ballast.unlink()
     assert_goes_on(root, whole)
+    victim = root / "raw-rgb" / "train-000002.raw"  # is mended without room for a second one
+    victim.write_bytes(bytes(victim.stat().st_size))
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+    assert ": 1 of 28 files written, " in make(root).stdout
+    (root / "raw-rgb" / "tier.json").write_bytes(b"{}")  # the files that are of no use by then give way
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free + ballast.stat().st_size - 300_000))
+    assert ": 28 of 28 files written, " in make(root).stdout
+    assert files(root) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
 
 
 # ---- verification ----
 
 
 @pytest.mark.parametrize("kind", records.KINDS)
-def test_verification_finds_each_flipped_byte(root: Path, kind: str):
-    """Every 97th byte of every file, which in the end is each place of a record and of a digest; and tier.json's."""
+@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.proof)])
+def test_verification_finds_each_flipped_byte(tmp_path: Path, kind: str, stride: int):
+    """Of five pictures of 16 pixels, their digests, and tier.json."""
+    for name in ("train/a/0", "train/a/1", "train/b/2", "val/a/3", "val/b/4"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(name, 20, 24).save(tmp_path / "raw" / f"{name}.png")
+    root = tmp_path / "dataset"
+    assert build(tmp_path / "raw", root, "--size", 16, "--workers", 1).exit_code == 0
     assert make(root, "--format", kind).exit_code == 0
     data = manifest.load(root)
     for path in sorted((root / f"raw-{kind}").iterdir()):
         content = path.read_bytes()
-        for at in range(0, len(content), 3 if path.suffix == ".json" else 997):
+        for at in range(0, len(content), stride):
             with open(path, "r+b") as file:
                 os.pwrite(file.fileno(), bytes([content[at] ^ 1 << at % 8]), at)
-            found = verify_tiers.check(data, quick=True, workers=1, progress=lambda done, total: None)
-            assert [failure.file for failure in found] == [f"raw-{kind}/{path.name}"], (path, at)
-            assert found[0].reason.endswith(f"; make it anew: python tools/raw_tier.py {root} --format {kind}")
-            assert "\n" not in found[0].reason
+            (failure,) = verify_tiers.check(data, quick=True, workers=1)
+            assert failure.file == f"raw-{kind}/{path.name}", at
+            assert failure.reason.endswith(f"; mend it: python tools/raw_tier.py {root} --format {kind}")
+            assert "\n" not in failure.reason
             if path.suffix == ".json":
                 with pytest.raises(DatasetError) as caught:
                     tier.load(data, kind)
                 one_line(caught, str(path), "tools/raw_tier.py")
             path.write_bytes(content)
-    assert not verify_tiers.check(data, quick=False, workers=1, progress=lambda done, total: None)
+    assert not verify_tiers.check(data, quick=False, workers=1)
 
 
-def test_verification_finds_pictures_that_are_not_the_shards(root: Path):
-    """A file with another picture, whose digests and SHA-256 all fit."""
+def other_picture(content: bytearray, size: int, count: int) -> None:
+    """Put the second picture of a file and its digest in place of the first ones."""
+    content[:size] = content[size : 2 * size]
+    content[count * size : count * size + 8] = content[count * size + 8 : count * size + 16]
+
+
+def other_digest(content: bytearray, size: int, count: int) -> None:
+    content[count * size] ^= 1
+
+
+def longer(content: bytearray, size: int, count: int) -> None:
+    content.append(0)
+
+
+def unchanged(content: bytearray, size: int, count: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "sha256", "quick", "message"),
+    [
+        (other_picture, "", "all holds", "picture 0 is not that of its shard"),
+        (other_digest, "", "", "picture 0 is not that of its digest"),
+        (unchanged, "0" * 64, "", "its SHA-256 is not that of tier.json"),
+        (longer, "", "", "has 27,721 bytes, 27,721 are promised, its pictures need 27,720"),
+    ],
+)
+def test_verification_finds_what_tier_json_lists(root: Path, change: Any, sha256: str, quick: str, message: str):
+    """A file whose bytes and SHA-256 fit, or a wrong SHA-256 alone."""
     assert make(root).exit_code == 0
     data, path = manifest.load(root), root / "raw-rgb" / "val-000000.raw"
-    made, content, size = tier.load(data, "rgb"), bytearray(path.read_bytes()), 3 * 32 * 32
-    content[:size] = content[size : 2 * size]
-    count = data.split("val").samples
-    content[count * size :][:8] = content[count * size + 8 :][:8]
-    content[count * size : count * size + 8] = content[count * size + 8 : count * size + 16]
+    made, content = tier.load(data, "rgb"), bytearray(path.read_bytes())
+    change(content, 3 * 32 * 32, data.split("val").samples)
     path.write_bytes(content)
-    changed = tier.TierFile(len(content), hashlib.sha256(content).hexdigest(), made.files[path.name].shard_sha256)
+    sha256 = sha256 or hashlib.sha256(content).hexdigest()
+    changed = tier.TierFile(len(content), sha256, made.files[path.name].shard_sha256)
     files = {**made.files, path.name: changed}
     lying = tier.Tier(made.root, made.kind, made.size, made.codec, made.built_with, files)
     (made.root / "tier.json").write_bytes(lying.to_json())
-    assert verify(root, "--quick").exit_code == 0
+    assert verify(root, "--quick").stdout.startswith(quick or f"raw-rgb/val-000000.raw: {message}; mend it: ")
     result = verify(root)
     assert result.exit_code == 1
-    assert "raw-rgb/val-000000.raw: picture 0 is not that of its shard; make it anew: " in result.stdout
+    assert result.stdout.startswith(f"raw-rgb/val-000000.raw: {message}; mend it: ")
 
 
 def test_verification_names_what_does_not_belong(root: Path):
     assert make(root).exit_code == 0
     (root / "raw-rgb" / "notes.txt").write_text("mine")
-    (root / "raw-yuv420").mkdir()
+    (root / "raw-yuv420" / WORK_FOLDER).mkdir(parents=True)
     (root / "raw-rgb" / "train-000001.raw").unlink()
     result = verify(root)
     assert result.exit_code == 1
     lines = sorted(result.stdout.splitlines()[:3])
     assert lines[0] == "raw-rgb/notes.txt: not listed in tier.json; delete it"
-    assert lines[1].startswith("raw-rgb/train-000001.raw: missing; make it anew: ")
-    assert lines[2].startswith("raw-yuv420/tier.json: missing: the tier is unfinished; ")
+    assert lines[1].startswith("raw-rgb/train-000001.raw: missing; mend it: ")
+    assert lines[2].startswith("raw-yuv420/tier.json: missing: the tier is unfinished; mend it: ")
     damage(root, 3)
     result = verify(root)
     assert "note: raw tiers (rgb, yuv420) are not checked until the shards hold" in result.stdout

@@ -1,5 +1,6 @@
 """The tiers of supply: the bytes of the decoder from each, in every option; damage; what is chosen, and said."""
 
+import json
 import logging
 import os
 import re
@@ -18,8 +19,11 @@ from pipeline import UserError, manifest, records, tier
 from pipeline.online import Batch, Loader
 from pipeline.online.samples import SampleReader
 from pipeline.online.tiers import Records
+from runs import resume, train
 from stored import damage
 from tools.raw_tier import main as raw_tier
+from trainer import checkpoint as checkpoints
+from trainer import metrics
 
 STEPS = 12  # of 6 an epoch
 SIZE = 7  # samples of a batch
@@ -198,7 +202,7 @@ def test_a_file_that_changes_while_it_is_used_costs_no_batch(tiny: Path, harm: s
             os.truncate(path, 5000 if harm == "cut" else 10**6)
         for batch, other in islice(zip(jpeg, raw), 14):
             assert_same(batch, other)
-    words = {"cut": "cut short", "remove": "No such file", "zero": "(damaged|cut short)"}[harm]
+    words = {"cut": "cut short", "remove": "No such file or directory", "zero": "(damaged|cut short)"}[harm]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) <= 1 if harm == "remove" else len(lines) == 1  # an open file is still there
     assert all(re.match(rf"{path}: {words},? at sample", line) for line in lines), lines
@@ -313,3 +317,53 @@ def test_lines_go_to_the_log_by_default(tiny: Path, caplog: pytest.LogCaptureFix
     with Loader(tiny, batch_size=SIZE, view=28, tier="device", device_bytes=ALL) as loader:
         next(loader)
     assert [record.getMessage()[:12] for record in caplog.records] == ["tier device:"]
+
+
+# ---- training ----
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in metrics.read(run)]
+
+
+def test_a_run_ends_with_the_same_weights_whatever_its_tier(yuv: Path, rgb: Path, tmp_path: Path):
+    """Losses and weights bit for bit: in one go, and begun with one tier and ended with another."""
+    steps = 6
+    assert train(rgb, tmp_path / "jpeg", steps, 'data.tier="jpeg"').exit_code == 0
+    expected = checkpoints.load(tmp_path / "jpeg")
+    for name, root, words in (
+        ("raw", rgb, ('data.tier="raw"',)),
+        ("device", yuv, ('data.tier="device"', "data.hardware_share=0.5")),
+        ("auto", rgb, ("data.max_stall=0.0",)),
+    ):
+        result = train(root, tmp_path / name, steps, *words)
+        assert result.exit_code == 0, result.output
+        assert lines_of(tmp_path / name) == lines_of(tmp_path / "jpeg")
+        for key, weights in checkpoints.load(tmp_path / name).weights.items():
+            assert torch.equal(weights, expected.weights[key]), (name, key)
+    half, other = tmp_path / "half", tmp_path / "other"
+    for run, first, second in ((other, "jpeg", "jpeg"), (half, "raw", "device")):
+        assert train(rgb, run, 4, f'data.tier="{first}"').exit_code == 0
+        ended = resume(rgb, run, f"train.steps={steps}", f'data.tier="{second}"', more=("--max-stall", 5))
+        assert ended.exit_code == 0, ended.output
+    assert "loader: tier device: 41 of 41 samples fit in " in ended.stdout
+    expected = checkpoints.load(other)
+    for key, weights in checkpoints.load(half).weights.items():
+        assert torch.equal(weights, expected.weights[key]), key
+    changes = checkpoints.load(half).history[-1]["changed"]
+    assert changes["data.tier"] == ["raw", "device"]
+    assert changes["data.max_stall"] == [0.01, 0.05]
+
+
+def test_a_run_says_why_its_tier_is_not_there_and_what_its_loader_does(dataset: Path, yuv: Path, tmp_path: Path):
+    refused = train(dataset, tmp_path / "refused", 1, 'data.tier="raw"')
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.endswith(f"missing; make it: python tools/raw_tier.py {dataset} --format rgb")
+    assert not (tmp_path / "refused").exists()
+    for value in ("-1", "101", "nan"):
+        assert train(dataset, tmp_path / "refused", 1, more=("--max-stall", value)).exit_code == 2
+    result = train(yuv, tmp_path / "run", 1, 'data.tier="device"', more=("--json",))
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    (told,) = [event for event in events if event["event"] == "loader"]
+    assert told["text"].startswith("tier device: 41 of 41 samples fit in ")

@@ -41,7 +41,7 @@ def pixels(jpeg: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(jpeg, "RGB")
 
 
-@pytest.mark.parametrize("size", [16, 17, 32, 227, 256])
+@pytest.mark.parametrize("size", [16, 17, 32, 227, 255, 256])
 def test_records_hold_every_pixel_of_the_decoder(size: int):
     stored = jpegs(size)
     zeros = torch.zeros((len(stored), 2), dtype=torch.int32)
@@ -53,11 +53,10 @@ def test_records_hold_every_pixel_of_the_decoder(size: int):
     assert torch.equal(yuv.cut(expected.flatten(1), "pixels", size, zeros, zeros[:, 0], size), expected)
 
 
-@pytest.mark.parametrize("side", [13, 24, 32])
-def test_windows_and_mirrors_are_those_of_the_picture(side: int):
+@pytest.mark.parametrize(("size", "side"), [(33, 13), (33, 24), (33, 32), (32, 17)])
+def test_windows_and_mirrors_are_those_of_the_picture(size: int, side: int):
     """At each parity of the start, at every edge."""
-    size, (jpeg, *_) = 33, jpegs(33)
-    last = size - side
+    last, (jpeg, *_) = size - side, jpegs(size)
     starts = sorted({(top, left) for top in (0, 1, 2, last) for left in (0, 1, last) if max(top, left) <= last})
     start = torch.tensor([each for each in starts for _ in range(2)], dtype=torch.int32)
     flip = torch.tensor([0, 1] * len(starts), dtype=torch.int32)
@@ -68,6 +67,22 @@ def test_windows_and_mirrors_are_those_of_the_picture(side: int):
         for view, (top, left), mirrored in zip(views, start.tolist(), flip.tolist()):
             window = whole[top : top + side, left : left + side]
             assert np.array_equal(view, window[:, ::-1] if mirrored else window), (kind, top, left, mirrored)
+
+
+def test_every_chroma_becomes_the_colour_that_libjpeg_documents():
+    """Each of 256 × 256 chromas fills three by three samples: the four pixels of the middle one have it unmixed."""
+    size = 2 * 3 * 256
+    luma = np.tile(np.array([[0, 85], [170, 255]], np.uint8), (size // 2, size // 2))
+    blue, red = (np.repeat(np.repeat(plane, 3, 0), 3, 1).astype(np.uint8) for plane in np.mgrid[:256, :256])
+    record = torch.from_numpy(np.concatenate([luma.ravel(), blue.ravel(), red.ravel()]))[None]
+    zeros = torch.zeros((1, 2), dtype=torch.int32)
+    view = yuv.cut(record, "yuv420", size, zeros, zeros[:, 0], size)[0].numpy()
+    middle = np.stack([view[2 + down :: 6, 2 + across :: 6] for down in (0, 1) for across in (0, 1)])
+    y, cb, cr = np.mgrid[0:256:85, -128:128, -128:128]
+    shares = ((0, 1.402), (-0.34414, -0.71414), (1.772, 0))  # of Cb and Cr in red, green and blue, by ITU-T T.871
+    for channel, (of_cb, of_cr) in enumerate(shares):
+        difference = (round(of_cb * 2**16) * cb + round(of_cr * 2**16) * cr + 2**15) // 2**16
+        assert np.array_equal(middle[..., channel], np.clip(y + difference, 0, 255)), channel
 
 
 def test_photographs_are_those_of_the_decoder(shared: Path):
@@ -127,12 +142,11 @@ def test_the_kernel_compiles_for_gpus(kind: str, architecture: int, tmp_path: Pa
         (torch.uint8, "*u8", 0, 256),
     ):
         constants = kernel.constants(kind, 256, side, dtype, centred)
-        signature = tensors | {"deviation": "*fp32", "out": pointer, "length": "i32"}
+        signature = tensors | {"deviation": "*fp32", "out": pointer, "step": "i32"}
         source = ASTSource(kernel._kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": False}
-        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=kernel.OPTIONS)
         assert "fma" not in compiled.asm["ptx"]
+        assert ("cvt.rn.bf16.f32" in compiled.asm["ptx"]) == (dtype == torch.bfloat16)  # to the nearest
         (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.check_output([tool, "--dump-resource-usage", tmp_path / "cubin"], text=True)

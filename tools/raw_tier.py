@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports that take long
     process.begin()
 
 import time
+from functools import partial
 
 import click
 
@@ -45,15 +46,12 @@ def main(dataset: str, kind: str, as_json: bool, workers: int) -> None:
     if as_json:
         print_event("plan", pictures=pictures, files=sum(len(split.shards) for split in data.splits.values()))
     with progress_bars(as_json) as show:
-        tier, written = build(data, kind, workers, lambda done, total: show("files", done, total))
+        tier, written = build(data, kind, workers, partial(show, "files"), partial(print_line, as_json))
     size, seconds = sum(file.bytes for file in tier.files.values()), time.monotonic() - started
-    state = (
-        f"{written:,} of {len(tier.files):,} files written"
-        if written
-        else f"{len(tier.files):,} files are as they were"
-    )
+    files = len(tier.files)
+    state = f"{written:,} of {files:,} files written" if written else f"{files:,} files are as they were"
     text = f"{tier.root}: {state}, {pictures:,} pictures, {size:,} bytes, {seconds:.1f} s"
-    counts = {"written": written, "files": len(tier.files), "pictures": pictures, "bytes": size}
+    counts = {"written": written, "files": files, "pictures": pictures, "bytes": size}
     print_line(as_json, text, "done", tier=str(tier.root), **counts, seconds=round(seconds, 3))
 
 

@@ -100,9 +100,9 @@ def _check(manifest: Manifest, quick: bool, workers: int, as_json: bool) -> Fail
         print_event("plan", shards=total, quick=quick)
     with progress_bars(as_json) as show:
         failures = check(manifest, quick=quick, workers=workers, progress=lambda: show("shards", next(done), total))
-        if not {failure.file for failure in failures} & manifest.files.keys():
-            files = partial(show, "raw files")
-            failures += verify_tiers.check(manifest, quick=quick, workers=workers, progress=files)
+        if not any(failure.file.endswith((".tar", "/samples.npy")) for failure in failures):
+            show_files, note = partial(show, "raw files"), partial(print_line, as_json)
+            failures += verify_tiers.check(manifest, quick=quick, workers=workers, progress=show_files, note=note)
         elif tiers := [kind for kind in KINDS if is_dir(manifest.root / f"raw-{kind}")]:
             print_line(as_json, f"note: raw tiers ({', '.join(tiers)}) are not checked until the shards hold")
     for failure in failures:

@@ -94,6 +94,7 @@ def training(
         positions=recipe.data.positions,
         crop_chunk=recipe.data.crop_chunk,
         tier="auto" if workers else recipe.data.tier,
+        device_bytes=recipe.data.device_bytes or None,
         workers=workers,
     )
 

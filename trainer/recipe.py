@@ -81,6 +81,7 @@ class DataRecipe:
     max_bad: Count = 0
     # what follows changes no batch (but for the rounding of a GPU's JPEG decoder, which tier "jpeg" has there)
     tier: Literal["auto", "jpeg", "raw", "device"] = "auto"  # of training; see docs/tiers.md
+    device_bytes: Count = 0  # of tier "device", on each; 0: what is free there, less 12 GiB (of a CPU's, half)
     max_stall: Share = 0.01  # of the time; with more, tier "auto" turns what the cause names
     readers: Few = 1  # samples read at a time
     depth: Few = 2  # batches made ready ahead of use

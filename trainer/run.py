@@ -27,7 +27,7 @@ FIXED = ("model.", "data.", "train.seed", "train.batch_size")
 FREE = (
     *("model.dropout", "model.lrn_"),
     *("data.lighting_until", "data.max_bad", "data.readers", "data.depth", "data.workers"),
-    *("data.tier", "data.max_stall", "data.hardware_share"),
+    *("data.tier", "data.device_bytes", "data.max_stall", "data.hardware_share"),
 )
 FILES = ("recipe.json", "history.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.html", "evaluation.json")
 Taken = dict[str, Any]  # "taken": layers of another run; "new": each other layer, and why; empty without --init

@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +14,13 @@ import numpy as np
 
 from pipeline import UserError, records, storage, tier
 from pipeline.cli import printable
-from pipeline.files import TAR_BLOCK, HashingFile, locked, sweep, write_aside, write_bytes_aside
+from pipeline.files import TAR_BLOCK, HashingFile, locked, require_writable, sweep, write_aside, write_bytes_aside
 from pipeline.image import codec_versions
 from pipeline.manifest import DatasetError, Manifest, canonical_json, mending
 from pipeline.offline import executors
 from pipeline.tier import DIGEST, FILE_NAME, Tier, TierFile, file_of
 from pipeline.typed import Sha256, from_json
+from pipeline.volumes import naming, open_regular
 
 WORK_FOLDER = ".build"  # in the tier's folder: a note of each file that is finished, NAME.json
 
@@ -41,49 +43,88 @@ class FileTask(NamedTuple):
     kind: str
     size: int  # pixels of a side of the pictures
     remedy: str  # where a picture is damaged
+    listed: TierFile | None = None  # in tier.json: the file stays as it is if it has these bytes
+
+    @property
+    def bytes(self) -> int:
+        return len(self.samples) * (records.record_bytes(self.kind, self.size) + DIGEST.itemsize)
 
 
-def build(dataset: Manifest, kind: str, workers: int, progress: Callable[[int, int], None]) -> tuple[Tier, int]:
+def build(
+    dataset: Manifest,
+    kind: str,
+    workers: int,
+    progress: Callable[[int, int], None],
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[Tier, int]:
     """Make the raw tier of a local data set, or go on where an earlier run stopped; mend the files that changed.
 
     The bytes are a function of the shards and the codec alone. `progress` is called with the files that are there, and
-    how many there are to be. Returns the tier, and how many files were written.
+    how many there are to be; `tell` with the reason why a finished tier is made anew. Returns the tier, and how many
+    files were written.
     Raises UserError: no such tier can be made, another process makes it, no room; a stored picture is damaged.
     """
-    root = _folder(dataset, kind)
-    root.mkdir(exist_ok=True)
-    with locked(root, "another process makes this tier"):
-        sweep(root)
+    root, codec = _folder(dataset, kind), records.fingerprint(kind)
+    require_writable(root)
+    with _reserved(root):
         tasks = list(tasks_of(dataset, kind, root))
-        codec = records.fingerprint(kind)
-        finished = dict(_finished(root, tasks, codec))
-        missing = [task for task in tasks if task.path.name not in finished]
-        _require_room(root, missing)
-        if missing and not _is_whole(root, tasks, codec):
-            (root / FILE_NAME).unlink(missing_ok=True)  # it lists other files than those to come
+        before, outdated = _finished_tier(root, tasks, codec)
+        whole = before is not None and not outdated
+        known = dict(before.files) if before and whole else dict(_noted(root, tasks, codec))
+        there = {task.path.name: known[task.path.name] for task in tasks if _has_size(task, known)}
+        stale = [path for path in root.glob(f"*{tier.SUFFIX}") if path.name not in there and path.is_file()]
+        needed = sum(task.bytes for task in tasks if task.path.name not in there)
+        require_writable(root, needed - sum(path.stat().st_size for path in stale))
+        if outdated:
+            tell(f"{outdated}; the tier is made anew")
+            (root / FILE_NAME).unlink()
+        for path in stale:
+            path.unlink()
+        finished, written = {} if whole else there, 0
+        work = [task._replace(listed=there.get(task.path.name)) for task in tasks if task.path.name not in finished]
         progress(len(finished), len(tasks))
+        for name, file, changed in executors.run(write_file, work, min(workers, len(work))):
+            finished[name] = file
+            written += changed
+            progress(len(finished), len(tasks))
+        if before is None or not whole or before.files != finished:
+            before = Tier(root, kind, dataset.recipe.size, codec, codec_versions(), finished)
+            write_bytes_aside(root / FILE_NAME, before.to_json())
+        shutil.rmtree(root / WORK_FOLDER, ignore_errors=True)
+        return before, written
+
+
+@contextmanager
+def _reserved(root: Path) -> Iterator[None]:
+    """Lock the tier's folder. However the block ends, nothing half-written stays; a full disk is a UserError."""
+    root.mkdir(exist_ok=True)
+    with locked(root, "another process makes this tier; wait for it, or stop it"):
         try:
-            for name, file in executors.run(write_file, missing, min(workers, len(missing))):
-                finished[name] = file
-                progress(len(finished), len(tasks))
+            _sweep(root)
+            yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             remedy = "what is finished stays; make room, and the same command goes on"
             raise UserError(f"{error.filename or root}: {error.strerror}; {remedy}") from error
-        for path in root.glob(f"*{tier.SUFFIX}"):
-            if path.name not in finished:  # of shards that are no more
-                path.unlink()
-        made = Tier(root, kind, dataset.recipe.size, codec, codec_versions(), finished)
-        data = made.to_json()
-        if not storage.is_file(root / FILE_NAME) or (root / FILE_NAME).read_bytes() != data:
-            write_bytes_aside(root / FILE_NAME, data)
-        shutil.rmtree(root / WORK_FOLDER, ignore_errors=True)
-        return made, len(missing)
+        finally:
+            _sweep(root)
 
 
-def write_file(task: FileTask) -> tuple[str, TierFile]:
-    """Decode the pictures of a shard into a file of the tier; return its name and its record. Raises DatasetError."""
+def _sweep(root: Path) -> None:
+    sweep(root)
+    sweep(root / WORK_FOLDER)
+
+
+def write_file(task: FileTask) -> tuple[str, TierFile, bool]:
+    """Decode the pictures of a shard into a file of the tier, unless it has the bytes that tier.json lists.
+
+    Returns the file's name, its record, and whether it was written. Raises DatasetError: a picture is damaged.
+    """
+    name = task.path.name
+    if task.listed and _sha256(task.path) == task.listed.sha256:
+        return name, task.listed, False
+    task.path.unlink(missing_ok=True)  # there may be no room for both
 
     def write(out: HashingFile) -> None:
         digests = np.empty(len(task.samples), DIGEST)
@@ -103,8 +144,8 @@ def write_file(task: FileTask) -> tuple[str, TierFile]:
 
     file = TierFile(**write_aside(task.path, write), shard_sha256=task.shard_sha256)
     note = asdict(Finished(file, records.fingerprint(task.kind)))
-    write_bytes_aside(task.path.parent / WORK_FOLDER / f"{task.path.name}.json", canonical_json(note))
-    return task.path.name, file
+    write_bytes_aside(task.path.parent / WORK_FOLDER / f"{name}.json", canonical_json(note))
+    return name, file, True
 
 
 def _folder(dataset: Manifest, kind: str) -> Path:
@@ -131,45 +172,38 @@ def tasks_of(dataset: Manifest, kind: str, root: Path) -> Iterator[FileTask]:
             yield FileTask(path, dataset.root / shard.name, *own, kind, dataset.recipe.size, mending(dataset.root))
 
 
-def _expected(task: FileTask) -> int:
-    return len(task.samples) * (records.record_bytes(task.kind, task.size) + DIGEST.itemsize)
-
-
-def _is_whole(root: Path, tasks: list[FileTask], codec: str) -> bool:
-    """Return whether tier.json is that of the tier to be made, so that only files need be mended."""
+def _finished_tier(root: Path, tasks: list[FileTask], codec: str) -> tuple[Tier | None, str]:
+    """Return the tier that tier.json describes, if it can be read, and why it is not the one to be made, if so."""
+    path = root / FILE_NAME
     try:
-        known = tier.parse(storage.read_bytes(root / FILE_NAME), root)
-    except (OSError, DatasetError):
-        return False
-    shards = {task.path.name: task.shard_sha256 for task in tasks}
-    return known.codec == codec and {name: file.shard_sha256 for name, file in known.files.items()} == shards
+        before = tier.parse(storage.read_bytes(path), root)
+    except FileNotFoundError:
+        return None, ""
+    except DatasetError as error:
+        return None, str(error)
+    if before.codec != codec:
+        return before, f"{path}: decoded by a codec that gives other pixels than this machine's"
+    same = {task.path.name: task.shard_sha256 for task in tasks}
+    same_pictures = (before.kind, before.size) == (tasks[0].kind, tasks[0].size)
+    if same_pictures and same == {name: file.shard_sha256 for name, file in before.files.items()}:
+        return before, ""
+    return before, f"{path}: made from other shards"
 
 
-def _finished(root: Path, tasks: list[FileTask], codec: str) -> Iterator[tuple[str, TierFile]]:
-    """Yield the files that need not be written: noted by a run before, or, after its end, unchanged since."""
-    whole = _is_whole(root, tasks, codec)
-    listed: Mapping[str, TierFile] = tier.parse((root / FILE_NAME).read_bytes(), root).files if whole else {}
+def _noted(root: Path, tasks: list[FileTask], codec: str) -> Iterator[tuple[str, TierFile]]:
+    """Yield the files that an earlier run has finished, from the same shards by the same codec."""
     for task in tasks:
-        path = task.path
-        if not storage.is_file(path) or path.stat().st_size != _expected(task):
-            continue
-        if file := listed.get(path.name):
-            with open(path, "rb") as data:
-                if hashlib.file_digest(data, "sha256").hexdigest() == file.sha256:
-                    yield path.name, file
-            continue
-        try:
-            note = from_json((root / WORK_FOLDER / f"{path.name}.json").read_bytes(), Finished)
-        except (OSError, UserError):
-            continue
-        if note.codec == codec and note.file.shard_sha256 == task.shard_sha256:
-            yield path.name, note.file
+        with suppress(FileNotFoundError, UserError):  # without a note that can be read it is written again
+            note = from_json((root / WORK_FOLDER / f"{task.path.name}.json").read_bytes(), Finished)
+            if (note.codec, note.file.shard_sha256) == (codec, task.shard_sha256):
+                yield task.path.name, note.file
 
 
-def _require_room(root: Path, missing: list[FileTask]) -> None:
-    there = sum(task.path.stat().st_size for task in missing if storage.is_file(task.path))
-    needed, free = sum(map(_expected, missing)) - there, shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"{root}: needs {needed:,} bytes more, and {free:,} are free; make room, or take another format"
-        )
+def _has_size(task: FileTask, known: Mapping[str, TierFile]) -> bool:
+    file = known.get(task.path.name)
+    return file is not None and storage.is_file(task.path) and {file.bytes, task.path.stat().st_size} == {task.bytes}
+
+
+def _sha256(path: Path) -> str:
+    with naming(path), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

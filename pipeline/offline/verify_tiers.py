@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import records, storage, tier
+from pipeline.files import content
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.offline import executors
 from pipeline.offline.raw_tier import FileTask, tasks_of
@@ -24,25 +25,39 @@ class CheckTask(NamedTuple):
     quick: bool  # do not decode the shard's pictures
 
 
-def check(dataset: Manifest, *, quick: bool, workers: int, progress: Callable[[int, int], None]) -> Failures:
+def check(
+    dataset: Manifest,
+    *,
+    quick: bool,
+    workers: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> Failures:
     """Check the raw tiers of a local data set whose shards hold; `progress` gets the files checked, and all.
 
     A file fails that has another size or SHA-256 than tier.json promises, or a record with another digest or, unless
-    `quick`, other pixels than its shard's picture. Returns the failures, each with the command that mends it.
+    `quick`, other pixels than its shard's picture. `note` gets what could not be checked here, and why. Returns the
+    failures, each with the command that mends it.
     """
     failures, tasks = Failures(), list[CheckTask]()
-    if not isinstance(dataset.root, Path):
-        return failures
     for kind in records.KINDS:
         root = tier.folder(dataset.root, kind)
-        if not storage.exists(root):
+        if not storage.is_dir(root):
+            continue
+        if not isinstance(root, Path):
+            note(f"{root}: not checked: a raw tier is read from a machine's own disk")
+            continue
+        if not content(root):  # no tier was begun: there was no room for it
             continue
         own = Failures()
         with own.of(f"{root.name}/{FILE_NAME}"):
-            tasks += _tasks(dataset, kind, quick, _load(dataset, root, kind))
+            found = _load(dataset, root, kind)
+            same = found.codec == records.fingerprint(kind)
+            if not same and not quick:
+                note(f"{root}: pixels not compared: decoded by a codec that gives other ones than this machine's")
+            tasks += (own_tasks := _tasks(dataset, kind, quick or not same, found))
+            failures += _unlisted(root, {task.file.path.name for task in own_tasks})
         failures += _with_remedy(own, dataset, kind)
-        if not own:
-            failures += _unlisted(root, {task.file.path.name for task in tasks})
     for i, (kind, result) in enumerate(executors.run(check_file, tasks, min(workers, len(tasks)))):
         failures += _with_remedy(result, dataset, kind)
         progress(i + 1, len(tasks))
@@ -51,13 +66,13 @@ def check(dataset: Manifest, *, quick: bool, workers: int, progress: Callable[[i
 
 def _with_remedy(failures: Failures, dataset: Manifest, kind: str) -> Iterator[Failure]:
     for failure in failures:
-        yield Failure(failure.file, f"{failure.reason}; make it anew: {tier.build_command(dataset, kind)}")
+        yield Failure(failure.file, f"{failure.reason}; mend it: {tier.build_command(dataset, kind)}")
 
 
 def _load(dataset: Manifest, root: Path, kind: str) -> Tier:
     path = root / FILE_NAME
     if not storage.exists(path):
-        raise Violation("missing: the tier is unfinished; the same command again ends it")
+        raise Violation("missing: the tier is unfinished")
     try:
         found = tier.parse(storage.read_bytes(path), root)
     except DatasetError as error:
@@ -67,15 +82,13 @@ def _load(dataset: Manifest, root: Path, kind: str) -> Tier:
     return found
 
 
-def _tasks(dataset: Manifest, kind: str, quick: bool, found: Tier) -> Iterator[CheckTask]:
+def _tasks(dataset: Manifest, kind: str, quick: bool, found: Tier) -> list[CheckTask]:
     tasks = list(tasks_of(dataset, kind, found.root))
     shards = {task.path.name: task.shard_sha256 for task in tasks}
     if {name: file.shard_sha256 for name, file in found.files.items()} != shards:
-        raise Violation("was made from other shards")
-    same = found.codec == records.fingerprint(kind)  # else the pixels of this machine are no judge
-    for task in tasks:
-        name = f"{found.root.name}/{task.path.name}"
-        yield CheckTask(name, task, found.files[task.path.name], quick or not same)
+        raise Violation("made from other shards")
+    names = [task.path.name for task in tasks]
+    return [CheckTask(f"{found.root.name}/{name}", task, found.files[name], quick) for name, task in zip(names, tasks)]
 
 
 def _unlisted(root: Path, listed: set[str]) -> Iterator[Failure]:

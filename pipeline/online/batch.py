@@ -83,6 +83,7 @@ class Batch:
     jpegs: list[np.ndarray] = field(default_factory=list, repr=False)  # (bytes,) uint8 each, until they are decoded
     crops: Crops = field(init=False, repr=False)  # set when the samples are read
     tensors: list[tuple[Tensor, ...]] = field(default_factory=list, repr=False)  # what `Normaliser.images` takes
+    kind: str = ""  # of the records that `tensors` begin with; empty: views, or whole pictures, (n, h, w, 3)
     worker: str = ""  # of decoding workers, which gave the part that came last, by its name
     workers: int = 0  # that answer now
     read_at: float = field(default=0.0, repr=False)  # or when the last part came; by `time.perf_counter`, as decoded_at

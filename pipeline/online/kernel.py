@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.online.yuv import BLUE, GREEN_BLUE, GREEN_RED, HALF, RED
 
 BLOCK = 1024  # pixels of a program
+OPTIONS = {"enable_fp_fusion": False}  # else a product and a difference would be rounded once, not twice
 LAYOUTS = {"rgb": 0, "yuv420": 1, "pixels": 2}
 RED_, GREEN_BLUE_, GREEN_RED_, BLUE_, HALF_ = (
     tl.constexpr(number) for number in (RED, GREEN_BLUE, GREEN_RED, BLUE, HALF)
@@ -39,7 +40,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     factor,  # (n, 3) float32: 1/std
     deviation,  # (side, side, 3) or (size, size, 3) float32
     out,  # (n, side, side, 3)
-    length,
+    step,  # bytes from record to record
     size: tl.constexpr,
     side: tl.constexpr,
     layout: tl.constexpr,
@@ -55,7 +56,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     mirrored = tl.load(flip + image)
     row = y + tl.load(start + 2 * image)
     column = tl.where(mirrored == 1, side - 1 - x, x) + tl.load(start + 2 * image + 1)
-    record = records + image * length
+    record = records + image * step
     if layout == 1:
         half: tl.constexpr = (size + 1) // 2
         luma = tl.load(record + row * size + column).to(tl.int32)
@@ -74,9 +75,9 @@ def _kernel(  # type: ignore[no-untyped-def]
             tl.minimum(tl.maximum(blue, 0), 255),
         )
     else:
-        step: tl.constexpr = 1 if layout == 2 else size * size  # from channel to channel
+        apart: tl.constexpr = 1 if layout == 2 else size * size  # from channel to channel
         first = record + (row * size + column) * (3 if layout == 2 else 1)
-        red, green, blue = tl.load(first), tl.load(first + step), tl.load(first + 2 * step)
+        red, green, blue = tl.load(first), tl.load(first + apart), tl.load(first + 2 * apart)
     target = out + (image * side * side + pixel) * 3
     if normalised:
         where = deviation + (pixel if centred == 1 else row * size + column) * 3
@@ -109,6 +110,7 @@ def views(
 
     dtype uint8: as they are cut, without `offset`, `std` (n, 3) and `deviation`. `aligned`: the deviation is as large
     as the pictures, (size, size, 3), and each view has its own window of it, mirrored with it; else (side, side, 3).
+    Each record, and every other tensor, is contiguous.
     """
     out = torch.empty((len(records), side, side, 3), dtype=dtype, device=records.device)
     if len(records):
@@ -117,12 +119,12 @@ def views(
             colours = offset, std.reciprocal()
             centred = 0 if deviation is None else 2 if aligned else 1
         tensors = records, start, flip, *colours, records if deviation is None else deviation, out
-        with torch.cuda.device(records.device) if records.is_cuda else torch.no_grad():
+        with torch.cuda.device_of(records):
             _kernel[(len(records), triton.cdiv(side * side, BLOCK))](
                 *tensors,
-                records.shape[1],
+                records.stride(0),
                 **constants(kind, size, side, dtype, centred),
-                enable_fp_fusion=False,
+                **OPTIONS,
             )
     return out.permute(0, 3, 1, 2)
 

@@ -164,7 +164,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         for tensor in chain([batch.labels], *batch.tensors):
             if tensor.is_cuda:  # made on another stream: not to be freed while this one uses it
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        images = [self._normaliser.images(batch.step, *pair) for pair in zip(batch.tensors, self._decoding)]
+        images = [self._normaliser.images(batch, *pair) for pair in zip(batch.tensors, self._decoding)]
         batch.replicas = tuple(images[self._decoding.index(device)] for device in self.devices)
         self.meter.add(wait, (before, after) if before and after else None)
         self._next = batch.step + 1

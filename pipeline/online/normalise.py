@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pipeline.online import yuv
 from pipeline.online.batch import Batch, Crops, Transform, ViewBox
-from pipeline.records import KINDS, record_bytes
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8")}
 CHANNELS = np.array([0xFF, 0xFF00, 0xFF0000], np.int32)[:, None, None]  # of a word of RGBX, red first
@@ -101,33 +100,40 @@ class Normaliser:
             return [(view.to(self._output),) for view in views]
         crops = batch.crops
         arrays = [torch.from_numpy(array) for array in (crops.offset, crops.std, crops.start, crops.flip)]
-        if self._on_cpu:
-            views = [self._cut_out(view, *arrays[2:]) for view in views]
-        if self._output == torch.uint8 and views[0].dim() == 4:
+        if self._on_cpu and batch.kind:
+            crop_boxes = self._size, arrays[2], arrays[3], self._recipe.decoded
+            views = [yuv.cut(view, batch.kind, *crop_boxes) for view in views]
+            batch.kind = ""
+        if self._output == torch.uint8 and not batch.kind:
             return [(view,) for view in views]
         if self._on_cpu:
-            return [(self._normalised(batch.step, view, arrays, view.device).contiguous(),) for view in views]
+            return [(self._normalised(batch, view, arrays, view.device).contiguous(),) for view in views]
         return [(view, *(array.to(device) for array in arrays)) for view, device in zip(views, self._devices)]
 
     @torch.no_grad()
-    def images(self, step: int, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    def images(self, batch: Batch, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
         """Return, in the consumer's thread and on its stream, (n, 3, view, view) or (n, views, 3, view, view)."""
         boxes, side = self._recipe.several, self._recipe.view
         pictures, *arrays = tensors
-        if pictures.dim() == 2 and (boxes or self._output == torch.uint8):
-            pictures = self._cut_out(pictures, *arrays[2:])
         if self._output == torch.uint8:
+            if batch.kind:
+                pictures = self._from_records(batch.kind, pictures, arrays)
             views = [_cut(pictures, box, side).permute(0, 3, 1, 2) for box in boxes]
             return torch.stack(views, dim=1) if boxes else pictures.permute(0, 3, 1, 2)
-        return pictures if self._on_cpu else self._normalised(step, pictures, arrays, device)
+        return pictures if self._on_cpu else self._normalised(batch, pictures, arrays, device)
 
     @torch.no_grad()
-    def _normalised(self, step: int, pictures: Tensor, arrays: list[Tensor], device: torch.device) -> Tensor:
+    def _normalised(self, batch: Batch, pictures: Tensor, arrays: list[Tensor], device: torch.device) -> Tensor:
         boxes, side, aligned = self._recipe.several, self._recipe.view, self._recipe.aligned
         offset, std, start, flip = arrays
-        deviation = self._deviations.get((self._recipe.divisor(step), device))
-        if pictures.dim() == 2:
-            return self._fused(pictures, start, flip, offset, std, deviation, self._output)
+        deviation = self._deviations.get((self._recipe.divisor(batch.step), device))
+        if batch.kind and not boxes:
+            from pipeline.online import kernel  # needs Triton, which torch has where it has CUDA
+
+            crops = self._size, start, flip, side
+            return kernel.views(pictures, batch.kind, *crops, offset, std, deviation, aligned, self._output)
+        if batch.kind:
+            pictures = self._from_records(batch.kind, pictures, arrays)
         if boxes:
             views = []
             for box in boxes:
@@ -139,32 +145,14 @@ class Normaliser:
         run = fused(function) if device.type == "cuda" else function
         return run(pictures, offset, std, deviation, self._output, *crop_boxes)
 
-    def _cut_out(self, pictures: Tensor, start: Tensor, flip: Tensor) -> Tensor:
-        """Return views or whole pictures, (n, h, w, 3) uint8, of records (n, bytes); of those themselves."""
-        if pictures.dim() == 4:
-            return pictures
-        if pictures.is_cuda:
-            return self._fused(pictures, start, flip, None, None, None, torch.uint8).permute(0, 2, 3, 1)
-        return yuv.cut(pictures, self._kind(pictures), self._size, start, flip, self._recipe.decoded)
+    def _from_records(self, kind: str, records: Tensor, arrays: list[Tensor]) -> Tensor:
+        """Return what a decoder would give of a GPU's records: views, or whole pictures, (n, h, w, 3) uint8."""
+        from pipeline.online import kernel
 
-    def _fused(
-        self,
-        records: Tensor,
-        start: Tensor,
-        flip: Tensor,
-        offset: Tensor | None,
-        std: Tensor | None,
-        deviation: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Return `kernel.views` of the recipe."""
-        from pipeline.online import kernel  # needs Triton, which torch has where it has CUDA
-
-        crops, aligned = (self._size, start, flip, self._recipe.decoded), self._recipe.aligned
-        return kernel.views(records, self._kind(records), *crops, offset, std, deviation, aligned, dtype)
-
-    def _kind(self, records: Tensor) -> str:
-        return next(kind for kind in KINDS if records.shape[1] == record_bytes(kind, self._size))
+        _, _, start, flip = arrays
+        crops = self._size, start, flip, self._recipe.decoded
+        views = kernel.views(records, kind, *crops, None, None, None, False, torch.uint8)
+        return views.permute(0, 2, 3, 1)
 
 
 def _cut(images: Tensor, box: ViewBox, side: int) -> Tensor:

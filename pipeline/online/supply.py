@@ -70,7 +70,9 @@ class Supply:
         )
 
     def decoder(self, setting: Setting) -> Decoder:
-        """Return a decoder of the setting's tier."""
+        """Return a decoder of the setting's tier; what another tier kept in memory is freed."""
+        if setting.tier != "device":
+            self._resident = None
         if setting.tier == "jpeg":
             return self._jpeg_decoder(setting)
         kind = "yuv420" if setting.tier == "device" else next(kind for kind in self._kinds("raw") if kind in self._raw)
@@ -130,12 +132,16 @@ class Supply:
         if self._resident is None:
             samples = self.data.split(self.split).samples
             room = min(map(_room, self.devices)) if self.device_bytes is None else self.device_bytes
-            fit = min(samples, room // record)
+            while self._resident is None:
+                fit = min(samples, room // record)
+                try:
+                    self._resident = tiers.Resident(self.devices, fit, record)
+                except torch.OutOfMemoryError:  # what is free need not be in one piece
+                    room //= 2
             source = f"{folder(Path(), 'yuv420')} on disk" if self._raw else "the shards"
             rest = "" if fit == samples else f", the rest from {source}: {samples * record:,} bytes would hold all"
             where = " and ".join(map(str, self.devices))
             self.told(f"tier device: {fit:,} of {samples:,} samples fit in {room:,} bytes of {where}{rest}")
-            self._resident = tiers.Resident(self.devices, fit, record)
         return self._resident
 
 

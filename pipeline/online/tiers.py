@@ -100,7 +100,7 @@ class _Scratch(threading.local):
 
 
 class _FromRecords(turbo.Decoder):
-    """What the decoders below share: threads that each read a record and make something of it."""
+    """A decoder whose threads each read a record and make something of it."""
 
     _in_words = False
 
@@ -150,9 +150,10 @@ class Decoder(_FromRecords):
         return [views if self._normalised else views.permute(0, 2, 3, 1)]
 
     def _make(self, job: turbo.Job, i: int) -> float:
-        own, crops, size = self._own, job.batch.crops, self._records.size
+        own, size = self._own, self._records.size
         seconds = self._records.read(job.batch.ids.item(i), own.record)
-        (top, left), (height, width), flip = crops.start[i].tolist(), crops.shape[i].tolist(), bool(crops.flip.item(i))
+        top, left, height, width, mirrored = job.boxes[i]
+        flip = mirrored == 1
         if top + height > size or left + width > size:
             raise ValueError(f"{height} × {width} at {top}, {left} of {size} × {size}")
         levels = own.picture[:, top : top + height, left : left + width]
@@ -249,6 +250,7 @@ class RecordDecoder(_FromRecords):
 
     def _given(self, job: turbo.Job, views: Tensor) -> list[Tensor]:
         assert isinstance(job, _RecordJob)
+        job.batch.kind = self.kind
         result = [self._on(device, job.batch.ids, job.rows, views) for device in self._devices]
         for device in self._devices:
             if device.type == "cuda":  # what is copied is for later batches

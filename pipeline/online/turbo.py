@@ -34,6 +34,7 @@ class Job:
     deviation: np.ndarray | None  # (3, h, w) float32
     tasks: list[Future[None]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)  # positions of what does not decode
+    boxes: list[list[int]] = field(default_factory=list)  # crop boxes: top, left, height, width; 1: mirrored
 
 
 class Shared:
@@ -91,6 +92,7 @@ class Decoder:
         """Begin to decode a batch."""
         views, deviation = self._array(len(batch.ids)), self._deviations.get(self._recipe.divisor(batch.step))
         job = Job(batch, views, scaled(batch.crops, self._in_words), deviation)
+        job.boxes = np.column_stack([batch.crops.start, batch.crops.shape, batch.crops.flip]).tolist()
         self._start(job, range(len(batch.ids)))
         return job
 

@@ -9,12 +9,13 @@ HALF = 1 << 15
 
 
 def cut(records: Tensor, kind: str, size: int, start: Tensor, flip: Tensor, side: int) -> Tensor:
-    """Cut a view out of each record, (n, bytes) uint8 → (n, side, side, 3) uint8, RGB, on the device of the records.
+    """Cut a view out of each record, (n, bytes) uint8 → (n, side, side, 3) uint8, RGB, in planes in memory.
 
     `kind` is one of `records.KINDS`, or "pixels": rows of RGB, as a GPU's JPEG decoder gives whole pictures. `size` is
-    the side of the pictures in pixels, `start` (n, 2) top and left of each view, `flip` (n,) 1 where it is mirrored.
+    the side of the pictures in pixels, 5 or more; `start` (n, 2) top and left of each view, `flip` (n,) 1 where it is
+    mirrored. Any device will do, but the host reads `start` and `flip`.
     """
-    views = torch.empty((len(records), side, side, 3), dtype=torch.uint8, device=records.device)
+    views = torch.empty((len(records), 3, side, side), dtype=torch.uint8, device=records.device)
     for view, record, (top, left), mirrored in zip(views, records, start.tolist(), flip.tolist()):
         rows, columns = slice(top, top + side), slice(left, left + side)
         if kind == "yuv420":
@@ -23,8 +24,8 @@ def cut(records: Tensor, kind: str, size: int, start: Tensor, flip: Tensor, side
             planes = record.view(3, size, size)[:, rows, columns]
         else:
             planes = record.view(size, size, 3)[rows, columns].permute(2, 0, 1)
-        view.copy_((planes.flip(-1) if mirrored else planes).permute(1, 2, 0))
-    return views
+        view.copy_(planes.flip(-1) if mirrored else planes)
+    return views.permute(0, 2, 3, 1)
 
 
 def _colours(record: Tensor, size: int, top: int, left: int, side: int) -> Tensor:

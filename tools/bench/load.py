@@ -14,27 +14,34 @@ import numpy as np
 from pipeline import UserError, manifest, storage
 from pipeline.cli import Command
 from pipeline.manifest import FileRecord, Manifest, Split
+from pipeline.offline.raw_tier import build
 from tools.bench import common
 from tools.bench.common import CORES, COUNT, ROOT, Figures, Row
 from tools.bench.peers_build import SIDE, Job
 from tools.bench.peers_load import images_of, stored_jpegs
 
 TRAIN, CEILING, UINT8, COLOUR = "train", "decode", ["penstock-uint8"], ["penstock-colour"]
-OURS = {"checkout": str(ROOT)}
+CHECKOUT = {"checkout": str(ROOT)}
+OURS, RAW, DEVICE = (CHECKOUT | {"tier": tier} for tier in ("jpeg", "raw", "device"))
 ROWS = (
     Row(CEILING, "ceiling: libjpeg-turbo decodes alone (simplejpeg)", "decode", against=UINT8),
     Row("penstock-uint8", "Penstock, uint8", "penstock", OURS | {"output": "uint8"}),
     Row("penstock-colour", "Penstock, minus the mean colour", "penstock", OURS | {"mean": "colour"}),
     Row("penstock-image", "Penstock, minus the mean image (default)", "penstock", OURS),
     Row("penstock-imagenet", "Penstock, recipe imagenet", "penstock", OURS | {"recipe": "imagenet"}),
+    Row("raw-uint8", "Penstock, raw tier, uint8", "penstock", RAW | {"output": "uint8"}),
+    Row("raw-image", "Penstock, raw tier, minus the mean image", "penstock", RAW),
+    Row("device-uint8", "Penstock, 4:2:0 in memory, uint8", "penstock", DEVICE | {"output": "uint8"}),
+    Row("records", "Penstock, raw tier, records of 4:2:0 alone", "records", OURS),
     Row("synthetic", "synthetic: no pictures", "synthetic", against=["penstock-image"]),
     Row("dali-reader", "DALI, readers.webdataset", "dali_reader", against=COLOUR),
     Row("ffcv-jpeg", "FFCV, JPEGs", "ffcv", {"write_mode": "jpg"}, "ffcv", UINT8),
-    Row("ffcv-raw", "FFCV, raw pixels", "ffcv", {"write_mode": "raw"}, "ffcv", UINT8),
+    Row("ffcv-raw", "FFCV, raw pixels", "ffcv", {"write_mode": "raw"}, "ffcv", ["raw-uint8"]),
     Row("webdataset", "WebDataset, Pillow, DataLoader", "webdataset", {}, "webdataset", COLOUR),
     Row("litdata", "LitData, Pillow, StreamingDataLoader", "litdata", {}, "litdata", COLOUR),
     Row("grain", "Grain, simplejpeg, random_map", "grain", {}, "grain", UINT8),
 )
+NEEDS = {"raw": ("rgb",), "device": ("yuv420",), "records": ("yuv420",)}  # kinds of records
 OWN_FORMAT = ("ffcv", "litdata")  # which peers_build.py writes first
 batch_option = click.option("--batch", type=COUNT, default=128, show_default=True)
 
@@ -66,6 +73,9 @@ def load(dataset: Path, batch: int, batches: int, baseline: Path | None, only: t
         stored = np.unique(of_images(dataset, taken, source).samples(TRAIN))
 
         def run(row: Row) -> Figures:
+            for kind in NEEDS.get("records" if row.function == "records" else row.options.get("tier", ""), ()):
+                click.echo(f"{row.name}: making the raw tier, unless it is there, untimed", err=True)
+                build(manifest.load(source), kind, CORES, lambda done, total: None)
             job = {"source": str(source), "out": str(scratch / row.name), **sizes}
             if row.function in OWN_FORMAT and not (scratch / row.name).exists():
                 click.echo(f"{row.name}: writing its own format, untimed", err=True)

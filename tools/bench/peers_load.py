@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from inspect import signature
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
@@ -74,8 +75,34 @@ def penstock(job: Job) -> Figures:
     sys.path.insert(0, job.options.pop("checkout"))
     from pipeline.online import Loader
 
+    if "tier" not in signature(Loader.__init__).parameters:  # an older checkout's, which has JPEGs alone
+        del job.options["tier"]
     with Loader(job.source, "train", batch_size=job.batch, threads=job.workers, **job.options) as loader:
         return take(job, (batch.images for batch in loader), "simplejpeg", "torch", "numpy")
+
+
+def records(job: Job) -> Figures:
+    """Read whole records in a random order, each checked by its digest, into memory that is used again: no colours."""
+    sys.path.insert(0, job.options["checkout"])
+    import numpy as np
+
+    from pipeline import manifest, tier
+    from pipeline.online.samples import SampleReader
+    from pipeline.online.tiers import Records
+
+    data = manifest.load(job.source)
+    reader = SampleReader(data, "train")
+    found = Records(data, "train", "yuv420", tier.load(data, "yuv420"), reader)
+    ids = np.resize(np.random.default_rng(0).permutation(len(reader)), images_of(job)).reshape(-1, job.batch)
+    memory = np.empty((2 * job.workers, job.batch, found.bytes), np.uint8)
+
+    def read(step: int) -> np.ndarray:
+        for sample, record in zip(ids[step].tolist(), batch := memory[step % len(memory)]):
+            found.read(sample, record)
+        return batch
+
+    with ThreadPoolExecutor(job.workers) as pool:
+        return take(job, pool.map(read, range(len(ids))), "numpy", "xxhash")
 
 
 def first_batch(job: Job) -> Figures:
