@@ -1,5 +1,6 @@
 """The CPU's decoder: libjpeg-turbo in threads. Each picture is cut, mirrored, normalised while it is in the cache."""
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -9,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
-from math import prod
 
 import numpy as np
 import simplejpeg
@@ -128,7 +128,7 @@ class Decoder:
     def _array(self, n: int) -> np.ndarray:
         """Return an array for n views: of a batch that nobody uses any more, since fresh pages are slow to write."""
         shape, free = (n, *self._shape), self._shared.free
-        size = prod(shape) * self._dtype.itemsize
+        size = math.prod(shape) * self._dtype.itemsize
         memory = None
         with suppress(IndexError):  # another thread may have taken the last
             memory = free.pop()
@@ -213,7 +213,7 @@ def copy(rows: np.ndarray, out: np.ndarray, flip: bool) -> None:
     """
     out = out.reshape(rows.shape)
     if flip:
-        word = next(size for size in (8, 4, 2, 1) if rows.shape[-1] % size == 0)
+        word = math.gcd(rows.shape[-1], 8)
         out, rows = out.view(f">u{word}"), rows.view(f"<u{word}")[..., ::-1]
     out[...] = rows
 
