@@ -15,9 +15,10 @@ from PIL import Image
 
 from conftest import ROOT, picture, saved
 from pipeline import manifest
-from pipeline.online import Loader, graph, turbo, yuv
+from pipeline.online import Loader, graph, turbo
 from pipeline.online.augment import AlexNet, ViewOptions
 from pipeline.online.batch import Batch, Crops, Transform, Undecodable
+from pipeline.online.normalise import Normaliser
 from pipeline.online.plain import ImageNet
 from reference import jpeg_pixels
 from stored import decoded, jpegs
@@ -174,11 +175,14 @@ def test_whole_pictures_are_the_decoders_and_their_views_the_same(dataset: Path,
     crops = drawn_crops(recipe, pictures)
     options = graph.GraphOptions(224, size=256, whole=True, threads=2)
     decoder = graph.Decoder((CPU,) * devices, options, 6, False)
-    records = decoded(decoder, pictures, crops)
-    assert decoder.kind == "pixels"
-    assert (records == np.stack([jpeg_pixels(jpeg).reshape(-1) for jpeg in pictures])).all()
-    start, flip = torch.from_numpy(crops.start), torch.from_numpy(crops.flip)
-    views = yuv.cut(torch.from_numpy(records), "pixels", 256, start, flip, 224)
+    batch = Batch(0, 0, 0, 6, np.arange(6))
+    batch.jpegs, batch.crops = [np.frombuffer(data, np.uint8) for data in pictures], crops
+    decoder.submit(batch)
+    _, (records, *_) = decoder.result()
+    assert batch.kind == "pixels"
+    assert (records.numpy() == np.stack([jpeg_pixels(jpeg).reshape(-1) for jpeg in pictures])).all()
+    normaliser = Normaliser(recipe, (CPU,), "uint8", 256)
+    views = normaliser.images(batch, *normaliser.prepare(batch, [records]), CPU).permute(0, 2, 3, 1)
     assert (views.numpy() == decoded(turbo.Decoder(recipe, False, 6, 1), pictures, crops)).all()
     assert decoded(decoder, pictures[:1], crops[:1]).shape == (1, 256 * 256 * 3)
     assert decoded(decoder, [], crops[:0]).shape == (0, 256 * 256 * 3)

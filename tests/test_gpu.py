@@ -1,8 +1,12 @@
 """The same chain on a CUDA device. On one GPU both columns live on cuda:0."""
 
+import shutil
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +14,15 @@ import torch.nn.functional as F
 from crew import Crew
 from networks import apart, drawn, images, masks_of, narrow
 from pipeline import manifest
-from pipeline.online import Loader
+from pipeline.offline.raw_tier import build
+from pipeline.online import Loader, yuv
+from pipeline.online.batch import Crops
+from pipeline.online.normalise import normalise, normalise_aligned
+from pipeline.records import KINDS, record_bytes
+from reference import jpeg_pixels
 from runs import TINY, options
+from stored import decoded, jpegs
+from tools.bench import steps
 from tools.bench.steps import RATES, Grouped, settings
 from tools.bench.supply import FP32
 from tools.bench.train import VARIANTS
@@ -53,6 +64,118 @@ def test_batches_from_the_gpu_are_those_of_the_cpu(dataset: Path, split: str, vi
             difference = (one.images - other.images.cpu()).abs()
             assert difference.mean() < 2  # grey levels
             assert difference.max() < 64
+
+
+TIERS: list[tuple[str, dict[str, Any]]] = [  # kind of records on disk, and options of the loader
+    ("rgb", {"tier": "raw"}),
+    ("yuv420", {"tier": "raw"}),
+    ("yuv420", {"tier": "device", "device_bytes": 10**9}),
+    ("yuv420", {"tier": "device", "device_bytes": 17 * record_bytes("yuv420", 256)}),
+    ("", {"tier": "device", "device_bytes": 10**9}),  # decoded from the shards
+]
+VIEWS = [("train", {}), ("train", {"mean": "aligned", "view": 131}), ("val", {"views": "ten"})]
+
+
+@pytest.mark.parametrize(("kind", "tier"), TIERS)
+def test_every_tier_on_a_gpu_gives_the_bytes_of_the_cpu(dataset: Path, tmp_path: Path, kind: str, tier: dict[str, Any]):
+    """Of more than two epochs, so that records stay in the device's memory; as uint8, and normalised in float32."""
+    root = Path(shutil.copytree(dataset, tmp_path / "dataset"))
+    if kind:
+        build(manifest.load(root), kind, 1, lambda done, total: None)
+    for (split, views), output in product(VIEWS, ("uint8", "float32")):
+        options: dict[str, Any] = {"batch_size": 7, "output": output, **views}
+        with (
+            Loader(dataset, split, tier="jpeg", **options) as host,
+            Loader(root, split, device="cuda:0", **tier, **options) as device,
+        ):
+            assert device.tier == tier["tier"]
+            for _ in range(2 * host.steps_per_epoch + 1 if split == "train" else host.steps_per_epoch):
+                one, other = next(host), next(device)
+                assert one.ids.tolist() == other.ids.tolist()
+                assert one.labels.tolist() == other.labels.tolist()
+                assert other.images.is_cuda
+                assert torch.equal(one.images, other.images.cpu()), (split, views, output, one.step)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pixels"])
+@pytest.mark.parametrize(("size", "side"), [(256, 224), (33, 28)])
+def test_the_kernel_on_a_gpu_gives_the_bits_of_the_cpu(kind: str, size: int, side: int):
+    """Of random records: cut, and normalised in every dtype, with either mean and without."""
+    from pipeline.online import kernel  # needs Triton
+
+    rng, n, gpu = np.random.default_rng(3), 9, devices()[0]
+    length = record_bytes("yuv420" if kind == "yuv420" else "rgb", size)
+    records = torch.from_numpy(rng.choice(np.array([0, 1, 127, 128, 200, 255], np.uint8), (n, length)))
+    start = torch.from_numpy(rng.integers(0, size - side + 1, (n, 2)).astype(np.int32))
+    flip = torch.from_numpy(rng.integers(0, 2, n).astype(np.int32))
+    offset, std = (torch.from_numpy(rng.uniform(0.5, 130, (n, 3)).astype(np.float32)) for _ in range(2))
+    view, whole = (torch.from_numpy(rng.normal(0, 40, (s, s, 3)).astype(np.float32)) for s in (side, size))
+    cut = yuv.cut(records, kind, size, start, flip, side)
+    there = records.to(gpu), kind, size, start.to(gpu), flip.to(gpu), side
+    actual = kernel.views(*there, None, None, None, False, torch.uint8)
+    assert torch.equal(actual.cpu(), cut.permute(0, 3, 1, 2))
+    for dtype, mean in product((torch.float32, torch.bfloat16, torch.float16), (None, view, whole)):
+        if mean is whole:
+            expected = normalise_aligned(cut, offset, std, whole, dtype, start, flip)
+        else:
+            expected = normalise(cut, offset, std, mean, dtype)
+        deviation = None if mean is None else mean.to(gpu)
+        actual = kernel.views(*there, offset.to(gpu), std.to(gpu), deviation, mean is whole, dtype)
+        assert torch.equal(actual.cpu(), expected), (dtype, None if mean is None else tuple(mean.shape))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_whole_pictures_decoded_by_a_gpu_are_those_of_the_cpu(dataset: Path, share: float):
+    """But for the decoders' rounding, whichever decodes them."""
+    from pipeline.online import graph
+
+    pictures, gpu = jpegs(dataset, "train")[:9], devices()[0]
+    crops = Crops(*(np.zeros((9, 2), np.int32),) * 2, np.zeros(9, np.int32), *(np.zeros((9, 3), np.float32),) * 2)
+    options = graph.GraphOptions(224, size=256, whole=True, hardware_share=share)
+    records = decoded(graph.Decoder((gpu,), options, 9, False), pictures, crops)
+    expected = np.stack([jpeg_pixels(jpeg).reshape(-1) for jpeg in pictures])
+    difference = np.abs(records.astype(int) - expected)
+    assert difference.mean() < 2  # grey levels
+    assert difference.max() < 64
+
+
+def both_ways(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the function's value, and the gradient of x for one of another layout."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.device, y.dtype))
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", steps.OPERATIONS)
+def test_candidates_for_the_step_give_the_trainers_values(name: str, layout: torch.memory_format):
+    """In float32; a GPU's roots are off by a few bits."""
+    from tools.bench import candidates
+
+    ours = {"lrn": lambda x: candidates.lrn(x, 1), "rnorm": candidates.same_map_norm, "pool": candidates.pool_relu}
+    x = torch.randn((5, *steps.MAPS[name]), generator=torch.Generator().manual_seed(3)) * 60
+    x = x.round().to(devices()[0], memory_format=layout)
+    for actual, expected in zip(both_ways(ours[name], x), both_ways(steps.OPERATIONS[name], x)):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("idea", ["foreach", "whole"])
+def test_an_update_in_few_launches_and_a_step_as_one_graph_train_as_the_trainer_does(idea: str):
+    """The losses of six steps on another batch each, at rates at which they change."""
+    recipe = recipes.load("tiny", ("train.batch_size=16", "optim.batch_size=16", "optim.lr=0.01"))
+    both = [devices()[0]] * 2
+    reference_precision()
+    losses = []
+    for ideas in ({}, {idea: True}):
+        step, _ = steps.penstock(TwoColumnNet, recipe, 10, both, **ideas)
+        batches = [steps.synthetic(16, recipe.model.size, both, classes=10, seed=seed) for seed in range(6)]
+        for _ in range(3 if idea == "whole" and not ideas else 0):
+            step(batches[0])  # as many as the capture takes
+        losses.append([float(step(batch)) for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(set(losses[0])) == 6
 
 
 def test_masks_drawn_on_the_device_are_the_hosts():

@@ -92,7 +92,6 @@ class Decoder:
 
     def __init__(self, devices: tuple[torch.device, ...], options: GraphOptions, most: int, replicate: bool) -> None:
         self._devices, self._options, self._replicate = devices, options, replicate
-        self.kind = "pixels" if options.whole else ""  # of records, as `RecordDecoder.kind`; "": views
         self._most = most if replicate else -(-most // len(devices))
         self._streams = Streams(devices)
         self._inside: deque[Batch] = deque()
@@ -121,14 +120,16 @@ class Decoder:
         try:
             parts = [graph.result() for graph in self._graphs]
         except RuntimeError as error:  # DALI does not tell which pictures
-            if positions := undecodable(batch) if not self.kind else list(self._other_than_whole(batch)):
+            if positions := list(self._other_than_whole(batch)) if self._options.whole else undecodable(batch):
                 raise Undecodable(batch, positions) from error
             raise
         if len(parts) > 1 and not self._replicate:
             parts = [torch.cat([part.to(device, non_blocking=True) for part in parts]) for device in self._devices]
         self._inside.popleft()
         batch.jpegs = []  # the consumer may keep the batch
-        return batch, [part.flatten(1) for part in parts] if self.kind else parts
+        if self._options.whole:
+            batch.kind, parts = "pixels", [part.flatten(1) for part in parts]
+        return batch, parts
 
     def _other_than_whole(self, batch: Batch) -> Iterator[int]:
         """Yield the positions of what a CPU does not decode to a picture of the graph's size."""

@@ -15,7 +15,7 @@ CHANNELS = np.array([0xFF, 0xFF00, 0xFF0000], np.int32)[:, None, None]  # of a w
 
 
 def normalise(view: Tensor, offset: Tensor, std: Tensor, mean_deviation: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return (view − offset) · (1/std) − mean_deviation: (n, h, w, 3) uint8 → (n, 3, h, w), channels last in memory.
+    """Return (view − offset) · (1/std) − mean_deviation: (n, h, w, 3) uint8 → (n, 3, h, w), in memory as it was.
 
     `offset` and `std` (n, 3) float32 in grey levels; `mean_deviation` (h, w, 3) or (n, h, w, 3) float32, or None. The
     arithmetic is float32, in this order, rounded to `dtype` at the end; `augment.reference_normalise` is its oracle.

@@ -96,6 +96,7 @@ class _Scratch(threading.local):
     def __init__(self, size: int, side: int) -> None:
         self.record = np.empty(3 * size * size, np.uint8)
         self.picture = self.record.reshape(3, size, size)
+        self.mirrored = np.empty((3, side, side), np.uint8)
         self.planes = np.empty((3, side, side), np.float32)
 
 
@@ -164,7 +165,10 @@ class Decoder(_FromRecords):
             levels = turbo.resized(box.reshape(height, -1), self._recipe.decoded, flip)[..., :3].transpose(2, 0, 1)
             flip = False
         if self._normalised:
-            self._normalise(job, i, levels[..., ::-1] if flip else levels, flip, own.planes)
+            if flip:
+                turbo.copy(levels, own.mirrored, True)  # numpy converts rows that run backwards at a quarter of the speed
+                levels = own.mirrored
+            self._normalise(job, i, levels, flip, own.planes)
         elif self._recipe.resize:
             job.views[i][...] = levels
         else:

@@ -6,7 +6,7 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
-from pipeline.online.stall import KNOBS, Wait
+from pipeline.online.stall import Wait
 
 WINDOW, SECONDS = 10, 0.03  # steps, and seconds, of a measurement, at least
 SETTLING = 4  # steps after a change that are not measured
@@ -16,6 +16,12 @@ QUIET = 500  # steps without a stall, after which another episode may begin
 GAIN = 1.05  # times the images/s, for which a change is kept
 PAUSE, LEAST_PAUSE = 10, 1.0  # times the median step, and seconds: then the consumer did something else
 MOST_READERS = MOST_DEPTH = 16
+LEFT = {  # cause → what is nothing to turn
+    "reading": "a faster disk, or order='shards'",
+    "decoding": "a raw tier (tools/raw_tier.py), or more CPU cores",
+    "transfer": "a faster link to the device",
+    "workers": "more of them",
+}
 NONE = Wait()
 SHARES = (0.5, 0.7, 0.9, 0.95)  # of pictures, to a GPU's hardware decoder; those below are tried first
 
@@ -130,8 +136,7 @@ class Tuner:
             return chosen
         if not self._told:
             self._told = True
-            remedy = f"{measured.cause}: {KNOBS[measured.cause]}"
-            self.said.append(f"step {step}: stall {measured}; nothing is left to turn ({remedy})")
+            self.said.append(f"step {step}: stall {measured}, {measured.cause}; what is left: {LEFT[measured.cause]}")
         return None
 
     def _judged(self, step: int, measured: _Measured) -> Setting | None:

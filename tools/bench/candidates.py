@@ -282,7 +282,7 @@ def captured(step: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[
             step()
     current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(*devices), torch.cuda.graph(graph):
         result = step()
 
     def run(values: Sequence[Tensor]) -> Tensor:

@@ -151,11 +151,11 @@ def trained(job: Job, row: Row, stack: ExitStack) -> Timed:
     return timed
 
 
-def synthetic(size: int, side: int, devices: Sequence[torch.device]) -> Batch:
+def synthetic(size: int, side: int, devices: Sequence[torch.device], classes: int = CLASSES, seed: int = 0) -> Batch:
     """Return a batch of `size` random images of `side` pixels, laid out on each device as the loader's are."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, side, side, 3, generator=generator).mul_(DEVIATION).permute(0, 3, 1, 2)
-    labels = torch.randint(CLASSES, (size,), generator=generator).to(devices[0])
+    labels = torch.randint(classes, (size,), generator=generator).to(devices[0])
     copies = {device: images.to(device) for device in dict.fromkeys(devices)}
     return Batch(0, 0, 0, size, torch.arange(size).numpy(), labels, tuple(copies[device] for device in devices))
 
