@@ -3,7 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -45,6 +45,10 @@ class Machine:
             self.now = there
         self.now += BATCH / self.consumer * self.noisy()
 
+    def restart(self) -> None:
+        """Begin with no batch ahead, as the loader does."""
+        self.ready.clear()
+
     def noisy(self) -> float:
         return 1 + self.noise * self.random.uniform(-1, 1)
 
@@ -58,6 +62,9 @@ class Pipeline(Machine):
 
     ends: list[float] = field(default_factory=lambda: [0.0] * 3)  # of the latest batch, by stage
     taken: list[float] = field(default_factory=list)
+
+    def restart(self) -> None:
+        self.ends, self.taken = [self.now] * 3, []
 
     def step(self, setting: Setting) -> None:
         moment, stages, moments = 0.0, self.stages(setting), list[float]()
@@ -79,7 +86,7 @@ def run(machine: Machine, tuner: Tuner, steps: int, first: int = 0) -> dict[int,
         machine.step(tuner.setting)
         if changed := tuner.after(step, BATCH, machine.wait, machine.now):
             changes[step] = changed
-            machine.ready.clear()  # the loader begins anew
+            machine.restart()
     return changes
 
 
@@ -156,7 +163,7 @@ def test_random_machines_come_to_rest(seed: int):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_slow_stage_is_found_behind_those_that_the_meter_names(seed: int):
-    """Reading, decoding and transfer in any proportion, each up to 4 or 8 times as fast; the best is up to a stall."""
+    """Reading, decoding and transfer in any proportion, each up to 4 times as fast: no turn is left that gives more."""
     random = Random(seed)
     speeds = {cause: 10 ** random.uniform(2, 3) for cause in ("reading", "decoding", "transfer")}
 
@@ -168,11 +175,13 @@ def test_a_slow_stage_is_found_behind_those_that_the_meter_names(seed: int):
     tuned = tuner(tiers=("jpeg",))
     changes = run(machine, tuned, 500)
     assert not [step for step in changes if step > SETTLED], tuned.said
-    best = min(machine.consumer, *(4 * speed for speed in speeds.values()))
-    began, waited = machine.now, machine.wait.seconds
+    began, before = machine.now, machine.wait.seconds
     run(machine, tuned, 200, first=500)
-    stall = (machine.wait.seconds - waited) / (machine.now - began)
-    assert stall <= 0.03 or machine.rate(tuned.setting) >= 0.95 * best, (tuned.setting, tuned.said)
+    stall = (machine.wait.seconds - before) / (machine.now - began)
+    setting = tuned.setting
+    more = [replace(setting, **{knob: 2 * getattr(setting, knob)}) for knob in ("readers", "threads", "depth")]
+    left = max(machine.rate(other) for other in more) / machine.rate(setting)
+    assert stall <= 0.03 or left < 1.1, (setting, tuned.said)
 
 
 def test_it_says_what_it_turned_and_what_that_gave():
@@ -191,7 +200,7 @@ def test_what_gave_nothing_is_taken_back_and_the_rest_is_told_once():
     *vain, told = tuned.said
     turned = [re.search(r": (.*) gave nothing \(stall", line) for line in vain]
     assert [match and match[1] for match in turned] == ["readers 1 → 2", "threads 2 → 4", "depth 2 → 4"]
-    assert "nothing is left to turn (reading: " in told
+    assert "images/s, reading; what is left: a faster disk" in told
 
 
 def test_pauses_of_the_consumer_are_no_verdict():

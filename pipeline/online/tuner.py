@@ -161,7 +161,7 @@ class Tuner:
         for name, value in chain.from_iterable(self._changes(setting, cause) for cause in causes):
             changed = replace(setting, **{name: value})
             known = changed in self._tried or (name == "tier" and value in self._tiers_tried)
-            if not known and len(self._tried) < MOST_TRIALS:
+            if not known and len(self._tried) <= MOST_TRIALS:
                 self._tried |= {setting, changed}
                 self._tiers_tried |= {setting.tier, changed.tier}
                 return changed
