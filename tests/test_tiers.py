@@ -323,7 +323,7 @@ def turn(loader: Loader, setting: tuner.Setting, monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_is_left_over_where_settings_are_turned(rgb: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch):
-    """Threads and descriptors, after each round of settings; a state that is loaded, or an end, before the next batch."""
+    """Threads and descriptors, after rounds of settings; a state that is loaded, or an end, before the next batch."""
     settings = [tuner.Setting(name, 1 + i % 3, 1 + i % 4, 2 + i % 5, 0.9) for i, name in enumerate(["raw", "jpeg"] * 4)]
     monkeypatch.setattr(tuner.Tuner, "after", lambda *arguments: None)
     before = set(threading.enumerate())

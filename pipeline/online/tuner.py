@@ -85,7 +85,8 @@ class _Window:
 class Tuner:
     """Watches the waiting of a consumer; turns what the cause of a stall names, and goes back where that gave nothing.
 
-    Each change is tried once in an episode, and an episode has at most `MOST_TRIALS`: so it settles, and cannot go to
+    What the other causes name is tried after that: a slow stage may be at work while the consumer waits for those
+    behind it. No setting is tried twice in an episode, which has at most `MOST_TRIALS`: so it settles, and cannot go to
     and fro. A stall-free time of `QUIET` steps ends an episode. `said` gathers lines for the user, who empties it.
     """
 
@@ -144,7 +145,7 @@ class Tuner:
         assert self._kept
         before, then = self._kept
         text = f"step {step}: {_difference(before, self.setting)}"
-        shifted = measured.causes[0] != then.causes[0]  # as fast, but limited by another stage: both have to be turned
+        shifted = measured.cause != then.cause  # as fast, but limited by another stage: both have to be turned
         gain = measured.rate / then.rate
         if measured.stall <= self._max_stall or gain >= GAIN or (shifted and gain * GAIN >= 1):
             self.said.append(f"{text}: stall {then} → {measured}")
