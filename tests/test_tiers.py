@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from click.testing import CliRunner
 
 from conftest import build, one_line
 from pipeline import UserError, manifest, records, tier
-from pipeline.online import Batch, Loader
+from pipeline.online import Batch, Loader, tuner
 from pipeline.online.samples import SampleReader
 from pipeline.online.tiers import Records
 from runs import resume, train
 from stored import damage
 from tools.raw_tier import main as raw_tier
 from trainer import checkpoint as checkpoints
+from trainer import data as loaders
 from trainer import metrics
+from trainer import recipe as recipes
 
 STEPS = 12  # of 6 an epoch
 SIZE = 7  # samples of a batch
@@ -312,6 +315,41 @@ def test_a_loader_that_tunes_itself_gives_the_same_batches(rgb: Path, dataset: P
         assert not jpeg.news
 
 
+def turn(loader: Loader, setting: tuner.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a batch, after which the tuner chooses a setting for the next one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner.Tuner, "after", lambda *arguments: setting)
+        next(loader)
+
+
+def test_nothing_is_left_over_where_settings_are_turned(rgb: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    """Threads and descriptors, after rounds of settings; a state that is loaded, or an end, before the next batch."""
+    settings = [tuner.Setting(name, 1 + i % 3, 1 + i % 4, 2 + i % 5, 0.9) for i, name in enumerate(["raw", "jpeg"] * 4)]
+    monkeypatch.setattr(tuner.Tuner, "after", lambda *arguments: None)
+    before = set(threading.enumerate())
+    with Loader(rgb, batch_size=SIZE) as loader, Loader(dataset, batch_size=SIZE, tier="jpeg") as jpeg:
+        threads, files = [], []
+        for _ in range(3):
+            for setting in settings:
+                turn(loader, setting, monkeypatch)
+            next(loader)
+            threads.append(threading.active_count())
+            files.append(len(os.listdir("/proc/self/fd")))
+        assert max(threads) < min(threads) + len(settings)  # some pools begin a thread only when it is needed
+        assert len(set(files)) == 1
+        turn(loader, settings[0], monkeypatch)
+        state = {**loader.state_dict(), "step": 5}
+        for each in (loader, jpeg):
+            each.load_state_dict(state)
+        for batch, other in islice(zip(jpeg, loader), 2 * SIZE):
+            assert_same(batch, other)
+        assert loader.tier == "raw"
+        turn(loader, settings[1], monkeypatch)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+    assert set(threading.enumerate()) == before
+
+
 def test_lines_go_to_the_log_by_default(tiny: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "penstock")
     with Loader(tiny, batch_size=SIZE, view=28, tier="device", device_bytes=ALL) as loader:
@@ -353,6 +391,13 @@ def test_a_run_ends_with_the_same_weights_whatever_its_tier(yuv: Path, rgb: Path
     changes = checkpoints.load(half).history[-1]["changed"]
     assert changes["data.tier"] == ["raw", "device"]
     assert changes["data.max_stall"] == [0.01, 0.05]
+
+
+@pytest.mark.parametrize(("name", "judged"), [("jpeg", "jpeg"), ("auto", "raw"), ("device", "raw")])
+def test_a_run_without_records_is_validated_without_them(rgb: Path, name: str, judged: str):
+    recipe, devices = recipes.load("tiny", [f'data.tier="{name}"']), [torch.device("cpu")]
+    with loaders.evaluation(manifest.load(rgb), recipe, "val", "centre", devices) as loader:
+        assert loader.tier == judged
 
 
 def test_a_run_says_why_its_tier_is_not_there_and_what_its_loader_does(dataset: Path, yuv: Path, tmp_path: Path):

@@ -116,6 +116,7 @@ def evaluation(
     """
     size = batch_size or BATCH_SIZE[views] * world.size
     options: dict[str, Any] = {"batch_size": size, "views": views, "max_bad": max_bad, "workers": workers}
+    options["tier"] = "jpeg" if recipe.data.tier == "jpeg" else "auto"  # a run that shuns records is not judged by them
     return _loader(dataset, recipe, split, devices, world, **options)
 
 

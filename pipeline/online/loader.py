@@ -225,6 +225,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
     def close(self) -> None:
         """End the threads, close the files, free the memory; there is no next batch after it."""
+        self._chosen = None  # else the next batch would be begun with threads that nobody ends
         self._reader.stop()
         if self._cache:
             self._cache.close()  # so that no thread waits for a shard any more

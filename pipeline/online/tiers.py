@@ -166,7 +166,9 @@ class Decoder(_FromRecords):
             flip = False
         if self._normalised:
             if flip:
-                turbo.copy(levels, own.mirrored, True)  # numpy converts rows that run backwards at a quarter of the speed
+                turbo.copy(
+                    levels, own.mirrored, True
+                )  # numpy converts rows that run backwards at a quarter of the speed
                 levels = own.mirrored
             self._normalise(job, i, levels, flip, own.planes)
         elif self._recipe.resize:

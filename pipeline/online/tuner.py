@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ LEFT = {  # cause → what is nothing to turn
     "workers": "more of them",
 }
 NONE = Wait()
-SHARES = (0.9, 0.7, 0.5, 0.95)  # of pictures, to a GPU's hardware decoder, in the order in which they are tried
+SHARES = (0.5, 0.7, 0.9, 0.95)  # of pictures, to a GPU's hardware decoder; those below are tried first
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class _Measured:
 
     rate: float  # images/s
     stall: float  # share of the time
-    cause: str  # of most of it
+    causes: list[str]  # that of most first; a slow stage that has been waited for while others work is not seen
+
+    @property
+    def cause(self) -> str:
+        return self.causes[0]
 
     def __str__(self) -> str:
         return f"{100 * self.stall:.1f} %, {self.rate:,.0f} images/s"
@@ -73,14 +78,15 @@ class _Window:
         if len(counted) < WINDOW or seconds < SECONDS:
             return None
         shares = (self.last - self.wait).shares(seconds)
-        stall, cause = min(1.0, sum(shares.values())), max(shares, key=lambda name: shares[name])
-        return _Measured(sum(images for _, images in counted) / seconds, stall, cause)
+        stall, causes = min(1.0, sum(shares.values())), sorted(shares, key=lambda name: -shares[name])
+        return _Measured(sum(images for _, images in counted) / seconds, stall, causes)
 
 
 class Tuner:
     """Watches the waiting of a consumer; turns what the cause of a stall names, and goes back where that gave nothing.
 
-    Each change is tried once in an episode, and an episode has at most `MOST_TRIALS`: so it settles, and cannot go to
+    What the other causes name is tried after that: a slow stage may be at work while the consumer waits for those
+    behind it. No setting is tried twice in an episode, which has at most `MOST_TRIALS`: so it settles, and cannot go to
     and fro. A stall-free time of `QUIET` steps ends an episode. `said` gathers lines for the user, who empties it.
     """
 
@@ -88,7 +94,8 @@ class Tuner:
         """`tiers`: those that may take turns; `max_stall`: a share of the time."""
         self.setting, self.said = setting, list[str]()
         self._tiers, self._cores, self._on_gpu, self._max_stall = tiers, cores, on_gpu, max_stall
-        self._tried = set[tuple[str, Any]]()
+        self._tried = set[Setting]()  # in this episode, and those that it left; a stage may help only after another
+        self._tiers_tried = set[str]()  # each once, for a tier is made slowly
         self._kept: tuple[Setting, _Measured] | None = None  # before a change that is being tried
         self._quiet, self._told = 0, False
         self._skipped, self._window = WARM_UP, _Window(NONE)
@@ -121,10 +128,11 @@ class Tuner:
             self._quiet += WINDOW
             if self._quiet >= QUIET:
                 self._tried.clear()
+                self._tiers_tried.clear()
                 self._told = False
             return None
         self._quiet = 0
-        if chosen := self._next(self.setting, measured.cause):
+        if chosen := self._next(self.setting, measured.causes):
             self._kept = self.setting, measured
             return chosen
         if not self._told:
@@ -137,22 +145,27 @@ class Tuner:
         assert self._kept
         before, then = self._kept
         text = f"step {step}: {_difference(before, self.setting)}"
-        if measured.stall <= self._max_stall or measured.rate >= GAIN * then.rate:
+        shifted = measured.cause != then.cause  # as fast, but limited by another stage: both have to be turned
+        gain = measured.rate / then.rate
+        if measured.stall <= self._max_stall or gain >= GAIN or (shifted and gain * GAIN >= 1):
             self.said.append(f"{text}: stall {then} → {measured}")
             self._kept = None
             return self._watched(step, measured)
         self.said.append(f"{text} gave nothing (stall {then} → {measured}, {measured.cause}); back")
-        chosen = self._next(before, then.cause)
+        chosen = self._next(before, then.causes)
         if chosen is None:
             self._kept = None
         return chosen or before
 
-    def _next(self, setting: Setting, cause: str) -> Setting | None:
+    def _next(self, setting: Setting, causes: list[str]) -> Setting | None:
         """Return the first change of a setting that is not tried yet."""
-        for name, value in self._changes(setting, cause):
-            if (name, value) not in self._tried and len(self._tried) < MOST_TRIALS:
-                self._tried.add((name, value))
-                return replace(setting, **{name: value})
+        for name, value in chain.from_iterable(self._changes(setting, cause) for cause in causes):
+            changed = replace(setting, **{name: value})
+            known = changed in self._tried or (name == "tier" and value in self._tiers_tried)
+            if not known and len(self._tried) <= MOST_TRIALS:
+                self._tried |= {setting, changed}
+                self._tiers_tried |= {setting.tier, changed.tier}
+                return changed
         return None
 
     def _changes(self, setting: Setting, cause: str) -> Iterator[tuple[str, Any]]:
@@ -164,7 +177,8 @@ class Tuner:
             if setting.threads < self._cores:
                 yield "threads", min(2 * setting.threads, self._cores)
             if self._on_gpu and setting.tier == "jpeg":
-                yield from (("hardware_share", share) for share in SHARES if share != setting.hardware_share)
+                yield from (("hardware_share", share) for share in SHARES[::-1] if share < setting.hardware_share)
+                yield from (("hardware_share", share) for share in SHARES if share > setting.hardware_share)
         elif cause == "reading":
             at_once = setting.readers if setting.tier == "jpeg" else max(setting.readers, setting.threads)
             if at_once < MOST_READERS:
