@@ -124,8 +124,10 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
         self._tuner, self._max_bad = None, max_bad
         self._chosen: Setting | None = None  # by the tuner, for the batches to come
         if tier == "auto" and self.recipe.training and not self._addresses:
-            tiers, cores = self._supply.tunable(first), len(os.sched_getaffinity(0))
-            on_gpu = self.devices[0].type == "cuda"
+            cores = max(threads, len(os.sched_getaffinity(0)) // ranks)  # others may be on this machine
+            # a damaged JPEG is replaced, and its record is not: with such, the tier that began goes on
+            tiers = tuple(each for each in self._supply.tunable(first) if not max_bad or "jpeg" not in (each, first))
+            tiers, on_gpu = tiers or (first,), self.devices[0].type == "cuda"
             self._tuner = Tuner(self._setting, tiers=tiers, cores=cores, on_gpu=on_gpu, max_stall=max_stall)
         self.meter = Meter()
         self._begin(step, ())
