@@ -31,7 +31,8 @@ from attacks import STEP
 from conftest import ROOT, build, picture
 from damaged import outside
 
-SEED, SEALED, FLIPPED, QUICK = 18, range(3000), range(3000, 3300), range(3300, 3350)  # numbers of cases
+SEED = 18
+SEALED, MORE, FLIPPED, QUICK = range(1000), range(1000, 3000), range(3000, 3300), range(3300, 3350)  # numbers of cases
 SECONDS = int(os.environ.get("ATTACK_SECONDS", "60"))  # after which a case hangs
 MEMORY = 4 * 2**30  # bytes of a case, beyond those of the server
 SERVERS = 2
@@ -334,6 +335,11 @@ def test_mutated_files_are_refused_in_one_line_or_harmless():
 @pytest.mark.parametrize("cases", [SEALED, FLIPPED], ids=["sealed", "flipped bits"])
 def test_every_command_and_every_file(cases: range):
     assert complaints(cases) == ""
+
+
+@pytest.mark.slow
+def test_every_command_and_more_files():
+    assert complaints(MORE) == ""
 
 
 def serve(base: Path, cases: range) -> None:
