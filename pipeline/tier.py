@@ -57,6 +57,13 @@ class Tier:
     def record_bytes(self) -> int:
         return record_bytes(self.kind, self.size)
 
+    def is_of(self, dataset: Manifest, kind: str) -> bool:
+        """Return whether it holds records of this kind, of the shards that the data set has now."""
+        shards = [shard.name for split in dataset.splits.values() for shard in split.shards]
+        digests = {file_of(name): dataset.files[name].sha256 for name in shards}
+        same = digests == {name: file.shard_sha256 for name, file in self.files.items()}
+        return same and (self.kind, self.size) == (kind, dataset.recipe.size)
+
     def to_json(self) -> bytes:
         """Return the canonical bytes of tier.json, with a `checksum` over everything but itself."""
         body = {"format": FORMAT} | asdict(replace(self, root=Path()))
@@ -114,13 +121,10 @@ def load(dataset: Manifest, kind: str) -> Tier:
         tier = parse(data, root)
     except DatasetError as error:
         raise DatasetError(f"{error}; {remedy}") from error
-    shards = {file_of(shard.name): shard for split in dataset.splits.values() for shard in split.shards}
-    digests = {name: dataset.files[shard.name].sha256 for name, shard in shards.items()}
-    if (tier.kind, tier.size) != (kind, dataset.recipe.size) or digests != {
-        name: file.shard_sha256 for name, file in tier.files.items()
-    }:
+    if not tier.is_of(dataset, kind):
         raise DatasetError(f"{path}: made from other shards; {remedy}")
-    sizes = storage.sizes(root, dict.fromkeys(tier.files))
+    shards = {file_of(shard.name): shard for split in dataset.splits.values() for shard in split.shards}
+    sizes = storage.sizes(root, tier.files)
     for name, file in tier.files.items():
         expected = shards[name].samples * (tier.record_bytes + DIGEST.itemsize)
         if sizes.get(name) != expected or file.bytes != expected:

@@ -86,8 +86,7 @@ class DataRecipe:
     readers: Few = 1  # samples read at a time
     depth: Few = 2  # batches made ready ahead of use
     hardware_share: Share = 0.9  # of the pictures, to a GPU's hardware decoder
-    # of decoding workers, as pipeline/online/endpoints.py reads them; for the command
-    # train alone
+    # of decoding workers, as pipeline/online/endpoints.py reads them; for the command train alone
     workers: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
 
 

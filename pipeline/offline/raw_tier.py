@@ -68,7 +68,7 @@ def build(
     require_writable(root)
     with _reserved(root):
         tasks = list(tasks_of(dataset, kind, root))
-        before, outdated = _finished_tier(root, tasks, codec)
+        before, outdated = _finished_tier(dataset, kind, codec)
         whole = before is not None and not outdated
         known = dict(before.files) if before and whole else dict(_noted(root, tasks, codec))
         there = {task.path.name: known[task.path.name] for task in tasks if _has_size(task, known)}
@@ -172,8 +172,9 @@ def tasks_of(dataset: Manifest, kind: str, root: Path) -> Iterator[FileTask]:
             yield FileTask(path, dataset.root / shard.name, *own, kind, dataset.recipe.size, mending(dataset.root))
 
 
-def _finished_tier(root: Path, tasks: list[FileTask], codec: str) -> tuple[Tier | None, str]:
+def _finished_tier(dataset: Manifest, kind: str, codec: str) -> tuple[Tier | None, str]:
     """Return the tier that tier.json describes, if it can be read, and why it is not the one to be made, if so."""
+    root = _folder(dataset, kind)
     path = root / FILE_NAME
     try:
         before = tier.parse(storage.read_bytes(path), root)
@@ -183,11 +184,7 @@ def _finished_tier(root: Path, tasks: list[FileTask], codec: str) -> tuple[Tier 
         return None, str(error)
     if before.codec != codec:
         return before, f"{path}: decoded by a codec that gives other pixels than this machine's"
-    same = {task.path.name: task.shard_sha256 for task in tasks}
-    same_pictures = (before.kind, before.size) == (tasks[0].kind, tasks[0].size)
-    if same_pictures and same == {name: file.shard_sha256 for name, file in before.files.items()}:
-        return before, ""
-    return before, f"{path}: made from other shards"
+    return before, "" if before.is_of(dataset, kind) else f"{path}: made from other shards"
 
 
 def _noted(root: Path, tasks: list[FileTask], codec: str) -> Iterator[tuple[str, TierFile]]:

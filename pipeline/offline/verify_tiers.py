@@ -77,18 +77,14 @@ def _load(dataset: Manifest, root: Path, kind: str) -> Tier:
         found = tier.parse(storage.read_bytes(path), root)
     except DatasetError as error:
         raise Violation(str(error).removeprefix(f"{path}: ")) from error
-    if (found.kind, found.size) != (kind, dataset.recipe.size):
-        raise Violation(f"is of pictures of kind {found.kind}, {found.size} pixels")
+    if not found.is_of(dataset, kind):
+        raise Violation("made from other shards")
     return found
 
 
 def _tasks(dataset: Manifest, kind: str, quick: bool, found: Tier) -> list[CheckTask]:
-    tasks = list(tasks_of(dataset, kind, found.root))
-    shards = {task.path.name: task.shard_sha256 for task in tasks}
-    if {name: file.shard_sha256 for name, file in found.files.items()} != shards:
-        raise Violation("made from other shards")
-    names = [task.path.name for task in tasks]
-    return [CheckTask(f"{found.root.name}/{name}", task, found.files[name], quick) for name, task in zip(names, tasks)]
+    tasks = {task.path.name: task for task in tasks_of(dataset, kind, found.root)}
+    return [CheckTask(f"{found.root.name}/{name}", task, found.files[name], quick) for name, task in tasks.items()]
 
 
 def _unlisted(root: Path, listed: set[str]) -> Iterator[Failure]:

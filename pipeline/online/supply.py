@@ -61,13 +61,9 @@ class Supply:
         """Return the tiers that may take turns, since they give the same bytes; a GPU's JPEG decoder rounds its own."""
         if not self._raw:
             return (tier,)
-        return (
-            ("raw", "device")
-            if self._on_gpu and "yuv420" in self._raw
-            else ("raw",)
-            if self._on_gpu
-            else ("jpeg", "raw")
-        )
+        if not self._on_gpu:
+            return ("jpeg", "raw")
+        return ("raw", "device") if "yuv420" in self._raw else ("raw",)
 
     def decoder(self, setting: Setting) -> Decoder:
         """Return a decoder of the setting's tier; what another tier kept in memory is freed."""
