@@ -104,6 +104,18 @@ def require_writable(folder: Path, size: int = 1) -> None:
         raise UserError(f"{folder}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make room")
 
 
+@contextmanager
+def full_disk_explained(root: Path) -> Iterator[None]:
+    """Raise UserError where the block ends for want of room below `root`; what is finished there stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remedy = "what is finished stays; make room, and the same command goes on"
+        raise UserError(f"{root}: {error.strerror}; {remedy}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder to disk, so that the names in it survive a loss of power, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)

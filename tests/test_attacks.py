@@ -27,12 +27,11 @@ import numpy as np
 import pytest
 
 import attacks
-from attacks import STEP
 from conftest import ROOT, build, picture
 from damaged import outside
 
-SEED = 18
-SEALED, MORE, FLIPPED, QUICK = range(1000), range(1000, 3000), range(3000, 3300), range(3300, 3350)  # numbers of cases
+SEED, SEALED, MORE = 18, range(1000), range(1000, 3000)  # numbers of cases
+FLIPPED, QUICK = range(3000, 3300), range(3300, 3350)
 SECONDS = int(os.environ.get("ATTACK_SECONDS", "60"))  # after which a case hangs
 MEMORY = 4 * 2**30  # bytes of a case, beyond those of the server
 SERVERS = 2
@@ -57,7 +56,7 @@ COMMANDS = {  # name → command line; what it may write
     "loader": ("load DATA train", ""),
     "views": ("load DATA val", ""),
     "evaluate": (f"trainer evaluate {NETWORK}", "run/evaluation*.json"),
-    "step": (f"trainer evaluate --data DATA --checkpoint {STEP} --json --views centre {CPU}", ""),
+    "step": (f"trainer evaluate --data DATA --checkpoint {attacks.STEP} --json --views centre {CPU}", ""),
     "predict": (f"trainer predict PICTURE.JPG {NETWORK}", ""),
     "tar": (f"trainer predict data/val/val-000000.tar {NETWORK}", ""),
     "ensemble": (f"trainer ensemble RUN P.NPZ --data DATA --json --views centre {CPU}", ""),
@@ -91,7 +90,7 @@ VERIFIED = ("of_manifest", "of_samples", "of_statistics", "of_shard")  # if no r
 OTHER_RIGHT = {  # mutation → changes that make another right input, whose results differ
     "of_recipe": "",
     "of_checkpoint": "tensor: |recipe|values: classes: ",
-    "of_kinds": f"{STEP}: gone",  # then the checkpoint before it is the newest
+    "of_kinds": f"{attacks.STEP}: gone",  # then the checkpoint before it is the newest
     "of_probabilities": "(labels|probabilities) = |(dataset|split|views|from)",
     "of_manifest": r"nudge recipe\.[a-z_]+ = \d|delete splits\.|\.words = ",
     "of_shard": "content, with its CRC-32",
@@ -332,14 +331,9 @@ def test_mutated_files_are_refused_in_one_line_or_harmless():
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("cases", [SEALED, FLIPPED], ids=["sealed", "flipped bits"])
+@pytest.mark.parametrize("cases", [SEALED, FLIPPED, pytest.param(MORE, marks=pytest.mark.slow)], ids=len)
 def test_every_command_and_every_file(cases: range):
     assert complaints(cases) == ""
-
-
-@pytest.mark.slow
-def test_every_command_and_more_files():
-    assert complaints(MORE) == ""
 
 
 def serve(base: Path, cases: range) -> None:

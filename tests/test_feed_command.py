@@ -298,8 +298,7 @@ from pipeline.service.worker import Worker
 answer = Worker.answer
 def slow(worker, request):
     if request.ids:
-        if request.step == 0:  # another batch may be asked for first, and what is not asked yet is not answered
-            Path(os.environ["ASKED"]).touch()
+        Path(os.environ["ASKED"] + str(request.step)).touch()
         time.sleep(1)
     return answer(worker, request)
 Worker.answer = slow
@@ -309,12 +308,12 @@ Worker.answer = slow
 @pytest.mark.proof
 def test_a_signal_waits_for_the_answers_under_way(folder: Path, local: list[Any], tmp_path: Path):
     data = shutil.copytree(folder / "one", tmp_path / "one", ignore=shutil.ignore_patterns("*.tar", "*.idx"))
-    asked, port = tmp_path / "asked", free_port()
+    asked, port = tmp_path / "asked0", free_port()
     line = [sys.executable, "-m", "pipeline.service", "feed", "--root", str(folder), "--port", str(port)]
-    process = begun(line, patched(tmp_path, SLOW, ASKED=asked))
+    process = begun(line, patched(tmp_path, SLOW, ASKED=tmp_path / "asked"))
     try:
         with Loader(data, workers=[f"127.0.0.1:{port}"], **OPTIONS) as loader:
-            until(process, asked.exists)
+            until(process, asked.exists)  # the first batch: a later one may be asked for before it
             process.send_signal(signal.SIGTERM)
             assert torch.equal(next(loader).images, local[0])
         assert process.wait(30) == 128 + signal.SIGTERM

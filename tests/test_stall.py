@@ -51,7 +51,7 @@ def test_sums_shares_and_words():
     assert (meter.total - Wait(1, 2, 0)) == Wait(0, 3, 1)
     shares = {"reading": 1 / 70, "decoding": 5 / 70, "transfer": 1 / 70, "workers": 0}
     assert meter.total.shares(70) == pytest.approx(shares)
-    assert meter.total.text(70).startswith("stall 10.0 % (decoding: more CPU cores, or on a GPU hardware_share=")
+    assert meter.total.text(70).startswith("stall 10.0 % (decoding: a raw tier (tools/raw_tier.py), more CPU cores, or")
     assert meter.total.text(1000) == "stall  0.7 %"
     assert Wait().text(0) == "stall  0.0 %"
 

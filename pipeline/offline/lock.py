@@ -1,6 +1,5 @@
 """The lock on a dataset directory: DATASET is empty, or holds an unfinished run of this very build, and of no other."""
 
-import errno
 import fcntl
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline import UserError, files, storage
-from pipeline.files import sweep, write_bytes_aside
+from pipeline.files import full_disk_explained, sweep, write_bytes_aside
 from pipeline.manifest import FILE_NAME
 from pipeline.offline.plan import Plan, differences
 from pipeline.offline.shards import BUILD_FOLDER
@@ -54,18 +53,14 @@ def _file_lock(plan: Plan, root: Path, fingerprint: bytes, alone: bool) -> Itera
         kind = _acquire(lock, root, (fcntl.LOCK_EX,) if alone else (fcntl.LOCK_EX, fcntl.LOCK_SH))
         _require_free(root)  # again: a build that ended since then took its lock file with it
         try:
-            if kind == fcntl.LOCK_EX:
-                _sweep(plan, root)
-            if not state.exists():
-                write_bytes_aside(state, fingerprint)
-            if kind == fcntl.LOCK_EX and not alone:
-                _acquire(lock, root, (fcntl.LOCK_SH,))
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            remedy = "what is finished stays; make room, and the same command goes on"
-            raise UserError(f"{root}: {error.strerror}; {remedy}") from error
+            with full_disk_explained(root):
+                if kind == fcntl.LOCK_EX:
+                    _sweep(plan, root)
+                if not state.exists():
+                    write_bytes_aside(state, fingerprint)
+                if kind == fcntl.LOCK_EX and not alone:
+                    _acquire(lock, root, (fcntl.LOCK_SH,))
+                yield
         finally:
             with suppress(BlockingIOError):  # else other parts are at work
                 if files.lock(lock, fcntl.LOCK_EX, root) or alone:

@@ -1,6 +1,5 @@
 """Builds the raw tier: every stored picture decoded once, a file for each shard, the manifest last."""
 
-import errno
 import hashlib
 import shutil
 import zlib
@@ -14,7 +13,16 @@ import numpy as np
 
 from pipeline import UserError, records, storage, tier
 from pipeline.cli import printable
-from pipeline.files import TAR_BLOCK, HashingFile, locked, require_writable, sweep, write_aside, write_bytes_aside
+from pipeline.files import (
+    TAR_BLOCK,
+    HashingFile,
+    full_disk_explained,
+    locked,
+    require_writable,
+    sweep,
+    write_aside,
+    write_bytes_aside,
+)
 from pipeline.image import codec_versions
 from pipeline.manifest import DatasetError, Manifest, canonical_json, mending
 from pipeline.offline import executors
@@ -100,13 +108,9 @@ def _reserved(root: Path) -> Iterator[None]:
     root.mkdir(exist_ok=True)
     with locked(root, "another process makes this tier; wait for it, or stop it"):
         try:
-            _sweep(root)
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            remedy = "what is finished stays; make room, and the same command goes on"
-            raise UserError(f"{error.filename or root}: {error.strerror}; {remedy}") from error
+            with full_disk_explained(root):
+                _sweep(root)
+                yield
         finally:
             _sweep(root)
 

@@ -9,7 +9,7 @@ import torch
 
 KNOBS = {  # cause → options of `Loader` to change
     "reading": "readers=4, order='shards', or a faster disk",
-    "decoding": "more CPU cores, or on a GPU hardware_share=0.7",
+    "decoding": "a raw tier (tools/raw_tier.py), more CPU cores, or on a GPU hardware_share=0.7",
     "transfer": "depth=4",
     "workers": "a faster network",  # the number of workers is computed
 }
