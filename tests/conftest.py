@@ -29,6 +29,7 @@ from pipeline.storage import Location
 from s3 import Store
 from tools.build_shards import main as build_shards
 from tools.make_raw import main as make_raw
+from tools.raw_tier import main as raw_tier
 from tools.verify_shards import main as verify_shards
 
 if TYPE_CHECKING:
@@ -76,6 +77,13 @@ def build(*arguments: object) -> Result:
 def verify(*arguments: object) -> Result:
     """Run tools/verify_shards.py in this process."""
     result = CliRunner().invoke(verify_shards, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def make_tier(root: object, *options: object) -> Result:
+    """Run tools/raw_tier.py in this process."""
+    result = CliRunner().invoke(raw_tier, [str(root), "--workers", "1", *map(str, options)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

@@ -1,4 +1,4 @@
-"""The raw tier's command and its verification: bytes, kills, full disks, refusals, and each change found."""
+"""The raw tier's command: its bytes, kills, full disks, refusals, and what has it made anew."""
 
 import errno
 import hashlib
@@ -11,23 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
 import xxhash
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from conftest import LITTLE, ROOT, begun, build, digests, gone, one_line, patched, picture, until
+from conftest import LITTLE, ROOT, begun, build, digests, gone, make_tier, patched, until
 from conftest import verify as verify_with
-from damaged import canonical, mutate
-from pipeline import manifest, records, storage, tier
-from pipeline.manifest import DatasetError
+from pipeline import manifest, records, storage
 from pipeline.offline import verify_tiers
 from pipeline.offline.raw_tier import WORK_FOLDER
 from stored import damage, jpegs
-from tools.raw_tier import main as raw_tier
 
 SLOW = """
 import os, time
@@ -40,18 +36,12 @@ records.record_of = slow
 """
 
 
-def make(root: Path, *options: object) -> Result:
-    result = CliRunner().invoke(raw_tier, [str(root), "--workers", "1", *map(str, options)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 def verify(root: Path, *options: object) -> Result:
     return verify_with(root, "--workers", 1, *options)
 
 
 def refusal(root: object, *options: object) -> str:
-    result = make(root, *options)  # type: ignore[arg-type]
+    result = make_tier(root, *options)
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.splitlines()
     return line
@@ -70,7 +60,7 @@ def whole(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """The files of both tiers of `many`, made without an interruption, by their SHA-256."""
     root = Path(shutil.copytree(many, tmp_path_factory.mktemp("whole") / "dataset"))
     for kind in records.KINDS:
-        assert make(root, "--format", kind).exit_code == 0
+        assert make_tier(root, "--format", kind).exit_code == 0
     return files(root)
 
 
@@ -86,7 +76,7 @@ def copy(many: Path, tmp_path: Path) -> Path:
 def test_a_file_holds_the_pictures_of_its_shard_and_their_digests(root: Path):
     """By simplejpeg and xxhash alone; tier.json by hashlib."""
     for kind, size in (("rgb", 3 * 32 * 32), ("yuv420", 32 * 32 * 3 // 2)):
-        assert make(root, "--format", kind).exit_code == 0
+        assert make_tier(root, "--format", kind).exit_code == 0
         listed = json.loads((root / f"raw-{kind}" / "tier.json").read_bytes())
         for split, built in manifest.load(root).splits.items():
             pictures = iter(jpegs(root, split))
@@ -111,7 +101,7 @@ def test_a_file_holds_the_pictures_of_its_shard_and_their_digests(root: Path):
 
 def test_the_bytes_are_the_same_with_any_number_of_workers(copy: Path, whole: dict[str, str]):
     for kind in records.KINDS:
-        assert make(copy, "--format", kind, "--workers", 3).exit_code == 0
+        assert make_tier(copy, "--format", kind, "--workers", 3).exit_code == 0
     assert files(copy) == whole
 
 
@@ -135,7 +125,7 @@ def assert_goes_on(root: Path, whole: dict[str, str]) -> None:
     """The same command writes what is missing, leaves the rest as it is, and ends at the bytes of a whole run."""
     noted = [root / "raw-rgb" / path.stem for path in root.glob(f"raw-rgb/{WORK_FOLDER}/*.json")]
     before = {path: path.stat().st_mtime_ns for path in noted}
-    result = make(root)
+    result = make_tier(root)
     assert result.exit_code == 0, result.output
     assert f": {28 - len(noted)} of 28 files written" in result.stdout or len(noted) == 28
     assert {path: path.stat().st_mtime_ns for path in noted} == before
@@ -162,7 +152,7 @@ def test_a_note_that_does_not_fit_its_file_is_no_note(copy: Path, whole: dict[st
             file.write(b"no picture")
     notes[3].write_text("[" * 10**5)
     os.truncate(copy / "raw-rgb" / notes[4].stem, 99)
-    result = make(copy)
+    result = make_tier(copy)
     assert f": {28 - len(notes) + 5} of 28 files written, " in result.stdout
     assert files(copy) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
 
@@ -189,19 +179,19 @@ def test_ctrl_c_ends_in_a_line_and_leaves_nothing_half_written(copy: Path, whole
 
 
 def test_a_finished_tier_is_left_alone_and_one_that_changed_is_mended(copy: Path, whole: dict[str, str]):
-    assert make(copy).exit_code == 0
+    assert make_tier(copy).exit_code == 0
     root = copy / "raw-rgb"
     before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
-    assert ": 28 files are as they were, " in make(copy).stdout
+    assert ": 28 files are as they were, " in make_tier(copy).stdout
     assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
     with open(root / "train-000003.raw", "r+b") as file:
         file.write(b"x")
     os.truncate(root / "val-000001.raw", 5)
     (root / "train-000099.raw").write_bytes(b"of another time")
-    assert ": 2 of 28 files written, " in make(copy).stdout
+    assert ": 2 of 28 files written, " in make_tier(copy).stdout
     assert files(copy) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
     (root / "tier.json").write_bytes(b"{}")
-    assert ": 28 of 28 files written, " in make(copy).stdout
+    assert ": 28 of 28 files written, " in make_tier(copy).stdout
     assert files(copy) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
 
 
@@ -211,10 +201,10 @@ def test_a_tier_of_another_codec_is_made_anew(copy: Path, whole: dict[str, str],
     with monkeypatch.context() as patch:
         patch.setattr(records, "fingerprint", lambda kind: "1" * 64)
         patch.setattr(records, "record_of", lambda *picture: 255 - decode(*picture))
-        assert make(copy).exit_code == 0
+        assert make_tier(copy).exit_code == 0
     result = verify(copy)
     assert (result.exit_code, result.stdout.count("raw-rgb: pixels not compared: decoded by a codec that ")) == (0, 1)
-    told, done = make(copy).stdout.splitlines()
+    told, done = make_tier(copy).stdout.splitlines()
     reason = "decoded by a codec that gives other pixels than this machine's"
     assert told == f"{copy}/raw-rgb/tier.json: {reason}; the tier is made anew"
     assert ": 28 of 28 files written, " in done
@@ -223,19 +213,19 @@ def test_a_tier_of_another_codec_is_made_anew(copy: Path, whole: dict[str, str],
 
 def test_a_tier_of_other_shards_is_made_anew(copy: Path, root: Path):
     """`copy` and `root` have files of the same names."""
-    assert make(copy).exit_code == 0
+    assert make_tier(copy).exit_code == 0
     shutil.move(copy / "raw-rgb", root / "raw-rgb")
     line = f"{root}/raw-rgb/tier.json: made from other shards; "
     (found, *more) = verify(root, "--quick").stdout.splitlines()
     assert found.startswith(line.removeprefix(f"{root}/") + "mend it: ")
     assert len(more) == 1
-    assert make(root).stdout.startswith(line + "the tier is made anew\n")
+    assert make_tier(root).stdout.startswith(line + "the tier is made anew\n")
     assert verify(root).exit_code == 0
 
 
 def test_a_tier_that_cannot_be_read_is_no_tier_to_make_anew(root: Path, monkeypatch: pytest.MonkeyPatch):
     """Its disk may be better tomorrow, its owner give access."""
-    assert make(root).exit_code == 0
+    assert make_tier(root).exit_code == 0
     before, read = files(root), storage.read_bytes
 
     def failing(path: Path) -> bytes:
@@ -249,7 +239,7 @@ def test_a_tier_that_cannot_be_read_is_no_tier_to_make_anew(root: Path, monkeypa
 
 
 def test_json_events(copy: Path):
-    events = [json.loads(line) for line in make(copy, "--json").stdout.splitlines()]
+    events = [json.loads(line) for line in make_tier(copy, "--json").stdout.splitlines()]
     assert [event["event"] for event in events if event["event"] != "progress"] == ["plan", "done"]
     assert (events[-1]["written"], events[-1]["files"], events[-1]["pictures"]) == (28, 28, events[0]["pictures"])
 
@@ -305,129 +295,11 @@ def test_a_full_disk(many: Path, disk: Path, whole: dict[str, str], monkeypatch:
     victim = root / "raw-rgb" / "train-000002.raw"  # is mended without room for a second one
     victim.write_bytes(bytes(victim.stat().st_size))
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
-    assert ": 1 of 28 files written, " in make(root).stdout
+    assert ": 1 of 28 files written, " in make_tier(root).stdout
     (root / "raw-rgb" / "tier.json").write_bytes(b"{}")  # the files that are of no use by then give way
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free + ballast.stat().st_size - 300_000))
-    assert ": 28 of 28 files written, " in make(root).stdout
+    assert ": 28 of 28 files written, " in make_tier(root).stdout
     assert files(root) == {name: digest for name, digest in whole.items() if name.startswith("raw-rgb")}
-
-
-# ---- verification ----
-
-
-@pytest.mark.parametrize("kind", records.KINDS)
-@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.proof)])
-def test_verification_finds_each_flipped_byte(tmp_path: Path, kind: str, stride: int):
-    """Of five pictures of 16 pixels, their digests, and tier.json."""
-    for name in ("train/a/0", "train/a/1", "train/b/2", "val/a/3", "val/b/4"):
-        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(name, 20, 24).save(tmp_path / "raw" / f"{name}.png")
-    root = tmp_path / "dataset"
-    assert build(tmp_path / "raw", root, "--size", 16, "--workers", 1).exit_code == 0
-    assert make(root, "--format", kind).exit_code == 0
-    data = manifest.load(root)
-    for path in sorted((root / f"raw-{kind}").iterdir()):
-        content = path.read_bytes()
-        for at in range(0, len(content), stride):
-            with open(path, "r+b") as file:
-                os.pwrite(file.fileno(), bytes([content[at] ^ 1 << at % 8]), at)
-            (failure,) = verify_tiers.check(data, quick=True, workers=1)
-            assert failure.file == f"raw-{kind}/{path.name}", at
-            assert failure.reason.endswith(f"; mend it: python tools/raw_tier.py {root} --format {kind}")
-            assert "\n" not in failure.reason
-            if path.suffix == ".json":
-                with pytest.raises(DatasetError) as caught:
-                    tier.load(data, kind)
-                one_line(caught, str(path), "tools/raw_tier.py")
-            path.write_bytes(content)
-    assert not verify_tiers.check(data, quick=False, workers=1)
-
-
-def other_picture(content: bytearray, size: int, count: int) -> None:
-    """Put the second picture of a file and its digest in place of the first ones."""
-    content[:size] = content[size : 2 * size]
-    content[count * size : count * size + 8] = content[count * size + 8 : count * size + 16]
-
-
-def other_digest(content: bytearray, size: int, count: int) -> None:
-    content[count * size] ^= 1
-
-
-def longer(content: bytearray, size: int, count: int) -> None:
-    content.append(0)
-
-
-def unchanged(content: bytearray, size: int, count: int) -> None:
-    pass
-
-
-@pytest.mark.parametrize(
-    ("change", "sha256", "quick", "message"),
-    [
-        (other_picture, "", "all holds", "picture 0 is not that of its shard"),
-        (other_digest, "", "", "picture 0 is not that of its digest"),
-        (unchanged, "0" * 64, "", "its SHA-256 is not that of tier.json"),
-        (longer, "", "", "has 27,721 bytes, 27,721 are promised, its pictures need 27,720"),
-    ],
-)
-def test_verification_finds_what_tier_json_lists(root: Path, change: Any, sha256: str, quick: str, message: str):
-    """A file whose bytes and SHA-256 fit, or a wrong SHA-256 alone."""
-    assert make(root).exit_code == 0
-    data, path = manifest.load(root), root / "raw-rgb" / "val-000000.raw"
-    made, content = tier.load(data, "rgb"), bytearray(path.read_bytes())
-    change(content, 3 * 32 * 32, data.split("val").samples)
-    path.write_bytes(content)
-    sha256 = sha256 or hashlib.sha256(content).hexdigest()
-    changed = tier.TierFile(len(content), sha256, made.files[path.name].shard_sha256)
-    files = {**made.files, path.name: changed}
-    lying = tier.Tier(made.root, made.kind, made.size, made.codec, made.built_with, files)
-    (made.root / "tier.json").write_bytes(lying.to_json())
-    assert verify(root, "--quick").stdout.startswith(quick or f"raw-rgb/val-000000.raw: {message}; mend it: ")
-    result = verify(root)
-    assert result.exit_code == 1
-    assert result.stdout.startswith(f"raw-rgb/val-000000.raw: {message}; mend it: ")
-
-
-def test_verification_names_what_does_not_belong(root: Path):
-    assert make(root).exit_code == 0
-    (root / "raw-rgb" / "notes.txt").write_text("mine")
-    (root / "raw-yuv420" / WORK_FOLDER).mkdir(parents=True)
-    (root / "raw-rgb" / "train-000001.raw").unlink()
-    result = verify(root)
-    assert result.exit_code == 1
-    lines = sorted(result.stdout.splitlines()[:3])
-    assert lines[0] == "raw-rgb/notes.txt: not listed in tier.json; delete it"
-    assert lines[1].startswith("raw-rgb/train-000001.raw: missing; mend it: ")
-    assert lines[2].startswith("raw-yuv420/tier.json: missing: the tier is unfinished; mend it: ")
-    damage(root, 3)
-    result = verify(root)
-    assert "note: raw tiers (rgb, yuv420) are not checked until the shards hold" in result.stdout
-
-
-def test_a_tier_that_lies_is_a_line(root: Path, tmp_path: Path):
-    """One thing in tier.json changed at random, under a checksum that fits."""
-    assert make(root).exit_code == 0
-    data, path, random = manifest.load(root), root / "raw-rgb" / "tier.json", Random(4)
-    before = json.loads(path.read_bytes())
-    del before["checksum"]
-    for _ in range(300):
-        value, change = mutate(random, before)
-        content = signed(value, tmp_path)
-        path.write_bytes(content)
-        try:
-            found = tier.load(data, "rgb")
-        except DatasetError as error:
-            assert "\n" not in str(error), change
-            assert len(str(error)) < 1000, change
-        else:  # words that mean nothing to us
-            assert found.files == tier.parse(signed(before, tmp_path), found.root).files, change
-
-
-def signed(value: Any, case: Path) -> bytes:
-    body = canonical(value, case)
-    if not isinstance(value, dict):
-        return body
-    return canonical(value | {"checksum": hashlib.sha256(body).hexdigest()}, case)
 
 
 def test_help_needs_no_data_set():

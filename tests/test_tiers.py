@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
-from conftest import build, one_line
+from conftest import build, make_tier, one_line
 from pipeline import UserError, manifest, records, tier
 from pipeline.online import Batch, Loader, tuner
 from pipeline.online.samples import SampleReader
 from pipeline.online.tiers import Records
 from runs import resume, train
 from stored import damage
-from tools.raw_tier import main as raw_tier
 from trainer import checkpoint as checkpoints
 from trainer import data as loaders
 from trainer import metrics
@@ -34,8 +32,7 @@ ALL = 10**9  # bytes of memory
 
 
 def make(root: Path, kind: str) -> None:
-    result = CliRunner().invoke(raw_tier, [str(root), "--format", kind, "--workers", "1"])
-    assert result.exit_code == 0, result.output
+    assert make_tier(root, "--format", kind).exit_code == 0
 
 
 @pytest.fixture(scope="module")
