@@ -27,6 +27,7 @@ from pipeline.offline.repair import repair, restore
 from pipeline.offline.verify import Failures, check, load
 from pipeline.records import KINDS
 from pipeline.storage import is_dir, location
+from pipeline.tier import SUFFIX
 from tools.build_shards import SOURCE, WORKERS, chosen_sources
 
 Copy = tuple[str, int, np.void]  # split, id and record (of SAMPLE) of a sample whose raw bytes another one has, too
@@ -87,8 +88,10 @@ def main(
     size = sum(record.bytes for record in manifest.files.values())
     verdict = f"{len(failures)} failed" if failures else "all holds, pictures not decoded" if quick else "all holds"
     files, seconds = len(manifest.files) + 1, time.monotonic() - started
-    text = f"{verdict}: {files:,} files, {samples:,} samples, {size:,} bytes, {seconds:.1f} s"
-    counts = {"failed": len(failures), "files": files, "samples": samples, "bytes": size}
+    raw_files = len(list(root.glob(f"raw-*/*{SUFFIX}"))) if isinstance(root, Path) else 0
+    more = f" and {raw_files:,} of raw tiers" if raw_files else ""
+    text = f"{verdict}: {files:,} files{more}, {samples:,} samples, {size:,} bytes, {seconds:.1f} s"
+    counts = {"raw_files": raw_files, "failed": len(failures), "files": files, "samples": samples, "bytes": size}
     print_line(as_json, text, "done", **counts, seconds=round(seconds, 3))
     context.exit(1 if failures else 0)
 
