@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # 41 samples in batches of 8: the last o
     "aligned": {"mean": "aligned"},
     "colour": {"mean": "colour", "lighting": "off"},
     "paper": {"lighting": "paper", "positions": "paper"},
+    "neither crops nor flips": {"positions": "centre", "flips": False},
     "until": {"lighting_until": 5, "view": 64},
     "chunk": {"crop_chunk": 4, "batch_size": 40, "depth": 1},
     "shards": {"order": "shards", "window": 8, "seed": 2**64 - 1},

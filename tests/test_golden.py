@@ -34,6 +34,7 @@ def test_losses_of_tiny_in_float64():
     for step in range(5):
         batch = made_up(step, 32)
         drop = draw_masks(network, recipe.train.seed, batch)
-        losses = train_step(network, optimiser, batch, drop, schedule.rates(step), recipe.train)
+        losses, wrong = train_step(network, optimiser, batch, drop, schedule.rates(step), recipe.train)
         found.append(float(losses) / 32)
+        assert 0 <= wrong <= 32
     assert found == pytest.approx(LOSSES, rel=1e-9, abs=0)

@@ -212,11 +212,11 @@ def outcome(dataset: Path, variant: str, network_class: Any = TwoColumnNet) -> d
             batch = next(loader)
         for _ in range(4):
             drop = draw_masks(network, recipe.train.seed, batch)
-            losses = train_step(network, optimiser, batch, drop, rates, recipe.train, watch)
+            sums = train_step(network, optimiser, batch, drop, rates, recipe.train, watch)
         parts = optimiser.velocity
         if network_class is TwoColumnNet:
-            return {"loss": losses.cpu(), **network.gathered(parts)}
-        return {"loss": losses.cpu(), **{name: value.cpu() for name, value in parts[0].items()}}
+            return {"loss": sums[0].cpu(), **network.gathered(parts)}
+        return {"loss": sums[0].cpu(), **{name: value.cpu() for name, value in parts[0].items()}}
     finally:
         reference_precision()
         torch.compiler.reset()

@@ -84,6 +84,7 @@ def test_a_state_of_another_loader_is_refused(dataset: Path):
         state = loader.state_dict()
     for options, words in (
         ({"seed": 5}, "seed: 2012 there, 5 here"),
+        ({"positions": "centre", "flips": False}, "positions: 'code' there, 'centre' here; flips: True there, False"),
         ({"order": "shards"}, "order: 'uniform' there, 'shards' here; window: None there"),
         ({"recipe": "imagenet"}, "recipe: 'alexnet' there, 'imagenet' here"),
     ):
@@ -92,6 +93,9 @@ def test_a_state_of_another_loader_is_refused(dataset: Path):
                 loader.load_state_dict(state)
             assert len(next(loader).ids) == loader.order.batch_size  # and goes on as it was
     with Loader(dataset, batch_size=8) as loader:
+        loader.load_state_dict({key: value for key, value in state.items() if key != "flips"})  # of 2026-11
+        with pytest.raises(UserError, match="flips: False there, True here"):
+            loader.load_state_dict(state | {"flips": False})
         with pytest.raises(UserError, match="dataset: '0f"):
             loader.load_state_dict(state | {"dataset": "0f"})
         for step in (None, -1, 2**70):

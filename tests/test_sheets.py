@@ -206,7 +206,7 @@ NO_VAL, ALL = "The data set has no images in val.", ["augmentation", "kernels", 
     [
         pytest.param(
             *(ONE, ["train.steps=1"], NETWORK, ["augmentation", "kernels"]),
-            {"losses": "training 0 at step 1", "updates": "; fc2 "},
+            {"losses": "training 0 at step 1", "errors": "in training 0 at step 1", "updates": "; fc2 "},
             {"result": NO_VAL, "validation-images": NO_VAL, "similar-training-images": NO_VAL, "curves": NO_VAL},
             id="one picture",
         ),

@@ -64,6 +64,7 @@ def test_the_first_line_is_that_of_a_plain_grouped_network(run: Path, dataset: P
     odds = np.exp(network(batch.images, drop).detach().double().numpy())
     expected = -np.log(odds[np.arange(12), batch.labels.numpy()] / odds.sum(1)).mean()
     assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert line["top1_error"] == pytest.approx(100 * (odds.argmax(1) != batch.labels.numpy()).mean())
     for name, layer in line["layers"].items():
         assert layer["weight"] == pytest.approx(float(weights[f"{name}.weight"].abs().mean()), rel=0.2), name
         assert layer["ratio"] == pytest.approx(layer["update"] / layer["weight"]) != 0, name

@@ -33,6 +33,9 @@ OPTIONS = [
     {"lighting": "paper", "shrink": True, "mean": "aligned"},
     {"positions": "paper", "crop_chunk": 3, "mean": "aligned"},
     {"lighting_until": 3},
+    {"positions": "centre", "mean": "aligned"},
+    {"flips": False, "crop_chunk": 3},
+    {"positions": "centre", "flips": False, "lighting": "off", "mean": "colour"},
     {"view": 32, "mean": "aligned"},  # one place; the mean image is as large as a view, and yet it is mirrored
     {"view": 224},  # of the larger pictures
 ]
@@ -78,7 +81,8 @@ def test_random_views_equal_pillow_and_numpy(small: Path, dataset: Path, options
             assert batch.labels.tolist() == built.samples("train")["label"][batch.ids].tolist()
             assert all(torch.equal(batch.images, images) for images in batch.replicas)
             for i, (number, image) in enumerate(zip(batch.ids, batch.images.numpy(), strict=True)):
-                place = (*draws.crop[i].tolist(), -1 if draws.flip[i] else 1)
+                place = (*draws.crop[i].tolist(), -1 if draws.flip[i] and options.get("flips", True) else 1)
+                place = (middle, middle, place[2]) if options.get("positions") == "centre" else place
                 own = {
                     "centre": window(statistics.mean_image, middle, middle, 1, view),
                     "aligned": window(statistics.mean_image, *place, view),

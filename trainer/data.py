@@ -92,6 +92,7 @@ def training(
         lighting=recipe.data.lighting,
         lighting_until=math.ceil(recipe.data.lighting_until * steps_of(dataset, recipe) / recipe.train.epochs),
         positions=recipe.data.positions,
+        flips=recipe.data.flips,
         crop_chunk=recipe.data.crop_chunk,
         tier="auto" if workers else recipe.data.tier,
         device_bytes=recipe.data.device_bytes or None,

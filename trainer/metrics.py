@@ -33,7 +33,7 @@ class Line(TypedDict):
 
 
 class LogInterval:
-    """Loss, speed and stall of the steps since the last log line, over all processes.
+    """Loss, error, speed and stall of the steps since the last log line, over all processes.
 
     Every process calls `state` and `close`. A checkpoint holds `state`, which a resumed run begins with.
     """
@@ -50,18 +50,19 @@ class LogInterval:
         self._device, self._meter, self._world, self._remedies = device, meter, world, remedies
         self._restart()
         if state and world.is_main:  # which are sums of all processes
-            self._losses.fill_(state["losses"])
+            wrong = state.get("wrong", math.nan)  # which earlier versions did not count
+            self._sums.copy_(torch.tensor([state["losses"], wrong], dtype=torch.float64))
             self._images = state["images"]
 
     def _restart(self) -> None:
         # In float64 sums of float32 losses are exact: a resumed run has the sum of one that was not interrupted.
-        self._losses = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # of losses, and of wrong images
         self._images = self._timed = 0  # the images of the losses; those since the start of this process
         self._since, self._waited = time.perf_counter(), self._meter.total
 
-    def add(self, losses: Tensor, images: int) -> None:
-        """Add the sum of the losses, in nats, of so many images."""
-        self._losses += losses
+    def add(self, sums: Tensor, images: int) -> None:
+        """Add the sums (2,) of so many images: their losses in nats, and how many were wrong."""
+        self._sums += sums
         self._images += images
         self._timed += images
 
@@ -76,28 +77,34 @@ class LogInterval:
 
     def state(self) -> dict[str, Any]:
         """Return the sums of all processes, to go on with."""
-        own = {"losses": float(self._losses), "images": self._images}
-        ranks = self._world.all_gather(own)
-        return {key: sum(rank[key] for rank in ranks) for key in own}
+        ranks = self._world.all_gather(self._own())
+        totals = {key: sum(rank[key] for rank in ranks) for key in self._own()}
+        return {key: total for key, total in totals.items() if not math.isnan(total)}
+
+    def _own(self) -> dict[str, Any]:
+        losses, wrong = self._sums.tolist()
+        return {"losses": losses, "wrong": wrong, "images": self._images}
 
     def close(self) -> tuple[dict[str, Any], str]:
-        """Return {"loss": mean in nats, "time": speed and stall} and the stall in words; begin anew. Waits for the GPU.
+        """Return a log line's figures and the stall in words; begin anew. Waits for the GPU.
 
+        The figures are {"loss": mean in nats, "top1_error": % of the images as trained on, "time": speed and stall}.
         Processes wait for each other, so the stall is that of the process that waited longest for its batches.
         """
         seconds = time.perf_counter() - self._since
-        own: dict[str, Any] = {"losses": float(self._losses), "images": self._images, "timed": self._timed}
+        own = self._own() | {"timed": self._timed}
         waited = self._meter.total - self._waited
         own |= {"stall": waited.shares(seconds), "text": waited.text(seconds, self._remedies)}
         self._restart()
         ranks = self._world.all_gather(own)
-        losses, images, timed = (sum(rank[key] for rank in ranks) for key in ("losses", "images", "timed"))
+        losses, wrong, images, timed = (sum(rank[key] for rank in ranks) for key in (*self._own(), "timed"))
         stalls = [sum(rank["stall"].values()) for rank in ranks]
         worst = stalls.index(max(stalls))
         speed = {"images_per_second": timed / seconds, "stall": stalls[worst], "stall_by": ranks[worst]["stall"]}
         if self._world.size > 1:
             speed["stall_of_process"] = worst
-        return {"loss": losses / images, "time": speed}, ranks[worst]["text"]
+        error = {} if math.isnan(wrong) else {"top1_error": 100 * wrong / images}
+        return {"loss": losses / images, **error, "time": speed}, ranks[worst]["text"]
 
 
 class Metrics(ExitStack):
@@ -129,13 +136,13 @@ class Metrics(ExitStack):
         """Write a line of training.
 
         Args:
-            line: {"step": steps done, "epoch", "loss": nats per image, "lr", "layers": {name: {"weight": mean |w|,
-                "update": mean |Δw| of a step, "ratio": of these two}}, "time": {"images_per_second",
-                "stall": share of the time, "stall_by": shares by cause}}.
+            line: {"step": steps done, "epoch", "loss": nats per image, "top1_error": %, or missing, "lr", "layers":
+                {name: {"weight": mean |w|, "update": mean |Δw| of a step, "ratio": of these two}}, "time":
+                {"images_per_second", "stall": share of the time, "stall_by": shares by cause}}.
         Raises:
             UserError: a number is not finite; the disk is full.
         """
-        scalars = {"loss": line["loss"], "lr": line["lr"]}
+        scalars: dict[str, float] = {key: line[key] for key in ("loss", "top1_error", "lr") if key in line}
         scalars |= {key: line["time"][key] for key in ("images_per_second", "stall")}
         scalars |= {f"update_ratio/{name}": layer["ratio"] for name, layer in line["layers"].items()}
         self._write("train", line, scalars)

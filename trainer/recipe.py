@@ -74,7 +74,8 @@ class DataRecipe:
     mean: Literal["centre", "aligned", "colour"] = "centre"
     lighting: Literal["code", "paper", "off"] = "code"
     lighting_until: Time = 68.0  # of train.epochs, after which lighting and the factor 1/1.1 are off
-    positions: Literal["code", "paper"] = "code"
+    positions: Literal["code", "paper", "centre"] = "code"  # of crops; "centre": always the middle
+    flips: bool = True
     crop_chunk: Positive = 1
     # damaged pictures that are passed over, of training and of validation: 0, for without one the data are not those
     # that the run's identity names

@@ -63,7 +63,8 @@ class Terminal:
             self.print(f"loader: {text}", "loader", text=text)
         news.clear()
         speed = f"{line['time']['images_per_second']:6.0f} images/s"
-        figures = f"epoch {line['epoch']:<3} loss {line['loss']:.4f}  lr {line['lr']:.2g}  {speed}  "
+        error = f"  error {line['top1_error']:.1f} %" if "top1_error" in line else ""
+        figures = f"epoch {line['epoch']:<3} loss {line['loss']:.4f}{error}  lr {line['lr']:.2g}  {speed}  "
         if self._bar:
             self._bar.figures = figures + stall
             self._bar.update(self._bar.row, completed=line["step"])

@@ -51,9 +51,10 @@ def train_step(
     recipe: recipes.TrainRecipe,
     watch: nonfinite.Watch | None = None,
 ) -> Tensor:
-    """Update the weights by a batch; return the sum of its losses in nats, a scalar on the first device.
+    """Update the weights by a batch; return two sums over its images, (2,) float on the first device.
 
-    Each of several ranks has its part of the batch, and gets that part's sum of losses; `Replicas` sums the gradients.
+    They are the losses in nats, and how many images were wrong by top-1, as the network saw them before the update.
+    Each of several ranks has its part of the batch, and gets the sums of that; `Replicas` sums the gradients.
     A short batch counts for less: its gradient too is divided by the full batch's size, as in the 2012 code.
     """
     optimiser.freeze(rates)  # before the forward pass, which records what needs gradients
@@ -75,7 +76,7 @@ def train_step(
 
     # update
     optimiser.step(rates)
-    return losses.detach()
+    return torch.stack([losses.detach(), (logits.detach().argmax(1) != batch.labels).sum()])
 
 
 def main(settings: runs.Settings, world: World = SINGLE) -> None:
@@ -223,8 +224,8 @@ def main(settings: runs.Settings, world: World = SINGLE) -> None:
             rates = schedule.rates(batch.step)
             masks = draw_masks(network, recipe.train.seed, batch)
             with world.collective():  # gradients are summed within
-                losses = train_step(replicas, optimiser, batch, masks, rates, recipe.train, watch)
-            interval.add(losses, len(batch.ids))
+                sums = train_step(replicas, optimiser, batch, masks, rates, recipe.train, watch)
+            interval.add(sums, len(batch.ids))
 
             done = batch.step + 1
             ending = done == steps

@@ -31,8 +31,9 @@ class ViewOptions:
         lighting_until: random views have lighting in the steps below this one; None: in all.
         shrink: divide what has lighting by 1.1 afterwards; None: with the code's lighting, as the code does, and not
             with the paper's, which does not mention it.
-        positions: where random views start: at all (size − view + 1)² positions ("code": 33 × 33 of 256), or one less
-            each way ("paper": 32 × 32, section 4.1).
+        positions: where random views start: at all (size − view + 1)² positions ("code": 33 × 33 of 256), one less
+            each way ("paper": 32 × 32, section 4.1), or always in the middle ("centre").
+        flips: mirror half of the random views.
         crop_chunk: so many samples in a row of a global batch share crop and flip; the 2012 code had 32.
         view: pixels of a side of a view; on a CPU it equals Pillow's decoder and numpy bit for bit.
     Raises UserError: an impossible value.
@@ -44,6 +45,7 @@ class ViewOptions:
     lighting_until: int | None = None
     shrink: bool | None = None
     positions: str = "code"
+    flips: bool = True
     crop_chunk: int = 1
     view: int = VIEW_SIZE
 
@@ -51,7 +53,7 @@ class ViewOptions:
         require_one_of(("random", "centre", "ten", "nine"), views=self.views)
         require_one_of(("centre", "aligned", "colour"), mean=self.mean)
         require_one_of(("code", "paper", "off"), lighting=self.lighting)
-        require_one_of(("code", "paper"), positions=self.positions)
+        require_one_of(("code", "paper", "centre"), positions=self.positions)
         require_at_least(1, crop_chunk=self.crop_chunk, view=self.view)
 
     def lit(self, step: int) -> bool:
@@ -63,6 +65,15 @@ class ViewOptions:
         """Return the divisor of the views of this step: 1.1 as float32 has it, or 1."""
         shrink = self.lighting == "code" if self.shrink is None else self.shrink
         return float(SHRINK) if shrink and self.lit(step) else 1.0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Crop (top, left) in pixels, flip, and three normals per sample."""
+
+    crop: np.ndarray  # (n, 2) int32
+    flip: np.ndarray  # (n,) int32: 0 or 1
+    normals: np.ndarray  # (n, 3) float64, standard normal; one per eigenvector
 
 
 class AlexNet(Transform):
@@ -90,12 +101,18 @@ class AlexNet(Transform):
         start, flip = np.full((n, 2), 0 if self.several else self._middle, np.int32), np.zeros(n, np.int32)
         offset = np.tile(self._colour, (n, 1))
         if self.training:
-            draws = draw(self._seed, epoch, ids, self.positions, owners)
+            draws = self.draws(epoch, ids, owners)
             start, flip = draws.crop, draws.flip
             if options.lit(step):
                 offset -= lighting_shift(draws.normals, self._statistics, options.lighting)
         shape, std = np.full((n, 2), self.decoded, np.int32), np.full((n, 3), self.divisor(step), np.float32)
         return Crops(start, shape, flip, offset, std)
+
+    def draws(self, epoch: int, ids: np.ndarray, owners: np.ndarray | None = None) -> Draws:
+        """Return what the random views of these samples have in an epoch; `owners` as for `draw`."""
+        drawn = draw(self._seed, epoch, ids, self.positions, owners)
+        crop = drawn.crop if self.options.positions != "centre" else np.full_like(drawn.crop, self._middle)
+        return Draws(crop, drawn.flip if self.options.flips else np.zeros_like(drawn.flip), drawn.normals)
 
     def divisor(self, step: int) -> float:
         return self.options.divisor(step)
@@ -103,15 +120,6 @@ class AlexNet(Transform):
     def described(self) -> dict[str, Any]:
         options = {key: value for key, value in asdict(self.options).items() if key != "lighting_until"}
         return {"recipe": "alexnet", **options}
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Crop (top, left) in pixels, flip, and three normals per sample."""
-
-    crop: np.ndarray  # (n, 2) int32
-    flip: np.ndarray  # (n,) int32: 0 or 1
-    normals: np.ndarray  # (n, 3) float64, standard normal; one per eigenvector
 
 
 def draw(seed: int, epoch: int, ids: np.ndarray, positions: int, owners: np.ndarray | None = None) -> Draws:

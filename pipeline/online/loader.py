@@ -217,6 +217,7 @@ class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError where it is of another data set, seed or other option."""
+        state = {"flips": True, **state}  # which earlier versions do not say, for they had no other
         own, step = self._described(), state.get("step")
         differing = [f"{key}: {state.get(key)!r} there, {own[key]!r} here" for key in own if state.get(key) != own[key]]
         if differing or type(step) is not int or not 0 <= step < 2**40:  # so that places fit in 64 bits

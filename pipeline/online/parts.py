@@ -32,7 +32,7 @@ Number = Annotated[int, Meta(ge=0, le=2**40)]
 Numbers = Annotated[tuple[Number, ...], Meta(max_length=MOST)]
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A part of a batch: all that its views are a function of, and who may answer it."""
 
     protocol: Count
@@ -42,10 +42,11 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     split: Annotated[str, Meta(max_length=100)]
     recipe: Literal["alexnet", "imagenet"]
     views: Literal["random", "centre", "ten", "nine"]
-    positions: Literal["code", "paper"]  # these two: see `augment.ViewOptions`; of the recipe alexnet
+    positions: Literal["code", "paper", "centre"]  # these, and flips: see `augment.ViewOptions`; of the recipe alexnet
     view: Annotated[int, Meta(ge=1, le=1024)]
     seed: Annotated[int, Meta(ge=0)]
     max_bad: Count  # samples that may fail; see `samples.BadSamples`
+    flips: bool = True
     step: Number = 0
     epoch: Number = 0
     ids: Numbers = ()
@@ -58,13 +59,13 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.recipe == "imagenet":
             return {"views": self.views}
         colours = {"mean": "colour", "lighting": "off"}
-        return {"views": self.views, "positions": self.positions, "view": self.view, **colours}
+        return {key: getattr(self, key) for key in ("views", "positions", "flips", "view")} | colours
 
 
 def template(data: Manifest, split: str, recipe: Transform, seed: int, max_bad: int) -> Request:
     """Return a request for no samples; the data set has the name of its folder here."""
-    options = {"positions": "code", "view": recipe.view} | recipe.described()
-    known: dict[str, Any] = {key: options[key] for key in ("recipe", "views", "positions", "view")}
+    options = {"positions": "code", "flips": True, "view": recipe.view} | recipe.described()
+    known: dict[str, Any] = {key: options[key] for key in ("recipe", "views", "positions", "flips", "view")}
     name = data.root.name if storage.is_remote(data.root) else os.path.basename(os.path.abspath(data.root))
     own: dict[str, Any] = {
         "protocol": PROTOCOL,

@@ -187,7 +187,7 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
             if line["kind"] == "validation":
                 _require_numbers(line, "nll", "top1_error", "top5_error")
             else:
-                _require_numbers(line, "loss")
+                _require_numbers(line, "loss", *{"top1_error"} & line.keys())
                 _require_numbers(line["time"], "images_per_second", "stall")
                 for layer in line.get("layers", {}).values():
                     _require_numbers(layer, "ratio")

@@ -172,7 +172,7 @@ def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Return charts of losses, errors and updates over the steps of metrics.jsonl, but for those without points."""
 
     def points(kind: str, key: str) -> Points:
-        return [(line["step"], line[key]) for line in lines if line["kind"] == kind]
+        return [(line["step"], line[key]) for line in lines if line["kind"] == kind and key in line]
 
     updates: dict[str, Points] = {}
     for line in lines:
@@ -181,10 +181,11 @@ def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
                 updates.setdefault(name, []).append((line["step"], layer["ratio"]))
     losses = {"training": points("train", "loss"), "validation": points("validation", "nll")}
     errors = {"top-1": points("validation", "top1_error"), "top-5": points("validation", "top5_error")}
+    errors["top-1 in training"] = points("train", "top1_error")
     drawn: list[Chart] = []
     for name, title, unit, curves in (
         ("losses", "Loss", "loss (nats per image)", losses),
-        ("errors", "Validation error", "error (% of images)", errors),
+        ("errors", "Error", "error (% of images)", errors),
         ("updates", "Updates", "mean |update| / mean |weight|", updates),
     ):
         if curves := {curve: course for curve, course in curves.items() if course}:
@@ -243,7 +244,12 @@ def _augmentation(data: FigureData) -> Image.Image:
     recipe, keys = data.checkpoint.recipe, data.checkpoint.recipe.data
     lighting = keys.lighting if keys.lighting_until > 0 else "off"
     options = augment.ViewOptions(
-        view=recipe.model.size, mean=keys.mean, lighting=lighting, positions=keys.positions, crop_chunk=keys.crop_chunk
+        view=recipe.model.size,
+        mean=keys.mean,
+        lighting=lighting,
+        positions=keys.positions,
+        flips=keys.flips,
+        crop_chunk=keys.crop_chunk,
     )
     with SampleReader(data.dataset, "train") as reader:
         stored = pixels(reader.read(np.zeros(1, np.int64))[0].tobytes(), data.dataset.recipe.size)

@@ -137,10 +137,10 @@ def first_views(
     Raises:
         UserError: no view fits in the picture.
     """
-    positions = augment.AlexNet(options, statistics, len(stored), seed).positions
+    transform = augment.AlexNet(options, statistics, len(stored), seed)
     views = []
     for epoch in range(EPOCHS):
-        draws = augment.draw(seed, epoch, np.array([sample]), positions)
+        draws = transform.draws(epoch, np.array([sample]))
         (top, left), mirrored = draws.crop[0].tolist(), bool(draws.flip[0])
         lighting = augment.lighting_shift(draws.normals, statistics, options.lighting)[0]
         shift = lighting if options.lit(0) else np.zeros_like(lighting)

@@ -233,9 +233,10 @@ def curves(trained: Sequence[dict[str, Any]], validated: Sequence[dict[str, Any]
     stall += [curve(name, trained, "time", "stall_by", name, percent=True) for name in causes]
     losses = [curve("training", trained, "loss"), curve("validation", validated, "nll")]
     errors = [curve("top-1", validated, "top1_error"), curve("top-5", validated, "top5_error")]
+    errors.append(curve("top-1 in training", [line for line in trained if "top1_error" in line], "top1_error"))
     return [
         ("Loss", charts.lines("Loss", losses)),
-        ("Validation error", charts.lines("Validation error", errors, " %")),
+        ("Error", charts.lines("Error", errors, " %")),
         ("Speed", charts.lines("Speed", [curve("images/s", trained, "time", "images_per_second")])),
         ("Stall: the device waits for", charts.lines("Stall", stall, " %", least=1)),
         ("Learning rate", charts.lines("Learning rate", [curve("rate", trained, "lr")], log=True)),
