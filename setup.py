@@ -88,6 +88,7 @@ if __name__ == "__main__":
         package_dir={f"penstock.{name}": name for name in PACKAGES},
         package_data={
             "penstock.trainer.recipes": ["*.toml"],
+            "penstock.trainer.reproduce": ["*.toml"],
             "penstock.trainer.figures": ["page.html"],
             "penstock.pipeline.service.web": ["templates/*.html", "static/*"],
         },

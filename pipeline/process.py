@@ -1,13 +1,15 @@
 """This process, from the first line of a program on: signals and lack of memory end it with one line; its streams."""
 
+import ctypes
 import io
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -107,6 +109,12 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for late in received:  # by a thread of a library, which no mask of ours reaches
             signal.raise_signal(late)
+
+
+def ended_with_parent(number: int) -> Callable[[], object]:
+    """Return a function that lets the process that calls it get this signal when its parent dies; on Linux."""
+    libc = ctypes.CDLL(None)  # here, not in a child between fork and exec
+    return partial(libc.prctl, 1, number) if sys.platform == "linux" else int  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -26,6 +26,7 @@ MODULES = {  # command → its module, and one line of help
     "index": ("retrieval.index", "Write the features of every image of a split."),
     "similar": ("retrieval.similar", "Find the images of an index nearest to each PICTURE."),
     "export": ("export", "Write a run's network for other programs."),
+    "reproduce": ("reproduce.command", "Try a claim of the paper in small."),
 }
 LEAST = 2**30  # bytes of address space that torch needs at the least
 COMMANDS = {name: line for name, (_, line) in MODULES.items()}

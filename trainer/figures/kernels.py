@@ -27,10 +27,16 @@ def sheet(weights: np.ndarray, columns: int) -> Image.Image:
 
 
 def measured(weights: np.ndarray) -> str:
-    """Return the selectivity of (n, 3, k, k) kernels in words: means by their energy; 0 if all energies are 0."""
+    """Return the selectivity of (n, 3, k, k) kernels in words."""
+    return "colour {:.2f}, orientation {:.2f}".format(*selectivity(weights))
+
+
+def selectivity(weights: np.ndarray) -> tuple[float, float]:
+    """Return colour and orientation of (n, 3, k, k) kernels: means by their energy; 0 if all energies are 0."""
     energies = energy(weights)
     sums = [(measure(weights) * energies).sum() for measure in (colour, orientation)]
-    return "colour {:.2f}, orientation {:.2f}".format(*_ratio(np.array(sums), np.full(2, energies.sum())))
+    shares = _ratio(np.array(sums), np.full(2, energies.sum()))
+    return float(shares[0]), float(shares[1])
 
 
 def reading(weights: np.ndarray, columns: int) -> str:

@@ -1,0 +1,149 @@
+"""An experiment: a claim of the paper, the runs that try it, and what is measured of them. Read from TOML."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta
+
+from pipeline import typed
+from pipeline.manifest import Manifest
+from trainer import recipe as recipes
+from trainer.data import steps_of, steps_per_epoch
+from trainer.layers import Positive
+from trainer.recipe import Recipe, RecipeError
+
+FOLDER = Path(__file__).parent
+Name: TypeAlias = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,40}\Z")]  # it becomes a folder's
+Settings: TypeAlias = tuple[str, ...]  # as --set takes them
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the networks that are compared, and how it is trained."""
+
+    recipe: str
+    settings: Settings = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """A choice of rates, made for each variant alone: that of the lowest training error after so many epochs."""
+
+    epochs: Positive
+    choices: Mapping[Name, Settings]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim, and how it is tried. Differences are to the first of the variants.
+
+    Args:
+        claim: in words, with the paper's section and numbers.
+        measure: "error": top-1 error of `views`; "epochs": of training until the training error of a whole epoch is
+            `target` percent, where the run ends; "columns": how the two columns' kernels of the first layer differ.
+        settings: of every variant, over its own recipe and below its own settings.
+    """
+
+    claim: str
+    measure: Literal["error", "epochs", "columns"]
+    variants: Mapping[Name, Variant]
+    settings: Settings = ()
+    views: Literal["centre", "ten", "nine"] = "centre"
+    target: Annotated[float, Meta(gt=0, lt=100)] = 25.0
+    search: Search | None = None
+    seeds: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**63 - 1)], ...], Meta(min_length=1)] = (2012, 7, 8)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of an experiment."""
+
+    variant: str
+    choice: str  # of the search; "" without one
+    seed: int
+    folder: Path
+    recipe: str  # that `settings` are put over
+    settings: Settings
+    steps: int  # after which it ends
+    epoch: int  # steps of an epoch
+    until: float | None  # training error in percent that ends it before
+    by_log: bool  # its log is all that is wanted of it: no weights of its last step
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def loaded(self) -> Recipe:
+        return recipes.load(self.recipe, self.settings)
+
+
+def names() -> list[str]:
+    """Return the names of the experiments."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Experiment:
+    """Return an experiment by the name of a file in trainer/reproduce, or by path.
+
+    Raises RecipeError: no such experiment, or an impossible one.
+    """
+    path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
+    try:
+        return typed.from_values(tomllib.loads(path.read_text(encoding="utf-8")), Experiment)
+    except FileNotFoundError as error:
+        known = ", ".join(names())
+        raise RecipeError(f"{name}: no such experiment; there are {known}, or give a .toml file") from error
+    except (ValueError, RecursionError) as error:  # a UserError is a ValueError
+        raise RecipeError(f"{path}: not an experiment ({error})") from error
+
+
+def planned(
+    experiment: Experiment,
+    dataset: Manifest,
+    out: Path,
+    seeds: Sequence[int],
+    more: Settings,
+    chosen: Mapping[str, str],
+) -> list[Run]:
+    """Return the runs of every variant and seed, in folders of `out`, seed by seed; `more` settings are put on top.
+
+    `chosen` has, by variant, which of the search's choices it takes.
+    Raises RecipeError: an impossible recipe.
+    """
+    return [
+        _run(experiment, dataset, out, variant, chosen.get(variant, ""), seed, more)
+        for seed in seeds
+        for variant in experiment.variants
+    ]
+
+
+def searched(experiment: Experiment, dataset: Manifest, out: Path, seed: int, more: Settings) -> list[Run]:
+    """Return the runs of the search, of one seed; none without a search. The chosen one goes on where it ended."""
+    if experiment.search is None:
+        return []
+    search, runs = experiment.search, []
+    for variant in experiment.variants:
+        for choice in search.choices:
+            run = _run(experiment, dataset, out, variant, choice, seed, more)
+            runs.append(replace(run, steps=min(search.epochs * run.epoch, run.steps), by_log=True))
+    return runs
+
+
+def _run(
+    experiment: Experiment, dataset: Manifest, out: Path, variant: str, choice: str, seed: int, more: Settings
+) -> Run:
+    own = experiment.variants[variant]
+    settings = [*experiment.settings, *own.settings]
+    if experiment.search and choice:
+        settings += experiment.search.choices[choice]
+    settings += [*more, f"train.seed={seed}"]
+    epoch = steps_per_epoch(dataset, recipes.load(own.recipe, settings))
+    by_log = experiment.measure == "epochs"
+    if by_log or experiment.search:
+        settings.append(f"train.log_every={epoch}")
+    steps = steps_of(dataset, recipes.load(own.recipe, settings))
+    folder, until = out / "-".join(filter(None, (variant, choice, str(seed)))), experiment.target if by_log else None
+    return Run(variant, choice, seed, folder, own.recipe, tuple(settings), steps, epoch, until, by_log)
