@@ -46,8 +46,9 @@ def reproduce(
 ) -> None:
     """Try a claim of the paper: train what experiment NAME compares, and measure it.
 
-    NAME is figure1, lrn, columns, ablations, ablations-cifar, or a .toml file like those in trainer/reproduce. Runs
-    that are there are not trained again; one that was interrupted goes on. docs/reproduction.md has what we found.
+    NAME is figure1, lrn, ablations, columns, neighbours, and with -cifar behind it each of these three; or a .toml file
+    like those in trainer/reproduce. Runs that are there are not trained again; one that was interrupted goes on.
+    docs/reproduction.md has what we found.
 
     \b
     Examples:
@@ -57,7 +58,7 @@ def reproduce(
     experiment, dataset = load(name), manifest.load(data)
     seeds = tuple(dict.fromkeys(seeds)) or experiment.seeds
     split = split or ("test" if "test" in dataset.splits else "val")
-    if experiment.measure == "error" and dataset.split(split).samples == 0:
+    if experiment.measure in ("error", "neighbours") and dataset.split(split).samples == 0:
         raise UserError(f"{data}: the split {split!r} is empty; name another --split")
     with progress_bars(as_json) as show:
 
@@ -111,6 +112,8 @@ def _measured(experiment: Experiment, outcome: Outcome, dataset: Manifest, split
         values["top1_error"] = outcome.lines[-1]["top1_error"]
     elif experiment.measure == "columns":
         values = measure.columns_of(run)
+    elif experiment.measure == "neighbours":
+        values = measure.neighbours_of(run, dataset, split, device)
     else:
         values = measure.error_rates(run, dataset, split, experiment.views, device)
     return {"variant": run.variant, "choice": run.choice, "seed": run.seed, "step": outcome.lines[-1]["step"], **values}
@@ -131,6 +134,8 @@ def _lines(experiment: Experiment, rows: Sequence[Row], split: str) -> list[str]
     by_variant = {name: own for name, own in by_variant.items() if own}
     if experiment.measure == "columns":
         return _columns(by_variant)
+    if experiment.measure == "neighbours":
+        return _neighbours(by_variant, split)
     first, key = next(iter(by_variant)), "epochs" if experiment.measure == "epochs" else "top1_error"
     compared = "its ratio to " if key == "epochs" else "less that of "
     what = (
@@ -165,6 +170,17 @@ def _columns(by_variant: dict[str, list[Row]]) -> list[str]:
         together = measure.combined([row["p"] for row in own])
         table.append([name, "all", "", "", apart_by.text(digits=3), f"{together:.3g}"])
     return aligned(table)
+
+
+def _neighbours(by_variant: dict[str, list[Row]], split: str) -> list[str]:
+    near = f"{measure.NEAREST} nearest training pictures"
+    heads = ("by features", "by pixels", "by chance", "found both ways")
+    table = [["variant", "runs", *(f"{head}, %" for head in heads)]]
+    for name, own in by_variant.items():
+        means = (measure.mean([row[key] for row in own]) for key in ("features", "pixels", "chance", "common"))
+        table.append([name, str(len(own)), *(each.text(digits=1) for each in means)])
+    count = next(iter(by_variant.values()))[0]["samples"]
+    return [f"of the {near} of {count:,} pictures of {split}, those of their class:", *aligned(table)]
 
 
 def _figure(experiment: Experiment, found: Sequence[Outcome]) -> Any:

@@ -43,12 +43,13 @@ class Experiment:
     Args:
         claim: in words, with the paper's section and numbers.
         measure: "error": top-1 error of `views`; "epochs": of training until the training error of a whole epoch is
-            `target` percent, where the run ends; "columns": how the two columns' kernels of the first layer differ.
+            `target` percent, where the run ends; "columns": how the two columns' kernels of the first layer differ;
+            "neighbours": how often the nearest training pictures are of a picture's class.
         settings: of every variant, over its own recipe and below its own settings.
     """
 
     claim: str
-    measure: Literal["error", "epochs", "columns"]
+    measure: Literal["error", "epochs", "columns", "neighbours"]
     variants: Mapping[Name, Variant]
     settings: Settings = ()
     views: Literal["centre", "ten", "nine"] = "centre"

@@ -1,12 +1,14 @@
 """Measure the runs of an experiment; estimate means, differences and ratios with their standard errors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from pipeline import UserError
 from pipeline.manifest import Manifest
@@ -15,8 +17,14 @@ from trainer.data import evaluation
 from trainer.devices import choose_devices
 from trainer.evaluate import Tally, predictions
 from trainer.figures import kernels
+from trainer.parallel import TwoColumnNet
+from trainer.recipe import Recipe
 from trainer.reproduce.crew import Line
 from trainer.reproduce.experiment import Run
+from trainer.retrieval.index import features
+from trainer.retrieval.search import nearest
+
+NEAREST, QUERIES = 6, 1000  # training pictures of each (figure 4); pictures, spread evenly over a split
 
 
 class Estimate(NamedTuple):
@@ -72,15 +80,47 @@ def epochs_to(lines: Sequence[Line], epoch: int, target: float) -> float | None:
 
 def error_rates(run: Run, dataset: Manifest, split: str, views: str, device: str | None) -> dict[str, Any]:
     """Return `Evaluation`'s fields of a run's last network over a split, the probabilities of `views` averaged."""
-    checkpoint = checkpoints.load(run.folder)
-    columns = checkpoint.recipe.model.columns
-    devices = choose_devices(",".join([device] * columns) if device else None, columns)
-    network = checkpoints.load_network(checkpoint, dataset, devices, run.folder)
+    network = _network(run, dataset, device)
     tally = Tally(network.classes)
-    with evaluation(dataset, checkpoint.recipe, split, views, devices) as loader:
+    with evaluation(dataset, run.loaded(), split, views, network.devices) as loader:
         for labels, by_views in predictions(network, loader, [views]):
             tally.add(labels, by_views[views])
     return asdict(tally.errors())
+
+
+def neighbours_of(run: Run, dataset: Manifest, split: str, device: str | None) -> dict[str, Any]:
+    """Return how often the nearest training pictures of those of a split are of their class, in percent.
+
+    "features": nearest by the last hidden layer; "pixels": by the centre views themselves; "chance": of all training
+    pictures; "common": of those nearest by features, how many are by pixels, too.
+    """
+    network, recipe = _network(run, dataset, device), run.loaded()
+    samples = dataset.split(split).samples
+    asked = np.unique(np.arange(QUERIES) * samples // QUERIES)
+    labels, truth = (dataset.samples(name)["label"].astype(np.int64) for name in ("train", split))
+    found = {}
+    for kind, rows in (("features", partial(features, network)), ("pixels", _pixels)):
+        trained, tried = (
+            np.concatenate([part for _, part in rows(dataset, recipe, name)]) for name in ("train", split)
+        )
+        found[kind] = nearest(trained, tried[asked], NEAREST)[0]
+    same = {kind: 100 * float((labels[ids] == truth[asked, None]).mean()) for kind, ids in found.items()}
+    common = np.mean([np.isin(one, other).mean() for one, other in zip(found["features"], found["pixels"])])
+    chance = 100 * float((labels[None] == truth[asked, None]).mean())
+    return {"samples": len(asked), **same, "chance": chance, "common": 100 * float(common)}
+
+
+def _pixels(dataset: Manifest, recipe: Recipe, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids (n,) and centre views (n, 3 · view²) float32 of every image of a split, as the network sees them."""
+    with evaluation(dataset, recipe, split, "centre", (torch.device("cpu"),)) as loader:
+        for batch in loader:
+            yield batch.ids, batch.images.flatten(1).numpy().copy()
+
+
+def _network(run: Run, dataset: Manifest, device: str | None) -> TwoColumnNet:
+    checkpoint, columns = checkpoints.load(run.folder), run.loaded().model.columns
+    devices = choose_devices(",".join([device] * columns) if device else None, columns)
+    return checkpoints.load_network(checkpoint, dataset, devices, run.folder)
 
 
 def columns_of(run: Run) -> dict[str, Any]:
