@@ -8,7 +8,7 @@ import click
 
 from pipeline import UserError, manifest
 from pipeline.cli import Command, json_text, print_event, print_line, progress_bars
-from pipeline.files import write_bytes_aside
+from pipeline.files import locked, write_bytes_aside
 from pipeline.manifest import Manifest
 from trainer.evaluate import VIEWS
 from trainer.figures.curves import curves
@@ -60,16 +60,18 @@ def reproduce(
     split = split or ("test" if "test" in dataset.splits else "val")
     if experiment.measure in ("error", "neighbours") and dataset.split(split).samples == 0:
         raise UserError(f"{data}: the split {split!r} is empty; name another --split")
-    with progress_bars(as_json) as show:
+    runs = searched(experiment, dataset, out, seeds[0], settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "another command trains here; wait for it, or name another --out"), progress_bars(as_json) as show:
 
         def outcomes(runs: Sequence[Run]) -> list[Outcome]:
             runs = [run for run in runs if crew.done(run)] if no_train else runs
-            return crew.train(runs, dataset, jobs, device, show)
+            return crew.train(runs, dataset, jobs, device, show, lambda text: print_line(as_json, text))
 
-        trials = outcomes(searched(experiment, dataset, out, seeds[0], settings))
-        chosen = _chosen(trials)
-        if experiment.search and len(chosen) < len(experiment.variants):
+        trials = outcomes(runs)
+        if len(trials) < len(runs):
             raise UserError(f"{out}: the search for rates is not finished; leave out --no-train")
+        chosen = _chosen(trials)
         found = outcomes(planned(experiment, dataset, out, seeds, settings, chosen))
         rows: list[Row] = []
         for outcome in found:

@@ -24,6 +24,7 @@ TAIL = 4096  # bytes, at the end of a log, that its last line is in
 
 Line = dict[str, Any]  # of training, in metrics.jsonl
 Show = Callable[[str, int, int], None]  # as `cli.progress_bars` yields it
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Outcome:
     diverged: bool
 
 
-def train(runs: Sequence[Run], dataset: Manifest, jobs: int, device: str | None, show: Show) -> list[Outcome]:
+def train(runs: Sequence[Run], dataset: Manifest, jobs: int, device: str | None, show: Show, say: Say) -> list[Outcome]:
     """Train runs, `jobs` at a time, and return their outcomes in the order of the runs.
 
     A run that is there goes on from its newest checkpoint; one that is done is left alone, and so is one that diverged.
@@ -43,6 +44,7 @@ def train(runs: Sequence[Run], dataset: Manifest, jobs: int, device: str | None,
 
     Args:
         device: of every column, such as cuda:0; None: as `train` chooses.
+        show, say: for bars, and for a line on each run that ends.
     Raises:
         UserError: a folder holds a run of another recipe or data set; a run failed, and its log has the reason.
     """
@@ -60,6 +62,7 @@ def train(runs: Sequence[Run], dataset: Manifest, jobs: int, device: str | None,
                 if ended:
                     del going[run]
                     _require_success(run, child.returncode)
+                    say(f"{run.name}: {lines[-1]['step'] if lines else 0:,} steps{', diverged' * _diverged(run)}")
                 elif run not in asked and run.by_log and _reached(run, lines):
                     child.terminate()  # once: a second signal would not wait until the run is saved
                     asked.add(run)
