@@ -106,6 +106,7 @@ def test_a_checkpoint_of_the_earlier_code_loads(tmp_path: Path):
     old = load(tmp_path)
     recipe["data"] |= {"readers": 1, "depth": 2, "workers": []}  # which came later
     recipe["data"] |= {"tier": "auto", "device_bytes": 0, "max_stall": 0.01, "hardware_share": 0.9}
+    recipe["data"] |= {"flips": True}
     assert json.loads(json.dumps(asdict(old.recipe))) == recipe
     assert_same(old, saved)
 
@@ -169,6 +170,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no progress": (altered("progress", {}), "damaged (progress: object missing required field schedule)"),
     "plateaus": (altered("progress.schedule.best", "x"), "damaged (progress.schedule.best: expected float | null, got"),
     "window": (altered("progress.window", None), "damaged (progress.window: expected object, got null)"),
+    "wrong images": (altered("progress.window.wrong", "9"), "damaged (progress.window.wrong: expected float, got str)"),
     "pending": (altered("progress.pending", 1), "damaged (progress.pending: expected bool, got int)"),
     "no velocity": (
         altered(tensors=lambda t: t.pop("velocity.fc6.bias")),

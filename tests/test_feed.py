@@ -69,6 +69,15 @@ def test_batches_are_those_of_the_local_loader(served: Path, alone: Path, crew: 
         assert_same(local, taken(alone / data, steps, workers=addresses(crew[:count]), **options))
 
 
+@pytest.mark.parametrize("options", [{"flips": False}, {"positions": "centre"}, {"view": 64}, {"seed": 9}], ids=str)
+def test_a_worker_takes_consumers_of_different_views_at_once(served: Path, crew: list[Worker], options: dict):
+    data, one = served / "dataset", addresses(crew[:1])
+    with loader(data, workers=one) as plain, loader(data, workers=one, **options) as other:
+        pairs = [(next(plain), next(other)) for _ in range(3)]
+    assert_same(taken(data, 3), [batch for batch, _ in pairs])
+    assert_same(taken(data, 3, **options), [batch for _, batch in pairs])
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 3), (3, 1)])
 def test_a_run_goes_on_with_other_workers(served: Path, alone: Path, crew: list[Worker], before: int, after: int):
     """None, too: a state does not say who decoded."""

@@ -24,6 +24,7 @@ class Plateaus(TypedDict):  # optim.Schedule.state()
 
 class Window(TypedDict):  # metrics.LogInterval.state()
     losses: float
+    wrong: NotRequired[Annotated[float, Meta(ge=0)]]  # images; earlier versions did not count them
     images: Count
 
 

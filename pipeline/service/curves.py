@@ -37,6 +37,7 @@ class Training(msgspec.Struct, tag_field="kind", tag="train"):
     loss: float  # nats per image
     lr: float
     time: Speed
+    top1_error: float | msgspec.UnsetType = msgspec.UNSET  # percent; lines of earlier versions have none
 
 
 class Validation(msgspec.Struct, tag_field="kind", tag="validation"):

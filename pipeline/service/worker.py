@@ -87,7 +87,7 @@ class Worker(AbstractContextManager["Worker"]):
         self.close()
 
     def _parts_of(self, request: Request) -> Parts:
-        way = request.recipe, request.views, request.positions, request.view, request.seed
+        way = request.recipe, request.seed, *request.options.values()
         key = (request.data, request.identity, request.split, *way)
         if parts := self._known(self._parts, key):
             return parts

@@ -93,7 +93,7 @@ def take_turn(timed: Timed, gpus: set[torch.device], least: float) -> Figures:
         images, steps = images + timed.step(), steps + 1
     synchronise(gpus)
     seconds, cores = time.perf_counter() - began, time.process_time() - of_host
-    if not bool(timed.losses.isfinite()):
+    if not bool(timed.losses.isfinite().all()):
         raise UserError("the loss is not a finite number")
     torch.cuda.empty_cache()  # for the next row
     figures: Figures = {"images": images, "seconds": seconds, "steps": steps, "cores": cores / seconds}
