@@ -102,7 +102,7 @@ def load(name: str) -> Experiment:
     if path.exists() and not path.is_file():  # a fifo would be waited for
         raise RecipeError(f"{path}: not a regular file; name a .toml file, or one of {', '.join(names())}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         experiment = typed.from_values(values, Experiment)
         _require_known(values, Experiment)
         for variant in values["variants"]:
