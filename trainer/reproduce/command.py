@@ -10,7 +10,7 @@ from pipeline import UserError, manifest
 from pipeline.cli import Command, json_text, print_event, print_line, progress_bars
 from pipeline.files import locked, write_bytes_aside
 from pipeline.manifest import Manifest
-from trainer.evaluate import VIEWS
+from trainer.evaluate import VIEWS, labelled
 from trainer.figures.curves import curves
 from trainer.figures.sheets import png
 from trainer.options import DATA, JSON, PATH
@@ -28,7 +28,7 @@ Row = dict[str, Any]  # of a run: variant, choice, seed, step, and what was meas
 @click.option("--seed", "seeds", type=click.IntRange(0, 2**63 - 1), multiple=True, help="May be repeated.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Runs at a time.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key in every run.")
-@click.option("--split", help="That errors are of.  [default: test if there is one, else val]")
+@click.option("--split", help="That errors are of.  [default: test if it has labels, else val]")
 @click.option("--device", metavar="DEVICE", help="Of every column, such as cuda:0.  [default: as train chooses]")
 @click.option("--no-train", is_flag=True, help="Measure the runs that are done, and train none.")
 @JSON
@@ -57,10 +57,13 @@ def reproduce(
     """
     experiment, dataset = load(name), manifest.load(data)
     seeds = tuple(dict.fromkeys(seeds)) or experiment.seeds
-    split = split or ("test" if "test" in dataset.splits else "val")
-    if experiment.measure in ("error", "neighbours") and dataset.split(split).samples == 0:
-        raise UserError(f"{data}: the split {split!r} is empty; name another --split")
-    runs = searched(experiment, dataset, out, seeds[0], settings)
+    split = split or ("test" if "test" in dataset.splits and labelled(dataset, "test") else "val")
+    if experiment.measure in ("error", "neighbours"):  # before the runs, which may take days
+        if dataset.split(split).samples == 0:
+            raise UserError(f"{data}: the split {split!r} is empty; name another --split")
+        if not labelled(dataset, split):
+            raise UserError(f"{data}: the split {split!r} has images without a label; name another --split")
+    search = searched(experiment, dataset, out, seeds[0], settings)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "another command trains here; wait for it, or name another --out"), progress_bars(as_json) as show:
 
@@ -68,11 +71,10 @@ def reproduce(
             runs = [run for run in runs if crew.done(run)] if no_train else runs
             return crew.train(runs, dataset, jobs, device, show, lambda text: print_line(as_json, text))
 
-        trials = outcomes(runs)
-        if len(trials) < len(runs):
+        trials = outcomes(search)
+        if len(trials) < len(search):
             raise UserError(f"{out}: the search for rates is not finished; leave out --no-train")
-        chosen = _chosen(trials)
-        found = outcomes(planned(experiment, dataset, out, seeds, settings, chosen))
+        found = outcomes(planned(experiment, dataset, out, seeds, settings, _chosen(trials)))
         rows: list[Row] = []
         for outcome in found:
             show("measured", len(rows), len(found))
@@ -156,7 +158,7 @@ def _lines(experiment: Experiment, rows: Sequence[Row], split: str) -> list[str]
             other = measure.ratio(estimate, reference).text()
         elif reference:
             other = measure.difference(estimate, reference).text(" points")
-        reference = reference or estimate
+        reference = estimate if name == first else reference
         table.append([name, str(len(own)), estimate.text("" if key == "epochs" else " %"), other])
     return aligned(table)
 

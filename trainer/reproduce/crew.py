@@ -105,14 +105,22 @@ def _started(run: Run, dataset: Manifest, jobs: int, device: str | None) -> "sub
 
 
 def _lines(run: Run) -> list[Line]:
-    """Return the lines of training up to the run's last step."""
-    return [line for line in metrics.read(run.folder) if line["kind"] == "train" and line["step"] <= run.steps]
+    """Return the lines of training up to the run's last step, or up to the first that reaches `until`."""
+    lines: list[Line] = []
+    for line in metrics.read(run.folder):
+        if line["kind"] == "train" and line["step"] <= run.steps and not _low(run, lines):
+            lines.append(line)  # those that it trained before its end was seen would depend on the machine's speed
+    return lines
+
+
+def _low(run: Run, lines: Sequence[Line]) -> bool:
+    """Return True if the last line's training error is as low as `until`."""
+    return run.until is not None and bool(lines) and lines[-1]["top1_error"] <= run.until
 
 
 def _reached(run: Run, lines: Sequence[Line]) -> bool:
     """Return True if the log has all that is wanted of it."""
-    there = bool(lines) and lines[-1]["step"] == run.steps
-    return there or (run.until is not None and any(line["top1_error"] <= run.until for line in lines))
+    return _low(run, lines) or (bool(lines) and lines[-1]["step"] == run.steps)
 
 
 def done(run: Run) -> bool:
@@ -147,6 +155,6 @@ def _require_success(run: Run, code: int) -> None:
     """Raise UserError unless a run ended well, or diverged, which is an outcome."""
     if code == 0 or _diverged(run) or (code == SAVED and run.by_log and _reached(run, _lines(run))):
         return
-    raise UserError(
-        f"{run.folder}: {_last_words(run) or f'ended with {code}'} ({log_file(run)}); the same command goes on"
-    )
+    words = _last_words(run).removeprefix("Error: ") if code > 0 else ""
+    reason = words or (f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}")
+    raise UserError(f"{run.folder}: {reason} ({log_file(run)}); the same command goes on")

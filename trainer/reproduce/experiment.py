@@ -2,9 +2,10 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta
 
@@ -12,7 +13,7 @@ from pipeline import typed
 from pipeline.manifest import Manifest
 from trainer import recipe as recipes
 from trainer.data import steps_of, steps_per_epoch
-from trainer.layers import Positive
+from trainer.layers import Positive, require
 from trainer.recipe import Recipe, RecipeError
 
 FOLDER = Path(__file__).parent
@@ -33,7 +34,7 @@ class Search:
     """A choice of rates, made for each variant alone: that of the lowest training error after so many epochs."""
 
     epochs: Positive
-    choices: Mapping[Name, Settings]
+    choices: Annotated[Mapping[Name, Settings], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,19 @@ class Experiment:
 
     claim: str
     measure: Literal["error", "epochs", "columns", "neighbours"]
-    variants: Mapping[Name, Variant]
+    variants: Annotated[Mapping[Name, Variant], Meta(min_length=1)]
     settings: Settings = ()
     views: Literal["centre", "ten", "nine"] = "centre"
     target: Annotated[float, Meta(gt=0, lt=100)] = 25.0
     search: Search | None = None
     seeds: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**63 - 1)], ...], Meta(min_length=1)] = (2012, 7, 8)
+
+    def __post_init__(self) -> None:
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", list(self.seeds), "numbers, each once")
+        choices = self.search.choices if self.search else [""]
+        joined = [f"{variant}-{choice}" for variant, choice in product(self.variants, choices)]
+        for name in joined:  # of folders: a run would pass for that of another variant
+            require(joined.count(name) == 1, "variant-choice", name, "of one variant and choice; rename one of them")
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,29 @@ def load(name: str) -> Experiment:
     Raises RecipeError: no such experiment, or an impossible one.
     """
     path = FOLDER / f"{name}.toml" if "/" not in name and not name.endswith(".toml") else Path(name)
+    if path.exists() and not path.is_file():  # a fifo would be waited for
+        raise RecipeError(f"{path}: not a regular file; name a .toml file, or one of {', '.join(names())}")
     try:
-        return typed.from_values(tomllib.loads(path.read_text(encoding="utf-8")), Experiment)
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        experiment = typed.from_values(values, Experiment)
+        _require_known(values, Experiment)
+        for variant in values["variants"]:
+            _require_known(values["variants"][variant], Variant, f"variants.{variant}.")
+        _require_known(values.get("search", {}), Search, "search.")
+        return experiment
     except FileNotFoundError as error:
         known = ", ".join(names())
         raise RecipeError(f"{name}: no such experiment; there are {known}, or give a .toml file") from error
     except (ValueError, RecursionError) as error:  # a UserError is a ValueError
         raise RecipeError(f"{path}: not an experiment ({error})") from error
+
+
+def _require_known(values: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """Raise RecipeError if a section of a file has a key that a dataclass does not have."""
+    known = [field.name for field in fields(kind)]
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"unknown key {prefix}{key:.100}; known: {', '.join(prefix + name for name in known)}")
 
 
 def planned(
@@ -112,7 +136,7 @@ def planned(
     """Return the runs of every variant and seed, in folders of `out`, seed by seed; `more` settings are put on top.
 
     `chosen` has, by variant, which of the search's choices it takes.
-    Raises RecipeError: an impossible recipe.
+    Raises RecipeError: an impossible recipe, or one whose runs cannot be measured.
     """
     return [
         _run(experiment, dataset, out, variant, chosen.get(variant, ""), seed, more)
@@ -129,7 +153,8 @@ def searched(experiment: Experiment, dataset: Manifest, out: Path, seed: int, mo
     for variant in experiment.variants:
         for choice in search.choices:
             run = _run(experiment, dataset, out, variant, choice, seed, more)
-            runs.append(replace(run, steps=min(search.epochs * run.epoch, run.steps), by_log=True))
+            # `until` would end a choice at a time of its own, with an error that compares with no other's
+            runs.append(replace(run, steps=min(search.epochs * run.epoch, run.steps), until=None, by_log=True))
     return runs
 
 
@@ -145,6 +170,13 @@ def _run(
     by_log = experiment.measure == "epochs"
     if by_log or experiment.search:
         settings.append(f"train.log_every={epoch}")
-    steps = steps_of(dataset, recipes.load(own.recipe, settings))
+    recipe = recipes.load(own.recipe, settings)
+    require(recipe.optim.schedule != "plateau", f"{variant}: optim.schedule", "plateau", "one of a known length")
+    if experiment.measure == "columns":
+        first = recipe.model.order[0]
+        kind = recipe.model.layers[first].kind
+        require(recipe.model.columns == 2, f"{variant}: model.columns", recipe.model.columns, "2, to be compared")
+        require(kind == "conv", f"{variant}: model.layers.{first}.kind", kind, "conv, to be compared")
+    steps = steps_of(dataset, recipe)
     folder, until = out / "-".join(filter(None, (variant, choice, str(seed)))), experiment.target if by_log else None
     return Run(variant, choice, seed, folder, own.recipe, tuple(settings), steps, epoch, until, by_log)

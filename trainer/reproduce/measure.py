@@ -35,8 +35,9 @@ class Estimate(NamedTuple):
     n: int
 
     def text(self, unit: str = "", digits: int = 2) -> str:
-        own = f"± {self.error:.{digits}f}" if self.error is not None else "(one run: no standard error)"
-        return f"{self.mean:.{digits}f} {own}{unit}"
+        if self.error is None:
+            return f"{self.mean:.{digits}f}{unit} (one run: no standard error)"
+        return f"{self.mean:.{digits}f} ± {self.error:.{digits}f}{unit}"
 
 
 def mean(values: Sequence[float]) -> Estimate:
