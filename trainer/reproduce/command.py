@@ -64,6 +64,7 @@ def reproduce(
         if not labelled(dataset, split):
             raise UserError(f"{data}: the split {split!r} has images without a label; name another --split")
     search = searched(experiment, dataset, out, seeds[0], settings)
+    planned(experiment, dataset, out, seeds, settings, {})  # an impossible recipe is refused before anything is written
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "another command trains here; wait for it, or name another --out"), progress_bars(as_json) as show:
 
