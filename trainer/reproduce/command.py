@@ -1,6 +1,7 @@
 """python -m trainer reproduce: try a claim of the paper in small, with several runs of each variant."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ def reproduce(
             raise UserError(f"{data}: the split {split!r} has images without a label; name another --split")
     search = searched(experiment, dataset, out, seeds[0], settings)
     planned(experiment, dataset, out, seeds, settings, {})  # an impossible recipe is refused before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "another command trains here; wait for it, or name another --out"), progress_bars(as_json) as show:
+    with ExitStack() as stack:
+        if not no_train:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out, "another command trains here; wait for it, or name another --out"))
+        show = stack.enter_context(progress_bars(as_json))
 
         def outcomes(runs: Sequence[Run]) -> list[Outcome]:
             runs = [run for run in runs if crew.done(run)] if no_train else runs
