@@ -27,7 +27,7 @@ HEAD = 'claim = "A claim"\nmeasure = "error"\nviews = "ten"\nseeds = [3, 4]\n'
 COLUMNS = HEAD.replace('"error"', '"columns"')
 RELU = "relu = { recipe = 'tiny' }\n"
 BOTH = f"[variants]\n{RELU}tanh = {{ recipe = 'tanh' }}\n"
-SEARCH = '[search]\nepochs = 1\n[search.choices]\ntame = ["optim.lr=0.001"]\n'
+SEARCH = '[search]\nepochs = [1]\n[search.choices]\ntame = ["optim.lr=0.001"]\n'
 
 
 def reproduce(folder: Path, data: Path, text: str, *more: object) -> Result:
@@ -49,7 +49,8 @@ def test_every_experiment_is_possible_and_names_its_command(name: str, small: Pa
     own, dataset, params = experiment.load(name), manifest.load(small), command_of(experiment.FOLDER / f"{name}.toml")
     assert params["name"] == name
     for settings in {(), params["settings"]}:
-        trials = experiment.searched(own, dataset, Path("out"), own.seeds[0], settings)
+        left = {variant: list(own.search.choices) for variant in own.variants} if own.search else {}
+        trials = experiment.searched(own, dataset, Path("out"), own.seeds[0], settings, left, 1)
         runs = {}
         for choice in own.search.choices if own.search else [""]:
             chosen = dict.fromkeys(own.variants, choice)

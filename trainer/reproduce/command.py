@@ -1,7 +1,9 @@
 """python -m trainer reproduce: try a claim of the paper in small, with several runs of each variant."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def reproduce(
             raise UserError(f"{data}: the split {split!r} is empty; name another --split")
         if not labelled(dataset, split):
             raise UserError(f"{data}: the split {split!r} has images without a label; name another --split")
-    search = searched(experiment, dataset, out, seeds[0], settings)
+    search = partial(searched, experiment, dataset, out, seeds[0], settings)
+    search(_choices(experiment), 1)
     planned(experiment, dataset, out, seeds, settings, {})  # an impossible recipe is refused before anything is written
     with ExitStack() as stack:
         if not no_train:
@@ -76,10 +79,8 @@ def reproduce(
             runs = [run for run in runs if crew.done(run)] if no_train else runs
             return crew.train(runs, dataset, jobs, device, show, lambda text: print_line(as_json, text))
 
-        trials = outcomes(search)
-        if len(trials) < len(search):
-            raise UserError(f"{out}: the search for rates is not finished; leave out --no-train")
-        found = outcomes(planned(experiment, dataset, out, seeds, settings, _chosen(trials)))
+        chosen, trials = _search(experiment, search, outcomes)
+        found = outcomes(planned(experiment, dataset, out, seeds, settings, chosen))
         rows: list[Row] = []
         for outcome in found:
             show("measured", len(rows), len(found))
@@ -100,16 +101,38 @@ def reproduce(
         click.echo("\n".join(map(str, files)))
 
 
-def _chosen(trials: Sequence[Outcome]) -> dict[str, str]:
-    """Return, by variant, the choice whose last training error is the lowest."""
-    best: dict[str, tuple[float, str]] = {}
-    for trial in trials:
-        if not trial.diverged:
-            own = trial.lines[-1]["top1_error"], trial.run.choice
-            best[trial.run.variant] = min(own, best.get(trial.run.variant, own))
-    for variant in {trial.run.variant for trial in trials} - best.keys():
-        raise UserError(f"{variant}: every choice of the search has diverged; give it lower rates")
-    return {variant: choice for variant, (_, choice) in best.items()}
+def _choices(experiment: Experiment) -> dict[str, list[str]]:
+    """Return the choices of the search by variant; none without a search."""
+    return {variant: list(experiment.search.choices) for variant in experiment.variants} if experiment.search else {}
+
+
+def _search(
+    experiment: Experiment, runs_of: Callable[..., list[Run]], outcomes: Callable[[list[Run]], list[Outcome]]
+) -> tuple[dict[str, str], list[Outcome]]:
+    """Return the best choice by variant, and how far each choice came.
+
+    Raises UserError: the search is not finished, or every choice of a variant has diverged.
+    """
+    left, latest = _choices(experiment), dict[str, Outcome]()
+    for epochs in experiment.search.epochs if experiment.search else ():
+        runs = runs_of(left, epochs)
+        trials = outcomes(runs)
+        if len(trials) < len(runs):
+            raise UserError("the search for rates is not finished; leave out --no-train")
+        latest |= {trial.run.name: trial for trial in trials}
+        for variant, choices in left.items():
+            own = [trial for trial in trials if trial.run.variant == variant and not trial.diverged]
+            if not own:
+                raise UserError(f"{variant}: every choice of the search has diverged; give it lower rates")
+            own.sort(key=partial(_rank, experiment))
+            left[variant] = [trial.run.choice for trial in own[: -(-len(choices) // 2)]]
+    return {variant: choices[0] for variant, choices in left.items()}, list(latest.values())
+
+
+def _rank(experiment: Experiment, trial: Outcome) -> tuple[float, float]:
+    """Return what the lower is, the better a choice: when it came to the target, and its last training error."""
+    reached = measure.epochs_to(trial.lines, trial.run.epoch, experiment.target) if trial.run.until else None
+    return math.inf if reached is None else reached, trial.lines[-1]["top1_error"]
 
 
 def _measured(experiment: Experiment, outcome: Outcome, dataset: Manifest, split: str, device: str | None) -> Row:

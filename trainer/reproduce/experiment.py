@@ -31,9 +31,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Search:
-    """A choice of rates, made for each variant alone: that of the lowest training error after so many epochs."""
+    """A choice of rates, made for each variant alone, by halving: after each of `epochs` the better half goes on.
 
-    epochs: Positive
+    Better is what came first to the target, if there is one, else the lower training error. The best of the last is
+    taken. (Successive halving: Jamieson and Talwalkar, 2016.)
+    """
+
+    epochs: Annotated[tuple[Positive, ...], Meta(min_length=1)]
     choices: Annotated[Mapping[Name, Settings], Meta(min_length=1)]
 
 
@@ -145,16 +149,21 @@ def planned(
     ]
 
 
-def searched(experiment: Experiment, dataset: Manifest, out: Path, seed: int, more: Settings) -> list[Run]:
-    """Return the runs of the search, of one seed; none without a search. The chosen one goes on where it ended."""
-    if experiment.search is None:
-        return []
-    search, runs = experiment.search, []
-    for variant in experiment.variants:
-        for choice in search.choices:
+def searched(
+    experiment: Experiment,
+    dataset: Manifest,
+    out: Path,
+    seed: int,
+    more: Settings,
+    left: Mapping[str, Sequence[str]],
+    epochs: int,
+) -> list[Run]:
+    """Return the runs of the search, of one seed and so many epochs, of the choices that are `left` by variant."""
+    runs = []
+    for variant, choices in left.items():
+        for choice in choices:
             run = _run(experiment, dataset, out, variant, choice, seed, more)
-            # `until` would end a choice at a time of its own, with an error that compares with no other's
-            runs.append(replace(run, steps=min(search.epochs * run.epoch, run.steps), until=None, by_log=True))
+            runs.append(replace(run, steps=min(epochs * run.epoch, run.steps), by_log=True))
     return runs
 
 
