@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("pyarrow.flight")
@@ -16,8 +17,9 @@ import pyarrow as pa
 from pyarrow import flight
 
 from conftest import one_line
-from pipeline import UserError
+from pipeline import UserError, manifest
 from pipeline.online import Loader, parts, turbo
+from pipeline.online.loader import recipe_of
 from pipeline.online.parts import LONGEST, MOST
 from pipeline.online.turbo import fingerprint
 from pipeline.service.worker import Server
@@ -83,6 +85,14 @@ def test_bytes_that_are_no_request(server: Server, good: JsonObject, data: bytes
         assert kind == "refused"
         assert "\n" not in message
         assert ask(asking, sized(good, 2)) == 2
+
+
+def test_an_earlier_worker_knows_every_key_unless_flips_are_off(dataset: Path, good: JsonObject):
+    """It refuses others. `good` has the keys of November 2026."""
+    data = manifest.load(dataset)
+    for flips, more in ((True, set()), (False, {"flips"})):
+        request = parts.template(data, "train", recipe_of(data, "alexnet", 3, {"flips": flips}), 3, 0)
+        assert json.loads(msgspec.json.encode(request)).keys() - good.keys() == more
 
 
 def test_links(dataset: Path, tmp_path: Path, good: JsonObject):
