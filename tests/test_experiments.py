@@ -1,5 +1,6 @@
-"""Experiments of trainer/reproduce: all are possible, and bad ones are refused; curves by their pixels."""
+"""Experiments of trainer/reproduce: all are possible, bad ones are refused; estimates by numpy, curves by pixels."""
 
+import math
 import os
 import re
 import shlex
@@ -14,13 +15,14 @@ from click.testing import Result
 from PIL import Image, ImageColor
 
 from conftest import build, drawn
-from pipeline import manifest
+from pipeline import UserError, manifest
 from runs import one_line, trainer
 from trainer.__main__ import load as load_command
 from trainer.figures.curves import curves, step
 from trainer.figures.sheets import paragraph
 from trainer.recipe import difference
-from trainer.reproduce import experiment
+from trainer.reproduce import experiment, measure
+from trainer.reproduce.measure import Estimate
 
 SETTING = r"--set (?:'[^']*'|\S+)"
 HEAD = 'claim = "A claim"\nmeasure = "error"\nviews = "ten"\nseeds = [3, 4]\n'
@@ -125,6 +127,51 @@ def test_a_split_without_labels_is_neither_taken_nor_measured(raw: Path, tmp_pat
     data = tmp_path / "data"
     one_line(reproduce(tmp_path, data, HEAD + BOTH, "--split", "test"), "the split 'test' has images without a label")
     one_line(reproduce(tmp_path, data, HEAD + BOTH, "--no-train"), "no run is done")  # val is what it would measure
+
+
+# ---- Measures ----
+
+
+def test_estimates_are_those_of_numpy():
+    values = [3.0, 4.5, 7.25, 5.0]
+    estimate = measure.mean(values)
+    assert estimate == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1) / 2), 4)
+    assert estimate.text(" %") == "4.94 ± 0.88 %"
+    assert measure.mean([2.0]) == (2, None, 1)
+    assert measure.mean([2.0]).text(" %") == "2.00 % (one run: no standard error)"
+    with pytest.raises(UserError, match="no values"):
+        measure.mean([])
+    one, other = Estimate(50, 0.3, 4), Estimate(20, 0.4, 3)
+    assert measure.difference(one, other) == (30, pytest.approx(0.5), 3)
+    assert measure.difference(one, Estimate(20, None, 1)) == (30, None, 1)
+    assert measure.ratio(one, Estimate(20, None, 1)) == (2.5, None, 1)
+    random = np.random.default_rng(0)
+    drawn_ratios = random.normal(50, 0.3, 10**6) / random.normal(20, 0.4, 10**6)
+    assert measure.ratio(one, other) == (2.5, pytest.approx(drawn_ratios.std(), rel=0.01), 3)
+
+
+def test_epochs_to_a_target_are_where_a_fine_grid_reaches_it():
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        errors = np.sort(random.uniform(0, 100, 9))[::-1] + random.uniform(-15, 15, 9)  # not always falling
+        lines = [{"step": 7 * (i + 1), "top1_error": float(error)} for i, error in enumerate(errors)]
+        grid = np.linspace(1, 9, 800_001)
+        low = np.interp(grid, range(1, 10), errors) <= 40
+        found = measure.epochs_to(lines, 7, 40)
+        assert found == (pytest.approx(grid[low.argmax()], abs=1e-4) if low.any() else None)
+    assert measure.epochs_to([{"step": 7, "top1_error": 40.0}], 7, 40) == 1
+    assert measure.epochs_to([], 7, 40) is None
+
+
+@pytest.mark.parametrize(("k", "chi2", "tail"), [(1, 5.991, 0.05), (2, 13.277, 0.01), (3, 10.645, 0.1)])  # tables
+def test_combined_p_values_are_tails_of_chi_square(k: int, chi2: float, tail: float):
+    assert measure.combined([math.exp(-chi2 / (2 * k))] * k) == pytest.approx(tail, rel=1e-3)
+
+
+def test_combined_p_values_of_nothing_are_uniform():
+    n = 20_000
+    together = np.sort([measure.combined(ps) for ps in 1 - np.random.default_rng(2).random((n, 3))])
+    assert np.abs(together - (np.arange(n) + 0.5) / n).max() < 1.63 / math.sqrt(n)  # Kolmogorov's 1 %
 
 
 # ---- Curves: the plot is 544 × 375 pixels, 64 from the left, 25 below the top of its part ----
