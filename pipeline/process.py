@@ -7,9 +7,8 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGH
 NUMBERS = tuple(WORDS)
 OUTPUT = "standard output"
 AGAIN = 0.01  # seconds after which an interruption is raised once more
+LIBC = ctypes.CDLL(None)  # here, not in a child between fork and exec
 _raised: list[int] = []  # the number of the signal that has raised Interruption
 LEAST = 2**28  # bytes of address space that the imports of a tool need; else libraries in C end the process, or crash
 
@@ -111,10 +111,12 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(late)
 
 
-def ended_with_parent(number: int) -> Callable[[], object]:
-    """Return a function that lets the process that calls it get this signal when its parent dies; on Linux."""
-    libc = ctypes.CDLL(None)  # here, not in a child between fork and exec
-    return partial(libc.prctl, 1, number) if sys.platform == "linux" else int  # PR_SET_PDEATHSIG of linux/prctl.h
+def end_with_parent(number: int, parent: int) -> None:
+    """Let this process get a signal when its parent, of this process number, dies; on Linux."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, number)  # PR_SET_PDEATHSIG of linux/prctl.h
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

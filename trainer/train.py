@@ -67,6 +67,7 @@ def train_step(
     if logits.dtype == torch.bfloat16:  # but not float64, in which tests compute
         logits = logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="sum")
+    sums = torch.stack([losses.detach(), (logits.detach().argmax(1) != batch.labels).sum()])
 
     # backward
     if losses.requires_grad:  # else every layer is frozen
@@ -76,7 +77,7 @@ def train_step(
 
     # update
     optimiser.step(rates)
-    return torch.stack([losses.detach(), (logits.detach().argmax(1) != batch.labels).sum()])
+    return sums
 
 
 def main(settings: runs.Settings, world: World = SINGLE) -> None:

@@ -76,10 +76,8 @@ def begin_worker() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, process.NUMBERS)
-    process.ended_with_parent(signal.SIGKILL)()
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it died before the line above
-        os._exit(1)
+    process.end_with_parent(signal.SIGKILL, parent.pid if parent and parent.pid else os.getppid())
 
 
 def run_on_ray(

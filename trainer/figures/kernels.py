@@ -49,7 +49,7 @@ def reading(weights: np.ndarray, columns: int) -> str:
         f"of weights that are noise: {measured(noise)}. Mid-grey is 0; all kernels have one scale."
     )
     if columns == 2:
-        p = chance(weights)
+        p, _ = chance(weights)
         text += (
             f" The colours of the two columns differ {'by' if p < 0.05 else 'no'} more than chance explains: random "
             f"halves of these kernels differ as much in {100 * p:.3g} % of draws."
@@ -104,11 +104,11 @@ def orientation(weights: np.ndarray) -> np.ndarray:
     return shares
 
 
-def chance(weights: np.ndarray) -> float:
-    """Return the p-value of the two halves' difference in mean colour: how many random halves differ as much.
+def chance(weights: np.ndarray) -> tuple[float, float]:
+    """Return the p-value of the two halves' difference in mean colour, and how much random halves differ on average.
 
-    (n, 3, k, k), n even → in (0, 1]; a permutation test (Phipson and Smyth, 2010: the halves themselves
-    count as one of the draws). Small: the columns differ by more than chance.
+    (n, 3, k, k), n even → in (0, 1], how many random halves differ as much; a permutation test (Phipson and Smyth,
+    2010: the halves themselves count as one of the draws). Small: the columns differ by more than chance.
     """
     energies = energy(weights)
     values = np.stack([energies * colour(weights), energies], 1)  # of a kernel, for the two sums of a mean
@@ -119,7 +119,8 @@ def chance(weights: np.ndarray) -> float:
 
     observed = apart(np.arange(len(energies))[None])[0]
     drawn = np.random.default_rng(2012).permuted(np.tile(np.arange(len(energies)), (DRAWS, 1)), axis=1)
-    return (int((apart(drawn) >= observed * (1 - FLAT)).sum()) + 1) / (DRAWS + 1)
+    differences = apart(drawn)
+    return (int((differences >= observed * (1 - FLAT)).sum()) + 1) / (DRAWS + 1), float(differences.mean())
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

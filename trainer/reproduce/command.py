@@ -169,38 +169,39 @@ def _lines(experiment: Experiment, rows: Sequence[Row], split: str) -> list[str]
     if experiment.measure == "neighbours":
         return _neighbours(by_variant, split)
     first, key = next(iter(by_variant)), "epochs" if experiment.measure == "epochs" else "top1_error"
-    compared = "its ratio to " if key == "epochs" else "less that of "
     what = (
         f"epochs to {experiment.target:g} %" if key == "epochs" else f"top-1 error, {split}, {VIEWS[experiment.views]}"
     )
-    table, reference = [["variant", "runs", what, f"{compared}{first}"]], None
+    by_seed = {row["seed"]: row[key] for row in by_variant[first]}
+    table = [["variant", "runs", what, f"{'its ratio to' if key == 'epochs' else 'less that of'} {first}, by seed"]]
     for name, own in by_variant.items():
         values = [row[key] for row in own]
         if None in values:
             lowest = min(row["top1_error"] for row in own)
             table.append([name, str(len(own)), f"not reached; {lowest:.1f} % at the end", ""])
             continue
-        estimate = measure.mean(values)
+        # by seed, for runs of one seed have the order of their pictures and their crops in common
+        pairs = [(row[key], by_seed[row["seed"]]) for row in own if by_seed.get(row["seed"]) is not None]
         other = ""
-        if reference and key == "epochs":
-            other = measure.ratio(estimate, reference).text()
-        elif reference:
-            other = measure.difference(estimate, reference).text(" points")
-        reference = estimate if name == first else reference
-        table.append([name, str(len(own)), estimate.text("" if key == "epochs" else " %"), other])
+        if name != first and pairs:
+            compared = [one / two if key == "epochs" else one - two for one, two in pairs]
+            other = measure.mean(compared).text("" if key == "epochs" else " points")
+        table.append([name, str(len(own)), measure.mean(values).text("" if key == "epochs" else " %"), other])
     return aligned(table)
 
 
 def _columns(by_variant: dict[str, list[Row]]) -> list[str]:
-    table = [["variant", "seed", "colour of the columns", "orientation of the columns", "apart by", "p, by chance"]]
+    head = ("colour of the columns", "orientation of the columns", "colours apart by", "random halves by", "p")
+    table = [["variant", "seed", *head]]
     for name, own in by_variant.items():
         for row in own:
             shares = (" and ".join(f"{share:.3f}" for share in row[key]) for key in ("colour", "orientation"))
             apart = abs(row["colour"][0] - row["colour"][1])
-            table.append([name, str(row["seed"]), *shares, f"{apart:.3f}", f"{row['p']:.3g}"])
+            table.append([name, str(row["seed"]), *shares, f"{apart:.3f}", f"{row['halves']:.3f}", f"{row['p']:.3g}"])
         apart_by = measure.mean([abs(row["colour"][0] - row["colour"][1]) for row in own])
         together = measure.combined([row["p"] for row in own])
-        table.append([name, "all", "", "", apart_by.text(digits=3), f"{together:.3g}"])
+        halves = measure.mean([row["halves"] for row in own])
+        table.append([name, "all", "", "", apart_by.text(digits=3), halves.text(digits=3), f"{together:.3g}"])
     return aligned(table)
 
 
@@ -219,7 +220,7 @@ def _figure(experiment: Experiment, found: Sequence[Outcome]) -> Any:
     """Return the sheet of training error over epochs, a curve for each variant, of its first seed."""
     courses: dict[str, list[tuple[float, float]]] = {}
     for outcome in found:
-        points = [(line["step"] / outcome.run.epoch, line["top1_error"]) for line in outcome.lines]
+        points = [(line["step"] / outcome.run.epoch - 0.5, line["top1_error"]) for line in outcome.lines]
         courses.setdefault(outcome.run.variant, points)
     return curves(courses, "Training error rate (%)", "Epochs", experiment.target, experiment.claim)
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _started(run: Run, dataset: Manifest, jobs: int, device: str | None) -> "sub
             stderr=log,
             env=environment,
             start_new_session=True,  # a terminal's Ctrl-C comes to us alone, and each run gets one signal, of ours
-            preexec_fn=process.ended_with_parent(signal.SIGTERM),
+            preexec_fn=partial(process.end_with_parent, signal.SIGTERM, os.getpid()),
         )
 
 

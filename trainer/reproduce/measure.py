@@ -1,4 +1,4 @@
-"""Measure the runs of an experiment; estimate means, differences and ratios with their standard errors."""
+"""Measure the runs of an experiment; estimate means with their standard errors."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -48,29 +48,15 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), error, len(values))
 
 
-def difference(one: Estimate, other: Estimate) -> Estimate:
-    """Return one − other, of independent runs: the squares of their standard errors add up."""
-    error = None if one.error is None or other.error is None else math.hypot(one.error, other.error)
-    return Estimate(one.mean - other.mean, error, min(one.n, other.n))
-
-
-def ratio(one: Estimate, other: Estimate) -> Estimate:
-    """Return one / other; the squares of their relative standard errors add up, to first order."""
-    value = one.mean / other.mean
-    known = one.error is not None and other.error is not None
-    error = abs(value) * math.hypot((one.error or 0) / one.mean, (other.error or 0) / other.mean) if known else None
-    return Estimate(value, error, min(one.n, other.n))
-
-
 def epochs_to(lines: Sequence[Line], epoch: int, target: float) -> float | None:
     """Return after how many epochs the training error was `target` percent; None: never.
 
     `lines` are a log with a line for each epoch of so many steps. The error of a line is the mean over its epoch, and
-    stands for the epoch's end; between two lines it goes straight.
+    stands for the epoch's middle; between two of these it goes straight.
     """
     before: tuple[float, float] | None = None
     for line in lines:
-        time, error = line["step"] / epoch, line["top1_error"]
+        time, error = line["step"] / epoch - 0.5, line["top1_error"]
         if error <= target:
             if before is None:
                 return time
@@ -125,16 +111,14 @@ def _network(run: Run, dataset: Manifest, device: str | None) -> TwoColumnNet:
 
 
 def columns_of(run: Run) -> dict[str, Any]:
-    """Return the selectivity of both columns' kernels in the first layer, and the p-value of their difference."""
-    weights = checkpoints.load(run.folder).weights
-    first = run.loaded().model.order[0]
-    kernel = weights[f"{first}.weight"].numpy()
-    one, other = (kernels.selectivity(column) for column in np.split(kernel, 2))
-    return {
-        "colour": [one[0], other[0]],
-        "orientation": [one[1], other[1]],
-        "p": kernels.chance(kernel),
-    }
+    """Return the selectivity of both columns' kernels in the first layer, and how their colours differ by chance.
+
+    "p": the p-value of the difference; "halves": the mean difference of random halves of the kernels.
+    """
+    weights = checkpoints.load(run.folder).weights[f"{run.loaded().model.order[0]}.weight"].numpy()
+    one, other = (kernels.selectivity(column) for column in np.split(weights, 2))
+    p, halves = kernels.chance(weights)
+    return {"colour": [one[0], other[0]], "orientation": [one[1], other[1]], "p": p, "halves": halves}
 
 
 def combined(p_values: Sequence[float]) -> float:
