@@ -123,6 +123,7 @@ ENDED = {  # every command; those that write, write to {out}
     "index": "{run} {data} --out {out}",
     "similar": "{raw}/val/blobs/0000.jpg --data {data} --checkpoint {run}",
     "export": "{run} --data {data} --out {out}",
+    "reproduce": "columns --data {data} --out {out} --device cpu",
 }
 
 
