@@ -2,22 +2,27 @@
 
 import math
 import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ROOT
 from documented import agree, commands, rows
+from penstock.__main__ import load as load_command
 from pipeline.online.augment import LIGHTING_SD, AlexNet, ViewOptions, lighting_shift, ten_views
 from trainer.layers import multiply_adds, plan
 from trainer.lrn import BETA
 from trainer.model import Grouped
 from trainer.optim import Momentum, Rates, Schedule
-from trainer.recipe import load
+from trainer.recipe import load, override
+from trainer.reproduce import experiment
 
-TEXT = (ROOT / "docs" / "reproduction.md").read_text()
+PAGE = (ROOT / "docs" / "reproduction.md").read_text()
+TEXT = PAGE[PAGE.index("## Numbers of the network") :]
 KERNELS = [96, 11, 11, 3, 256, 5, 5, 48, 384, 3, 3, 256, 384, 3, 3, 192, 256, 3, 3, 192]
 FIGURE_2 = [253_440, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
 COLUMN, BIASES = [48, 128, 192, 192, 128, 2048, 2048], [0, 1, 0, 1, 1, 1, 1, 0]
@@ -121,6 +126,14 @@ def test_what_the_network_does_to_an_image():
     assert agree(table["neurons"], [sum(sizes)])
     assert agree(table["multiply-adds of an image"], [operations.get_total_flops() / 2])
     assert agree(table["parameters"], [sum(parameter.numel() for parameter in network.parameters())])
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m trainer (.*)$", PAGE, re.MULTILINE))
+def test_a_command_of_an_experiment_is_one(line: str):
+    name, *words = shlex.split(line, comments=True)
+    params = load_command(name).make_context(name, words).params
+    experiment.load(params["name"])
+    override(load("original"), params["settings"])
 
 
 def test_commands_and_costs():
