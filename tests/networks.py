@@ -11,7 +11,7 @@ from trainer.recipe import Recipe
 
 WIDTHS = {
     "conv1": 8, "conv2": 16, "conv3": 24, "conv4": 24, "conv5": 16, "conv6": 16, "local3": 6, "local4": 4,
-    "fc6": 64, "fc7": 48, "bottleneck": 20,
+    "fc4": 40, "fc6": 64, "fc7": 48, "bottleneck": 20,
 }  # fmt: skip
 HALVES = "halves"  # pretrain-2011 with half of the classes for either column
 

@@ -47,7 +47,7 @@ def reproduce(
     no_train: bool,
     as_json: bool,
 ) -> None:
-    """Try a claim of the paper: train what experiment NAME compares, and measure it.
+    """Try a claim of the paper in small: train what experiment NAME compares, and measure it.
 
     NAME is figure1, lrn, ablations, columns, neighbours, and with -cifar behind it each of these three; or a .toml file
     like those in trainer/reproduce. Runs that are there are not trained again; one that was interrupted goes on.
