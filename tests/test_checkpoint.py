@@ -105,8 +105,7 @@ def test_a_checkpoint_of_the_earlier_code_loads(tmp_path: Path):
     path.write_bytes(of_november_2026(saved, recipe))
     old = load(tmp_path)
     recipe["data"] |= {"readers": 1, "depth": 2, "workers": []}  # which came later
-    recipe["data"] |= {"tier": "auto", "device_bytes": 0, "max_stall": 0.01, "hardware_share": 0.9}
-    recipe["data"] |= {"flips": True}
+    recipe["data"] |= {"tier": "auto", "device_bytes": 0, "max_stall": 0.01, "hardware_share": 0.9, "flips": True}
     assert json.loads(json.dumps(asdict(old.recipe))) == recipe
     assert_same(old, saved)
 

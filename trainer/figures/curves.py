@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 from PIL import Image, ImageDraw
 
@@ -11,13 +11,18 @@ from trainer.figures.sheets import COLOURS, FINE, MARGIN, SMALL, SOFT, TEXT, WID
 HEIGHT, LEFT, BELOW = 400, 64, 56  # pixels: of the plot; kept for the numbers at its left, and below it
 TICKS = 8  # of an axis, at most
 WIDE = 2.5  # pixels, of a curve
-PATTERNS = ((1, 0), (14, 8), (3, 6), (14, 6, 3, 6))  # pixels drawn and left out in turn; (1, 0): a solid curve
+PATTERNS = {  # pixels drawn and left out in turn
+    "solid": (1, 0),
+    "dashed": (14, 8),
+    "dotted": (3, 6),
+    "dashed and dotted": (14, 6, 3, 6),
+}
 GRID = "#e3e8ec"
 
 Points = Sequence[tuple[float, float]]
 
 
-def curves(courses: Mapping[str, Points], up: str, along: str, line: float, title: str, note: str = "") -> Image.Image:
+def curves(courses: Mapping[str, Points], up: str, along: str, line: float, title: str) -> Image.Image:
     """Return the sheet of curves by name, each of points (x, y) ≥ 0, on axes from 0.
 
     `up` and `along` name the axes; `line` is a value of y that a horizontal line stands at.
@@ -46,14 +51,15 @@ def curves(courses: Mapping[str, Points], up: str, along: str, line: float, titl
     pen.line([LEFT, HEIGHT, right, HEIGHT], SOFT)
     write(part, (LEFT, 0), up, SMALL, SOFT)
     write(part, ((LEFT + right) / 2, HEIGHT + 32), along, SMALL, SOFT, "ma")
-    _stroke(part, [place(0, line), place(x_end, line)], PATTERNS[2], SOFT, 1.2)
+    _stroke(part, [place(0, line), place(x_end, line)], PATTERNS["dotted"], SOFT, 1.2)
+    styles = dict(zip(courses, cycle(PATTERNS)))
     for i, (name, course) in enumerate(courses.items()):
         places, colour = [place(*point) for point in course], COLOURS[i % len(COLOURS)]
-        _stroke(part, places, PATTERNS[i % len(PATTERNS)], colour, WIDE)
+        _stroke(part, places, PATTERNS[styles[name]], colour, WIDE)
         if places:
             x, y = places[-1]
             write(part, (x - 4, y - 12), name, TEXT, colour, "rb" if x > (LEFT + right) / 2 else "lb", bold=True)
-    return titled(title, [part], note or "Solid, dashed, dotted: " + ", ".join(courses))
+    return titled(title, [part], "; ".join(f"{name}: {style}" for name, style in styles.items()))
 
 
 def step(end: float) -> float:
