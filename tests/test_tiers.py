@@ -197,9 +197,11 @@ def test_a_file_that_changes_while_it_is_used_costs_no_batch(tiny: Path, harm: s
     ):
         if harm == "remove":
             path.unlink()
+        elif harm == "cut":
+            os.truncate(path, 5000)  # sample 0 is whole
         else:
             os.truncate(path, 0)
-            os.truncate(path, 5000 if harm == "cut" else 10**6)
+            os.truncate(path, 10**6)
         for batch, other in islice(zip(jpeg, raw), 14):
             assert_same(batch, other)
     words = {"cut": "cut short", "remove": "No such file or directory", "zero": "(damaged|cut short)"}[harm]
