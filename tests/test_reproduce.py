@@ -280,6 +280,17 @@ def test_the_target_ends_runs_whose_rate_was_searched(files: Files):
     assert written(files.out) == before
 
 
+def test_a_run_that_diverged_is_named_below_the_table_of_the_others(compared: Files, files: Files):
+    shutil.copytree(compared.out, files.out)
+    wild = VARIANT.replace("momentum", "lr") % ("wild", "relu", 1e30)
+    result = files.reproduce(HEAD + BOTH + wild, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    record = files.record()
+    assert record["runs"] == compared.record()["runs"][:2]
+    assert "wild-3: training has diverged; it counts in no mean\n" in result.output
+    assert [line[:5] for line in record["table"] if "wild" in line] == ["wild-"]
+
+
 def test_a_run_that_fails_is_named_with_its_log_and_goes_on_once_mended(root: Path, tmp_path: Path):
     files, kept = Files(tmp_path, root), tmp_path / "kept"
     shutil.copytree(root, kept)

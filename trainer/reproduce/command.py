@@ -80,14 +80,20 @@ def reproduce(
             return crew.train(runs, dataset, jobs, device, show, lambda text: print_line(as_json, text))
 
         chosen, trials = _search(experiment, search, outcomes)
-        found = outcomes(planned(experiment, dataset, out, seeds, settings, chosen))
+        ended = outcomes(planned(experiment, dataset, out, seeds, settings, chosen))
+        lost = [outcome.run for outcome in ended if outcome.diverged]
+        found = [outcome for outcome in ended if not outcome.diverged]
         rows: list[Row] = []
         for outcome in found:
             show("measured", len(rows), len(found))
             rows.append(_measured(experiment, outcome, dataset, split, device))
+    if lost and not rows:
+        folder = lost[0].folder
+        raise UserError(f"{folder}: {crew.DIVERGED}; lower its rates, and delete the folder and {folder.name}.log")
     if not rows:
         raise UserError(f"{out}: no run is done; leave out --no-train")
     lines = [experiment.claim, *_search_lines(trials), *_lines(experiment, rows, split)]
+    lines += [f"{run.name}: {crew.DIVERGED}; it counts in no mean" for run in lost]
     files = {out / f"{Path(name).stem}.json": _recorded(experiment, dataset, split, trials, rows, lines)}
     if experiment.measure == "epochs":
         files[out / f"{Path(name).stem}.png"] = png(_figure(experiment, found))
@@ -137,8 +143,6 @@ def _rank(experiment: Experiment, trial: Outcome) -> tuple[float, float]:
 
 def _measured(experiment: Experiment, outcome: Outcome, dataset: Manifest, split: str, device: str | None) -> Row:
     run = outcome.run
-    if outcome.diverged:
-        raise UserError(f"{run.folder}: {crew.DIVERGED}; lower its rates, and delete the folder and {run.name}.log")
     if experiment.measure == "epochs":
         values: dict[str, Any] = {"epochs": measure.epochs_to(outcome.lines, run.epoch, experiment.target)}
         values["top1_error"] = outcome.lines[-1]["top1_error"]
