@@ -87,6 +87,7 @@ def reproduce(
         for outcome in found:
             show("measured", len(rows), len(found))
             rows.append(_measured(experiment, outcome, dataset, split, device))
+        show("measured", len(rows), len(found))
     if lost and not rows:
         folder = lost[0].folder
         raise UserError(f"{folder}: {crew.DIVERGED}; lower its rates, and delete the folder and {folder.name}.log")
