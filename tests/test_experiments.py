@@ -200,6 +200,17 @@ def test_a_solid_curve_is_where_its_points_are():
     assert not drawn_pixels[25:401, 65 : int(position(1, 0, 8, 80)[0]) - 2].any()
 
 
+def test_a_curve_that_ends_in_zigzag_is_named_above_it():
+    points = [(0.0, 80.0), (7.4, 20.0), (7.5, 50.0), (7.6, 20.0), (8.0, 20.0)]
+    drawn_pixels, spike, end = near(sheet_of({"one": points}), BLUE), *(position(8, y, 8, 80)[1] for y in (50, 20))
+    named = 0
+    for column in range(round(position(7.65, 0, 8, 80)[0]), 600):
+        rows = np.flatnonzero(drawn_pixels[:401, column]) + 0.5
+        assert ((abs(rows - end) < 4) | (rows < spike)).all(), column
+        named += (rows < spike).sum()
+    assert named > 50
+
+
 def strokes(course: np.ndarray) -> list[int]:
     """Return the lengths of the runs of True, but those at the ends."""
     edges = np.flatnonzero(np.diff(course.astype(int)))

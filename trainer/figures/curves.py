@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from trainer.figures.sheets import COLOURS, FINE, MARGIN, SMALL, SOFT, TEXT, WIDTH, blank, titled, write
+from trainer.figures.sheets import COLOURS, FINE, MARGIN, SMALL, SOFT, TEXT, WIDTH, blank, length, titled, write
 
 HEIGHT, LEFT, BELOW = 400, 64, 56  # pixels: of the plot; kept for the numbers at its left, and below it
 TICKS = 8  # of an axis, at most
@@ -23,7 +24,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def curves(courses: Mapping[str, Points], up: str, along: str, line: float, title: str) -> Image.Image:
-    """Return the sheet of curves by name, each of points (x, y) ≥ 0, on axes from 0.
+    """Return the sheet of curves by name, each of points (x, y) ≥ 0 with growing x, on axes from 0.
 
     `up` and `along` name the axes; `line` is a value of y that a horizontal line stands at.
     """
@@ -57,8 +58,11 @@ def curves(courses: Mapping[str, Points], up: str, along: str, line: float, titl
         places, colour = [place(*point) for point in course], COLOURS[i % len(COLOURS)]
         _stroke(part, places, PATTERNS[styles[name]], colour, WIDE)
         if places:
-            x, y = places[-1]
-            write(part, (x - 4, y - 12), name, TEXT, colour, "rb" if x > (LEFT + right) / 2 else "lb", bold=True)
+            x, leftwards = places[-1][0] - 4, places[-1][0] > (LEFT + right) / 2
+            start = x - leftwards * length(name, TEXT, bold=True)
+            xs, ys = zip(*places)
+            y = min(float(np.interp(start, xs, ys)), *(y for x, y in places if x >= start))  # above all that it spans
+            write(part, (x, y - 12), name, TEXT, colour, "rb" if leftwards else "lb", bold=True)
     return titled(title, [part], "; ".join(f"{name}: {style}" for name, style in styles.items()))
 
 
@@ -87,10 +91,10 @@ def _pieces(places: Sequence[tuple[float, float]], pattern: Sequence[float]) -> 
     pieces: list[list[tuple[float, float]]] = [[]]
     index, left = 0, pattern[0]
     for (x0, y0), (x1, y1) in pairwise(places):
-        length, done = math.hypot(x1 - x0, y1 - y0), 0.0
-        while done < length:
-            going = min(left, length - done)
-            ends = [(x0 + (x1 - x0) * t / length, y0 + (y1 - y0) * t / length) for t in (done, done + going)]
+        long, done = math.hypot(x1 - x0, y1 - y0), 0.0
+        while done < long:
+            going = min(left, long - done)
+            ends = [(x0 + (x1 - x0) * t / long, y0 + (y1 - y0) * t / long) for t in (done, done + going)]
             if index % 2 == 0:
                 pieces[-1] += ends if not pieces[-1] else ends[1:]
             done, left = done + going, left - going
