@@ -289,6 +289,9 @@ def test_a_run_that_diverged_is_named_below_the_table_of_the_others(compared: Fi
     assert record["runs"] == compared.record()["runs"][:2]
     assert "wild-3: training has diverged; it counts in no mean\n" in result.output
     assert [line[:5] for line in record["table"] if "wild" in line] == ["wild-"]
+    result = files.reproduce(HEAD + "[variants]\n" + wild + RELU, "--seed", 3)  # relu does not take its place
+    assert "less that of wild, by seed\nrelu " in result.output
+    assert " points" not in result.output
 
 
 def test_a_run_that_fails_is_named_with_its_log_and_goes_on_once_mended(root: Path, tmp_path: Path):

@@ -173,11 +173,11 @@ def _lines(experiment: Experiment, rows: Sequence[Row], split: str) -> list[str]
         return _columns(by_variant)
     if experiment.measure == "neighbours":
         return _neighbours(by_variant, split)
-    first, key = next(iter(by_variant)), "epochs" if experiment.measure == "epochs" else "top1_error"
+    first, key = next(iter(experiment.variants)), "epochs" if experiment.measure == "epochs" else "top1_error"
     what = (
         f"epochs to {experiment.target:g} %" if key == "epochs" else f"top-1 error, {split}, {VIEWS[experiment.views]}"
     )
-    by_seed = {row["seed"]: row[key] for row in by_variant[first]}
+    by_seed = {row["seed"]: row[key] for row in by_variant.get(first, ())}
     table = [["variant", "runs", what, f"{'its ratio to' if key == 'epochs' else 'less that of'} {first}, by seed"]]
     for name, own in by_variant.items():
         values = [row[key] for row in own]
